@@ -1,0 +1,139 @@
+"""Clips of moving shapes, rendered from a seed, with captions: the training data of the embedded model.
+
+Every clip is a function of (seed, index), so nothing is stored and nothing is downloaded. One in ten
+(shape, colour, motion) combinations is held out of training, to measure whether the model composes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+SHAPES = ("circle", "square", "triangle")
+COLOURS = {
+    "red": (225, 40, 40),
+    "green": (40, 190, 60),
+    "blue": (50, 90, 240),
+    "yellow": (240, 220, 50),
+    "purple": (150, 50, 200),
+    "orange": (245, 140, 30),
+    "white": (245, 245, 245),
+    "cyan": (50, 215, 225),
+}
+BACKGROUNDS = {"black": (0, 0, 0), "gray": (110, 110, 110), "dark blue": (10, 15, 85), "dark green": (10, 65, 20)}
+# motion -> (phrases, direction of travel (x, y), growth: +1 grows, -1 shrinks)
+MOTIONS = {
+    "moving left": (("moving left", "moves left", "sliding to the left", "going left"), (-1, 0), 0),
+    "moving right": (("moving right", "moves right", "sliding to the right", "going right"), (1, 0), 0),
+    "moving up": (("moving up", "moves up", "rising", "going up"), (0, -1), 0),
+    "moving down": (("moving down", "moves down", "falling", "going down"), (0, 1), 0),
+    "growing": (("growing", "grows", "getting bigger", "expanding"), (0, 0), 1),
+    "shrinking": (("shrinking", "shrinks", "getting smaller", "contracting"), (0, 0), -1),
+    "standing still": (("standing still", "stands still", "not moving", "resting"), (0, 0), 0),
+}
+CANONICAL = "a {colour} {shape} {motion} on a {background} background"
+PHRASINGS = (
+    CANONICAL,
+    "{colour} {shape} {motion}, {background} background",
+    "a video of a {colour} {shape} {motion} against a {background} background",
+    "on a {background} background, a {colour} {shape} {motion}",
+    "one {shape}, {colour}, {motion}, in front of a {background} background",
+    "the background is {background} and a {colour} {shape} {motion}",
+)
+COMBINATIONS = tuple(product(SHAPES, COLOURS, MOTIONS))  # 3 x 8 x 7 = 168
+
+
+# 3, 8 and 7 have no common factor, so n -> (n % 3, n % 8, n % 7) meets every combination once; the first tenth is
+# held out, and every shape, colour and motion stays well covered in training.
+HELD_OUT = frozenset((SHAPES[n % 3], tuple(COLOURS)[n % 8], tuple(MOTIONS)[n % 7]) for n in range(17))
+TRAINED = tuple(c for c in COMBINATIONS if c not in HELD_OUT)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a clip shows: names as in the tables above, sizes in pixels of the short side / 64."""
+
+    shape: str
+    colour: str
+    motion: str
+    background: str
+    radius: float  # at the first frame
+    end_radius: float
+    start: tuple[float, float]  # centre (x, y) at the first frame
+    travel: tuple[float, float]  # from the first to the last frame
+
+
+def caption(scene: Scene, phrasing: str = CANONICAL, motion_phrase: str | None = None) -> str:
+    """The scene in words."""
+    text = phrasing.format(
+        colour=scene.colour, shape=scene.shape, background=scene.background, motion=motion_phrase or scene.motion
+    )
+    return text.replace("a orange", "an orange")
+
+
+def draw_scene(
+    rng: np.random.Generator, height: int, width: int, combination: tuple[str, str, str] | None = None
+) -> Scene:
+    """A random scene whose object stays inside the frame; `combination` fixes (shape, colour, motion)."""
+    if combination is None:
+        combination = TRAINED[rng.integers(len(TRAINED))]
+    shape, colour, motion = combination
+    background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+    unit = min(height, width) / 64
+    _, direction, growth = MOTIONS[motion]
+    small, large = rng.uniform(5.5, 7.5) * unit, rng.uniform(14, 18) * unit
+    steady = rng.uniform(8, 12.5) * unit
+    radius, end_radius = {0: (steady, steady), 1: (small, large), -1: (large, small)}[growth]
+    size = np.array([width, height], dtype=float)
+    room = np.maximum(size - 2 * (max(radius, end_radius) + unit), 0)  # where the centre may go
+    share = rng.uniform(0.65, 1.0)
+    travel = np.array(direction) * room * share
+    low = (size - room) / 2 + np.maximum(-travel, 0)
+    high = (size + room) / 2 - np.maximum(travel, 0)
+    start = rng.uniform(low, high)
+    return Scene(shape, colour, motion, background, radius, end_radius, (start[0], start[1]), (travel[0], travel[1]))
+
+
+def render(scene: Scene, num_frames: int, height: int, width: int) -> np.ndarray:
+    """The clip as uint8 [T, H, W, 3], edges anti-aliased over one pixel."""
+    progress = np.linspace(0, 1, num_frames) if num_frames > 1 else np.zeros(1)
+    progress = progress[:, None, None]
+    x = np.arange(width)[None, None, :] + 0.5 - (scene.start[0] + progress * scene.travel[0])
+    y = np.arange(height)[None, :, None] + 0.5 - (scene.start[1] + progress * scene.travel[1])
+    radius = scene.radius + progress * (scene.end_radius - scene.radius)
+    coverage = np.clip(0.5 - _distance(scene.shape, x, y, radius), 0, 1)[..., None]
+    colour, background = np.array(COLOURS[scene.colour]), np.array(BACKGROUNDS[scene.background])
+    return np.round(background + coverage * (colour - background)).astype(np.uint8)
+
+
+def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Signed distance in pixels to the outline (negative inside) of a shape that fits in `radius`."""
+    if shape == "circle":
+        return np.hypot(x, y) - radius
+    if shape == "square":
+        return np.maximum(np.abs(x), np.abs(y)) - 0.88 * radius
+    half = np.sqrt(3) / 2  # equilateral, apex up, its centroid slightly below the centre so that it fills the disc
+    inner = 0.58 * radius
+    return np.maximum(y - inner, half * np.abs(x) - 0.5 * y - inner)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A rendered clip: `video` uint8 [T, H, W, 3], its caption and the scene behind it."""
+
+    video: np.ndarray
+    text: str
+    scene: Scene
+
+
+def make_clip(seed: int, index: int, num_frames: int, height: int, width: int, held_out: bool = False) -> Clip:
+    """Clip number `index` of the endless set `seed`; `held_out` draws only the combinations kept out of training."""
+    rng = np.random.default_rng((seed, index, int(held_out)))
+    combination = sorted(HELD_OUT)[rng.integers(len(HELD_OUT))] if held_out else None
+    scene = draw_scene(rng, height, width, combination)
+    phrasing = PHRASINGS[rng.integers(len(PHRASINGS))] if rng.random() > 0.3 else CANONICAL
+    phrases = MOTIONS[scene.motion][0]
+    phrase = phrases[rng.integers(len(phrases))] if rng.random() > 0.4 else scene.motion
+    return Clip(render(scene, num_frames, height, width), caption(scene, phrasing, phrase), scene)

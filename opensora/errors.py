@@ -1,0 +1,28 @@
+"""Errors that a user can mend. Each message says what is wrong, where, and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class OpenSoraError(Exception):
+    """Base of every error that a user can mend; the command line prints it as one line and exits with 1."""
+
+
+class ConfigError(OpenSoraError, ValueError):
+    """A setting, flag or configuration file is wrong."""
+
+
+class WeightsError(OpenSoraError):
+    """A checkpoint cannot be found, read, or does not fit the model."""
+
+
+class MediaError(OpenSoraError):
+    """An image or video cannot be read or written."""
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest choice, or an empty string when none is near."""
+    near = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""

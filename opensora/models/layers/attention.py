@@ -1,0 +1,98 @@
+"""One attention function and the two modules (self, cross) that every transformer of this package uses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Rotation = tuple[Tensor, Tensor]  # cos, sin: [L, D] each, float32
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Softmax attention (Vaswani et al. 2017), heads joined: [N, L, H * D].
+
+    q [N, L, H, D]; k, v [N, M, H, D]; keep [N, M] bool is True for real tokens (None: all are real).
+    """
+    mask = None if keep is None else keep[:, None, None, :]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [N, H, L, D]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def rotation_table(freqs: Tensor, length: int) -> Rotation:
+    """cos and sin of the rotary angles of positions 0..length-1, interleaved pairs (Su et al. 2021): [L, D] float32.
+
+    freqs [D / 2] holds the angle per position of each pair.
+    """
+    positions = torch.arange(length, device=freqs.device, dtype=torch.float32)
+    angles = (positions[:, None] * freqs.float()).repeat_interleave(2, dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """x [N, L, H, D] turned by its position: pair (a, b) -> (a cos - b sin, b cos + a sin), computed in float32."""
+    cos, sin = (table[:, None, :] for table in rotation)  # [L, 1, D]
+    pairs = x.float().unflatten(-1, (-1, 2))
+    turned = torch.stack((-pairs[..., 1], pairs[..., 0]), dim=-1).flatten(-2)
+    return (x.float() * cos + turned * sin).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, the quotient in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over x [N, L, C], with optional q/k RMS norm and rotary positions.
+
+    qk_norm_legacy rotates before it normalises (the order of Open-Sora 1.1.0).
+    """
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool = False, qk_norm_legacy: bool = False) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qk_norm_legacy = qk_norm_legacy
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # [N, L, H, D] each
+        if rotation is None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        elif self.qk_norm_legacy:
+            q, k = self.q_norm(rotate(q, rotation)), self.k_norm(rotate(k, rotation))
+        else:
+            q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
+        return self.proj(attention(q, k, v))
+
+
+class CrossAttention(nn.Module):
+    """Tokens x [B, N, C] attend to the text y [B, M, C]; keep [B, M] bool is True for real text tokens."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_linear = nn.Linear(dim, dim)
+        self.kv_linear = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, y: Tensor, keep: Tensor | None = None) -> Tensor:
+        q = self.q_linear(x).unflatten(-1, (self.num_heads, -1))
+        k, v = self.kv_linear(y).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
+        return self.proj(attention(q, k, v, keep))
+
+
+def unpack_text(packed: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Packed text [1, sum(lengths), C] as (y [B, max(lengths), C] padded with zeros, keep [B, max(lengths)])."""
+    y = nn.utils.rnn.pad_sequence(packed[0].split(lengths), batch_first=True)
+    positions = torch.arange(y.shape[1], device=y.device)
+    return y, positions < torch.tensor(lengths, device=y.device)[:, None]

@@ -1,0 +1,192 @@
+"""The video autoencoder of Open-Sora 1.2: a per-frame autoencoder, then a causal temporal one on its latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opensora.models.vae.posterior import DiagonalGaussian
+from opensora.models.vae.vae_temporal import VAE_Temporal, VAE_Temporal_SD
+
+SPATIAL_FACTOR = 8
+SPATIAL_SCALE = 0.18215  # applied whatever the autoencoder's own scaling factor, as the published weights expect
+SD_CONFIG: dict[str, Any] = dict(
+    in_channels=3,
+    out_channels=3,
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+    latent_channels=4,
+)
+
+
+class VideoAutoencoderKL(nn.Module):
+    """A per-frame autoencoder (diffusers' AutoencoderKL in `module`) applied to every frame of a video.
+
+    Args: micro_batch_size: frames that go through it at once (None: all); the rest is AutoencoderKL's configuration,
+    by default that of Stable Diffusion (Rombach et al. 2022).
+    """
+
+    def __init__(self, micro_batch_size: int | None = None, **autoencoder_config: Any) -> None:
+        super().__init__()
+        from diffusers import AutoencoderKL  # takes seconds to import
+
+        self.config = {**SD_CONFIG, **autoencoder_config}
+        self.module = AutoencoderKL(**self.config)
+        self.micro_batch_size = micro_batch_size
+        self.out_channels = self.config["latent_channels"]
+
+    def get_latent_size(self, input_size: Sequence[int | None]) -> list[int | None]:
+        """(T, H, W) of the latent of a video (T, H, W); None stays None."""
+        frames, *sides = input_size
+        return [frames, *(None if side is None else side // SPATIAL_FACTOR for side in sides)]
+
+    def encode(self, x: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> Tensor:
+        """Scaled latents [B, C, T, H / 8, W / 8] of x [B, 3, T, H, W] in [-1, 1]; `sample` False takes the mean."""
+
+        def encode_frames(frames: Tensor) -> Tensor:
+            posterior = DiagonalGaussian(self.moments(frames))
+            return (posterior.sample(generator) if sample else posterior.mean) * SPATIAL_SCALE
+
+        return self._by_frames(encode_frames, x)
+
+    def decode(self, z: Tensor, **_: Any) -> Tensor:
+        """Video [B, 3, T, H * 8, W * 8], about in [-1, 1], of scaled latents z [B, C, T, H, W]."""
+        return self._by_frames(self.decode_frames, z)
+
+    def moments(self, frames: Tensor) -> Tensor:
+        """Mean and log variance [N, 2 C, H / 8, W / 8] of frames [N, 3, H, W]."""
+        return self.module.quant_conv(self.module.encoder(frames))
+
+    def decode_frames(self, z: Tensor) -> Tensor:
+        """Frames [N, 3, H * 8, W * 8] of scaled latents [N, C, H, W]."""
+        return self.module.decoder(self.module.post_quant_conv(z / SPATIAL_SCALE))
+
+    def _by_frames(self, function: Any, x: Tensor) -> Tensor:
+        """`function` over the frames of x [B, C, T, H, W] (all of sample 0 first), micro_batch_size at a time."""
+        batch = x.shape[0]
+        frames = x.transpose(1, 2).flatten(0, 1)  # [B * T, C, H, W]
+        parts = [function(part) for part in frames.split(self.micro_batch_size or len(frames))]
+        return torch.cat(parts).unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+class VideoAutoencoderPipeline(nn.Module):
+    """Spatial then temporal autoencoder; the temporal one sees independent chunks of `micro_frame_size` frames.
+
+    Args: vae_2d, vae_temporal: constructor keywords (a `type` entry and loading keys are ignored) or built modules;
+    micro_frame_size: frames of a chunk (17 become 5 latent frames; None: the whole video at once); micro_batch_size:
+    frames the per-frame autoencoder takes at once; shift, scale: per-channel normalisation of the latent;
+    freeze_vae_2d: do not train the per-frame autoencoder; cal_loss: return what the losses need, not normalised.
+    """
+
+    def __init__(
+        self,
+        vae_2d: dict[str, Any] | nn.Module | None = None,
+        vae_temporal: dict[str, Any] | nn.Module | None = None,
+        freeze_vae_2d: bool = False,
+        cal_loss: bool = False,
+        micro_frame_size: int | None = None,
+        micro_batch_size: int | None = None,
+        shift: float | Sequence[float] = 0.0,
+        scale: float | Sequence[float] = 1.0,
+    ) -> None:
+        super().__init__()
+        self.spatial_vae = _spatial(vae_2d)
+        self.temporal_vae = _temporal(vae_temporal)
+        if micro_batch_size is not None:
+            self.spatial_vae.micro_batch_size = micro_batch_size
+        self.cal_loss = cal_loss
+        self.micro_frame_size = micro_frame_size
+        self.out_channels = self.temporal_vae.out_channels
+        for name, value in (("scale", scale), ("shift", shift)):
+            tensor = torch.as_tensor(value, dtype=torch.float32)
+            self.register_buffer(name, tensor.view(1, -1, 1, 1, 1) if tensor.ndim else tensor)
+        self.config: dict[str, Any] = dict(
+            vae_2d=dict(type="VideoAutoencoderKL", **self.spatial_vae.config),
+            vae_temporal=dict(type="VAE_Temporal", **self.temporal_vae.config),
+            micro_frame_size=micro_frame_size, micro_batch_size=micro_batch_size, shift=shift, scale=scale,
+        )  # fmt: skip
+        if freeze_vae_2d:
+            self.spatial_vae.requires_grad_(False)
+
+    @property
+    def micro_latent_frames(self) -> int | None:
+        """Latent frames of one chunk."""
+        return self.micro_frame_size and self.temporal_vae.get_latent_size([self.micro_frame_size, None, None])[0]
+
+    def get_latent_size(self, input_size: Sequence[int | None]) -> list[int | None]:
+        """(T, H, W) of the latent of a video (T, H, W), chunk by chunk; None stays None."""
+        frames, height, width = self.spatial_vae.get_latent_size(input_size)
+        if frames is None or self.micro_frame_size is None:
+            return self.temporal_vae.get_latent_size([frames, height, width])
+        chunks, rest = divmod(frames, self.micro_frame_size)
+        latent = chunks * self.micro_latent_frames + self.temporal_vae.get_latent_size([rest, None, None])[0]
+        return [latent, height, width]
+
+    def encode(self, x: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> Any:
+        """Normalised latent [B, C, T', H / 8, W / 8] of x [B, 3, T, H, W] in [-1, 1].
+
+        `sample` False takes the mean of both posteriors. With cal_loss: (z, last chunk's posterior, spatial latent).
+        """
+        x_z = self.spatial_vae.encode(x, sample, generator)
+        posterior, parts = None, []
+        for chunk in x_z.split(self.micro_frame_size or x_z.shape[2], dim=2):
+            posterior = self.temporal_vae.encode(chunk)
+            parts.append(posterior.sample(generator) if sample else posterior.mean)
+        z = torch.cat(parts, dim=2)
+        if self.cal_loss:
+            return z, posterior, x_z
+        return (z - self.shift.to(z.dtype)) / self.scale.to(z.dtype)
+
+    def decode(self, z: Tensor, num_frames: int) -> Any:
+        """Video [B, 3, num_frames, H * 8, W * 8] of a normalised latent z; with cal_loss: (video, spatial latent)."""
+        if not self.cal_loss:
+            z = z * self.scale.to(z.dtype) + self.shift.to(z.dtype)
+        size = self.micro_frame_size or num_frames
+        parts = [
+            self.temporal_vae.decode(chunk, num_frames=min(size, num_frames - i * size))
+            for i, chunk in enumerate(z.split(self.micro_latent_frames or z.shape[2], dim=2))
+        ]
+        x_z = torch.cat(parts, dim=2)
+        video = self.spatial_vae.decode(x_z)
+        return (video, x_z) if self.cal_loss else video
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, DiagonalGaussian, Tensor, Tensor]:
+        """(video, decoded spatial latent, posterior, latent, spatial latent) of x: what the losses compare."""
+        if not self.cal_loss:
+            raise ValueError("forward computes the training losses' inputs; build the model with cal_loss=True")
+        z, posterior, x_z = self.encode(x)
+        video, decoded_x_z = self.decode(z, num_frames=x.shape[2])
+        return video, decoded_x_z, posterior, z, x_z
+
+
+_LOADING_KEYS = ("type", "from_pretrained", "subfolder", "local_files_only", "force_huggingface")
+
+
+def _options(part: dict[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (part or {}).items() if key not in _LOADING_KEYS}
+
+
+def _spatial(part: dict[str, Any] | nn.Module | None) -> Any:
+    return part if isinstance(part, nn.Module) else VideoAutoencoderKL(**_options(part))
+
+
+def _temporal(part: dict[str, Any] | nn.Module | None) -> Any:
+    if isinstance(part, nn.Module):
+        return part
+    published = part is None or part.get("type") == "VAE_Temporal_SD"
+    return (VAE_Temporal_SD if published else VAE_Temporal)(**_options(part))
+
+
+def OpenSoraVAE_V1_2(**kwargs: Any) -> VideoAutoencoderPipeline:
+    """The published 1.2 autoencoder: SD's per-frame layout, 17-frame chunks, its latent statistics."""
+    return VideoAutoencoderPipeline(
+        **{
+            "micro_frame_size": 17, "micro_batch_size": 4,
+            "shift": (-0.10, 0.34, 0.27, 0.98), "scale": (3.85, 2.32, 2.33, 3.06), **kwargs,
+        }
+    )  # fmt: skip

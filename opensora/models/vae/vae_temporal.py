@@ -1,0 +1,224 @@
+"""The causal temporal autoencoder of Open-Sora 1.2: 4 frames of per-frame latents into 1 (after MAGVIT-v2, Yu 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from opensora.models.vae.posterior import DiagonalGaussian
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "silu": F.silu, "relu": F.relu, "gelu": F.gelu}
+
+
+class CausalConv3d(nn.Module):
+    """3-D convolution that sees only the present and the past: zeros are padded in time on the past side alone.
+
+    `fold_time` computes it as one 2-D convolution over stacked frames: the same sums, several times faster where 3-D
+    kernels are poor (CPUs); whoever places the model on a device decides.
+    """
+
+    fold_time = False
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, time_stride: int = 1, bias: bool = True):
+        super().__init__()
+        self.kernel, self.time_stride = kernel, time_stride
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride=(time_stride, 1, 1), bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = self.kernel // 2
+        past = self.kernel - 1 + (1 - self.time_stride)
+        if not self.fold_time:
+            return self.conv(F.pad(x, (side, side, side, side, past, 0)))
+        batch = x.shape[0]
+        x = F.pad(x, (0, 0, 0, 0, past, 0)) if past else x
+        x = x.unfold(2, self.kernel, self.time_stride)  # [B, C, T', H, W, k]
+        x = x.permute(0, 2, 5, 1, 3, 4).flatten(2, 3).flatten(0, 1)  # [B * T', k * C, H, W]
+        weight = self.conv.weight.transpose(1, 2).flatten(1, 2)  # [O, k * C, k, k]
+        x = x.contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, weight, self.conv.bias, padding=side).unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+class ResBlock(nn.Module):
+    """Norm, activation, convolution, twice, around a (projected) skip."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int, activation: str) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.norm1 = nn.GroupNorm(num_groups, in_channels)
+        self.conv1 = CausalConv3d(in_channels, out_channels, bias=False)
+        self.norm2 = nn.GroupNorm(num_groups, out_channels)
+        self.conv2 = CausalConv3d(out_channels, out_channels, bias=False)
+        if in_channels != out_channels:
+            self.conv3 = CausalConv3d(in_channels, out_channels, kernel=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.conv3(x) if hasattr(self, "conv3") else x
+        x = self.conv1(self.activation(self.norm1(x)))
+        return skip + self.conv2(self.activation(self.norm2(x)))
+
+
+def _res_blocks(channels: list[int], num_groups: int, activation: str) -> nn.ModuleList:
+    """One block for each step of `channels`, e.g. [64, 128, 128] gives two."""
+    return nn.ModuleList(
+        ResBlock(a, b, num_groups, activation) for a, b in zip(channels[:-1], channels[1:], strict=True)
+    )
+
+
+class Encoder(nn.Module):
+    """[B, C_in, T, H, W] -> [B, 2 * latent_embed_dim, T / factor, H, W]."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, filters: int, multipliers: tuple[int, ...], num_res_blocks: int,
+        temporal_downsample: tuple[bool, ...], num_groups: int, activation: str,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.conv_in = CausalConv3d(in_channels, filters, bias=False)
+        self.block_res_blocks = nn.ModuleList()
+        self.conv_blocks = nn.ModuleList()
+        width = filters
+        for level, multiplier in enumerate(multipliers):
+            wider = filters * multiplier
+            self.block_res_blocks.append(_res_blocks([width] + [wider] * num_res_blocks, num_groups, activation))
+            width = wider
+            if level < len(multipliers) - 1:
+                down = temporal_downsample[level]
+                self.conv_blocks.append(CausalConv3d(width, width, time_stride=2) if down else nn.Identity())
+        self.res_blocks = _res_blocks([width] * (num_res_blocks + 1), num_groups, activation)
+        self.norm1 = nn.GroupNorm(num_groups, width)
+        self.conv2 = CausalConv3d(width, out_channels, kernel=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level, blocks in enumerate(self.block_res_blocks):
+            for block in blocks:
+                x = block(x)
+            if level < len(self.conv_blocks):
+                x = self.conv_blocks[level](x)
+        for block in self.res_blocks:
+            x = block(x)
+        return self.conv2(self.activation(self.norm1(x)))
+
+
+class TimeUpsample(CausalConv3d):
+    """Twice as many frames: a convolution to 2 C channels whose pairs become neighbouring frames."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, 2 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x).unflatten(1, (-1, 2))  # [B, C, 2, T, H, W]
+        return x.transpose(2, 3).flatten(2, 3)
+
+
+class Decoder(nn.Module):
+    """[B, latent_embed_dim, T', H, W] -> [B, C_out, T' * factor, H, W]: the encoder backwards."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, filters: int, multipliers: tuple[int, ...], num_res_blocks: int,
+        temporal_downsample: tuple[bool, ...], num_groups: int, activation: str,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        widths = [filters * multiplier for multiplier in multipliers]
+        self.conv1 = CausalConv3d(in_channels, widths[-1])
+        self.res_blocks = _res_blocks([widths[-1]] * (num_res_blocks + 1), num_groups, activation)
+        above = [*widths[1:], widths[-1]]  # the width that reaches level i from the level above it
+        self.block_res_blocks = nn.ModuleList(
+            _res_blocks([above[i]] + [widths[i]] * num_res_blocks, num_groups, activation) for i in range(len(widths))
+        )
+        self.conv_blocks = nn.ModuleList(
+            TimeUpsample(widths[i + 1]) if up else nn.Identity() for i, up in enumerate(temporal_downsample)
+        )
+        self.norm1 = nn.GroupNorm(num_groups, widths[0])
+        self.conv_out = CausalConv3d(widths[0], out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        for block in self.res_blocks:
+            x = block(x)
+        for level in reversed(range(len(self.block_res_blocks))):
+            for block in self.block_res_blocks[level]:
+                x = block(x)
+            if level > 0:
+                x = self.conv_blocks[level - 1](x)
+        return self.conv_out(self.activation(self.norm1(x)))
+
+
+class VAE_Temporal(nn.Module):
+    """Compresses the frames of per-frame latents by `time_downsample_factor`; each latent sees only its past.
+
+    Args: in_out_channels, latent_embed_dim, embed_dim: channels of the input, inside, and of the latent; filters and
+    channel_multipliers: width of each level; num_res_blocks a level; temporal_downsample: which level transitions
+    halve the frames; num_groups of the group norms; activation_fn: swish, silu, relu or gelu.
+    """
+
+    def __init__(
+        self,
+        in_out_channels: int = 4,
+        latent_embed_dim: int = 4,
+        embed_dim: int = 4,
+        filters: int = 128,
+        num_res_blocks: int = 4,
+        channel_multipliers: tuple[int, ...] = (1, 2, 2, 4),
+        temporal_downsample: tuple[bool, ...] = (True, True, False),
+        num_groups: int = 32,
+        activation_fn: str = "swish",
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = dict(
+            in_out_channels=in_out_channels, latent_embed_dim=latent_embed_dim, embed_dim=embed_dim, filters=filters,
+            num_res_blocks=num_res_blocks, channel_multipliers=tuple(channel_multipliers),
+            temporal_downsample=tuple(temporal_downsample), num_groups=num_groups, activation_fn=activation_fn,
+        )  # fmt: skip
+        if len(temporal_downsample) != len(channel_multipliers) - 1:
+            raise ValueError("temporal_downsample needs one entry fewer than channel_multipliers")
+        if activation_fn not in ACTIVATIONS:
+            raise ValueError(f"activation_fn '{activation_fn}' is not known; choose one of {', '.join(ACTIVATIONS)}")
+        self.time_downsample_factor = 2 ** sum(temporal_downsample)
+        self.out_channels = embed_dim
+        shape = (filters, tuple(channel_multipliers), num_res_blocks, tuple(temporal_downsample), num_groups)
+        self.encoder = Encoder(in_out_channels, 2 * latent_embed_dim, *shape, activation_fn)
+        self.quant_conv = CausalConv3d(2 * latent_embed_dim, 2 * embed_dim, kernel=1)
+        self.post_quant_conv = CausalConv3d(embed_dim, latent_embed_dim, kernel=1)
+        self.decoder = Decoder(latent_embed_dim, in_out_channels, *shape, activation_fn)
+
+    def padding(self, num_frames: int) -> int:
+        """Frames of zeros put before the first one so that the factor divides the length."""
+        return -num_frames % self.time_downsample_factor
+
+    def get_latent_size(self, input_size: tuple[int | None, ...] | list[int | None]) -> list[int | None]:
+        """(T, H, W) of the latent of an input (T, H, W); None stays None."""
+        frames = input_size[0]
+        latent = None if frames is None else (frames + self.padding(frames)) // self.time_downsample_factor
+        return [latent, *input_size[1:]]
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        """The posterior of x [B, C, T, H, W]: mean and log variance [B, embed_dim, T', H, W]."""
+        x = F.pad(x, (0, 0, 0, 0, self.padding(x.shape[2]), 0))
+        return DiagonalGaussian(self.quant_conv(self.encoder(x)))
+
+    def decode(self, z: Tensor, num_frames: int) -> Tensor:
+        """z [B, embed_dim, T', H, W] as [B, C, num_frames, H, W], the padded frames dropped."""
+        x = self.decoder(self.post_quant_conv(z))
+        return x[:, :, self.padding(num_frames) :]
+
+    def forward(self, x: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussian, Tensor]:
+        """(reconstruction, posterior, latent) of x [B, C, T, H, W]."""
+        posterior = self.encode(x)
+        z = posterior.sample() if sample_posterior else posterior.mean
+        return self.decode(z, num_frames=x.shape[2]), posterior, z
+
+
+def VAE_Temporal_SD(**kwargs: Any) -> VAE_Temporal:
+    """The published layout: 128 filters, multipliers 1 2 2 4, halving after the second and third level."""
+    return VAE_Temporal(
+        **{
+            "in_out_channels": 4, "latent_embed_dim": 4, "embed_dim": 4, "filters": 128, "num_res_blocks": 4,
+            "channel_multipliers": (1, 2, 2, 4), "temporal_downsample": (False, True, True), **kwargs,
+        }
+    )  # fmt: skip

@@ -1,0 +1,75 @@
+"""Table of contents: the `type` of a configuration section -> what builds it, imported only when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from opensora.errors import ConfigError, did_you_mean
+
+MODELS = {
+    "STDiT3": "opensora.models.stdit.stdit3:STDiT3",
+    "STDiT3-XL/2": "opensora.models.stdit.stdit3:STDiT3_XL_2",
+    "STDiT3-3B/2": "opensora.models.stdit.stdit3:STDiT3_3B_2",
+}
+AUTOENCODERS = {
+    "OpenSoraVAE_V1_2": "opensora.models.vae.vae:OpenSoraVAE_V1_2",
+    "VideoAutoencoderPipeline": "opensora.models.vae.vae:VideoAutoencoderPipeline",
+    "VideoAutoencoderKL": "opensora.models.vae.vae:VideoAutoencoderKL",
+    "VAE_Temporal": "opensora.models.vae.vae_temporal:VAE_Temporal",
+    "VAE_Temporal_SD": "opensora.models.vae.vae_temporal:VAE_Temporal_SD",
+}
+SCHEDULERS = {"rflow": "opensora.schedulers.rf:RFLOW"}
+TEXT_ENCODERS = {"t5": "opensora.models.text_encoder.t5:T5Encoder"}
+BUILDERS = {**MODELS, **AUTOENCODERS, **SCHEDULERS}
+
+# Keys of a section that say where its weights lie or how upstream accelerated it: not the builder's business.
+LOADING_KEYS = frozenset({"from_pretrained", "subfolder", "local_files_only", "force_huggingface", "cache_dir"})
+ACCELERATION_KEYS = frozenset(
+    {"enable_flash_attn", "enable_layernorm_kernel", "enable_sequence_parallelism", "shardformer"}
+)
+
+
+def check_type(section: str, name: str, table: Mapping[str, str]) -> str:
+    """`name`, when `table` has it. Raises ConfigError with the nearest name otherwise."""
+    if name not in table:
+        raise ConfigError(
+            f"{section} type '{name}' is not known{did_you_mean(name, table) or ';'} choose one of {', '.join(table)}"
+        )
+    return name
+
+
+def resolve(target: str) -> Any:
+    """The object that `module:name` points at."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def build(section: Mapping[str, Any], **extra: Any) -> Any:
+    """The object that a section `dict(type=..., keyword=...)` describes; `extra` keywords come on top.
+
+    Raises ConfigError on an unknown type or keyword, naming the nearest one.
+    """
+    name = check_type("", section["type"], BUILDERS)
+    dropped = LOADING_KEYS | ACCELERATION_KEYS | {"type"}
+    arguments = {key: value for key, value in {**section, **extra}.items() if key not in dropped}
+    known = keywords(name)
+    for key in arguments:
+        if known and key not in known:
+            raise ConfigError(f"{name}: unknown setting '{key}'{did_you_mean(key, known)}")
+    try:
+        return resolve(BUILDERS[name])(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def keywords(name: str) -> set[str]:
+    """The keywords that the builder of a registered `type` takes; empty when it takes any."""
+    builder = resolve(BUILDERS[name])
+    signature = inspect.signature(builder, eval_str=True)
+    if inspect.isfunction(builder):
+        signature = inspect.signature(signature.return_annotation)
+    parameters = signature.parameters.values()
+    return set() if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}

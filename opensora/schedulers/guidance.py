@@ -1,0 +1,69 @@
+"""Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598) as a closure over the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+Denoiser = Callable[..., torch.Tensor]
+
+
+def guided(model: Denoiser, cond: Mapping[str, Any], null: Mapping[str, Any] | None, scale: float) -> Denoiser:
+    """`velocity(x, timestep, **frames) -> [B, C, T, H, W]` = uncond + scale * (cond - uncond), in the dtype of x.
+
+    `model(x, timestep, **arguments)` returns [B, C or more, T, H, W]; only its first C channels are used. `cond` holds
+    its arguments, tensors with the batch first; `null` holds those that differ without the prompt, usually just
+    `y`, so the text mask in `cond` serves both halves. Both run as one batch [cond, uncond] where every pair of tensors
+    has one shape, else as two. At scale exactly 1 only the conditional branch runs and `null` may be None. `frames` are
+    per-step arguments such as `x_mask`.
+
+    Raises ValueError when guidance is asked for without `null`.
+    """
+
+    def predict(arguments: Mapping[str, Any], x: torch.Tensor, timestep: torch.Tensor, **frames: Any) -> torch.Tensor:
+        return model(x, timestep, **arguments, **frames)[:, : x.shape[1]].to(x.dtype)
+
+    def conditional(x: torch.Tensor, timestep: torch.Tensor, **frames: Any) -> torch.Tensor:
+        return predict(cond, x, timestep, **frames)
+
+    if scale == 1:
+        return conditional
+    if null is None:
+        raise ValueError(f"guidance scale {scale} needs the unconditional arguments; pass null, or use scale 1")
+
+    uncond = {**cond, **null}
+    both = _joined(cond, uncond)
+
+    def velocity(x: torch.Tensor, timestep: torch.Tensor, **frames: Any) -> torch.Tensor:
+        if both is None:
+            with_text, without = predict(cond, x, timestep, **frames), predict(uncond, x, timestep, **frames)
+        else:
+            twice = {name: _doubled(value) for name, value in frames.items()}
+            with_text, without = predict(both, _doubled(x), _doubled(timestep), **twice).chunk(2)
+        return without + scale * (with_text - without)
+
+    return velocity
+
+
+def _joined(cond: Mapping[str, Any], uncond: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The arguments of the batch [cond, uncond], or None where the two cannot share a batch."""
+    joined: dict[str, Any] = {}
+    for name, without in uncond.items():
+        value = cond.get(name)
+        if _batched(value) and _batched(without) and value.shape == without.shape:
+            joined[name] = torch.cat([value, without])
+        elif value is without:
+            joined[name] = value
+        else:
+            return None
+    return joined
+
+
+def _batched(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0
+
+
+def _doubled(value: Any) -> Any:
+    return torch.cat([value, value]) if _batched(value) else value

@@ -1,0 +1,121 @@
+"""Training of a diffusion transformer on pre-encoded clips with the rectified-flow loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opensora import components, registry, weights
+from opensora.acceleration.device import keep_allocations_in_heap, pick_device, place
+from opensora.datasets.shape_clips import ShapeClips, to_model
+from opensora.errors import ConfigError
+from opensora.models.text_encoder.cleaning import preprocess
+from opensora.settings import TrainSettings
+from opensora.training.features import Features, encode_once
+from opensora.training.trainer import Loss, Trainer
+
+ENCODE_BATCH = 20
+
+
+def train(settings: TrainSettings) -> Path:
+    """Trains as the settings say; returns the last checkpoint, or the averaged model's folder once all is done."""
+    if settings.scheduler is None or settings.batch_size is None:
+        raise ConfigError("training a diffusion model needs a scheduler and a batch_size")
+    keep_allocations_in_heap()
+    device = pick_device(settings.device)
+    features = _features(settings, device)
+    torch.manual_seed(settings.seed)
+    model = registry.build(settings.model)
+    if source := settings.model.get("from_pretrained"):
+        print(weights.load_weights(model, source))
+    model = place(model, device).train()
+    if settings.compile:
+        model.compile()
+    batches = Batches(features, settings.batch_size, settings.seed, device)
+    loss = flow_loss(model, settings, batches)
+    trainer = Trainer(settings, model, loss, device, batches.per_epoch, settings.model["type"])
+    folder = trainer.run()
+    if trainer.step < trainer.total_steps:
+        return folder
+    final = Path(settings.outputs) / "ema"
+    weights.save_pretrained(trainer.ema.state_dict(), final, {"model_type": settings.model["type"], **model.config})
+    return final
+
+
+class Batches:
+    """Batch n of the endless sequence of shuffled epochs, as a function of n."""
+
+    def __init__(self, features: Features, batch_size: int, seed: int, device: torch.device) -> None:
+        self.features, self.batch_size, self.seed, self.device = features, batch_size, seed, device
+        self.per_epoch = len(features.latents) // batch_size
+        if self.per_epoch == 0:
+            raise ConfigError(
+                f"{len(features.latents)} clips do not fill one batch of {batch_size}: there would be no training step"
+            )
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+
+    def __call__(self, step: int) -> Features:
+        epoch, position = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+            self._epoch, self._order = epoch, torch.randperm(len(self.features.latents), generator=generator)
+        rows = self._order[position * self.batch_size : (position + 1) * self.batch_size]
+        return Features(*(tensor[rows].to(self.device) for tensor in self.features))
+
+
+def flow_loss(model: nn.Module, settings: TrainSettings, batches: Batches) -> Loss:
+    """The rectified-flow loss of a step's batch; text is dropped with the model's class_dropout_prob."""
+    scheduler = registry.build(settings.scheduler)
+    dataset = settings.dataset
+    height, width = dataset["image_size"]
+    frames, fps = dataset["num_frames"], dataset.get("fps", 24)
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        batch = batches(step)
+        size = len(batch.latents)
+        text = batch.text.float()[:, None]  # [B, 1, L, C_text]
+        drop = torch.rand(size, generator=generator) < model.class_dropout_prob
+        text = torch.where(drop.to(text.device)[:, None, None, None], model.null_caption(text.shape[2]), text)
+
+        def rows(value: float) -> Tensor:
+            return torch.full((size,), float(value), device=text.device)
+
+        cond = {"y": text, "mask": batch.mask, "fps": rows(fps), "height": rows(height), "width": rows(width)}
+        return scheduler.training_loss(
+            model, batch.latents.float(), cond, height=height, width=width, num_frames=frames, generator=generator
+        ).mean()
+
+    return loss
+
+
+def _features(settings: TrainSettings, device: torch.device) -> Features:
+    """The data set's latents and text, encoded by the frozen autoencoder and text encoder of the settings."""
+    dataset = settings.dataset or {}
+    if dataset.get("type") != "ShapeClips":
+        raise ConfigError(f"dataset type '{dataset.get('type')}' cannot be trained on yet; use 'ShapeClips'")
+    vae, vae_summary = components.load_vae(settings.vae, device, torch.float32, settings.offline)
+    text_encoder, text_summary = components.load_text_encoder(settings.text_encoder, device, torch.float32)
+    clips = ShapeClips(dataset["num_frames"], dataset["image_size"], ENCODE_BATCH, dataset.get("seed", 0))
+    identity: dict[str, Any] = {
+        "clips": {"frames": clips.num_frames, "image_size": clips.image_size, "seed": clips.seed},
+        "vae": vae_summary.sha256,
+        "text_encoder": text_summary.sha256,
+    }
+
+    @torch.no_grad()
+    def encode(indices: range) -> dict[str, Tensor]:
+        made = [clips.clip(index) for index in indices]
+        videos = to_model([clip.video for clip in made])
+        latents = torch.cat([vae.encode(part.to(device), sample=False).cpu() for part in videos.split(ENCODE_BATCH)])
+        text, mask = text_encoder.encode([preprocess(clip.text) for clip in made])
+        room = text_encoder.model_max_length - mask.shape[1]
+        return {
+            "latents": latents.half(),
+            "text": nn.functional.pad(text[:, 0].half().cpu(), (0, 0, 0, room)),
+            "mask": nn.functional.pad(mask.cpu(), (0, room)),
+        }
+
+    return encode_once(Path(dataset["features"]), dataset["num_clips"], identity, encode)

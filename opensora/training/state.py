@@ -1,0 +1,97 @@
+"""Training checkpoints: one folder each, written whole or not at all, and the way back from them.
+
+Layout (as the documents describe it): `epochE-global_stepN/` holds `model/` (config.json + model.safetensors),
+`ema.pt`, `optimizer/optimizer.pt` and `running_states.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from opensora import weights
+from opensora.errors import WeightsError
+from opensora.training.ema import EMA
+
+NAME = re.compile(r"epoch(\d+)-global_step(\d+)")
+
+
+def experiment_folder(outputs: str, model_type: str) -> Path:
+    """A new folder `outputs/NNN-MODEL`, numbered after the highest number that is there."""
+    root = Path(outputs)
+    root.mkdir(parents=True, exist_ok=True)
+    taken = [int(match[1]) for path in root.iterdir() if (match := re.match(r"(\d{3,})-", path.name))]
+    folder = root / f"{max(taken, default=-1) + 1:03d}-{model_type.replace('/', '-')}"
+    folder.mkdir()
+    return folder
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints of an experiment folder, oldest first."""
+    found = [(int(match[2]), path) for path in folder.iterdir() if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def find_checkpoint(source: str) -> Path:
+    """The checkpoint folder that `source` names: itself, or the newest one of an experiment folder."""
+    folder = Path(source)
+    if not folder.is_dir():
+        raise WeightsError(f"no training checkpoint at '{source}': give an experiment folder or one of its checkpoints")
+    if (folder / "running_states.json").is_file():
+        return folder
+    if found := checkpoints(folder):
+        return found[-1]
+    raise WeightsError(f"'{source}' holds no finished checkpoint (epochE-global_stepN with running_states.json)")
+
+
+def save(
+    folder: Path, model: nn.Module, ema: EMA, optimizer: Any, scaler: Any, position: dict[str, Any], keep: int
+) -> Path:
+    """Writes one checkpoint of `position` = {epoch, step, global_step, batch_size}; drops all but the newest `keep`."""
+    final = folder / f"epoch{position['epoch']}-global_step{position['global_step']}"
+    unfinished = folder / f".{final.name}.tmp"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    (unfinished / "optimizer").mkdir(parents=True)
+    try:
+        weights.save_pretrained(model.state_dict(), unfinished / "model", getattr(model, "config", {}))
+        torch.save(ema.state_dict(), unfinished / "ema.pt")
+        torch.save(
+            {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()},
+            unfinished / "optimizer" / "optimizer.pt",
+        )
+        (unfinished / "running_states.json").write_text(json.dumps(position, indent=1))
+        _sync(unfinished)
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load(source: str, model: nn.Module, ema: EMA, optimizer: Any, scaler: Any) -> dict[str, Any]:
+    """Restores everything `save` wrote and returns its position."""
+    folder = find_checkpoint(source)
+    weights.load_weights(model, folder / "model", rules=())
+    ema.load_state_dict(weights.read_state_dict(folder / "ema.pt"))
+    state = torch.load(folder / "optimizer" / "optimizer.pt", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    return json.loads((folder / "running_states.json").read_text())
+
+
+def _sync(folder: Path) -> None:
+    """Makes sure that the files are on disk before the folder gets its final name."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,123 @@
+"""Training of the video autoencoder, one stage at a time as in the published recipe: frames first, then time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from opensora import registry, weights
+from opensora.acceleration.device import keep_allocations_in_heap, pick_device, place
+from opensora.datasets.shape_clips import ShapeClips
+from opensora.errors import ConfigError
+from opensora.models.vae.posterior import DiagonalGaussian
+from opensora.models.vae.vae import SPATIAL_SCALE, VideoAutoencoderPipeline
+from opensora.settings import TrainSettings
+from opensora.training.trainer import Loss, Trainer, step_generator
+
+Videos = Callable[[int], Tensor]  # step -> [B, 3, T, H, W] in [-1, 1]
+STATISTICS_CLIPS = 256
+
+
+def reconstruction(decoded: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute plus mean squared error: sharp edges and exact colours."""
+    difference = decoded.float() - target
+    return difference.abs().mean() + difference.square().mean()
+
+
+def frame_loss(model: VideoAutoencoderPipeline, settings: TrainSettings, videos: Videos) -> Loss:
+    """The per-frame autoencoder alone: reconstruction + kl_loss_weight * KL per frame."""
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        frames = videos(step).transpose(1, 2).flatten(0, 1)  # [B * T, 3, H, W]
+        posterior = DiagonalGaussian(model.spatial_vae.moments(frames).float())
+        decoded = model.spatial_vae.decode_frames(posterior.sample(generator) * SPATIAL_SCALE)
+        return reconstruction(decoded, frames) + settings.kl_loss_weight * posterior.kl().mean()
+
+    return loss
+
+
+def video_loss(model: VideoAutoencoderPipeline, settings: TrainSettings, videos: Videos) -> Loss:
+    """The temporal autoencoder: errors of the per-frame latents (use_z_rec_loss) and of pixels (use_real_rec_loss)."""
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        x = videos(step)
+        with torch.no_grad() if settings.model.get("freeze_vae_2d") else torch.enable_grad():
+            x_z = model.spatial_vae.encode(x, sample=False).float()
+        posterior = model.temporal_vae.encode(x_z)
+        posterior = DiagonalGaussian(torch.cat((posterior.mean, posterior.logvar), dim=1).float())
+        decoded_x_z = model.temporal_vae.decode(posterior.sample(generator), num_frames=x.shape[2])
+        total = settings.kl_loss_weight * posterior.kl().mean()
+        if settings.use_z_rec_loss:
+            total = total + reconstruction(decoded_x_z, x_z) / SPATIAL_SCALE
+        if settings.use_real_rec_loss:
+            total = total + reconstruction(model.spatial_vae.decode(decoded_x_z), x)
+        return total
+
+    return loss
+
+
+def train_vae(settings: TrainSettings) -> Path:
+    """Trains as the settings say; returns the folder of the averaged model, written once the last step is done.
+
+    The per-frame part is trained alone unless use_z_rec_loss or use_real_rec_loss ask for the temporal one; after
+    that one, shift and scale are set so that latents have mean 0 and deviation 1.
+    """
+    if settings.perceptual_loss_weight:
+        raise ConfigError("perceptual_loss_weight needs the weights of a perceptual network; set it to 0")
+    keep_allocations_in_heap()
+    device = pick_device(settings.device)
+    torch.manual_seed(settings.seed)
+    model: VideoAutoencoderPipeline = registry.build(settings.model)
+    if settings.model.get("from_pretrained"):
+        print(weights.load_weights(model, settings.model["from_pretrained"], rules=()))
+    temporal = settings.use_z_rec_loss or settings.use_real_rec_loss
+    (model.spatial_vae if temporal else model.temporal_vae).requires_grad_(
+        temporal and not settings.model.get("freeze_vae_2d", False)
+    )
+    model = place(model, device).train()
+    data = _dataset(settings)
+    loss = (video_loss if temporal else frame_loss)(model, settings, _mixed(settings, data, device))
+    trainer = Trainer(settings, model, loss, device, settings.ckpt_every, settings.model["type"])
+    folder = trainer.run()
+    if trainer.step < trainer.total_steps:
+        return folder
+    model.load_state_dict(trainer.ema.state_dict())
+    if temporal:
+        _normalise(model.eval(), data, device)
+    final = Path(settings.outputs) / "ema"
+    weights.save_pretrained(model.state_dict(), final, {"model_type": settings.model["type"], **model.config})
+    return final
+
+
+def _dataset(settings: TrainSettings) -> ShapeClips:
+    dataset = settings.dataset or {}
+    if dataset.get("type") != "ShapeClips":
+        raise ConfigError(f"dataset type '{dataset.get('type')}' cannot train an autoencoder yet; use 'ShapeClips'")
+    return ShapeClips(dataset["num_frames"], dataset["image_size"], settings.batch_size or 1, settings.seed)
+
+
+def _mixed(settings: TrainSettings, data: ShapeClips, device: torch.device) -> Videos:
+    """The clips of a step, cut to one frame in mixed_image_ratio of the steps when the strategy is to mix images in."""
+
+    def videos(step: int) -> Tensor:
+        x = data.videos(step).to(device)
+        image = settings.mixed_strategy == "mixed_video_image"
+        chance = torch.rand((), generator=step_generator(settings.seed + 1, step)).item()
+        return x[:, :, :1] if image and chance < settings.mixed_image_ratio else x
+
+    return videos
+
+
+@torch.no_grad()
+def _normalise(model: VideoAutoencoderPipeline, data: ShapeClips, device: torch.device) -> None:
+    """Sets shift and scale to the mean and deviation of each latent channel over clips that training has not seen."""
+    model.shift, model.scale = torch.zeros((), device=device), torch.ones((), device=device)
+    first = 10**9 // data.batch_size
+    batches = range(first, first + -(-STATISTICS_CLIPS // data.batch_size))
+    z = torch.cat([model.encode(data.videos(step).to(device), sample=False).float() for step in batches])
+    model.shift = z.mean(dim=(0, 2, 3, 4)).view(1, -1, 1, 1, 1)
+    model.scale = z.std(dim=(0, 2, 3, 4)).view(1, -1, 1, 1, 1)
+    model.config |= {"shift": model.shift.flatten().tolist(), "scale": model.scale.flatten().tolist()}

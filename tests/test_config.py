@@ -1,0 +1,288 @@
+"""Reading configurations safely, and the settings made from them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import pytest
+
+from opensora.config import find_config, read_config
+from opensora.errors import ConfigError
+from opensora.settings import InferenceSettings, TrainSettings
+from opensora.utils.config_utils import (
+    Parser,
+    add_inference_flags,
+    boolean,
+    inference_settings,
+    parse_inference_args,
+    parse_train_args,
+)
+
+SAMPLE = "configs/opensora-v1-2/inference/sample.py"
+MODEL = {"type": "STDiT3-XL/2"}
+
+
+def read(folder: Path, text: str, name: str = "config.py") -> dict:
+    (folder / name).write_text(text)
+    return read_config(folder / name)
+
+
+def test_reads_plain_values(tmp_path):
+    text = '"""About."""\n_side = 16\nsize = (2 * _side, -_side // 2)\nmodel = dict(type="A" + "B", size=size)\n'
+    text += 'table = {"a": {1: (0.5, None)}}\nscale = 2 / 3\nlr = 10**-4\nnames = ["a"] * 2\n'
+    assert read(tmp_path, text) == {
+        "size": (32, -8),
+        "model": {"type": "AB", "size": (32, -8)},
+        "table": {"a": {1: (0.5, None)}},
+        "scale": 2 / 3,
+        "lr": 1e-4,
+        "names": ["a", "a"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("import os", "an import"),
+        ("from os import path", "an import"),
+        ("x = open('f')", "a call"),
+        ("x = dict([('a', 1)])", "a call"),
+        ("x = __import__('os')", "a call"),
+        ("print(1)", "a call"),
+        ("x = [i for i in (1, 2)]", "a comprehension"),
+        ("x = ().__class__", "attribute access"),
+        ("x = (1, 2)[0]", "indexing"),
+        ("x = f'{1}'", "an f-string"),
+        ("x = lambda: 1", "a function"),
+        ("x = {**{}}", "in a dict"),
+        ("x = 1 << 3", "this operator"),
+        ("def f(): pass", "a function"),
+        ("for i in (1,): pass", "`For`"),
+        ("x, y = 1, 2", "plain names"),
+        ("x = y", "not assigned before"),
+        ("x = 9**9**9", "too large"),
+        ("x = 10.0**1000", "cannot be computed"),
+        ("x = (-1)**0.5", "needs numbers"),
+        ("x = 1 / 0", "cannot be computed"),
+        ("x = 'a' * 10**9", "more than"),
+        ("x = '%999999999d' % 1", "needs numbers"),
+        ("x = 'a' + 1", "needs numbers"),
+        ("x = {[]: 1}", "dict key"),
+        ("x = " + "(" * 150 + "1" + ")" * 150 + "\ny = (", "not valid Python"),
+        ("x = " + "-" * 5000 + "1", "cannot be|not valid"),
+        ("a = [1]\n" + "a = [a]\n" * 60, "levels deep"),
+        ("a = [1] * 10\n" + "a = [a, a, a, a, a, a, a, a]\n" * 20, "more than"),
+        ("a = 2\n" + "a = a * a\n" * 100, "too large"),
+        ("x = 0x" + "f" * 5000, "too large"),
+        ("#" * 1_000_001, "larger than"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_refuses_programs_and_bombs(tmp_path, text, problem):
+    with pytest.raises(ConfigError, match=problem) as failure:
+        read(tmp_path, text)
+    assert "config.py" in str(failure.value)
+
+
+def test_error_says_line_and_remedy(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.py:2: an import is not allowed .*--trust-config"):
+        read(tmp_path, "x = 1\nimport os\n")
+
+
+def test_bases_are_merged(tmp_path):
+    (tmp_path / "sub").mkdir()
+    read(tmp_path, "model = dict(type='A', depth=2)\nvae = dict(type='V', a=1)\nseed = 1\n", "base.py")
+    read(tmp_path, "extra = 5\n", "other.py")
+    text = "_base_ = ['../base.py', '../other.py']\nmodel = dict(depth=4)\nvae = dict(_delete_=True, type='W')\n"
+    assert read(tmp_path, text, "sub/child.py") == {
+        "model": {"type": "A", "depth": 4},
+        "vae": {"type": "W"},
+        "seed": 1,
+        "extra": 5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("base", "problem"),
+    [
+        ("'config.py'", "back to itself"),
+        ("3", "_base_"),
+        ("'gone.py'", "no such file"),
+        ("'/dev/zero'", "no such file"),
+    ],
+)
+def test_wrong_bases(tmp_path, base, problem):
+    with pytest.raises(ConfigError, match=problem):
+        read(tmp_path, f"_base_ = {base}\n")
+
+
+def test_names_of_configurations(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected = find_config(SAMPLE)
+    assert find_config("opensora-v1-2/inference/sample") == expected
+    assert find_config(expected) == expected
+    with pytest.raises(ConfigError, match=r"did you mean 'opensora-v1-2/inference/sample\.py'"):
+        find_config("opensora-v1-2/inference/samples.py")
+
+
+def test_unknown_setting_is_an_error():
+    with pytest.raises(ConfigError, match=r"^sample\.py: unknown setting 'num_frame'; did you mean 'num_frames'\?$"):
+        InferenceSettings.from_config({"num_frame": 1}, "sample.py")
+    with pytest.raises(ConfigError, match=r"sample\.py: setting 'model' is missing"):
+        InferenceSettings.from_config({"num_frames": 1}, "sample.py")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1; it is 0"),
+        ({"batch_size": 1.5}, "batch_size must be int"),
+        ({"num_frames": "-1"}, "num_frames must be at least 1"),
+        ({"fps": 0}, "fps must be at least"),
+        ({"fps": float("nan")}, "fps must be at least"),
+        ({"dtype": "fp8"}, "dtype 'fp8' is not known; choose one of bf16, bfloat16"),
+        ({"image_size": 256}, r"image_size must be \(height, width\)"),
+        ({"image_size": (0, 256)}, r"image_size must be \(height, width\)"),
+        ({"scheduler": {"type": "rflow", "num_sampling_steps": 0}}, "num_sampling_steps must be at least 1"),
+        ({"scheduler": {}}, "scheduler needs a type"),
+        ({"watermark": "False"}, "watermark must be bool"),
+        ({"prompt": [1]}, "prompt must be a list of texts"),
+    ],
+)
+def test_inference_settings_are_checked(setting, message):
+    with pytest.raises(ConfigError, match=f"^s.py: .*{message}"):
+        InferenceSettings.from_config({"model": MODEL, "num_frames": 1, **setting}, "s.py")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"plugin": "ddp"}, "choose one of zero2, zero2-seq"),
+        ({"lr_schedule": "linear"}, "choose one of constant, cosine"),
+        ({"wandb": "False"}, "wandb must be bool"),
+        ({"adam_betas": (0.9, 1.0)}, "adam_betas"),
+        ({"ema_decay": 1.5}, "between 0 and 1"),
+        ({"data_path": "a.csv", "root": "/data"}, "'root' is no longer supported"),
+    ],
+)
+def test_train_settings_are_checked(setting, message):
+    with pytest.raises(ConfigError, match=f"^s.py: .*{message}"):
+        TrainSettings.from_config({"model": MODEL, **setting}, "s.py")
+
+
+def test_legacy_spellings():
+    old = {
+        "model": {"type": "STDiT-XL/2", "enable_flashattn": True},
+        "scheduler": {"type": "dmp-solver", "num_sampling_steps": 20},
+        "num_frames": "16",
+        "dtype": "bfloat16",
+        "reference_path": ["a.png", None],
+    }
+    settings = InferenceSettings.from_config(old, "old.py")
+    assert settings.model == {"type": "STDiT-XL/2", "enable_flash_attn": True}
+    assert settings.scheduler["type"] == "dpm-solver"
+    assert (settings.num_frames, settings.dtype, settings.reference_path) == (16, "bf16", ["a.png", ""])
+
+
+def test_data_settings_of_1_0_move_into_dataset():
+    old = {"model": MODEL, "num_frames": 64, "frame_interval": 2, "image_size": (512, 512), "root": None}
+    old |= {"data_path": "a.csv", "use_image_transform": False, "mask_ratios": {"mask_no": 0.9, "mask_image_head": 0.1}}
+    settings = TrainSettings.from_config(old, "old.py")
+    data = {"type": "VideoTextDataset", "data_path": "a.csv", "num_frames": 64, "frame_interval": 2}
+    assert settings.dataset == data | {"image_size": (512, 512)}
+    assert settings.mask_ratios == {"identity": 0.9, "image_head": 0.1}
+
+
+def test_inference_command_line():
+    argv = [
+        SAMPLE,
+        "--prompt",
+        "a",
+        "b",
+        "--mask-strategy",
+        "-1,0",
+        "0",
+        "--vae_path",
+        "v.pt",
+        "--cfg",
+        "4",
+        "--offline",
+    ]
+    argv += ["--cfg-options", "model.depth=3", "align=None", "camera_motion=pan left", "--text-encoder-path", "t5"]
+    settings = parse_inference_args(argv)
+    assert settings.prompt == ["a", "b"] and settings.mask_strategy == ["-1,0", "0"]
+    assert settings.model["depth"] == 3 and settings.align is None and settings.camera_motion == "pan left"
+    assert (settings.vae["from_pretrained"], settings.text_encoder["from_pretrained"]) == ("v.pt", "t5")
+    assert settings.scheduler["cfg_scale"] == 4.0 and settings.offline and not settings.preview
+    assert settings.output_fps == 24
+
+
+def test_train_command_line():
+    train = "configs/opensora-v1-2/train/stage1.py"
+    assert parse_train_args([train, "--wandb", "True", "--device", "cpu"]).device == "cpu"
+    assert parse_train_args([train, "--wandb"]).wandb and not parse_train_args([train, "--wandb", "False"]).wandb
+    assert parse_train_args([train, "--data-path", "d.csv"]).dataset["data_path"] == "d.csv"
+    assert parse_train_args([train, "--cfg-options", "max_steps=3"]).max_steps == 3
+    with pytest.raises(ConfigError, match="unknown setting 'max_step'"):
+        parse_train_args([train, "--cfg-options", "max_step=3"])
+
+
+def test_switches_in_the_file_stay(tmp_path):
+    read(tmp_path, "prompt_as_path = True\nnum_frames = 1\nmodel = dict(type='A')\n")
+    assert parse_inference_args([str(tmp_path / "config.py")]).prompt_as_path
+
+
+def test_flags_of_another_program():
+    parser = Parser()
+    parser.add_argument("prompts", nargs="*")
+    parser.add_argument("--model", dest="config", default="embedded")
+    add_inference_flags(parser)
+    settings = inference_settings(parser.parse_args(["a cat", "a dog", "--model", SAMPLE, "--prompt", "a cow"]))
+    assert settings.prompt == ["a cat", "a dog", "a cow"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("TRUE", True), ("y", True), ("1", True), ("No", False), ("f", False), ("0", False)]
+)
+def test_boolean(text, value):
+    assert boolean(text) is value
+
+
+@pytest.mark.parametrize("text", ["on", "", "2", " true"])
+def test_not_boolean(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        boolean(text)
+
+
+def test_data_path_without_dataset():
+    with pytest.raises(ConfigError, match=r"--data-path sets dataset\.data_path, but the configuration has no dataset"):
+        parse_inference_args([SAMPLE, "--data-path", "d.csv"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--image-size", "256", "256", "--resolution", "480p"], "image_size"),
+        (["--fps", "12"], "--save-fps"),
+        (["--image-size", "256", "256"], ""),
+        (["--fps", "12", "--save-fps", "12"], ""),
+    ],
+)
+def test_says_which_setting_wins(caplog, argv, message):
+    with caplog.at_level(logging.WARNING, logger="opensora"):
+        parse_inference_args([SAMPLE, *argv])
+    assert message in caplog.text and bool(message) == bool(caplog.text)
+
+
+def test_trusted_configuration_needs_mmengine(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text("size = len('abc')\n")
+    try:
+        import mmengine  # noqa: F401
+    except ImportError:
+        with pytest.raises(ConfigError, match=r"pip install 'opensora\[mmengine\]'"):
+            read_config(path, trust=True)
+    else:
+        assert read_config(path, trust=True) == {"size": 3}

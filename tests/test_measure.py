@@ -1,0 +1,70 @@
+"""Clips of known content, clean and degraded, are measured right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from opensora.datasets.clips import make_clip
+from opensora.datasets.measure import Measured, measure
+from opensora.datasets.video import read_video, write_video
+
+ATTRIBUTES = ("shape", "colour", "motion", "background")
+
+
+def clean(video: np.ndarray, path: Path) -> np.ndarray:
+    return video
+
+
+def noisy(video: np.ndarray, path: Path) -> np.ndarray:
+    soft = video.astype(np.float32)
+    for axis in (1, 2):
+        soft = (np.roll(soft, 1, axis) + 2 * soft + np.roll(soft, -1, axis)) / 4
+    noise = np.random.default_rng(int(video.sum())).normal(0, 6, video.shape)
+    return (soft + noise).round().clip(0, 255).astype(np.uint8)
+
+
+def encoded(video: np.ndarray, path: Path) -> np.ndarray:
+    return read_video(write_video(video, path, fps=8))[0]
+
+
+@pytest.mark.parametrize("degrade", [clean, noisy, encoded])
+def test_rendered_clips(degrade, tmp_path):
+    right = dict.fromkeys(ATTRIBUTES, 0)
+    for index in range(300):
+        clip = make_clip(11, index, 9, 64, 64, held_out=index % 2 == 0)
+        measured = measure(degrade(clip.video, tmp_path / "clip.mp4"))
+        for name in ATTRIBUTES:
+            right[name] += getattr(measured, name) == getattr(clip.scene, name)
+    assert min(right.values()) >= 297, right
+
+
+@pytest.mark.parametrize("size", [(5, 48, 80), (6, 200, 144), (51, 40, 40)])
+def test_other_sizes(size):
+    for index in range(10):
+        clip = make_clip(3, index, *size)
+        expected = Measured(*(getattr(clip.scene, name) for name in ATTRIBUTES))
+        assert measure(noisy(clip.video, Path())) == expected
+
+
+def test_nothing_to_see():
+    assert measure(np.full((5, 64, 64, 3), 110, np.uint8)) == Measured(None, None, None, "gray")
+    assert measure(np.full((5, 64, 64, 3), 255, np.uint8)) == Measured(None, None, None, None)
+    rough = measure(np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8))
+    assert rough.shape is None and rough.motion is None
+
+
+def test_single_frame_has_no_motion():
+    clip = make_clip(0, 0, 1, 64, 64)
+    measured = measure(clip.video)
+    assert measured.motion is None
+    assert (measured.shape, measured.colour) == (clip.scene.shape, clip.scene.colour)
+
+
+def test_a_speck_beside_the_object_is_ignored():
+    clip = make_clip(0, 4, 9, 64, 64)
+    video = clip.video.copy()
+    video[:, :3, :3] = 255 - video[:, :1, :1]
+    assert measure(video) == measure(clip.video)

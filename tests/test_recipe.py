@@ -1,0 +1,115 @@
+"""An output describes itself, in the file and beside it, and both appear or neither."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+
+import numpy as np
+import pytest
+
+from opensora import recipe as module
+from opensora.datasets import video as media
+from opensora.errors import MediaError
+from opensora.recipe import check_folder, frames_digest, make_recipe, read_recipe, write_output
+
+FRAMES = np.random.default_rng(0).integers(0, 256, (4, 15, 16, 3), np.uint8)
+
+
+@pytest.fixture
+def recipe():
+    return make_recipe(
+        prompt="a café in 東京",
+        encoded_prompts=["a café in 東京. aesthetic score: 6.5.", "at night"],
+        seed=42,
+        sample_index=3,
+        settings={"num_frames": 4, "fps": 12.6, "reference_path": None, "image_size": [15, 16]},
+        weights={"model": "sha256:00", "vae": "sha256:01"},
+    )
+
+
+@pytest.mark.parametrize("num_frames, suffix", [(4, ".mp4"), (1, ".png")])
+def test_round_trip(num_frames, suffix, recipe, tmp_path):
+    frames = FRAMES[:num_frames]
+    path = write_output(frames, tmp_path / "sample.v1_0000", 12.6, recipe)
+    assert path == tmp_path / f"sample.v1_0000{suffix}"
+    assert {entry.name for entry in tmp_path.iterdir()} == {path.name, "sample.v1_0000.json"}
+    sidecar = json.loads((tmp_path / "sample.v1_0000.json").read_text(encoding="utf-8"))
+    assert read_recipe(path) == read_recipe(tmp_path / "sample.v1_0000.json") == sidecar
+    assert sidecar["output"] == {
+        "sha256": hashlib.sha256(frames.tobytes()).hexdigest(),
+        "num_frames": num_frames,
+        "height": 15,
+        "width": 16,
+        "fps": 12.6,
+    }
+    assert {name: sidecar[name] for name in recipe} == recipe
+    assert {"opensora", "torch", "platform"} <= set(sidecar["program"])
+
+
+def test_digest_of_an_image_is_that_of_its_pixels(recipe, tmp_path):
+    path = write_output(FRAMES[:1], tmp_path / "a", 24, recipe)
+    assert frames_digest(media.read_image(path)[None]) == read_recipe(path)["output"]["sha256"]
+    assert frames_digest(FRAMES[:, ::-1]) == frames_digest(FRAMES[:, ::-1].copy()) != frames_digest(FRAMES)
+
+
+def test_stripped_metadata_falls_back_to_the_sidecar(recipe, tmp_path):
+    path = write_output(FRAMES, tmp_path / "a.b", 8, recipe)
+    full = read_recipe(path)
+    media.write_video(FRAMES, path, 8)
+    assert read_recipe(path) == full
+    (tmp_path / "a.b.json").unlink()
+    with pytest.raises(MediaError, match="no recipe"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 999}', None])
+def test_broken_recipes(text, tmp_path):
+    if text is not None:
+        (tmp_path / "a.json").write_text(text)
+    with pytest.raises(MediaError):
+        read_recipe(tmp_path / "a.json")
+    with pytest.raises(MediaError):
+        read_recipe(tmp_path / "missing.mp4")
+
+
+def test_check_folder(tmp_path):
+    assert check_folder(tmp_path / "a/b") == tmp_path / "a/b"
+    assert list((tmp_path / "a/b").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file/below", "/proc/self/outputs", "/dev/null/x"):
+        with pytest.raises(MediaError, match="--save-dir") as caught:
+            check_folder(folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_unwritable_folder(recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    for frames in (FRAMES, FRAMES[:1]):
+        with pytest.raises(MediaError, match="cannot be written"):
+            write_output(frames, tmp_path / "file/a", 8, recipe)
+
+
+FAILURES = [(OSError(28, "No space left on device"), MediaError), (KeyboardInterrupt(), KeyboardInterrupt)]
+
+
+@pytest.mark.parametrize("failure, expected", FAILURES)
+@pytest.mark.parametrize("step", ["encode_video", "encode_image", "write_text", "replace"])
+@pytest.mark.parametrize("existing", [False, True])
+def test_failure_leaves_both_or_neither(failure, expected, step, existing, recipe, tmp_path, monkeypatch):
+    frames = FRAMES[:1] if step == "encode_image" else FRAMES
+    if existing:
+        write_output(frames, tmp_path / "a", 8, recipe)
+    before = {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()}
+
+    def fail(*args, **kwargs):
+        raise failure
+
+    owner = {"write_text": module.Path, "replace": os}.get(step, module)
+    monkeypatch.setattr(owner, step, fail)
+    with pytest.raises(expected) as caught:
+        write_output(frames, tmp_path / "a", 8, recipe)
+    assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == before
+    if expected is MediaError:
+        assert "No space left on device" in str(caught.value) and str(tmp_path / "a.") in str(caught.value)
