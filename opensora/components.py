@@ -2,66 +2,86 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from opensora import registry
 from opensora.acceleration.device import place
-from opensora.errors import ConfigError
+from opensora.errors import ConfigError, OpenSoraError, WeightsError
+from opensora.hub import locate, one_line, read_config_json
 from opensora.models.text_encoder.t5 import T5_DROPPED, T5Encoder, make_t5
 from opensora.weight_rules import Drop
-from opensora.weights import Summary, load_weights, locate, read_config_json
+from opensora.weights import Summary, load_weights
 
 DESCRIPTIVE = ("model_type", "type", "architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path")
 TRAINING_ONLY = ("freeze_y_embedder", "only_train_temporal", "drop_path", "freeze_vae_2d", "cal_loss")
+TABLES = {"model": registry.MODELS, "vae": registry.AUTOENCODERS, "text_encoder": registry.TEXT_ENCODERS}
 
 
-def load_model(section: dict[str, Any], device: torch.device, dtype: torch.dtype, **extra: Any) -> tuple[Any, Summary]:
-    """The diffusion transformer of a `model` section, ready for inference; `offline` in `extra` forbids downloads."""
-    return _load(section, registry.MODELS, "model", device, dtype, extra.pop("offline", False), extra)
+def check(section: dict[str, Any], what: str) -> None:
+    """Raises ConfigError unless a "model", "vae" or "text_encoder" section can be built and names its weights."""
+    registry.check_type(what, section["type"], TABLES[what])
+    registry.arguments(section)
+    if not section.get("from_pretrained"):
+        raise ConfigError(f"{what} has no weights: set from_pretrained to a folder, a file or a hub id")
 
 
-def load_vae(section: dict[str, Any], device: torch.device, dtype: torch.dtype, offline: bool = False) -> Any:
+def find(section: dict[str, Any], what: str, offline: bool = False) -> Path:
+    """The local file or folder of a checked section's weights, downloaded if need be; nothing is read.
+
+    Raises WeightsError when they cannot be had.
+    """
+    check(section, what)
+    return locate(section["from_pretrained"], what=what, subfolder=section.get("subfolder"), offline=offline)
+
+
+def load_model(
+    section: dict[str, Any], device: torch.device, dtype: torch.dtype, offline: bool = False
+) -> tuple[Any, Summary]:
+    """The diffusion transformer of a `model` section, ready for inference, and the summary of its weights."""
+    return _load(section, "model", device, dtype, offline)
+
+
+def load_vae(
+    section: dict[str, Any], device: torch.device, dtype: torch.dtype, offline: bool = False
+) -> tuple[Any, Summary]:
     """The video autoencoder of a `vae` section and the summary of its weights."""
-    return _load(section, registry.AUTOENCODERS, "vae", device, dtype, offline, {})
+    return _load(section, "vae", device, dtype, offline)
 
 
 def load_text_encoder(
     section: dict[str, Any], device: torch.device, dtype: torch.dtype, offline: bool = False
 ) -> tuple[T5Encoder, Summary]:
     """The text encoder of a `text_encoder` section and the summary of its weights."""
-    registry.check_type("text_encoder", section["type"], registry.TEXT_ENCODERS)
-    folder = locate(_source(section, "text_encoder"), what="text encoder", offline=offline)
-    encoder = make_t5(read_config_json(folder), folder, section.get("model_max_length", 300), dtype)
-    summary = load_weights(encoder.model, folder, rules=[Drop(pattern) for pattern in T5_DROPPED])
+    path = find(section, "text_encoder", offline)
+    folder = path if path.is_dir() else path.parent
+    try:
+        encoder = make_t5(_config_json(path), folder, section.get("model_max_length", 300), dtype)
+    except OpenSoraError:
+        raise
+    except Exception as error:  # the tokenizer's libraries raise anything
+        raise WeightsError(f"{folder}: no usable T5 configuration and tokenizer ({one_line(error)})") from error
+    summary = load_weights(encoder.model, path, rules=[Drop(pattern) for pattern in T5_DROPPED])
     encoder.model.to(device)
     return encoder, summary
 
 
 def _load(
-    section: dict[str, Any],
-    table: dict[str, str],
-    what: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    offline: bool,
-    extra: dict[str, Any],
+    section: dict[str, Any], what: str, device: torch.device, dtype: torch.dtype, offline: bool
 ) -> tuple[Any, Summary]:
     """Builds on the meta device, then fills strictly. Keywords: the section's win over the checkpoint's config.json."""
-    registry.check_type(what, section["type"], table)
-    path = locate(_source(section, what), what=what, subfolder=section.get("subfolder"), offline=offline)
-    stated = {key: value for key, value in read_config_json(path).items() if key not in DESCRIPTIVE + TRAINING_ONLY}
+    path = find(section, what, offline)
+    stated = {key: value for key, value in _config_json(path).items() if key not in DESCRIPTIVE + TRAINING_ONLY}
     known = registry.keywords(section["type"])
     stated = {key: value for key, value in stated.items() if key in known}
     with torch.device("meta"):
-        model = registry.build({**stated, **section, **extra})
+        model = registry.build({**stated, **section})
     summary = load_weights(model, path, dtype=dtype)
     return place(model.eval().requires_grad_(False), device), summary
 
 
-def _source(section: dict[str, Any], what: str) -> str:
-    source = section.get("from_pretrained")
-    if not source:
-        raise ConfigError(f"{what} has no weights: set from_pretrained to a folder, a file or a hub id")
-    return source
+def _config_json(path: Path) -> dict[str, Any]:
+    """What config.json states about the weights at `path`; a training checkpoint and its ema.pt have it in model/."""
+    return read_config_json(path) or read_config_json((path if path.is_dir() else path.parent) / "model")

@@ -14,6 +14,7 @@ from opensora.errors import WeightsError
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 INDEX = ".index.json"
+EMBEDDED = "embedded:"  # a part of the model that ships with the package
 
 _SMALL = ("*.json", "*.txt", "*.model")
 _ROUNDS = ((*_SMALL, "*.safetensors"), (*_SMALL, "*.bin", "*.pt", "*.pth"))
@@ -31,8 +32,8 @@ def locate(
 ) -> Path:
     """The local file or folder that `source` stands for.
 
-    `source` is a file, a folder or a hub id ("org/name"); a hub id is looked up in the local cache (HF_HOME,
-    HF_HUB_CACHE) and downloaded only when it is not there and neither `offline` nor HF_HUB_OFFLINE forbids it.
+    `source` is a file, a folder, "embedded:PART" or a hub id ("org/name"); an id is looked up in the local cache
+    (HF_HOME, HF_HUB_CACHE) and downloaded only when it is not there and neither `offline` nor HF_HUB_OFFLINE forbids.
     `subfolder` picks a part of a repository; a local folder without it is taken to be that part itself.
     `what` names the thing in messages; `weights=False` asks for configuration and tokenizer files alone.
     Raises WeightsError when nothing is found, within seconds when the hub cannot be reached.
@@ -40,6 +41,8 @@ def locate(
     text = os.fspath(source)
     if not text:
         raise WeightsError(f"{what}: no path and no hub id given")
+    if text.startswith(EMBEDDED):
+        text = os.path.join(os.path.dirname(__file__), "embedded", text.removeprefix(EMBEDDED))
     path = Path(text).expanduser()
     if path.exists():
         part = path / (subfolder or "")

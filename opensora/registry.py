@@ -23,7 +23,7 @@ AUTOENCODERS = {
 }
 SCHEDULERS = {"rflow": "opensora.schedulers.rf:RFLOW"}
 TEXT_ENCODERS = {"t5": "opensora.models.text_encoder.t5:T5Encoder"}
-BUILDERS = {**MODELS, **AUTOENCODERS, **SCHEDULERS}
+BUILDERS = {**MODELS, **AUTOENCODERS, **SCHEDULERS, **TEXT_ENCODERS}
 
 # Keys of a section that say where its weights lie or how upstream accelerated it: not the builder's business.
 LOADING_KEYS = frozenset({"from_pretrained", "subfolder", "local_files_only", "force_huggingface", "cache_dir"})
@@ -35,9 +35,8 @@ ACCELERATION_KEYS = frozenset(
 def check_type(section: str, name: str, table: Mapping[str, str]) -> str:
     """`name`, when `table` has it. Raises ConfigError with the nearest name otherwise."""
     if name not in table:
-        raise ConfigError(
-            f"{section} type '{name}' is not known{did_you_mean(name, table) or ';'} choose one of {', '.join(table)}"
-        )
+        hint = did_you_mean(name, table) or ";"
+        raise ConfigError(f"{section} type '{name}' is not known{hint} choose one of {', '.join(table)}".lstrip())
     return name
 
 
@@ -52,17 +51,23 @@ def build(section: Mapping[str, Any], **extra: Any) -> Any:
 
     Raises ConfigError on an unknown type or keyword, naming the nearest one.
     """
+    found = arguments({**section, **extra})
+    try:
+        return resolve(BUILDERS[section["type"]])(**found)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{section['type']}: {error}") from error
+
+
+def arguments(section: Mapping[str, Any]) -> dict[str, Any]:
+    """What the builder of a section is called with. Raises ConfigError on an unknown type or keyword."""
     name = check_type("", section["type"], BUILDERS)
     dropped = LOADING_KEYS | ACCELERATION_KEYS | {"type"}
-    arguments = {key: value for key, value in {**section, **extra}.items() if key not in dropped}
+    found = {key: value for key, value in section.items() if key not in dropped}
     known = keywords(name)
-    for key in arguments:
+    for key in found:
         if known and key not in known:
             raise ConfigError(f"{name}: unknown setting '{key}'{did_you_mean(key, known)}")
-    try:
-        return resolve(BUILDERS[name])(**arguments)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name}: {error}") from error
+    return found
 
 
 def keywords(name: str) -> set[str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from opensora import components, registry, weights
 from opensora.acceleration.device import keep_allocations_in_heap, pick_device, place
-from opensora.datasets.shape_clips import ShapeClips, to_model
+from opensora.datasets.shape_clips import shape_clips, to_model
 from opensora.errors import ConfigError
 from opensora.models.text_encoder.cleaning import preprocess
 from opensora.settings import TrainSettings
@@ -94,15 +94,19 @@ def flow_loss(model: nn.Module, settings: TrainSettings, batches: Batches) -> Lo
 def _features(settings: TrainSettings, device: torch.device) -> Features:
     """The data set's latents and text, encoded by the frozen autoencoder and text encoder of the settings."""
     dataset = settings.dataset or {}
-    if dataset.get("type") != "ShapeClips":
-        raise ConfigError(f"dataset type '{dataset.get('type')}' cannot be trained on yet; use 'ShapeClips'")
+    clips = shape_clips(dataset, ENCODE_BATCH, dataset.get("seed", 0), "features", "num_clips")
+    for name in ("vae", "text_encoder"):
+        if getattr(settings, name) is None:
+            raise ConfigError(f"training a diffusion model needs a section {name}")
     vae, vae_summary = components.load_vae(settings.vae, device, torch.float32, settings.offline)
-    text_encoder, text_summary = components.load_text_encoder(settings.text_encoder, device, torch.float32)
-    clips = ShapeClips(dataset["num_frames"], dataset["image_size"], ENCODE_BATCH, dataset.get("seed", 0))
+    text_encoder, text_summary = components.load_text_encoder(
+        settings.text_encoder, device, torch.float32, settings.offline
+    )
     identity: dict[str, Any] = {
         "clips": {"frames": clips.num_frames, "image_size": clips.image_size, "seed": clips.seed},
         "vae": vae_summary.sha256,
         "text_encoder": text_summary.sha256,
+        "model_max_length": text_encoder.model_max_length,
     }
 
     @torch.no_grad()
@@ -118,4 +122,4 @@ def _features(settings: TrainSettings, device: torch.device) -> Features:
             "mask": nn.functional.pad(mask.cpu(), (0, room)),
         }
 
-    return encode_once(Path(dataset["features"]), dataset["num_clips"], identity, encode)
+    return encode_once(Path(dataset["features"]), dataset["num_clips"], identity, encode).without_padding()

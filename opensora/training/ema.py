@@ -5,29 +5,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from opensora.errors import WeightsError
+
 
 class EMA:
-    """shadow <- decay * shadow + (1 - decay) * parameter after every step; frozen tensors are taken as they are."""
+    """shadow <- decay * shadow + (1 - decay) * parameter after every step, for trainable parameters but `pos_embed`.
+
+    Every other tensor of the model's state dict stays as it was at the start.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = model
         self.decay = decay
-        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        self.shadow = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        self.averaged = [name for name, p in model.named_parameters() if p.requires_grad and name != "pos_embed"]
 
     @torch.no_grad()
     def update(self) -> None:
         """Moves the shadow towards the model's present parameters."""
         parameters = dict(self.model.named_parameters())
         torch._foreach_lerp_(
-            list(self.shadow.values()), [parameters[name].detach() for name in self.shadow], 1.0 - self.decay
+            [self.shadow[name] for name in self.averaged],
+            [parameters[name].detach() for name in self.averaged],
+            1.0 - self.decay,
         )
 
     def state_dict(self) -> dict[str, Tensor]:
         """A complete state dict of the model, its trainable parameters averaged."""
-        return {**self.model.state_dict(), **self.shadow}
+        return dict(self.shadow)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes the averaged parameters back from `state_dict()`."""
+        """Takes everything back from `state_dict()`. Raises WeightsError when a tensor is missing."""
+        if absent := sorted(self.shadow.keys() - state.keys()):
+            raise WeightsError(f"the averaged weights lack {len(absent)} tensors of the model, such as {absent[0]}")
         for name, tensor in self.shadow.items():
             tensor.copy_(state[name])

@@ -1,6 +1,6 @@
 """Latents and text of a data set, encoded once and kept on disk: training then never runs the frozen encoders.
 
-A features folder holds `features.json` (what was encoded, by which weights) and shards of a fixed number of clips.
+A features folder holds `features.json` (what was encoded, by which weights) and shards named after their clips.
 Encoding resumes at the first missing shard; a folder made from other clips or weights is refused, never mixed.
 """
 
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from opensora import weights
 from opensora.errors import ConfigError
+from opensora.hub import read_json
+from opensora.training.state import replace_text
 
 SHARD = 500
 
@@ -27,6 +28,11 @@ class Features(NamedTuple):
     latents: Tensor
     text: Tensor
     mask: Tensor
+
+    def without_padding(self) -> Features:
+        """The same with the text cut to the longest one's length."""
+        length = int(self.mask.sum(dim=1).max())
+        return Features(self.latents, self.text[:, :length], self.mask[:, :length])
 
 
 Encode = Callable[[range], dict[str, Tensor]]
@@ -39,18 +45,15 @@ def encode_once(folder: Path, num_clips: int, identity: dict[str, Any], encode: 
     with another `identity`.
     """
     _claim(folder, identity)
-    missing = [start for start in range(0, num_clips, SHARD) if not _shard(folder, start).is_file()]
-    if missing:
+    clips = [range(start, min(start + SHARD, num_clips)) for start in range(0, num_clips, SHARD)]
+    files = {folder / f"clips_{part.start:07d}-{part.stop:07d}.safetensors": part for part in clips}
+    if missing := [file for file in files if not file.is_file()]:
         from tqdm import tqdm
 
-        for start in tqdm(missing, desc="encoding clips", unit="shard"):
-            weights.save_file(encode(range(start, start + SHARD)), _shard(folder, start))
-    shards = [load_file(_shard(folder, start)) for start in range(0, num_clips, SHARD)]
-    return Features(*(torch.cat([shard[name] for shard in shards])[:num_clips] for name in Features._fields))
-
-
-def _shard(folder: Path, start: int) -> Path:
-    return folder / f"clips_{start:07d}.safetensors"
+        for file in tqdm(missing, desc="encoding clips", unit="shard"):
+            weights.save_file(encode(files[file]), file)
+    shards = [weights.read_state_dict(file) for file in files]
+    return Features(*(torch.cat([shard[name] for shard in shards]) for name in Features._fields))
 
 
 def _claim(folder: Path, identity: dict[str, Any]) -> None:
@@ -58,11 +61,11 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
     described = folder / "features.json"
     wanted = json.loads(json.dumps(identity))
     if described.is_file():
-        found = json.loads(described.read_text())
+        found = read_json(described)
         if changed := sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key)):
             raise ConfigError(
                 f"{folder} was encoded with another {', '.join(changed)}; remove it or name another features folder"
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    described.write_text(json.dumps(wanted, indent=1))
+    replace_text(described, json.dumps(wanted, indent=1))

@@ -11,14 +11,13 @@ import json
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opensora.acceleration.device import autocast
+from opensora.acceleration.device import training_context
 from opensora.errors import OpenSoraError
 from opensora.settings import TrainSettings
 from opensora.training import state
@@ -36,7 +35,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 class Trainer:
     """Trains `model` on `loss(step, generator) -> scalar Tensor` as the settings say.
 
-    `steps_per_epoch` only names positions (epoch E, step within it). `on_log(step)` runs after each line of the log.
+    `steps_per_epoch` only names positions (epoch E, step within it).
     """
 
     def __init__(
@@ -47,12 +46,11 @@ class Trainer:
         device: torch.device,
         steps_per_epoch: int,
         model_type: str,
-        on_checkpoint: Callable[[int, EMA, Path], None] | None = None,
     ) -> None:
         self.settings, self.model, self.loss, self.device = settings, model, loss, device
         self.steps_per_epoch = max(steps_per_epoch, 1)
         self.total_steps = settings.max_steps or settings.epochs * self.steps_per_epoch
-        self.on_checkpoint = on_checkpoint
+        self.model_type = model_type
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -65,19 +63,29 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "fp16")
         self.ema = EMA(model, settings.ema_decay)
         self.step = 0
-        self.folder = self._open(model_type)
+        self.losses: list[Tensor] = []  # of the steps since the last line of the log
+        self.saved: Path | None = None  # the checkpoint of the present position
+        self.folder = self._open()
 
-    def _open(self, model_type: str) -> Path:
-        """The experiment folder: a new one, or the one that `load` points into, with its state restored."""
-        source = self.settings.load
-        if source is None:
-            return state.experiment_folder(self.settings.outputs, model_type)
-        checkpoint = state.find_checkpoint(source)
-        position = state.load(str(checkpoint), self.model, self.ema, self.optimizer, self.scaler)
-        if not self.settings.start_from_scratch:
-            self.step = position["global_step"]
-        _cut_log(checkpoint.parent / "log.jsonl", self.step)
-        return checkpoint.parent
+    def _open(self) -> Path:
+        """The experiment folder: the one that `load` points into, with its state restored, or a new one.
+
+        A run that does not go on where the newest checkpoint of its folder ends gets a new folder too.
+        """
+        if self.settings.load is None:
+            return state.experiment_folder(self.settings.outputs, self.model_type)
+        checkpoint = state.find_checkpoint(self.settings.load).resolve()
+        position = state.load(checkpoint, self.model, self.ema, self.optimizer, self.scaler)
+        if self.settings.start_from_scratch:
+            return state.experiment_folder(self.settings.outputs, self.model_type)
+        self.step = position["global_step"]
+        self.losses = [torch.tensor(loss, device=self.device) for loss in position.get("losses", ())]
+        self.saved = checkpoint
+        folder = old = checkpoint.parent
+        if state.checkpoints(old)[-1:] != [checkpoint]:
+            folder = state.experiment_folder(self.settings.outputs, self.model_type)
+        _copy_log(old / "log.jsonl", folder / "log.jsonl", self.step)
+        return folder
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then constant or half a cosine down to zero at the last step."""
@@ -90,34 +98,34 @@ class Trainer:
         return self.settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
     def run(self) -> Path:
-        """Trains to the last step, or until max_minutes have passed; returns the last checkpoint's folder."""
+        """Trains to the last step, or until max_minutes have passed; returns the last checkpoint's folder.
+
+        Raises OpenSoraError when the loss or the weights are no longer finite; the checkpoints before that stay.
+        """
         from tqdm import tqdm
 
         started, first = time.monotonic(), self.step
         deadline = started + 60 * self.settings.max_minutes if self.settings.max_minutes else math.inf
-        saved = None
-        losses: list[Tensor] = []
         with tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, mininterval=5) as bar:
             while self.step < self.total_steps and time.monotonic() < deadline:
                 loss, norm = self.train_step()
-                losses.append(loss)
+                self.losses.append(loss)
                 self.step += 1
+                self.saved = None
                 bar.update()
                 if self.step % self.settings.log_every == 0:
                     rate = (self.step - first) / (time.monotonic() - started)
-                    bar.set_postfix(loss=f"{self._log(losses, norm, rate):.4f}")
-                    losses = []
+                    bar.set_postfix(loss=f"{self._log(norm, rate):.4f}")
                 if self.settings.ckpt_every and self.step % self.settings.ckpt_every == 0:
-                    saved = self.save()
-        if saved is None or self.step % self.settings.ckpt_every:
-            saved = self.save()
-        return saved
+                    self.saved = self.save()
+        self.saved = self.saved or self.save()
+        return self.saved
 
     def train_step(self) -> tuple[Tensor, Tensor]:
         """One optimizer step; returns the loss and the gradient norm, both still on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        with autocast(self.device, self.settings.dtype) or nullcontext():
+        with training_context(self.device, self.settings.dtype):
             loss = self.loss(self.step, step_generator(self.settings.seed, self.step))
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -129,25 +137,28 @@ class Trainer:
         return loss.detach(), norm
 
     def save(self) -> Path:
-        """Writes a checkpoint of the present position."""
+        """Writes a checkpoint of the present position; broken weights are refused."""
+        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.parameters]))
+        if not norms.isfinite().all():
+            raise self._broken("the weights are")
         epoch, step = divmod(self.step, self.steps_per_epoch)
-        position = {
+        position: dict[str, Any] = {
             "epoch": epoch, "step": step, "global_step": self.step, "batch_size": self.settings.batch_size,
         }  # fmt: skip
-        folder = state.save(
-            self.folder, self.model, self.ema, self.optimizer, self.scaler, position, self.settings.keep_checkpoints
-        )
-        if self.on_checkpoint is not None:
-            self.on_checkpoint(self.step, self.ema, self.folder)
-        return folder
+        if self.losses:
+            position["losses"] = torch.stack(self.losses).tolist()
+        config = {"model_type": self.model_type, **getattr(self.model, "config", {})}
+        return state.save(
+            self.folder, self.model, config, self.ema, self.optimizer, self.scaler, position,
+            self.settings.keep_checkpoints,
+        )  # fmt: skip
 
-    def _log(self, losses: list[Tensor], norm: Tensor, rate: float) -> float:
-        """Appends the mean of `losses` since the last line to log.jsonl, and returns it."""
-        loss = torch.stack(losses).mean().item()
+    def _log(self, norm: Tensor, rate: float) -> float:
+        """Appends the mean loss since the last line to log.jsonl, and returns it."""
+        loss = torch.stack(self.losses).mean().item()
         if not math.isfinite(loss):
-            raise OpenSoraError(
-                f"the loss is {loss} at step {self.step}; resume from {self.folder} with a lower lr or grad_clip"
-            )
+            raise self._broken("the loss is")
+        self.losses = []
         line: dict[str, Any] = {
             "step": self.step, "loss": loss, "lr": self.learning_rate(self.step - 1), "grad_norm": norm.item(),
             "steps_per_s": round(rate, 3),
@@ -156,9 +167,15 @@ class Trainer:
             file.write(json.dumps(line) + "\n")
         return loss
 
+    def _broken(self, what: str) -> OpenSoraError:
+        good = state.checkpoints(self.folder)
+        again = f"resume with --load {good[-1]}" if good else "start again"
+        return OpenSoraError(f"{what} not finite at step {self.step}; {again}, with a lower lr or grad_clip")
 
-def _cut_log(path: Path, step: int) -> None:
-    """Drops the lines of steps that a resumed run will take again."""
-    if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in lines))
+
+def _copy_log(old: Path, new: Path, step: int) -> None:
+    """Copies the log without the lines of steps that a resumed run will take again; both paths may be one file."""
+    if old.is_file():
+        # A line that is cut off is the last one, of a run that was killed while writing it.
+        lines = [line for line in old.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+        state.replace_text(new, "".join(line for line in lines if json.loads(line)["step"] <= step))

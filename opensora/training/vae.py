@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opensora import registry, weights
 from opensora.acceleration.device import keep_allocations_in_heap, pick_device, place
-from opensora.datasets.shape_clips import ShapeClips
+from opensora.datasets.shape_clips import ShapeClips, shape_clips
 from opensora.errors import ConfigError
 from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.models.vae.vae import SPATIAL_SCALE, VideoAutoencoderPipeline
@@ -39,24 +39,46 @@ def frame_loss(model: VideoAutoencoderPipeline, settings: TrainSettings, videos:
     return loss
 
 
-def video_loss(model: VideoAutoencoderPipeline, settings: TrainSettings, videos: Videos) -> Loss:
-    """The temporal autoencoder: errors of the per-frame latents (use_z_rec_loss) and of pixels (use_real_rec_loss)."""
+def video_loss(model: VideoAutoencoderPipeline, settings: TrainSettings, videos: Videos, period: int | None) -> Loss:
+    """The temporal autoencoder: errors of the per-frame latents (use_z_rec_loss) and of pixels (use_real_rec_loss).
+
+    Where the per-frame part is frozen and the clips repeat after `period` steps, its latents are computed once.
+    """
+    frozen = bool(settings.model.get("freeze_vae_2d"))
+
+    def spatial(step: int) -> Tensor:
+        with torch.set_grad_enabled(not frozen):
+            return model.spatial_vae.encode(videos(step), sample=False).float()
+
+    if frozen and period:
+        spatial = _remembered(spatial, period)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        x = videos(step)
-        with torch.no_grad() if settings.model.get("freeze_vae_2d") else torch.enable_grad():
-            x_z = model.spatial_vae.encode(x, sample=False).float()
+        x_z = spatial(step)
         posterior = model.temporal_vae.encode(x_z)
         posterior = DiagonalGaussian(torch.cat((posterior.mean, posterior.logvar), dim=1).float())
-        decoded_x_z = model.temporal_vae.decode(posterior.sample(generator), num_frames=x.shape[2])
+        decoded_x_z = model.temporal_vae.decode(posterior.sample(generator), num_frames=x_z.shape[2])
         total = settings.kl_loss_weight * posterior.kl().mean()
         if settings.use_z_rec_loss:
             total = total + reconstruction(decoded_x_z, x_z) / SPATIAL_SCALE
         if settings.use_real_rec_loss:
-            total = total + reconstruction(model.spatial_vae.decode(decoded_x_z), x)
+            total = total + reconstruction(model.spatial_vae.decode(decoded_x_z), videos(step))
         return total
 
     return loss
+
+
+def _remembered(compute: Videos, period: int) -> Videos:
+    """`compute(step % period)`, each computed once."""
+    memory: dict[int, Tensor] = {}
+
+    def remembered(step: int) -> Tensor:
+        key = step % period
+        if key not in memory:
+            memory[key] = compute(key)
+        return memory[key]
+
+    return remembered
 
 
 def train_vae(settings: TrainSettings) -> Path:
@@ -78,8 +100,9 @@ def train_vae(settings: TrainSettings) -> Path:
         temporal and not settings.model.get("freeze_vae_2d", False)
     )
     model = place(model, device).train()
-    data = _dataset(settings)
-    loss = (video_loss if temporal else frame_loss)(model, settings, _mixed(settings, data, device))
+    data = shape_clips(settings.dataset, settings.batch_size or 1, settings.seed)
+    videos, period = _mixed(settings, data, device), data.num_clips and data.num_clips // data.batch_size
+    loss = video_loss(model, settings, videos, period) if temporal else frame_loss(model, settings, videos)
     trainer = Trainer(settings, model, loss, device, settings.ckpt_every, settings.model["type"])
     folder = trainer.run()
     if trainer.step < trainer.total_steps:
@@ -92,18 +115,11 @@ def train_vae(settings: TrainSettings) -> Path:
     return final
 
 
-def _dataset(settings: TrainSettings) -> ShapeClips:
-    dataset = settings.dataset or {}
-    if dataset.get("type") != "ShapeClips":
-        raise ConfigError(f"dataset type '{dataset.get('type')}' cannot train an autoencoder yet; use 'ShapeClips'")
-    return ShapeClips(dataset["num_frames"], dataset["image_size"], settings.batch_size or 1, settings.seed)
-
-
 def _mixed(settings: TrainSettings, data: ShapeClips, device: torch.device) -> Videos:
     """The clips of a step, cut to one frame in mixed_image_ratio of the steps when the strategy is to mix images in."""
 
     def videos(step: int) -> Tensor:
-        x = data.videos(step).to(device)
+        x = data.videos(step).to(device)  # [B, 3, T, H, W]
         image = settings.mixed_strategy == "mixed_video_image"
         chance = torch.rand((), generator=step_generator(settings.seed + 1, step)).item()
         return x[:, :, :1] if image and chance < settings.mixed_image_ratio else x

@@ -9,7 +9,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from opensora.config import find_config, read_config
 from opensora.errors import ConfigError, OpenSoraError
@@ -70,7 +70,7 @@ INFERENCE = (
     Flag("end-index", int, "the prompt to stop before"),
     Flag("num-sample", int, "results for each prompt"),
     Flag("prompt-as-path", None, "name the results after their prompts"),
-    Flag("verbose", int, "0 quiet, 1 progress over prompts, 2 progress over steps too"),
+    Flag("verbose", int, "0 hides the progress of sampling"),
     Flag("prompt-path", str, "text file with one prompt a line"),
     Flag("prompt", str, "prompts", "+"),
     Flag("llm-refine", boolean, "let a language model refine the prompts"),
@@ -118,6 +118,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # the rule of Python 3.14, for all versions
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
         name, equals, value = option_string.partition("=")
@@ -232,14 +235,16 @@ def _tell_what_wins(merged: dict[str, Any], args: argparse.Namespace) -> None:
 
 
 def run_program(program: Callable[[], Any]) -> int:
-    """Runs a program for the command line; a user's error becomes one line on stderr and exit code 1."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    """The exit code of a program: its own number or 0; 1 after a user's error, told in one line; 130 after Ctrl-C."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for library in ("httpx", "httpx2", "transformers", "diffusers", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        program()
+        result = program()
     except OpenSoraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted; nothing half-written was left", file=sys.stderr)
         return 130
-    return 0
+    return result if isinstance(result, int) else 0

@@ -23,9 +23,10 @@ model = dict(
 )
 vae = dict(type="VideoAutoencoderPipeline", from_pretrained="outputs/embedded/vae_temporal/ema")
 text_encoder = dict(type="t5", from_pretrained="opensora/embedded/text_encoder", model_max_length=32)
-scheduler = dict(type="rflow", sample_method="logit-normal")
+scheduler = dict(type="rflow", sample_method="logit-normal", loc=0.3, scale=1.2)
 
 dtype = "bf16"
+compile = True
 seed = 4
 outputs = "outputs/embedded/stdit3"
 batch_size = 32

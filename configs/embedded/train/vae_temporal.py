@@ -1,7 +1,7 @@
 # Embedded model, stage 2: the temporal part of its autoencoder, on the frozen per-frame latents of rendered clips.
 _base_ = "vae_2d.py"
 
-dataset = dict(num_frames=17)
+dataset = dict(num_frames=17, num_clips=3200)
 model = dict(freeze_vae_2d=True, from_pretrained="outputs/embedded/vae_2d/ema")
 mixed_strategy = "mixed_video_image"
 mixed_image_ratio = 0.1

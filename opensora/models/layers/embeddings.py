@@ -114,7 +114,7 @@ def position_embedding_2d(
     dim: int,
     height: int,
     width: int,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     base_size: int | None = None,
     device: torch.device | None = None,
 ) -> Tensor:

@@ -168,7 +168,7 @@ class STDiT3(nn.Module):
         dtype = self.x_embedder.proj.weight.dtype
         tokens = self.x_embedder(x.to(dtype))
         rows, columns = (-(-grid[axis] // self.patch_size[axis]) for axis in (1, 2))
-        scale = (float(height[0]) * float(width[0])) ** 0.5 / self.input_sq_size
+        scale = (height[0].float() * width[0].float()).sqrt() / self.input_sq_size
         base_size = round((rows * columns) ** 0.5)
         positions = position_embedding_2d(self.hidden_size, rows, columns, scale, base_size, x.device)
         return tokens + positions.to(dtype), self.modulation(timestep, fps, x_mask), grid

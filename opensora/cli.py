@@ -1,0 +1,85 @@
+"""The command `opensora`: one thin verb per job."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from opensora import __version__
+from opensora.settings import InferenceSettings
+from opensora.utils.config_utils import Parser, add_inference_flags, inference_settings, run_program
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; 0 when it did its job, 1 on an error that the user can mend, 130 on Ctrl-C."""
+    args = _parser().parse_args(argv)
+    return run_program(lambda: args.run(args))
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="opensora", description="Text in, video out.")
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    generate = verbs.add_parser("generate", help="make videos or images from prompts")
+    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to show")
+    generate.add_argument(
+        "--model", dest="config", default="embedded", help="'embedded', or a configuration file (default: embedded)"
+    )
+    add_inference_flags(generate)
+    generate.set_defaults(run=_generate)
+
+    replay = verbs.add_parser("replay", help="make an output again from its own recipe and compare")
+    replay.add_argument("file", help="an mp4, png or recipe .json that opensora wrote")
+    replay.add_argument("--save-dir", default="./samples/replay", help="folder for the result")
+    replay.add_argument("--device", help="device to run on")
+    for flag, part in (("--ckpt-path", "model"), ("--vae-path", "vae"), ("--text-encoder-path", "text_encoder")):
+        replay.add_argument(flag, dest=part, help=f"where the weights of the {part.replace('_', ' ')} lie now")
+    replay.set_defaults(run=_replay)
+
+    inspect = verbs.add_parser("inspect", help="say what a checkpoint holds")
+    inspect.add_argument("path", help="a file, a folder or a hub id")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _generate(args: argparse.Namespace) -> int:
+    if (args.resolution or args.aspect_ratio) and not args.image_size:
+        args.cfg_options = ["image_size=None", *(args.cfg_options or [])]  # the flags beat the file's image_size
+    return generate(inference_settings(args))
+
+
+def generate(settings: InferenceSettings) -> int:
+    """Makes what the settings ask for and prints the path of each result."""
+    from opensora.pipeline import VideoPipeline
+
+    for output in VideoPipeline.from_settings(settings).generate():
+        print(output.path, flush=True)
+        if output.preview:
+            print(output.preview, flush=True)
+    return 0
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from opensora.replay import replay
+
+    weights = {"model": args.model, "vae": args.vae, "text_encoder": args.text_encoder}
+    result = replay(args.file, args.save_dir, args.device, weights)
+    print(result.output.path)
+    if result.identical:
+        print("identical: every decoded frame has the same bytes")
+        return 0
+    print(f"different: {', '.join(result.differences) or 'same weights and versions, other frames'}")
+    return 1
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from opensora.weights import inspect
+
+    print(inspect(args.path))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

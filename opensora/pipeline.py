@@ -1,0 +1,299 @@
+"""From a request to files: check, encode the text, sample latents, decode, write each result with its recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opensora import components, prompts, registry
+from opensora.acceleration.device import inference_dtype, keep_allocations_in_heap, pick_device
+from opensora.datasets import video
+from opensora.datasets.aspect import get_image_size, get_num_frames
+from opensora.errors import ConfigError
+from opensora.models.sizes import size_conditioning
+from opensora.noise import initial_noise
+from opensora.recipe import check_folder, make_recipe, write_output
+from opensora.settings import InferenceSettings
+from opensora.weights import Summary
+
+logger = logging.getLogger("opensora")
+
+SPATIAL_FACTOR = 8
+PARTS = ("text_encoder", "vae", "model")  # in the order in which they are read
+# Settings of the documents that this version cannot follow: setting -> the values that ask for nothing.
+NOT_YET = {
+    "loop": (1,),
+    "reference_path": (None,),
+    "mask_strategy": (None,),
+    "llm_refine": (False,),
+    "watermark": (False,),
+    "prompt_generator": ("",),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One result to make: the prompt as given and as encoded, which of its samples, and where it goes."""
+
+    prompt: str
+    encoded: str
+    sample: int
+    path: str  # without suffix
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is asked of the models (frames, height, width in pixels) and what comes out of the autoencoder."""
+
+    num_frames: int
+    height: int
+    width: int
+
+    @property
+    def output(self) -> tuple[int, int]:
+        """Height and width of the result: whole latents only."""
+        return self.height // SPATIAL_FACTOR * SPATIAL_FACTOR, self.width // SPATIAL_FACTOR * SPATIAL_FACTOR
+
+
+@dataclass(frozen=True)
+class Output:
+    """A result: where it lies, its frames uint8 [T, H, W, 3], and the preview's path if one was asked for."""
+
+    path: Path
+    frames: np.ndarray
+    preview: Path | None = None
+
+
+class VideoPipeline:
+    """Makes the videos of an inference request.
+
+    Everything that can be refused is refused on construction, before any weight is read. Every sample is denoised by
+    itself, from noise keyed by (seed, number of the sample of its prompt, loop): its bits do not depend on the batch
+    size, on the other prompts or on its place among them.
+    """
+
+    def __init__(self, settings: InferenceSettings) -> None:
+        self.settings = settings
+        _check_supported(settings)
+        self.size = _size(settings)
+        self.device = pick_device(settings.device)
+        self.dtype = inference_dtype(self.device, settings.dtype)
+        self.scheduler = registry.build(settings.scheduler)
+        size, kind = self.size, settings.multi_resolution or "STDiT2"
+        side = (size.height, size.width)
+        self.conditioning = size_conditioning(kind, 1, side, size.num_frames, settings.fps, device=self.device)
+        self.requests = _requests(settings)
+        self.summaries: dict[str, Summary] = {}
+
+    @classmethod
+    def from_settings(cls, settings: InferenceSettings) -> VideoPipeline:
+        """The pipeline of checked settings; weights are read when they are first needed."""
+        return cls(settings)
+
+    def generate(self) -> Iterator[Output]:
+        """Makes and writes the results one after the other.
+
+        With `prompt_as_path`, those that exist are kept. All weights are located before any is read.
+        """
+        if not self.requests:
+            raise ConfigError("there is no prompt: give one, or --prompt-path with a file of prompts")
+        wanted = [request for request in self.requests if not self._exists(request)]
+        if not wanted:
+            return
+        with _output_folder(self.settings.save_dir):
+            for part in PARTS:
+                components.find(getattr(self.settings, part), part, self.settings.offline)
+            texts = self.encode_texts([request.encoded for request in wanted])
+            for request in wanted:
+                with _memory_advice(self.size):
+                    frames = self.make(texts[request.encoded], request.sample)
+                yield self._write(request, frames)
+
+    def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
+        """Features [1, 1, L, C] of each text, at its real length; the text encoder is freed afterwards."""
+        keep_allocations_in_heap()
+        settings = self.settings
+        encoder, self.summaries["text_encoder"] = components.load_text_encoder(
+            settings.text_encoder, self.device, self.dtype, settings.offline
+        )
+        logger.info("text encoder  %s", self.summaries["text_encoder"])
+        return {text: encoder.encode([text])[0].to(self.dtype) for text in dict.fromkeys(texts)}
+
+    @cached_property
+    def vae(self) -> Any:
+        """The video autoencoder."""
+        vae, self.summaries["vae"] = components.load_vae(
+            self.settings.vae, self.device, self.dtype, self.settings.offline
+        )
+        logger.info("autoencoder   %s", self.summaries["vae"])
+        return vae
+
+    @cached_property
+    def model(self) -> Any:
+        """The diffusion transformer."""
+        settings, made = self.settings, self.vae.out_channels
+        model, self.summaries["model"] = components.load_model(
+            settings.model, self.device, self.dtype, settings.offline
+        )
+        logger.info("model         %s", self.summaries["model"])
+        if model.in_channels != made:
+            raise ConfigError(f"the model takes {model.in_channels} latent channels, but the autoencoder makes {made}")
+        return model
+
+    @torch.no_grad()
+    def make(self, text: Tensor, sample: int) -> np.ndarray:
+        """The frames uint8 [T, H, W, 3] of sample number `sample` of a prompt with these text features."""
+        size, model = self.size, self.model
+        _check_text(text, model.config)
+        latent_size = self.vae.get_latent_size((size.num_frames, size.height, size.width))
+        noise = initial_noise(self.settings.seed, sample, 0, (self.vae.out_channels, *latent_size))
+        latents = self.scheduler.sample(
+            model,
+            noise[None].to(self.device),
+            {"y": text, **self.conditioning},
+            {"y": model.null_caption(text.shape[2]).to(text)},
+            height=size.height,
+            width=size.width,
+            num_frames=size.num_frames,
+            progress=self.settings.verbose > 0,
+        )
+        decoded = self.vae.decode(latents.to(self.dtype), num_frames=size.num_frames)
+        return video.to_uint8(decoded[0].float())
+
+    def _exists(self, request: Request) -> bool:
+        path = Path(f"{request.path}.{'png' if self.size.num_frames == 1 else 'mp4'}")
+        exists = self.settings.prompt_as_path and path.is_file()
+        if exists:
+            logger.info("%s exists and is kept", path)
+        return exists
+
+    def _write(self, request: Request, frames: np.ndarray) -> Output:
+        recipe = make_recipe(
+            prompt=request.prompt,
+            encoded_prompts=[request.encoded],
+            seed=self.settings.seed,
+            sample_index=request.sample,
+            settings=dataclasses.asdict(self.settings),
+            weights={name: summary.sha256 for name, summary in self.summaries.items()},
+        )
+        path = write_output(frames, request.path, self.settings.output_fps, recipe)
+        if not self.settings.preview:
+            return Output(path, frames)
+        preview = Path(f"{request.path}.preview.png")
+        return Output(path, frames, video.write_image(video.contact_sheet(frames), preview))
+
+
+def _check_supported(settings: InferenceSettings) -> None:
+    for section in (*PARTS, "scheduler"):
+        if getattr(settings, section) is None:
+            raise ConfigError(f"the configuration has no {section}; add {section} = dict(type=..., ...)")
+    for name, nothing in NOT_YET.items():
+        value = getattr(settings, name)
+        if value not in nothing and any(value if isinstance(value, list) else [value]):
+            raise ConfigError(f"{name} is not supported yet; leave it out")
+    for part in PARTS:
+        components.check(getattr(settings, part), part)
+    registry.check_type("scheduler", settings.scheduler["type"], registry.SCHEDULERS)
+
+
+def _size(settings: InferenceSettings) -> Size:
+    """The size asked for. Raises ConfigError when it is unknown or the autoencoder cannot make it."""
+    num_frames = get_num_frames(settings.num_frames)
+    if settings.image_size is not None:
+        height, width = settings.image_size
+    elif settings.resolution and settings.aspect_ratio:
+        height, width = get_image_size(settings.resolution, settings.aspect_ratio)
+    else:
+        raise ConfigError("the size is missing: give --image-size H W, or --resolution and --aspect-ratio")
+    if min(height, width) < SPATIAL_FACTOR:
+        raise ConfigError(
+            f"image_size {height}x{width} is too small: the autoencoder needs {SPATIAL_FACTOR} pixels a side"
+        )
+    size = Size(num_frames, height, width)
+    if size.output != (height, width):
+        logger.info("frames of %dx%d are made for %dx%d: sides are multiples of 8", *size.output, height, width)
+    return size
+
+
+def _requests(settings: InferenceSettings) -> list[Request]:
+    """The results to make, in order. File numbers count from the first prompt of the list, whatever slice is made."""
+    texts = settings.prompt
+    if not texts and settings.prompt_path:
+        texts = prompts.load_prompts(settings.prompt_path)
+    requests = []
+    for index, text in list(enumerate(texts or []))[settings.start_index : settings.end_index]:
+        _check_prompt(text)
+        encoded = prompts.prepare(text, aes=settings.aes, flow=settings.flow, camera_motion=settings.camera_motion)
+        for sample in range(settings.num_sample):
+            path = prompts.save_path_name(
+                settings.save_dir,
+                settings.sample_name,
+                index,
+                text,
+                settings.prompt_as_path,
+                settings.num_sample,
+                sample,
+            )
+            requests.append(Request(text, encoded, sample, path))
+    return requests
+
+
+def _check_prompt(text: str) -> None:
+    prompts.check_prompt(text)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"prompt {text!r} is not UTF-8 text") from error
+    if prompts.split_json(text)[1] or prompts.split_segments(text)[1] is not None:
+        raise ConfigError(f"prompt {text!r}: references and |loop| texts are not supported yet; give one plain text")
+    if not prompts.prepare(text).strip():
+        raise ConfigError(f"prompt {text!r} is empty once cleaned; describe the video in English words")
+
+
+def _check_text(text: Tensor, config: dict[str, Any]) -> None:
+    """Raises ConfigError when a model of this configuration cannot take text features [1, 1, L, C]."""
+    channels, longest = config["caption_channels"], config["model_max_length"]
+    if text.shape[3] != channels:
+        raise ConfigError(f"the model takes {channels} text channels, but the text encoder makes {text.shape[3]}")
+    if text.shape[2] > longest:
+        raise ConfigError(
+            f"a prompt has {text.shape[2]} tokens, but the model takes {longest}; "
+            f"shorten it, or cut it with --cfg-options text_encoder.model_max_length={longest}"
+        )
+
+
+@contextmanager
+def _output_folder(path: str) -> Iterator[None]:
+    """Checks that `path` can be written to, and removes the folders made for it if nothing was written."""
+    folder = Path(path)
+    made = [part for part in (folder, *folder.parents) if not part.exists()]
+    try:
+        check_folder(folder)
+        yield
+    finally:
+        for part in made:
+            with suppress(OSError):
+                part.rmdir()
+
+
+@contextmanager
+def _memory_advice(size: Size) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise ConfigError(
+            f"memory does not suffice for {size.num_frames} frames of {size.height}x{size.width}; "
+            "ask for a smaller size or fewer frames"
+        ) from error

@@ -1,0 +1,77 @@
+"""Makes an output again from its recipe alone, and says whether the result is identical."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from opensora import components
+from opensora.errors import ConfigError, MediaError, WeightsError
+from opensora.pipeline import PARTS, Output, VideoPipeline
+from opensora.recipe import Recipe, read_recipe
+from opensora.settings import InferenceSettings
+
+
+class Replay(NamedTuple):
+    """The repeated output, whether its decoded frames are the same bytes, and what may explain a difference."""
+
+    output: Output
+    identical: bool
+    differences: list[str]
+
+
+def replay(
+    file: str | Path, save_dir: str | Path, device: str | None = None, weights: Mapping[str, str | None] | None = None
+) -> Replay:
+    """Repeats the output `file` into `save_dir`.
+
+    `weights` says where a part ("model", "vae", "text_encoder") lies now, if not where the recipe says. Raises
+    MediaError when the file holds no usable recipe, and what generation raises.
+    """
+    recipe = read_recipe(file)
+    try:
+        settings = _settings(recipe, Path(file), Path(save_dir), device, weights or {})
+        sample, expected = recipe["sample_index"], recipe["output"]["sha256"]
+        then = [dict(recipe[topic]) for topic in ("weights", "program")]
+    except ConfigError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MediaError(f"{file}: its recipe is incomplete or damaged ({error!r})") from error
+    pipeline = VideoPipeline(settings)
+    # Every sample of a prompt is made by itself: only the one asked for stays.
+    pipeline.requests = [request for request in pipeline.requests if request.sample == sample]
+    _check_weights(settings)
+    output = next(pipeline.generate())
+    again = read_recipe(output.path)
+    differences = [f"other {part} weights" for part, sha256 in again["weights"].items() if then[0].get(part) != sha256]
+    differences += [
+        f"{name} {then[1].get(name)} then, {version} now"
+        for name, version in again["program"].items()
+        if then[1].get(name) != version
+    ]
+    return Replay(output, again["output"]["sha256"] == expected, differences)
+
+
+def _settings(
+    recipe: Recipe, file: Path, save_dir: Path, device: str | None, weights: Mapping[str, str | None]
+) -> InferenceSettings:
+    settings = recipe["settings"]
+    if save_dir.resolve() == Path(settings["save_dir"]).resolve():
+        raise ConfigError(f"{save_dir} is where the original lies; choose another --save-dir")
+    changed = {
+        "prompt": [recipe["prompt"]], "prompt_path": None, "start_index": 0, "end_index": None,
+        "prompt_as_path": False, "save_dir": str(save_dir), "sample_name": f"{file.stem}-replay",
+        "device": device or settings["device"],
+    }  # fmt: skip
+    changed |= {part: {**settings[part], "from_pretrained": source} for part, source in weights.items() if source}
+    return InferenceSettings.from_config({**settings, **changed}, f"{file}: recipe")
+
+
+def _check_weights(settings: InferenceSettings) -> None:
+    try:
+        for part in PARTS:
+            components.find(getattr(settings, part), part, settings.offline)
+    except WeightsError as error:
+        flags = "--ckpt-path, --vae-path or --text-encoder-path"
+        raise WeightsError(f"{error}; if the weights of the recipe have moved, say where with {flags}") from error

@@ -1,0 +1,9 @@
+"""Generates from a configuration: python scripts/inference.py CONFIG [--prompt "..."] [flags]."""
+
+import sys
+
+from opensora.cli import generate
+from opensora.utils.config_utils import parse_inference_args, run_program
+
+if __name__ == "__main__":
+    sys.exit(run_program(lambda: generate(parse_inference_args())))

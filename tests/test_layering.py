@@ -1,0 +1,226 @@
+"""The layers of docs/structure.md, held over the syntax tree of every module, so that nothing has to be imported."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Imports point down, or stay on a layer. Inside opensora/ each file has its own row, and so has each package below.
+LAYERS = {
+    "scripts": 4,
+    "opensora.cli": 4,
+    "opensora.utils": 4,
+    "opensora.pipeline": 3,
+    "opensora.replay": 3,
+    "opensora.training": 3,
+    "opensora.acceleration": 2,
+    "opensora.components": 2,
+    "opensora.hub": 2,
+    "opensora.prompts": 2,
+    "opensora.recipe": 2,
+    "opensora.registry": 2,
+    "opensora.weight_rules": 2,
+    "opensora.weights": 2,
+    "opensora.datasets": 1,
+    "opensora.models": 1,
+    "opensora.schedulers": 1,
+    "opensora": 0,
+    "opensora.config": 0,
+    "opensora.errors": 0,
+    "opensora.noise": 0,
+    "opensora.settings": 0,
+}
+STRANGERS = {"opensora.datasets", "opensora.models", "opensora.schedulers"}  # never import one another
+PURE = ("opensora.models", "opensora.schedulers")  # arithmetic: tensors in, tensors out
+
+FILES = {"glob", "io", "json", "os", "pathlib", "pickle", "shutil", "tempfile", "urllib.request", "zipfile"}
+FILE_CALLS = {"open", "read_bytes", "read_text", "write_bytes", "write_text", "from_pretrained", "save_pretrained"}
+CHECKPOINTS = {"safetensors", "torch.load", "torch.save", "huggingface_hub"}
+MEDIA = {"av", "PIL"}
+DEVICES = {"cpu", "cuda", "mps", "npu", "xpu"}
+COMMAND_LINE = {"argparse", "sys.argv", "click", "typer"}
+SLOW = {"PIL", "av", "bs4", "diffusers", "ftfy", "huggingface_hub", "mmengine", "sentencepiece", "transformers"}
+NEVER = {"apex", "colossalai", "cv2", "decord", "flash_attn", "torchvision", "xformers"}
+
+# (what it uses, where) -> why it may
+EXCEPTIONS = {
+    ("pathlib", "opensora.models.text_encoder.t5"): "the tokenizer is a file",
+    ("from_pretrained()", "opensora.models.text_encoder.t5"): "transformers reads the tokenizer from its folder",
+    ("'cpu'", "opensora.weights"): "a checkpoint is read into host memory, whatever the model runs on",
+    ("'cpu'", "opensora.training.state"): "the same, for the state of an optimizer",
+    ("torch.load", "opensora.training.state"): "an optimizer's state, written by the same module, is no model",
+    ("torch.save", "opensora.training.state"): "the same, and ema.pt as the documents name it",
+    ("safetensors", "scripts.train_text_encoder"): "writes the encoder it trained",
+    ("PIL", "scripts.misc.eval_embedded"): "writes captions into a picture",
+}
+
+
+@cache
+def modules() -> dict[str, ast.Module]:
+    """Dotted name -> syntax tree."""
+    files = [file for folder in ("opensora", "scripts") for file in (ROOT / folder).rglob("*.py")]
+    return {_name(file): ast.parse(file.read_text(encoding="utf-8")) for file in sorted(files)}
+
+
+def _name(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, ast.stmt]]:
+    """Every imported module or name, dotted, wherever in the file the import stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from ((f"{node.module}.{alias.name}", node) for alias in node.names)
+
+
+def own_imports(tree: ast.AST) -> set[str]:
+    """The modules of this repository that a tree imports."""
+    found = set()
+    for name, _ in imports(tree):
+        if name.split(".")[0] in ("opensora", "scripts"):
+            found.add(name if name in modules() else name.rpartition(".")[0])
+    return found
+
+
+def place(module: str) -> str:
+    """The row of LAYERS that a module belongs to: its own, or that of a package around it other than `opensora`."""
+    parts = module.split(".")
+    rows = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return next(row for row in rows if row in LAYERS and (row != "opensora" or module == "opensora"))
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of an attribute access, or an empty text."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (below := dotted(node.value)):
+        return f"{below}.{node.attr}"
+    return ""
+
+
+def uses(tree: ast.AST, names: set[str]) -> set[str]:
+    """Those of `names` (packages or dotted names) that a tree imports or reaches through an import."""
+    reached = {name for name, _ in imports(tree)} | {dotted(node) for node in ast.walk(tree)}
+    return {name for name in names for found in reached if f"{found}.".startswith(f"{name}.")}
+
+
+def calls(tree: ast.AST, names: set[str]) -> set[str]:
+    """`name()` for those of `names` that a tree calls, as functions or methods."""
+    functions = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    called = {f.id if isinstance(f, ast.Name) else f.attr for f in functions if isinstance(f, ast.Name | ast.Attribute)}
+    return {f"{name}()" for name in called & names}
+
+
+def devices(tree: ast.AST) -> set[str]:
+    """Device names among the text literals, and uses of torch.cuda and its like."""
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    literals = {repr(text) for text in texts if text.split(":")[0] in DEVICES}
+    return literals | calls(tree, {"cuda"}) | uses(tree, {f"torch.{name}" for name in DEVICES})
+
+
+def breaches(found: dict[str, set[str]], allowed: tuple[str, ...] = ()) -> list[str]:
+    """`module: what` for everything found outside the allowed modules and the exceptions."""
+    return [
+        f"{module}: {what}"
+        for module, whats in found.items()
+        for what in sorted(whats)
+        if module not in allowed and (what, module) not in EXCEPTIONS
+    ]
+
+
+def test_every_module_has_a_layer():
+    lost = []
+    for module in modules():
+        try:
+            place(module)
+        except StopIteration:
+            lost.append(module)
+    assert not lost, f"add {lost} to LAYERS"
+    gone = [row for row in LAYERS if not any(f"{module}.".startswith(f"{row}.") for module in modules())]
+    assert not gone, f"remove {gone} from LAYERS"
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_point_down(module):
+    row = place(module)
+    for other in sorted(own_imports(modules()[module])):
+        assert other in modules(), f"{module} imports {other}, which does not exist"
+        assert LAYERS[place(other)] <= LAYERS[row], f"{module} imports {other}, which lies above it"
+        if row in STRANGERS and place(other) in STRANGERS:
+            assert row == place(other), f"{module} imports {other}: models, schedulers and datasets are strangers"
+
+
+def test_imports_have_no_cycle():
+    graph = {module: own_imports(tree) - {module} for module, tree in modules().items()}
+    assert list(TopologicalSorter(graph).static_order())
+
+
+def test_models_and_schedulers_touch_no_file():
+    pure = {module: tree for module, tree in modules().items() if module.startswith(PURE)}
+    assert pure
+    found = {m: uses(t, FILES | CHECKPOINTS | MEDIA) | calls(t, FILE_CALLS) for m, t in pure.items()}
+    assert not breaches(found)
+
+
+def test_only_acceleration_names_devices_and_speaks_to_other_ranks():
+    allowed = tuple(module for module in modules() if place(module) == "opensora.acceleration")
+    found = {m: devices(t) | uses(t, {"torch.distributed"}) for m, t in modules().items()}
+    assert not breaches(found, allowed)
+
+
+def test_only_weights_and_hub_open_checkpoints():
+    found = {m: uses(t, CHECKPOINTS) for m, t in modules().items()}
+    assert not breaches(found, ("opensora.weights", "opensora.hub"))
+
+
+def test_only_video_opens_media():
+    assert not breaches({m: uses(t, MEDIA) for m, t in modules().items()}, ("opensora.datasets.video",))
+
+
+def test_only_the_top_layer_reads_the_command_line():
+    top = tuple(module for module in modules() if LAYERS[place(module)] == 4)
+    assert not breaches({m: uses(t, COMMAND_LINE) for m, t in modules().items()}, top)
+
+
+def test_nothing_has_to_be_compiled():
+    assert not breaches({m: uses(t, NEVER) for m, t in modules().items()})
+
+
+def test_slow_packages_are_imported_where_they_are_used():
+    """A light command such as `opensora --help` must not pay for them; imports for type checkers are free."""
+    at_the_top = {
+        module: {
+            package
+            for statement in tree.body
+            if isinstance(statement, ast.Import | ast.ImportFrom)
+            for package in uses(ast.Module([statement], []), SLOW)
+        }
+        for module, tree in modules().items()
+    }
+    assert not breaches(at_the_top)
+
+
+def test_nothing_runs_text_as_code():
+    names = {"eval", "exec", "os.system"}  # nn.Module.eval has an object before its dot
+    found = {
+        module: {dotted(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)} & names
+        for module, tree in modules().items()
+    }
+    assert not breaches(found)
+
+
+def test_every_exception_is_needed():
+    looked_for = FILES | CHECKPOINTS | MEDIA | COMMAND_LINE | NEVER | {"torch.distributed"}
+    found = {m: uses(t, looked_for) | calls(t, FILE_CALLS) | devices(t) for m, t in modules().items()}
+    needless = [(what, module) for what, module in EXCEPTIONS if what not in found.get(module, ())]
+    assert not needless, f"remove {needless} from EXCEPTIONS"

@@ -1,0 +1,114 @@
+"""Promises of the repository as a whole: its size, its version, and documents that stay true."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import opensora
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(
+    file for pattern in ("*.md", "docs/**/*.md", "configs/**/*.md", "scripts/**/*.md") for file in ROOT.glob(pattern)
+)
+TEXT_SUFFIXES = {".md", ".py", ".toml", ".txt"}
+MOST_SOURCE_LINES = 5_000
+MOST_EMBEDDED_BYTES = 40_000_000
+
+# A folder of somebody's machine, where to download packages from, and marks of unfinished work.
+UNWANTED = {
+    "path of a machine": r"(?<![\w.>:/])/(?:home|mnt|opt|root|work|Users)/\w|\b[A-Z]:\\Users\b",
+    "package registry": r"--(?:extra-)?index-url|--find-links|--trusted-host",
+    "unfinished work": r"\b(?:TODO|FIXME|XXX|FIGURES_PENDING)\b",
+}
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def own_texts() -> list[Path]:
+    """Every text file that is written by hand: no recorded numbers, no outputs, no environments."""
+    folders = ("opensora", "scripts", "configs", "docs", "tests", ".ci")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*") if file.suffix in TEXT_SUFFIXES]
+    files += [file for file in ROOT.iterdir() if file.suffix in TEXT_SUFFIXES]
+    return sorted(file for file in files if "data" not in file.relative_to(ROOT).parts) + [ROOT / ".ci" / "run"]
+
+
+def test_source_stays_small():
+    files = [file for folder in ("opensora", "scripts") for file in (ROOT / folder).rglob("*.py")]
+    lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+    assert lines <= MOST_SOURCE_LINES, f"{lines} lines of source; simplify something before adding more"
+
+
+def test_embedded_model_stays_small():
+    size = sum(file.stat().st_size for file in (ROOT / "opensora" / "embedded").rglob("*") if file.is_file())
+    assert size <= MOST_EMBEDDED_BYTES, f"the embedded model takes {size / 1e6:.1f} MB"
+
+
+def test_version_is_written_once():
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", opensora.__version__)
+    project = read("pyproject.toml")
+    assert 'dynamic = ["version"]' in project and 'path = "opensora/__init__.py"' in project
+    assert not re.search(r"^version\s*=", project, re.MULTILINE)
+    assigned = [file for file in own_texts() if re.search(r"^__version__\s*=", file.read_text("utf-8"), re.MULTILINE)]
+    assert assigned == [ROOT / "opensora" / "__init__.py"]
+
+
+def test_installed_version_is_the_source_version():
+    try:
+        installed = metadata.version("opensora")
+    except metadata.PackageNotFoundError:
+        pytest.skip("opensora is not installed, only on the path")
+    assert installed == opensora.__version__
+
+
+def test_constraints_pin_everything_the_project_needs():
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)$", read("constraints.txt"), re.MULTILINE))
+    names = {name.lower().replace("_", "-") for name in pinned}
+    assert not [version for version in pinned.values() if "+" in version], "a local build exists on one machine only"
+    wanted = re.findall(r'^    "([\w.-]+)>=', read("pyproject.toml"), re.MULTILINE)
+    wanted += re.findall(r'"([\w.-]+)>=', re.search(r"^dev = (.*)$", read("pyproject.toml"), re.MULTILINE)[1])
+    assert len(wanted) > 10
+    assert not {name.lower().replace("_", "-") for name in wanted} - names
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    shown = re.findall(r"^```bash\n(.*?)\n```$", read("README.md"), re.MULTILINE | re.DOTALL)[:2]
+    run = re.findall(r"^(?:first|second)='(.*)'$", read(".ci/run"), re.MULTILINE)
+    assert run == shown
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    subprocess.run(["bash", "-n", ROOT / ".ci" / "run"], check=True)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(document):
+    targets = re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8"))
+    local = [target.split("#")[0] for target in targets if not re.match(r"[a-z]+:|#", target)]
+    assert not [target for target in local if not (document.parent / target).exists()]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_named_files_exist(document):
+    """Files that a document names in `code`, from the root of the repository, are there."""
+    named = re.findall(
+        r"`((?:configs|docs|opensora|scripts|tests)/[\w./-]+\.(?:py|md|png|txt))`", document.read_text("utf-8")
+    )
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("what", UNWANTED)
+def test_texts_hold_nothing_unwanted(what):
+    found = [
+        f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
+        for file in own_texts()
+        if file != Path(__file__)
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(UNWANTED[what], line)
+    ]
+    assert not found, "\n".join(found)
