@@ -41,6 +41,8 @@ def replay(
     pipeline = VideoPipeline(settings)
     # Every sample of a prompt is made by itself: only the one asked for stays.
     pipeline.requests = [request for request in pipeline.requests if request.sample == sample]
+    if not pipeline.requests:
+        raise MediaError(f"{file}: its recipe is of sample {sample}, but makes {settings.num_sample} of the prompt")
     _check_weights(settings)
     output = next(pipeline.generate())
     again = read_recipe(output.path)

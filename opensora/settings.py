@@ -174,6 +174,7 @@ class TrainSettings(_Settings):
     wandb: bool = False
     load: str | None = None
     start_from_scratch: bool = False
+    freeze: tuple[str, ...] = ()
     epochs: int = bounded(1000, least=1)
     max_steps: int | None = bounded(None, least=1)
     max_minutes: float | None = bounded(None, least=0)

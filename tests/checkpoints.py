@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import nn
-
-from opensora.models.stdit.stdit3 import STDiT3
-from opensora.models.vae.vae import OpenSoraVAE_V1_2
-from opensora.weights import save_pretrained
-from tests.tiny import make_tiny_t5
+from tests.tiny import make_tiny_stdit3, make_tiny_t5, make_tiny_vae
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "inference.py"
 SAMPLE = "configs/opensora-v1-2/inference/sample.py"
@@ -22,40 +18,28 @@ REPOSITORIES = {
     "vae": "hpcai-tech/OpenSora-VAE-v1.2",
     "text_encoder": "DeepFloyd/t5-v1_1-xxl",
 }
-
-
-def make_tiny_stdit3(folder: Path, seed: int = 0, **changes: object) -> Path:
-    """An STDiT3 of depth 1 with random weights and the keys of the published config.json."""
-    keywords = dict(hidden_size=32, depth=1, num_heads=2, caption_channels=32, model_max_length=300, **changes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = STDiT3(**keywords)
-        _randomise(model)
-    config = dict(architectures=["STDiT3"], model_type="STDiT3", transformers_version="4.41.2", torch_dtype="float32")
-    config |= dict(enable_flash_attn=False, freeze_y_embedder=False, only_train_temporal=False)
-    save_pretrained(model.state_dict(), folder, {**model.config, **config})
-    return folder
-
-
-def make_tiny_vae(folder: Path, seed: int = 0) -> Path:
-    """A 1.2 autoencoder (8 x 8 pixels, 4 frames) with random weights, nested as in the published config.json."""
-    spatial = dict(type="VideoAutoencoderKL", from_pretrained="org/other", subfolder="vae", local_files_only=False)
-    spatial |= dict(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
-    temporal = dict(type="VAE_Temporal_SD", from_pretrained=None, filters=8, num_res_blocks=1, num_groups=4)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = OpenSoraVAE_V1_2(vae_2d=spatial, vae_temporal=temporal)
-    config = dict(model_type="VideoAutoencoderPipeline", architectures=["VideoAutoencoderPipeline"], cal_loss=False)
-    config |= dict(freeze_vae_2d=False, micro_frame_size=17, shift=model.config["shift"], scale=model.config["scale"])
-    save_pretrained(model.state_dict(), folder, {**config, "vae_2d": spatial, "vae_temporal": temporal})
-    return folder
+# What the published config.json files state beyond the shape of the model.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "model": dict(
+        architectures=["STDiT3"], transformers_version="4.41.2", torch_dtype="float32", drop_path=0.0,
+        enable_flash_attn=False, enable_layernorm_kernel=False, enable_sequence_parallelism=False,
+        freeze_y_embedder=True, only_train_temporal=False,
+    ),
+    "vae": dict(
+        architectures=["VideoAutoencoderPipeline"], transformers_version="4.36.2", torch_dtype="float32",
+        cal_loss=False, freeze_vae_2d=False,
+        vae_2d=dict(from_pretrained="org/other", subfolder="vae", local_files_only=False, micro_batch_size=4),
+        vae_temporal=dict(from_pretrained=None),
+    ),
+}  # fmt: skip
 
 
 def make_hub_cache(folder: Path) -> Path:
     """The three repositories that configs/opensora-v1-2/inference/sample.py names, as the hub client caches them."""
     makers = {"model": make_tiny_stdit3, "vae": make_tiny_vae, "text_encoder": make_tiny_t5}
     for part, make in makers.items():
-        make(snapshot(folder, part))
+        config = make(snapshot(folder, part)) / "config.json"
+        config.write_text(json.dumps(_merged(json.loads(config.read_text()), PUBLISHED.get(part, {}))))
         refs = folder / f"models--{REPOSITORIES[part].replace('/', '--')}" / "refs"
         refs.mkdir()
         (refs / "main").write_text(COMMIT)
@@ -67,11 +51,9 @@ def snapshot(cache: Path, part: str) -> Path:
     return cache / f"models--{REPOSITORIES[part].replace('/', '--')}" / "snapshots" / COMMIT
 
 
-def _randomise(model: nn.Module) -> None:
-    """Gives zero-initialised tensors values, so that text and every block have an effect."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and not parameter.any():
-            nn.init.normal_(parameter, std=0.05)
+def _merged(config: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    nested = {key: _merged(config[key], value) for key, value in more.items() if isinstance(value, dict)}
+    return {**config, **more, **nested}
 
 
 def run_script(*argv: object) -> int:

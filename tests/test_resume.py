@@ -48,10 +48,11 @@ def diffusion_config(folder: Path) -> Path:
 def autoencoder_config(folder: Path) -> Path:
     return write_config(
         folder / "vae.py",
-        dataset=dict(type="ShapeClips", num_frames=5, image_size=(16, 16)),
-        model=dict(type="VideoAutoencoderPipeline", **TINY_VAE),
+        dataset=dict(type="ShapeClips", num_frames=5, image_size=(16, 16), num_clips=9),
+        model=dict(type="VideoAutoencoderPipeline", freeze_vae_2d=True, **TINY_VAE),
         perceptual_loss_weight=0.0,
         use_z_rec_loss=True,
+        use_real_rec_loss=True,
         mixed_strategy="mixed_video_image",
         mixed_image_ratio=0.3,
     )

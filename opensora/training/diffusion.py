@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora import components, registry, weights
-from opensora.acceleration.device import keep_allocations_in_heap, pick_device, place
+from opensora.acceleration.device import keep_allocations_in_heap, pick_device, place, training_context
 from opensora.datasets.shape_clips import shape_clips, to_model
 from opensora.errors import ConfigError
 from opensora.models.text_encoder.cleaning import preprocess
@@ -107,17 +107,19 @@ def _features(settings: TrainSettings, device: torch.device) -> Features:
         "vae": vae_summary.sha256,
         "text_encoder": text_summary.sha256,
         "model_max_length": text_encoder.model_max_length,
+        "dtype": settings.dtype,
     }
 
     @torch.no_grad()
     def encode(indices: range) -> dict[str, Tensor]:
         made = [clips.clip(index) for index in indices]
         videos = to_model([clip.video for clip in made])
-        latents = torch.cat([vae.encode(part.to(device), sample=False).cpu() for part in videos.split(ENCODE_BATCH)])
+        with training_context(device, settings.dtype):
+            parts = [vae.encode(part.to(device), sample=False).cpu() for part in videos.split(ENCODE_BATCH)]
         text, mask = text_encoder.encode([preprocess(clip.text) for clip in made])
         room = text_encoder.model_max_length - mask.shape[1]
         return {
-            "latents": latents.half(),
+            "latents": torch.cat(parts).half(),
             "text": nn.functional.pad(text[:, 0].half().cpu(), (0, 0, 0, room)),
             "mask": nn.functional.pad(mask.cpu(), (0, room)),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from opensora.training.trainer import Loss, Trainer, step_generator
 
 Videos = Callable[[int], Tensor]  # step -> [B, 3, T, H, W] in [-1, 1]
 STATISTICS_CLIPS = 256
+PIXEL_FRAMES = 4
 
 
 def reconstruction(decoded: Tensor, target: Tensor) -> Tensor:
@@ -42,14 +44,14 @@ def frame_loss(model: VideoAutoencoderPipeline, settings: TrainSettings, videos:
 def video_loss(model: VideoAutoencoderPipeline, settings: TrainSettings, videos: Videos, period: int | None) -> Loss:
     """The temporal autoencoder: errors of the per-frame latents (use_z_rec_loss) and of pixels (use_real_rec_loss).
 
-    Where the per-frame part is frozen and the clips repeat after `period` steps, its latents are computed once.
+    Where the per-frame encoder is frozen and the clips repeat after `period` steps, its latents are computed once.
+    Pixels are compared in a few random frames of each clip: more clips a step teach more than all frames of one.
     """
-    frozen = bool(settings.model.get("freeze_vae_2d"))
 
     def spatial(step: int) -> Tensor:
-        with torch.set_grad_enabled(not frozen):
-            return model.spatial_vae.encode(videos(step), sample=False).float()
+        return model.spatial_vae.encode(videos(step), sample=False).float()
 
+    frozen = not any(p.requires_grad for p in model.spatial_vae.module.encoder.parameters())
     if frozen and period:
         spatial = _remembered(spatial, period)
 
@@ -62,7 +64,8 @@ def video_loss(model: VideoAutoencoderPipeline, settings: TrainSettings, videos:
         if settings.use_z_rec_loss:
             total = total + reconstruction(decoded_x_z, x_z) / SPATIAL_SCALE
         if settings.use_real_rec_loss:
-            total = total + reconstruction(model.spatial_vae.decode(decoded_x_z), videos(step))
+            some = torch.randperm(x_z.shape[2], generator=generator)[:PIXEL_FRAMES]
+            total = total + reconstruction(model.spatial_vae.decode(decoded_x_z[:, :, some]), videos(step)[:, :, some])
         return total
 
     return loss
@@ -92,16 +95,20 @@ def train_vae(settings: TrainSettings) -> Path:
     keep_allocations_in_heap()
     device = pick_device(settings.device)
     torch.manual_seed(settings.seed)
-    model: VideoAutoencoderPipeline = registry.build(settings.model)
+    model = _build(settings.model)
     if settings.model.get("from_pretrained"):
         print(weights.load_weights(model, settings.model["from_pretrained"], rules=()))
     temporal = settings.use_z_rec_loss or settings.use_real_rec_loss
     (model.spatial_vae if temporal else model.temporal_vae).requires_grad_(
         temporal and not settings.model.get("freeze_vae_2d", False)
     )
+    for name, parameter in model.named_parameters():
+        if name.startswith(settings.freeze):
+            parameter.requires_grad_(False)
     model = place(model, device).train()
     data = shape_clips(settings.dataset, settings.batch_size or 1, settings.seed)
-    videos, period = _mixed(settings, data, device), data.num_clips and data.num_clips // data.batch_size
+    period = data.num_clips and data.num_clips // data.batch_size
+    videos = _mixed(settings, data, device, period)
     loss = video_loss(model, settings, videos, period) if temporal else frame_loss(model, settings, videos)
     trainer = Trainer(settings, model, loss, device, settings.ckpt_every, settings.model["type"])
     folder = trainer.run()
@@ -115,10 +122,22 @@ def train_vae(settings: TrainSettings) -> Path:
     return final
 
 
-def _mixed(settings: TrainSettings, data: ShapeClips, device: torch.device) -> Videos:
-    """The clips of a step, cut to one frame in mixed_image_ratio of the steps when the strategy is to mix images in."""
+def _build(section: dict[str, Any]) -> VideoAutoencoderPipeline:
+    """The autoencoder of the settings, with shift and scale as the checkpoint that it starts from has them."""
+    stated = (
+        weights.read_config_json(weights.locate(section["from_pretrained"])) if section.get("from_pretrained") else {}
+    )
+    return registry.build({**{name: stated[name] for name in ("shift", "scale") if name in stated}, **section})
+
+
+def _mixed(settings: TrainSettings, data: ShapeClips, device: torch.device, period: int | None) -> Videos:
+    """The clips of a step, cut to one frame in mixed_image_ratio of the steps when the strategy is to mix images in.
+
+    After `period` steps they come again, as they were.
+    """
 
     def videos(step: int) -> Tensor:
+        step = step % period if period else step
         x = data.videos(step).to(device)  # [B, 3, T, H, W]
         image = settings.mixed_strategy == "mixed_video_image"
         chance = torch.rand((), generator=step_generator(settings.seed + 1, step)).item()

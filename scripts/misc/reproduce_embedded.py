@@ -16,8 +16,8 @@ from opensora.training.state import checkpoints
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "embedded" / "train"
 EMBEDDED = ROOT / "opensora" / "embedded"
-TRAINED = ("text_encoder", "vae_2d", "vae_temporal", "stdit3")
-EXPORTED = {"text_encoder": "text_encoder", "vae": "vae_temporal", "stdit3": "stdit3"}  # name in the package -> stage
+TRAINED = ("text_encoder", "vae_2d", "vae_temporal", "vae_decoder", "stdit3")
+EXPORTED = {"text_encoder": "text_encoder", "vae": "vae_decoder", "stdit3": "stdit3"}  # name in the package -> stage
 
 
 def plan(stage: str, outputs: Path, flags: Sequence[str], export_dtype: str) -> list[list[str]]:
@@ -33,8 +33,9 @@ def plan(stage: str, outputs: Path, flags: Sequence[str], export_dtype: str) -> 
     inputs: dict[str, list[str]] = {
         "vae_2d": [],
         "vae_temporal": ["--ckpt-path", str(result["vae_2d"])],
+        "vae_decoder": ["--ckpt-path", str(result["vae_temporal"])],
         "stdit3": [
-            *("--vae-path", str(result["vae_temporal"]), "--text-encoder-path", str(result["text_encoder"])),
+            *("--vae-path", str(result["vae_decoder"]), "--text-encoder-path", str(result["text_encoder"])),
             *("--cfg-options", f"dataset.features={str(outputs / 'features')!r}"),
         ],
     }

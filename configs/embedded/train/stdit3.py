@@ -4,7 +4,7 @@ dataset = dict(
     num_frames=17,
     image_size=(64, 64),
     fps=24,
-    num_clips=24000,
+    num_clips=12000,
     features="outputs/embedded/features",
 )
 
@@ -21,7 +21,7 @@ model = dict(
     pred_sigma=False,
     class_dropout_prob=0.1,
 )
-vae = dict(type="VideoAutoencoderPipeline", from_pretrained="outputs/embedded/vae_temporal/ema")
+vae = dict(type="VideoAutoencoderPipeline", from_pretrained="outputs/embedded/vae_decoder/ema")
 text_encoder = dict(type="t5", from_pretrained="opensora/embedded/text_encoder", model_max_length=32)
 scheduler = dict(type="rflow", sample_method="logit-normal", loc=0.3, scale=1.2)
 

@@ -1,0 +1,165 @@
+"""`opensora replay`: an output made again from its own recipe, and what is said when it cannot be the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from opensora.cli import main
+from opensora.datasets.video import read_image, read_video, write_video
+from opensora.recipe import read_recipe
+from opensora.weights import read_state_dict, save_file
+from tests.checkpoints import SAMPLE, run_script, snapshot, tree
+
+SMALL = ("--num-sampling-steps", "2", "--image-size", "16", "24", "--num-frames", "17")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub_cache: Path) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def own_weights(here: Path, hub_cache: Path) -> Path:
+    """A model's folder that a test may change, and `made/sample_0000.mp4` made with it."""
+    shutil.copytree(snapshot(hub_cache, "model"), here / "weights")
+    argv = ("--prompt", "a cat", "--ckpt-path", here / "weights", "--save-dir", "made")
+    assert run_script(SAMPLE, *SMALL, *argv) == 0
+    return here / "weights"
+
+
+def frames(path: Path) -> bytes:
+    return (read_image(path) if path.suffix == ".png" else read_video(path)[0]).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (("--seed", "1", "--image-size", "16", "24", "--prompt", "a", "b", "--batch-size", "2"), "sample_0001.mp4"),
+        (("--seed", "2", "--image-size", "37", "53", "--prompt", "a", "--num-sample", "3"), "sample_0000-2.mp4"),
+        (("--seed", "3", "--image-size", "64", "64", "--num-frames", "1", "--prompt", 'A "Cat" 猫'), "sample_0000.png"),
+        (("--prompt-path", "p.txt", "--start-index", "2", "--batch-size", "4", "--aes", "4"), "sample_0003.mp4"),
+        (("--prompt", "a dog: 'woof'", "--prompt-as-path", "--save-fps", "8", "--dtype", "fp32"), "a dog: 'woof'.mp4"),
+    ],
+)
+def test_replay_is_identical(here, capsys, argv, name):
+    (here / "p.txt").write_text("one\ntwo\nthree\nfour\n")
+    assert run_script(SAMPLE, *SMALL, *argv, "--save-dir", "made") == 0
+    original = here / "made" / name
+    sidecar = original.with_suffix(".json")
+    for source, absent in ((original, sidecar), (sidecar, original)):
+        shutil.copytree(here / "made", here / f"only{source.suffix}")
+        (here / f"only{source.suffix}" / absent.name).unlink()
+        capsys.readouterr()
+        assert main(["replay", f"only{source.suffix}/{source.name}", "--save-dir", f"again{source.suffix}"]) == 0
+        path, verdict = capsys.readouterr().out.splitlines()
+        assert verdict == "identical: every decoded frame has the same bytes"
+        assert path.endswith(original.suffix) and Path(path).parent.name == f"again{source.suffix}"
+        assert frames(Path(path)) == frames(original)
+        assert read_recipe(path)["prompt"] == read_recipe(original)["prompt"]
+
+
+def test_a_changed_weight_is_reported(here, own_weights, capsys):
+    tensors = read_state_dict(own_weights)
+    save_file({**tensors, "final_layer.linear.bias": tensors["final_layer.linear.bias"] + 1}, own_weights / "model.pt")
+    (own_weights / "model.safetensors").unlink()
+    capsys.readouterr()
+    assert main(["replay", "made/sample_0000.mp4", "--save-dir", "again"]) == 1
+    assert capsys.readouterr().out.splitlines()[1] == "different: other model weights"
+
+
+def test_another_version_is_reported(here, own_weights, capsys):
+    sidecar = here / "made/sample_0000.json"
+    recipe = json.loads(sidecar.read_text())
+    recipe["program"]["torch"], recipe["output"]["sha256"] = "1.0", "0" * 64
+    sidecar.write_text(json.dumps(recipe))
+    capsys.readouterr()
+    assert main(["replay", str(sidecar), "--save-dir", "again"]) == 1
+    assert capsys.readouterr().out.splitlines()[1].startswith("different: torch 1.0 then, ")
+
+
+def test_moved_weights(here, own_weights, capsys):
+    own_weights.rename(here / "elsewhere")
+    before = tree(here)
+    capsys.readouterr()
+    assert main(["replay", "made/sample_0000.mp4", "--save-dir", "again"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"no such file or folder '{own_weights}'" in error and "--ckpt-path" in error
+    assert tree(here) == before
+    assert main(["replay", "made/sample_0000.mp4", "--save-dir", "again", "--ckpt-path", "elsewhere"]) == 0
+
+
+def test_the_original_is_never_overwritten(here, own_weights, capsys):
+    before = tree(here)
+    assert main(["replay", "made/sample_0000.mp4", "--save-dir", "./made/"]) == 1
+    assert "is where the original lies; choose another --save-dir" in capsys.readouterr().err
+    assert tree(here) == before
+
+
+def damaged(recipe: dict, *path: str, value: object = None) -> dict:
+    copy = json.loads(json.dumps(recipe))
+    place = copy
+    for key in path[:-1]:
+        place = place[key]
+    if value is None:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "problem"),
+    [
+        (("settings",), None, "its recipe is incomplete or damaged (KeyError('settings'))"),
+        (("settings",), [1], "incomplete or damaged"),
+        (("settings", "model"), None, "setting 'model' is missing"),
+        (("settings", "num_frame"), 3, "unknown setting 'num_frame'; did you mean 'num_frames'?"),
+        (("settings", "num_frames"), -4, "num_frames must be at least 1"),
+        (("settings", "image_size"), [3, 3], "too small"),
+        (("settings", "save_dir"), 3, "incomplete or damaged"),
+        (("prompt",), None, "incomplete or damaged (KeyError('prompt'))"),
+        (("prompt",), 5, "prompt must be a list of texts"),
+        (("prompt",), " ", "a prompt is empty"),
+        (("sample_index",), None, "incomplete or damaged"),
+        (("sample_index",), 9, "sample 9"),
+        (("output",), None, "incomplete or damaged"),
+        (("weights",), 3, "incomplete or damaged"),
+        (("program",), None, "incomplete or damaged"),
+        (("format",), 99, "a newer program wrote this recipe"),
+        (("format",), None, "is not the recipe of an output"),
+    ],
+)
+def test_damaged_recipes(here, own_weights, capsys, monkeypatch, path, value, problem):
+    for loader in ("load_text_encoder", "load_vae", "load_model"):
+        monkeypatch.setattr(f"opensora.components.{loader}", None)
+    sidecar = here / "made/sample_0000.json"
+    sidecar.write_text(json.dumps(damaged(json.loads(sidecar.read_text()), *path, value=value)))
+    before = tree(here)
+    capsys.readouterr()
+    assert main(["replay", str(sidecar), "--save-dir", "again"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and problem in error
+    assert tree(here) == before
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff\xfe", b"\x00" * 5000])
+@pytest.mark.parametrize("name", ["x.json", "x.mp4", "x.png", "x"])
+def test_nonsense_is_no_recipe(here, capsys, content, name):
+    if content is not None:
+        (here / name).write_bytes(content)
+    before = tree(here)
+    assert main(["replay", name]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {name}: ") and error.count("\n") == 1
+    assert tree(here) == before
+
+
+def test_a_video_of_another_program(here, own_weights, capsys):
+    write_video(read_video(here / "made/sample_0000.mp4")[0], here / "other.mp4", 24)
+    assert main(["replay", "other.mp4"]) == 1
+    assert "holds no recipe" in capsys.readouterr().err
