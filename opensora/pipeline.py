@@ -113,6 +113,9 @@ class VideoPipeline:
         with _output_folder(self.settings.save_dir):
             for part in PARTS:
                 components.find(getattr(self.settings, part), part, self.settings.offline)
+            made, asked = self.size.output, (self.size.height, self.size.width)
+            if made != asked:
+                logger.info("frames of %dx%d are made for %dx%d: sides are multiples of 8", *made, *asked)
             texts = self.encode_texts([request.encoded for request in wanted])
             for request in wanted:
                 with _memory_advice(self.size):
@@ -219,10 +222,7 @@ def _size(settings: InferenceSettings) -> Size:
         raise ConfigError(
             f"image_size {height}x{width} is too small: the autoencoder needs {SPATIAL_FACTOR} pixels a side"
         )
-    size = Size(num_frames, height, width)
-    if size.output != (height, width):
-        logger.info("frames of %dx%d are made for %dx%d: sides are multiples of 8", *size.output, height, width)
-    return size
+    return Size(num_frames, height, width)
 
 
 def _requests(settings: InferenceSettings) -> list[Request]:

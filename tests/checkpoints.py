@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.tiny import make_tiny_stdit3, make_tiny_t5, make_tiny_vae
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "inference.py"
@@ -54,6 +56,12 @@ def snapshot(cache: Path, part: str) -> Path:
 def _merged(config: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     nested = {key: _merged(config[key], value) for key, value in more.items() if isinstance(value, dict)}
     return {**config, **more, **nested}
+
+
+def use_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes `folder` the hub cache of this process, and the hub itself unreachable."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr("opensora.hub._unreachable", lambda repo: "cannot be reached (test)")
 
 
 def run_script(*argv: object) -> int:

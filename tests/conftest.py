@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import make_hub_cache
+from tests.checkpoints import make_hub_cache, use_cache
 
 
 @pytest.fixture(scope="session")
@@ -20,8 +20,3 @@ def hub_cache(filled_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The filled cache, in use; the hub itself cannot be reached."""
     use_cache(filled_cache, monkeypatch)
     return filled_cache
-
-
-def use_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
-    monkeypatch.setattr("opensora.hub._unreachable", lambda repo: "cannot be reached (test)")

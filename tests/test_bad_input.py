@@ -18,11 +18,10 @@ import torch
 from opensora import pipeline
 from opensora.cli import main
 from opensora.weights import read_state_dict, save_file
-from tests.checkpoints import SAMPLE, SCRIPT, run_script, snapshot, tree
-from tests.conftest import use_cache
+from tests.checkpoints import SAMPLE, SCRIPT, run_script, snapshot, tree, use_cache
 from tests.tiny import make_tiny_stdit3, make_tiny_t5
 
-SMALL = ("--num-sampling-steps", "2", "--image-size", "16", "24", "--num-frames", "17")
+SMALL = ("--num-sampling-steps", "2", "--image-size", "16", "24", "--num-frames", "17", "--verbose", "0")
 OUTPUT = "new/folder"
 
 
@@ -83,8 +82,8 @@ NAMES = [
 ]
 NUMBERS = [
     (("--image-size", "4", "64"), "image_size 4x64 is too small: the autoencoder needs 8 pixels a side"),
-    (("--image-size", "0", "64"), "image_size must be (height, width) in pixels; it is (0, 64)"),
-    (("--image-size", "-64", "64"), "image_size must be (height, width) in pixels; it is (-64, 64)"),
+    (("--image-size", "0", "64"), "image_size must be (height, width) in pixels; it is "),
+    (("--image-size", "-64", "64"), "image_size must be (height, width) in pixels; it is "),
     (("--num-frames", "0"), "num_frames must be at least 1; it is 0"),
     (("--num-frames", "-1"), "num_frames must be at least 1; it is -1"),
     (("--num-frames", "1.5"), "number of frames '1.5' is not known"),
@@ -303,7 +302,7 @@ def environment(cache: Path, **more: str) -> dict[str, str]:
 
 
 def test_interrupted_while_sampling(here, hub_cache):
-    argv = (SAMPLE, *SMALL, "--num-sampling-steps", "1000000", "--prompt", "x", "--save-dir", OUTPUT)
+    argv = (SAMPLE, *SMALL, "--num-sampling-steps", "1000000", "--verbose", "1", "--prompt", "x", "--save-dir", OUTPUT)
     program = subprocess.Popen(
         [sys.executable, SCRIPT, *argv], env=environment(hub_cache), cwd=here, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -117,7 +117,7 @@ def test_inspect(hub_cache, capsys):
         ("x.txt", b"text", "not a weight file"),
         ("x.safetensors", b"", "truncated, damaged or no safetensors file"),
         ("x.pt", b"nonsense", "truncated, damaged or no PyTorch checkpoint"),
-        ("x.pt", b"\x80\x04cposix\nsystem\nX\x04\x00\x00\x00true\x85R.", "refused, it asks to run code"),
+        ("x.pt", b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R.", "refused, it asks to run code"),
         ("folder/readme.txt", b"text", "no weights in this folder"),
     ],
 )

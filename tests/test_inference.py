@@ -18,9 +18,7 @@ import opensora
 from opensora import pipeline
 from opensora.cli import main
 from opensora.datasets.video import read_image, read_video
-from opensora.pipeline import VideoPipeline
 from opensora.recipe import frames_digest, read_recipe
-from opensora.utils.config_utils import parse_inference_args
 from opensora.weights import read_state_dict, save_file, save_pretrained, summarize
 from tests.checkpoints import SAMPLE, SCRIPT, run_script, snapshot
 from tests.tiny import make_tiny_stdit3
@@ -76,7 +74,9 @@ def test_image(here, capsys, size, expected):
 
 def test_odd_size_is_announced(here, caplog):
     with caplog.at_level(logging.INFO, logger="opensora"):
-        VideoPipeline(parse_inference_args([SAMPLE, "--image-size", "480", "853", "--prompt", "x"]))
+        argv = ("--image-size", "480", "853", "--num-frames", "1", "--num-sampling-steps", "1", "--prompt", "x")
+        assert run_script(SAMPLE, *argv, "--save-dir", "out") == 0
+    assert read_image(here / "out/sample_0000.png").shape == (480, 848, 3)
     assert "frames of 480x848 are made for 480x853: sides are multiples of 8" in caplog.text
 
 
@@ -207,7 +207,7 @@ def test_prompt_as_path_keeps_what_exists(here, capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
-def test_training_shape_overrides_come_before_the_checkpoint_config(here):
+def test_the_configuration_wins_over_the_config_json_of_the_checkpoint(here):
     folder = make_tiny_stdit3(here / "other", input_sq_size=256)
     assert run_script(SAMPLE, *SMALL, "--prompt", "x", "--save-dir", "a", "--ckpt-path", folder) == 0
     argv = ("--ckpt-path", folder, "--cfg-options", "model.input_sq_size=512")

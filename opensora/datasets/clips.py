@@ -13,16 +13,16 @@ import numpy as np
 
 SHAPES = ("circle", "square", "triangle")
 COLOURS = {
-    "red": (225, 40, 40),
+    "red": (230, 30, 30),
     "green": (40, 190, 60),
-    "blue": (50, 90, 240),
-    "yellow": (240, 220, 50),
-    "purple": (150, 50, 200),
-    "orange": (245, 140, 30),
+    "blue": (50, 90, 250),
+    "yellow": (250, 235, 60),
+    "purple": (165, 40, 200),
+    "orange": (250, 140, 20),
     "white": (245, 245, 245),
-    "cyan": (50, 215, 225),
+    "cyan": (60, 220, 230),
 }
-BACKGROUNDS = {"black": (0, 0, 0), "gray": (110, 110, 110), "dark blue": (10, 15, 85), "dark green": (10, 65, 20)}
+BACKGROUNDS = {"black": (0, 0, 0), "gray": (100, 100, 100), "dark blue": (10, 15, 85), "dark green": (10, 65, 20)}
 # motion -> (phrases, direction of travel (x, y), growth: +1 grows, -1 shrinks)
 MOTIONS = {
     "moving left": (("moving left", "moves left", "sliding to the left", "going left"), (-1, 0), 0),
@@ -83,8 +83,8 @@ def draw_scene(
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     unit = min(height, width) / 64
     _, direction, growth = MOTIONS[motion]
-    small, large = rng.uniform(5.5, 7.5) * unit, rng.uniform(14, 18) * unit
-    steady = rng.uniform(8, 12.5) * unit
+    small, large = rng.uniform(6.5, 8.5) * unit, rng.uniform(15, 19) * unit
+    steady = rng.uniform(9.5, 13.5) * unit
     radius, end_radius = {0: (steady, steady), 1: (small, large), -1: (large, small)}[growth]
     size = np.array([width, height], dtype=float)
     room = np.maximum(size - 2 * (max(radius, end_radius) + unit), 0)  # where the centre may go
