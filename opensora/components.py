@@ -68,6 +68,11 @@ def load_text_encoder(
     return encoder, summary
 
 
+def trained_sizes(path: Path) -> list[list[int]]:
+    """The (frames, height, width) that a checkpoint says it was trained on; empty when it does not say."""
+    return _config_json(path).get("trained_sizes", [])
+
+
 def _load(
     section: dict[str, Any], what: str, device: torch.device, dtype: torch.dtype, offline: bool
 ) -> tuple[Any, Summary]:

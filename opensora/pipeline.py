@@ -15,54 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opensora import components, prompts, registry
+from opensora import components, registry
 from opensora.acceleration.device import inference_dtype, keep_allocations_in_heap, pick_device
 from opensora.datasets import video
-from opensora.datasets.aspect import get_image_size, get_num_frames
 from opensora.errors import ConfigError
 from opensora.models.sizes import size_conditioning
 from opensora.noise import initial_noise
 from opensora.recipe import check_folder, make_recipe, write_output
+from opensora.request import PARTS, Request, Size, check_supported, make_requests, make_size
 from opensora.settings import InferenceSettings
 from opensora.weights import Summary
 
 logger = logging.getLogger("opensora")
-
-SPATIAL_FACTOR = 8
-PARTS = ("text_encoder", "vae", "model")  # in the order in which they are read
-# Settings of the documents that this version cannot follow: setting -> the values that ask for nothing.
-NOT_YET = {
-    "loop": (1,),
-    "reference_path": (None,),
-    "mask_strategy": (None,),
-    "llm_refine": (False,),
-    "watermark": (False,),
-    "prompt_generator": ("",),
-}
-
-
-@dataclass(frozen=True)
-class Request:
-    """One result to make: the prompt as given and as encoded, which of its samples, and where it goes."""
-
-    prompt: str
-    encoded: str
-    sample: int
-    path: str  # without suffix
-
-
-@dataclass(frozen=True)
-class Size:
-    """What is asked of the models (frames, height, width in pixels) and what comes out of the autoencoder."""
-
-    num_frames: int
-    height: int
-    width: int
-
-    @property
-    def output(self) -> tuple[int, int]:
-        """Height and width of the result: whole latents only."""
-        return self.height // SPATIAL_FACTOR * SPATIAL_FACTOR, self.width // SPATIAL_FACTOR * SPATIAL_FACTOR
 
 
 @dataclass(frozen=True)
@@ -84,15 +48,15 @@ class VideoPipeline:
 
     def __init__(self, settings: InferenceSettings) -> None:
         self.settings = settings
-        _check_supported(settings)
-        self.size = _size(settings)
+        check_supported(settings)
+        self.size = make_size(settings)
         self.device = pick_device(settings.device)
         self.dtype = inference_dtype(self.device, settings.dtype)
         self.scheduler = registry.build(settings.scheduler)
         size, kind = self.size, settings.multi_resolution or "STDiT2"
         side = (size.height, size.width)
         self.conditioning = size_conditioning(kind, 1, side, size.num_frames, settings.fps, device=self.device)
-        self.requests = _requests(settings)
+        self.requests = make_requests(settings)
         self.summaries: dict[str, Summary] = {}
 
     @classmethod
@@ -149,6 +113,7 @@ class VideoPipeline:
             settings.model, self.device, self.dtype, settings.offline
         )
         logger.info("model         %s", self.summaries["model"])
+        _tell_untrained(self.size, components.trained_sizes(self.summaries["model"].path))
         if model.in_channels != made:
             raise ConfigError(f"the model takes {model.in_channels} latent channels, but the autoencoder makes {made}")
         return model
@@ -196,70 +161,6 @@ class VideoPipeline:
         return Output(path, frames, video.write_image(video.contact_sheet(frames), preview))
 
 
-def _check_supported(settings: InferenceSettings) -> None:
-    for section in (*PARTS, "scheduler"):
-        if getattr(settings, section) is None:
-            raise ConfigError(f"the configuration has no {section}; add {section} = dict(type=..., ...)")
-    for name, nothing in NOT_YET.items():
-        value = getattr(settings, name)
-        if value not in nothing and any(value if isinstance(value, list) else [value]):
-            raise ConfigError(f"{name} is not supported yet; leave it out")
-    for part in PARTS:
-        components.check(getattr(settings, part), part)
-    registry.check_type("scheduler", settings.scheduler["type"], registry.SCHEDULERS)
-
-
-def _size(settings: InferenceSettings) -> Size:
-    """The size asked for. Raises ConfigError when it is unknown or the autoencoder cannot make it."""
-    num_frames = get_num_frames(settings.num_frames)
-    if settings.image_size is not None:
-        height, width = settings.image_size
-    elif settings.resolution and settings.aspect_ratio:
-        height, width = get_image_size(settings.resolution, settings.aspect_ratio)
-    else:
-        raise ConfigError("the size is missing: give --image-size H W, or --resolution and --aspect-ratio")
-    if min(height, width) < SPATIAL_FACTOR:
-        raise ConfigError(
-            f"image_size {height}x{width} is too small: the autoencoder needs {SPATIAL_FACTOR} pixels a side"
-        )
-    return Size(num_frames, height, width)
-
-
-def _requests(settings: InferenceSettings) -> list[Request]:
-    """The results to make, in order. File numbers count from the first prompt of the list, whatever slice is made."""
-    texts = settings.prompt
-    if not texts and settings.prompt_path:
-        texts = prompts.load_prompts(settings.prompt_path)
-    requests = []
-    for index, text in list(enumerate(texts or []))[settings.start_index : settings.end_index]:
-        _check_prompt(text)
-        encoded = prompts.prepare(text, aes=settings.aes, flow=settings.flow, camera_motion=settings.camera_motion)
-        for sample in range(settings.num_sample):
-            path = prompts.save_path_name(
-                settings.save_dir,
-                settings.sample_name,
-                index,
-                text,
-                settings.prompt_as_path,
-                settings.num_sample,
-                sample,
-            )
-            requests.append(Request(text, encoded, sample, path))
-    return requests
-
-
-def _check_prompt(text: str) -> None:
-    prompts.check_prompt(text)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"prompt {text!r} is not UTF-8 text") from error
-    if prompts.split_json(text)[1] or prompts.split_segments(text)[1] is not None:
-        raise ConfigError(f"prompt {text!r}: references and |loop| texts are not supported yet; give one plain text")
-    if not prompts.prepare(text).strip():
-        raise ConfigError(f"prompt {text!r} is empty once cleaned; describe the video in English words")
-
-
 def _check_text(text: Tensor, config: dict[str, Any]) -> None:
     """Raises ConfigError when a model of this configuration cannot take text features [1, 1, L, C]."""
     channels, longest = config["caption_channels"], config["model_max_length"]
@@ -270,6 +171,14 @@ def _check_text(text: Tensor, config: dict[str, Any]) -> None:
             f"a prompt has {text.shape[2]} tokens, but the model takes {longest}; "
             f"shorten it, or cut it with --cfg-options text_encoder.model_max_length={longest}"
         )
+
+
+def _tell_untrained(size: Size, trained: list[list[int]]) -> None:
+    """Warns where the model's own record of what it was trained on does not list the size asked for."""
+    asked = [size.num_frames, size.height, size.width]
+    if trained and asked not in trained:
+        known = ", ".join("{} frames of {}x{}".format(*one) for one in trained)
+        logger.warning("this model was trained on %s: expect noise at %d frames of %dx%d", known, *asked)
 
 
 @contextmanager

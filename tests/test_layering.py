@@ -18,6 +18,7 @@ LAYERS = {
     "opensora.cli": 4,
     "opensora.utils": 4,
     "opensora.pipeline": 3,
+    "opensora.request": 3,
     "opensora.replay": 3,
     "opensora.training": 3,
     "opensora.acceleration": 2,

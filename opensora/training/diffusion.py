@@ -41,7 +41,9 @@ def train(settings: TrainSettings) -> Path:
     if trainer.step < trainer.total_steps:
         return folder
     final = Path(settings.outputs) / "ema"
-    weights.save_pretrained(trainer.ema.state_dict(), final, {"model_type": settings.model["type"], **model.config})
+    trained = [[settings.dataset["num_frames"], *settings.dataset["image_size"]]]
+    config = {"model_type": settings.model["type"], **model.config, "trained_sizes": trained}
+    weights.save_pretrained(trainer.ema.state_dict(), final, config)
     return final
 
 
