@@ -8,46 +8,28 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from opensora.errors import ConfigError, did_you_mean
 
-MAX_FILE_BYTES = 1_000_000
-MAX_ITEMS = 1_000_000  # values and characters of one file, counted as often as they are referred to
+MAX_SIZE = 1_000_000  # bytes of one file, and values and characters in it, counted as often as they are referred to
 MAX_DEPTH = 50
 MAX_INT_BITS = 1024
-MAX_BASES = 32
 
 _REMEDY = "write a plain value, or run the file with --trust-config (pip install 'opensora[mmengine]')"
 _SHORT_NAMES = {"embedded": "embedded/inference/sample.py"}
 _NOT_ALLOWED = {
-    "Import": "an import",
-    "ImportFrom": "an import",
-    "Call": "a call other than dict(key=value)",
-    "Attribute": "attribute access",
-    "Subscript": "indexing",
-    "ListComp": "a comprehension",
-    "DictComp": "a comprehension",
-    "SetComp": "a comprehension",
-    "GeneratorExp": "a comprehension",
-    "JoinedStr": "an f-string",
-    "Lambda": "a function",
-    "FunctionDef": "a function",
-    "BinOp": "this operator",
-    "Dict": "`**` in a dict",
-    "ClassDef": "a class",
-}
-_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-}
+    **dict.fromkeys(("Import", "ImportFrom"), "an import"),
+    **dict.fromkeys(("ListComp", "DictComp", "SetComp", "GeneratorExp"), "a comprehension"),
+    **dict.fromkeys(("Lambda", "FunctionDef"), "a function"),
+    "Call": "a call other than dict(key=value)", "Attribute": "attribute access", "Subscript": "indexing",
+    "JoinedStr": "an f-string", "BinOp": "this operator", "Dict": "`**` in a dict", "ClassDef": "a class",
+}  # fmt: skip
+_BINARY = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
+}  # fmt: skip
 
 
 def read_config(path: str | Path, trust: bool = False) -> dict[str, Any]:
@@ -55,8 +37,13 @@ def read_config(path: str | Path, trust: bool = False) -> dict[str, Any]:
 
     With `trust` the file is run as a program by mmengine-lite instead. Raises ConfigError naming file and line.
     """
-    path = Path(path)
-    return _run_with_mmengine(path) if trust else _read(path, ())
+    if not trust:
+        return _read(Path(path), ())
+    try:
+        from mmengine.config import Config
+    except ImportError as error:
+        raise ConfigError("--trust-config needs mmengine-lite; pip install 'opensora[mmengine]'") from error
+    return Config.fromfile(str(path)).to_dict()
 
 
 def find_config(name: str | Path) -> Path:
@@ -65,11 +52,15 @@ def find_config(name: str | Path) -> Path:
         return Path(name)
     wanted = str(name).replace("\\", "/").removeprefix("./").removeprefix("configs/")
     wanted = _SHORT_NAMES.get(wanted, wanted)
-    for folder in _config_folders():
+    package = Path(__file__).parent
+    folders = [package / "configs"]  # of an installed wheel, or of the repository
+    if (package.parent / "pyproject.toml").is_file():
+        folders.append(package.parent / "configs")
+    for folder in folders:
         for candidate in (folder / wanted, folder / f"{wanted}.py"):
             if candidate.is_file():
                 return candidate
-    known = {file.relative_to(folder).as_posix() for folder in _config_folders() for file in folder.rglob("*.py")}
+    known = {file.relative_to(folder).as_posix() for folder in folders for file in folder.rglob("*.py")}
     raise ConfigError(f"configuration '{name}' does not exist{did_you_mean(wanted, sorted(known | set(_SHORT_NAMES)))}")
 
 
@@ -77,43 +68,26 @@ def merge_configs(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]
     """`child` over `base`, dicts recursively; a child dict with `_delete_=True` replaces the base's one whole."""
     merged = {} if child.get("_delete_") else dict(base)
     for key, value in child.items():
-        if key != "_delete_":
+        if isinstance(value, dict):
             below = merged.get(key)
-            if isinstance(value, dict):
-                value = merge_configs(below if isinstance(below, dict) else {}, value)
+            value = merge_configs(below if isinstance(below, dict) else {}, value)
+        if key != "_delete_":
             merged[key] = value
     return merged
 
 
-def _config_folders() -> list[Path]:
-    """The folder inside an installed wheel, or `configs/` of the repository (told by its pyproject.toml)."""
-    package = Path(__file__).parent
-    folders = [package / "configs"]
-    if (package.parent / "pyproject.toml").is_file():
-        folders.append(package.parent / "configs")
-    return [folder for folder in folders if folder.is_dir()]
-
-
 def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in parents or len(parents) >= MAX_BASES:
+    if path.resolve() in parents:
         raise ConfigError(f"{path}: _base_ leads back to itself through {' -> '.join(p.name for p in parents)}")
     names = _Reader(path).names
     bases = names.pop("_base_", [])
-    merged: dict[str, Any] = {}
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list | tuple) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"{path}: _base_ must be a path or a list of paths, not {bases!r}")
+    merged: dict[str, Any] = {}
     for base in bases:
         merged = merge_configs(merged, _read(path.parent / base, (*parents, path.resolve())))
     return merge_configs(merged, {name: value for name, value in names.items() if not name.startswith("_")})
-
-
-def _run_with_mmengine(path: Path) -> dict[str, Any]:
-    try:
-        from mmengine.config import Config
-    except ImportError as error:
-        raise ConfigError("--trust-config needs mmengine-lite; pip install 'opensora[mmengine]'") from error
-    return Config.fromfile(str(path)).to_dict()
 
 
 class _Reader:
@@ -122,7 +96,7 @@ class _Reader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.names: dict[str, Any] = {}
-        self.items_left = MAX_ITEMS
+        self.room = MAX_SIZE
         for statement in self._parse().body:
             try:
                 self._execute(statement)
@@ -132,8 +106,8 @@ class _Reader:
     def _parse(self) -> ast.Module:
         if not self.path.is_file():  # devices and pipes never end
             raise ConfigError(f"{self.path}: no such file")
-        if self.path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{self.path}: larger than {MAX_FILE_BYTES} bytes; not a configuration")
+        if self.path.stat().st_size > MAX_SIZE:
+            raise ConfigError(f"{self.path}: larger than {MAX_SIZE} bytes; not a configuration")
         try:
             return ast.parse(self.path.read_text(encoding="utf-8-sig"))
         except SyntaxError as error:
@@ -142,16 +116,19 @@ class _Reader:
             raise ConfigError(f"{self.path}: cannot be read: {error}") from error
 
     def _execute(self, statement: ast.stmt) -> None:
-        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-            return  # a docstring
-        if not isinstance(statement, ast.Assign):
-            raise self._refuse(statement.value if isinstance(statement, ast.Expr) else statement)
-        value = self._value(statement.value)
-        self._count(value, statement)
-        for target in statement.targets:
-            if not isinstance(target, ast.Name):
-                raise self._error(target, f"only plain names can be assigned; {_REMEDY}")
-            self.names[target.id] = value
+        match statement:
+            case ast.Expr(value=ast.Constant()):
+                return  # a docstring
+            case ast.Expr(value=value):
+                raise self._refuse(value)
+            case ast.Assign(targets=targets) if all(isinstance(target, ast.Name) for target in targets):
+                value = self._value(statement.value)
+                self._count(value, statement)
+                self.names |= {target.id: value for target in targets}
+            case ast.Assign():
+                raise self._error(statement, f"only plain names can be assigned; {_REMEDY}")
+            case _:
+                raise self._refuse(statement)
 
     def _value(self, node: ast.expr) -> Any:
         match node:
@@ -168,7 +145,10 @@ class _Reader:
             case ast.Tuple(elts=items):
                 return tuple(self._value(item) for item in items)
             case ast.Dict(keys=keys, values=values) if None not in keys:
-                return {self._key(key): self._value(value) for key, value in zip(keys, values, strict=True)}
+                keys = [self._value(key) for key in keys]
+                if not all(isinstance(key, str | int | float | None) for key in keys):
+                    raise self._error(node, "a dict key must be a string or a number")
+                return dict(zip(keys, map(self._value, values), strict=True))
             case ast.Call(func=ast.Name(id="dict"), args=[], keywords=pairs) if all(pair.arg for pair in pairs):
                 return {pair.arg: self._value(pair.value) for pair in pairs}
             case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
@@ -178,25 +158,19 @@ class _Reader:
                 return self._binary(node, self._value(node.left), self._value(node.right))
         raise self._refuse(node)
 
-    def _key(self, node: ast.expr) -> Any:
-        key = self._value(node)
-        if not isinstance(key, str | int | float | None):
-            raise self._error(node, "a dict key must be a string or a number")
-        return key
-
     def _binary(self, node: ast.BinOp, left: Any, right: Any) -> Any:
         """Arithmetic on numbers, `+` of two texts or lists, and their repetition; results are bounded in size."""
-        operation = _BINARY[type(node.op)]
         if isinstance(left, str | list | tuple) and isinstance(node.op, ast.Add) and type(left) is type(right):
             self._spend(len(left) + len(right), node)
             return left + right
         if isinstance(left, str | list | tuple) and isinstance(node.op, ast.Mult) and isinstance(right, int):
             self._spend(len(left) * max(right, 0), node)
             return left * right
-        self._number(node, left), self._number(node, right)
+        for side in (left, right):
+            self._number(node, side)
         if isinstance(node.op, ast.Pow) and isinstance(left, int) and left.bit_length() * abs(right) > MAX_INT_BITS:
             raise self._error(node, "the power is too large")
-        return self._number(node, operation(left, right))
+        return self._number(node, _BINARY[type(node.op)](left, right))
 
     def _number(self, node: ast.expr, value: Any) -> int | float:
         if not isinstance(value, int | float):
@@ -216,10 +190,10 @@ class _Reader:
             for item in value:
                 self._count(item, node, depth + 1)
 
-    def _spend(self, items: int, node: ast.AST) -> None:
-        self.items_left -= items
-        if self.items_left < 0:
-            raise self._error(node, f"the configuration holds more than {MAX_ITEMS} values")
+    def _spend(self, size: int, node: ast.AST) -> None:
+        self.room -= size
+        if self.room < 0:
+            raise self._error(node, f"the configuration holds more than {MAX_SIZE} values")
 
     def _refuse(self, node: ast.AST) -> ConfigError:
         kind = type(node).__name__

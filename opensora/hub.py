@@ -20,23 +20,18 @@ _SMALL = ("*.json", "*.txt", "*.model")
 _ROUNDS = ((*_SMALL, "*.safetensors"), (*_SMALL, "*.bin", "*.pt", "*.pth"))
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _TIMEOUT = 5.0
+_WAYS_OUT = "give a local path, fill the hub cache beforehand (HF_HOME), or use --model embedded"
 
 
 def locate(
-    source: str | os.PathLike[str],
-    *,
-    what: str = "weights",
-    subfolder: str | None = None,
-    offline: bool = False,
-    weights: bool = True,
+    source: str | os.PathLike[str], *, what: str = "weights", subfolder: str | None = None, offline: bool = False
 ) -> Path:
     """The local file or folder that `source` stands for.
 
     `source` is a file, a folder, "embedded:PART" or a hub id ("org/name"); an id is looked up in the local cache
     (HF_HOME, HF_HUB_CACHE) and downloaded only when it is not there and neither `offline` nor HF_HUB_OFFLINE forbids.
     `subfolder` picks a part of a repository; a local folder without it is taken to be that part itself.
-    `what` names the thing in messages; `weights=False` asks for configuration and tokenizer files alone.
-    Raises WeightsError when nothing is found, within seconds when the hub cannot be reached.
+    Raises WeightsError, which calls the thing `what`, within seconds even when the hub cannot be reached.
     """
     text = os.fspath(source)
     if not text:
@@ -49,53 +44,48 @@ def locate(
         return part if part.is_dir() else path
     if not _HUB_ID.fullmatch(text) or text.endswith(SUFFIXES):
         raise WeightsError(f"{what}: no such file or folder '{text}'")
-    return _from_hub(text, what, subfolder, offline, weights)
+    return _from_hub(text, what, f"{subfolder}/" if subfolder else "", offline)
 
 
-def _from_hub(repo: str, what: str, subfolder: str | None, offline: bool, weights: bool) -> Path:
+def _from_hub(repo: str, what: str, prefix: str, offline: bool) -> Path:
     from huggingface_hub import constants
 
-    rounds = _ROUNDS if weights else (_SMALL,)
-    for patterns in rounds:
-        if folder := _snapshot(repo, patterns, subfolder, weights, cached=True):
-            return folder
-    ways_out = "give a local path, fill the hub cache beforehand (HF_HOME), or use --model embedded"
+    if folder := _snapshot(repo, prefix, cached=True):
+        return folder
     if offline or constants.HF_HUB_OFFLINE:
-        raise WeightsError(f"{what}: '{repo}' is no local path and not in the hub cache (offline); {ways_out}")
+        raise WeightsError(f"{what}: '{repo}' is no local path and not in the hub cache (offline); {_WAYS_OUT}")
     if reason := _unreachable(repo):
-        raise WeightsError(f"{what}: '{repo}' is no local path, not in the hub cache, and the hub {reason}; {ways_out}")
+        raise WeightsError(
+            f"{what}: '{repo}' is no local path, not in the hub cache, and the hub {reason}; {_WAYS_OUT}"
+        )
     try:
-        for patterns in rounds:
-            if folder := _snapshot(repo, patterns, subfolder, weights, cached=False):
-                return folder
+        folder = _snapshot(repo, prefix, cached=False)
     except Exception as error:
-        raise WeightsError(f"{what}: download of '{repo}' failed ({one_line(error)}); {ways_out}") from error
-    raise WeightsError(f"{what}: hub repository '{repo}' holds none{f' under {subfolder}' if subfolder else ''}")
+        raise WeightsError(f"{what}: download of '{repo}' failed ({one_line(error)}); {_WAYS_OUT}") from error
+    if folder is None:
+        raise WeightsError(f"{what}: hub repository '{repo}' holds none{prefix and f' under {prefix}'}")
+    return folder
 
 
-def _snapshot(repo: str, patterns: tuple[str, ...], subfolder: str | None, weights: bool, cached: bool) -> Path | None:
-    """The repository's folder in the cache when it is complete, else None; only `cached=False` uses the network."""
+def _snapshot(repo: str, prefix: str, cached: bool) -> Path | None:
+    """The folder `prefix` of a repository in the cache once it is complete; only `cached=False` uses the network."""
     from huggingface_hub import snapshot_download
 
-    prefix = f"{subfolder}/" if subfolder else ""
-    try:
-        folder = snapshot_download(
-            repo,
-            allow_patterns=[prefix + pattern for pattern in patterns],
-            ignore_patterns=[f"{prefix}*/*"],
-            etag_timeout=_TIMEOUT,
-            local_files_only=cached,
-        )
-    except OSError:
-        if cached:
-            return None
-        raise
-    part = Path(folder, prefix)
-    try:
-        complete = bool(checkpoint_files(part)) if weights else any(part.glob("*"))
-    except WeightsError:
-        return None
-    return part if complete else None
+    not_there = (WeightsError, OSError) if cached else WeightsError
+    for patterns in _ROUNDS:
+        try:
+            folder = snapshot_download(
+                repo,
+                allow_patterns=[prefix + pattern for pattern in patterns],
+                ignore_patterns=[f"{prefix}*/*"],
+                etag_timeout=_TIMEOUT,
+                local_files_only=cached,
+            )
+            checkpoint_files(Path(folder, prefix))
+            return Path(folder, prefix)
+        except not_there:
+            continue
+    return None
 
 
 def _unreachable(repo: str) -> str | None:
@@ -105,20 +95,20 @@ def _unreachable(repo: str) -> str | None:
     """
     from huggingface_hub import HfApi
 
-    answer: list[str | None] = []
+    reasons: list[str | None] = []
 
     def ask() -> None:
         try:
             HfApi().repo_info(repo, timeout=_TIMEOUT)
-            answer.append(None)
+            reasons.append(None)
         except Exception as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
-            answer.append(f"answers {status} for it" if status else f"cannot be reached ({one_line(error)})")
+            reasons.append(f"answers {status} for it" if status else f"cannot be reached ({one_line(error)})")
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(2 * _TIMEOUT)
-    return answer[0] if answer else "cannot be reached (no answer)"
+    return reasons[0] if reasons else "cannot be reached (no answer)"
 
 
 def checkpoint_files(path: Path) -> dict[Path, list[str]]:
@@ -132,10 +122,10 @@ def checkpoint_files(path: Path) -> dict[Path, list[str]]:
         return _shards(path) if path.name.endswith(INDEX) else {path: []}
     if not path.is_dir():
         raise WeightsError(f"{path}: no such file or folder")
-    for suffix in (kind for weights in SUFFIXES for kind in (weights + INDEX, weights)):
-        for stem in STEMS:
-            if (path / (stem + suffix)).is_file():
-                return checkpoint_files(path / (stem + suffix))
+    usual = [stem + suffix + index for suffix in SUFFIXES for index in (INDEX, "") for stem in STEMS]
+    for name in usual:
+        if (path / name).is_file():
+            return checkpoint_files(path / name)
     if (path / "model").is_dir():
         return checkpoint_files(path / "model")
     files = [file for file in sorted(path.iterdir()) if not file.name.startswith(".")]
@@ -165,7 +155,6 @@ def _shards(index: Path) -> dict[Path, list[str]]:
 
 def read_config_json(path: Path) -> dict[str, Any]:
     """The config.json of a checkpoint folder, or beside a weight file of a usual name; empty when there is none."""
-    path = Path(path)
     usual = path.is_dir() or path.name.split(".")[0] in STEMS
     config = (path if path.is_dir() else path.parent) / "config.json"
     return read_json(config) if usual and config.is_file() else {}

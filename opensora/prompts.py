@@ -13,6 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from opensora.errors import ConfigError, did_you_mean
 from opensora.models.text_encoder.cleaning import preprocess
@@ -24,17 +25,13 @@ MAX_NAME_BYTES = 200  # of a file name, which leaves room for a suffix below the
 
 
 def load_prompts(path: str | os.PathLike[str], start: int | None = None, end: int | None = None) -> list[str]:
-    """Lines [start:end] of a text file (UTF-8), stripped; a blank line is an empty prompt.
-
-    Raises ConfigError if the file cannot be read.
-    """
+    """Lines [start:end] of a text file (UTF-8), stripped; ConfigError if it cannot be read."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in file]
+            return [line.strip() for line in file][start:end]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ConfigError(f"prompt file '{path}' cannot be read: {reason}; give a text file, a prompt a line") from None
-    return lines[start:end]
 
 
 def check_prompt(prompt: str) -> None:
@@ -46,33 +43,21 @@ def check_prompt(prompt: str) -> None:
 def extract_json(
     prompts: Sequence[str], references: Sequence[str], mask_strategies: Sequence[str]
 ) -> tuple[list[str], list[str], list[str]]:
-    """The prompts without their JSON objects, and references and mask strategies with what the objects say instead.
-
-    Texts are not stripped and values are passed on as they are. Raises ConfigError for an object that is not JSON and
-    for keys other than `JSON_KEYS`.
-    """
-    found = []
-    for prompt, reference, strategy in zip(prompts, references, mask_strategies, strict=True):
-        text, info = split_json(prompt)
-        found.append((text, info.get("reference_path", reference), info.get("mask_strategy", strategy)))
-    return [row[0] for row in found], [row[1] for row in found], [row[2] for row in found]
+    """The prompts without their JSON objects, and references and mask strategies with what the objects say instead."""
+    split = [split_json(prompt) for prompt in prompts]
+    references = [info.get("reference_path", given) for (_, info), given in zip(split, references, strict=True)]
+    masks = [info.get("mask_strategy", given) for (_, info), given in zip(split, mask_strategies, strict=True)]
+    return [text for text, _ in split], references, masks
 
 
 def split_json(prompt: str) -> tuple[str, dict[str, str]]:
-    """(the text around the last JSON object of a prompt, that object); a prompt without a `{` has an empty object."""
+    """(the text around the last JSON object of a prompt, that object); a prompt without a `{` has an empty object.
+
+    The last object is one that is not part of another brace. Nothing is stripped. Raises ConfigError for an object that
+    is not JSON and for keys other than `JSON_KEYS`.
+    """
     if "{" not in prompt:
         return prompt, {}
-    start, end, info = _last_object(prompt)
-    for key in info:
-        if key not in JSON_KEYS:
-            known = " and ".join(JSON_KEYS)
-            hint = did_you_mean(key, JSON_KEYS) or ";"
-            raise ConfigError(f"prompt {prompt!r}: unknown key '{key}' in its JSON{hint} known are {known}")
-    return prompt[:start] + prompt[end:], info
-
-
-def _last_object(prompt: str) -> tuple[int, int, dict[str, str]]:
-    """Where the last JSON object begins and ends that is not part of another brace, and the object."""
     decoder, found, position = json.JSONDecoder(), None, prompt.find("{")
     while position >= 0:
         try:
@@ -84,7 +69,12 @@ def _last_object(prompt: str) -> tuple[int, int, dict[str, str]]:
     if found is None or prompt.count("{", 0, found[0]) > prompt.count("}", 0, found[0]):
         example = '{"reference_path": "image.png", "mask_strategy": "0"}'
         raise ConfigError(f"prompt {prompt!r}: what follows {{ is not JSON; write it like {example}, or leave {{ out")
-    return found
+    start, end, info = found
+    for key in info:
+        if key not in JSON_KEYS:
+            hint = f"{did_you_mean(key, JSON_KEYS) or ';'} known are {' and '.join(JSON_KEYS)}"
+            raise ConfigError(f"prompt {prompt!r}: unknown key '{key}' in its JSON{hint}")
+    return prompt[:start] + prompt[end:], info
 
 
 def split_segments(prompt: str) -> tuple[list[str], list[int] | None]:
@@ -93,11 +83,9 @@ def split_segments(prompt: str) -> tuple[list[str], list[int] | None]:
     Raises ConfigError if texts and loop numbers do not alternate.
     """
     texts, loops = _segments(prompt)
-    if loops is None:
-        return texts, None
-    if loops != sorted(set(loops)):
+    if loops and loops != sorted(set(loops)):
         log.warning("prompt %r: loop numbers do not rise, so that some of its texts may never be used", prompt)
-    return [text.strip() for text in texts], loops
+    return [text.strip() for text in texts] if loops else texts, loops
 
 
 def _segments(prompt: str) -> tuple[list[str], list[int] | None]:
@@ -149,31 +137,17 @@ def append_score(
 
 
 def prepare(
-    prompt: str,
-    *,
-    aes: float | None = None,
-    flow: float | None = None,
-    camera_motion: str | None = None,
-    refine: Callable[[str], str] | None = None,
-    clean: Callable[[str], str] = preprocess,
+    prompt: str, *, refine: Callable[[str], str] = str, clean: Callable[[str], str] = preprocess, **scores: Any
 ) -> str:
-    """The prompt as the text encoder wants it: each of its texts refined, scored, then cleaned."""
+    """The prompt as the text encoder wants it: each of its texts refined, given `scores` (`append_score`), cleaned."""
     texts, loops = split_segments(prompt)
-    if refine is not None:
-        texts = [refine(text) for text in texts]
-    texts = [clean(append_score(text, aes, flow, camera_motion)) for text in texts]
-    return merge_segments(texts, loops)
+    return merge_segments([clean(append_score(refine(text), **scores)) for text in texts], loops)
 
 
 def save_path_name(
-    save_dir: str | os.PathLike[str],
-    sample_name: str | None = None,
-    sample_idx: int | None = None,
-    prompt: str | None = None,
-    prompt_as_path: bool = False,
-    num_sample: int = 1,
-    k: int | None = None,
-) -> str:
+    save_dir: str | os.PathLike[str], sample_name: str | None = None, sample_idx: int | None = None,
+    prompt: str | None = None, prompt_as_path: bool = False, num_sample: int = 1, k: int | None = None,
+) -> str:  # fmt: skip
     """The path of a sample without its extension: `DIR/sample_0007`, or `DIR/sample_0007-2` as number k of several.
 
     With `prompt_as_path` the prompt is the name, after `sample_name` if there is one. A name never leaves `save_dir`:
@@ -188,14 +162,10 @@ def save_path_name(
         name = f"{'sample' if sample_name is None else sample_name}_{sample_idx:04d}"
     if num_sample != 1:
         name += f"-{k}"
-    return os.path.join(save_dir, _file_name(name))
-
-
-def _file_name(name: str) -> str:
     name = re.sub(r"[/\\\x00-\x1f\x7f]", "_", name)
     if name in (".", ".."):
-        return "_" * len(name)
+        name = "_" * len(name)
     whole = name.encode(errors="replace")
-    if len(whole) <= MAX_NAME_BYTES:
-        return name
-    return f"{whole[: MAX_NAME_BYTES - 9].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:8]}"
+    if len(whole) > MAX_NAME_BYTES:
+        name = f"{whole[: MAX_NAME_BYTES - 9].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:8]}"
+    return os.path.join(save_dir, name)

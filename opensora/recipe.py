@@ -6,11 +6,11 @@ import hashlib
 import json
 import platform
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from opensora import __version__
 from opensora.datasets.video import encode_image, encode_video, read_metadata, replacing
@@ -22,36 +22,19 @@ Recipe = dict[str, Any]
 
 
 def make_recipe(
-    *,
-    prompt: str,
-    encoded_prompts: Sequence[str],
-    seed: int,
-    sample_index: int,
-    settings: dict[str, Any],
-    weights: dict[str, str],
+    *, prompt: str, encoded_prompts: list[str], seed: int, sample_index: int, settings: dict, weights: dict[str, str]
 ) -> Recipe:
     """The recipe of one output, without its pixels (`write_output` adds those).
 
     `encoded_prompts` holds the text given to the encoder, one per loop; `settings` every resolved setting, JSON-able;
     `weights` a hash per component.
     """
-    import torch
-
+    program = {"opensora": __version__, "torch": torch.__version__}
+    program |= {"python": platform.python_version(), "platform": platform.platform()}
     return {
-        "format": FORMAT,
-        "program": {
-            "opensora": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-        },
-        "prompt": prompt,
-        "encoded_prompts": list(encoded_prompts),
-        "seed": seed,
-        "sample_index": sample_index,
-        "settings": settings,
-        "weights": weights,
-    }
+        "format": FORMAT, "program": program, "prompt": prompt, "encoded_prompts": encoded_prompts, "seed": seed,
+        "sample_index": sample_index, "settings": settings, "weights": weights,
+    }  # fmt: skip
 
 
 def frames_digest(frames: np.ndarray) -> str:
@@ -85,16 +68,24 @@ def read_recipe(path: str | Path) -> Recipe:
 
     Raises MediaError if there is none, or if a newer program wrote it.
     """
-    path = Path(path)
-    if path.suffix.lower() == ".json":
-        return _parse(_read_text(path), path)
-    embedded = read_metadata(path).get(KEY)
-    if embedded is not None:
-        return _parse(embedded, path)
-    sidecar = path.with_suffix(".json")
-    if sidecar.is_file():
-        return _parse(_read_text(sidecar), sidecar)
-    raise MediaError(f"{path}: holds no recipe, and there is no {sidecar.name} beside it; was it written by opensora?")
+    path, text = Path(path), None
+    if path.suffix.lower() != ".json":
+        text, sidecar = read_metadata(path).get(KEY), path.with_suffix(".json")
+        if text is None and not sidecar.is_file():
+            beside = f"there is no {sidecar.name} beside it"
+            raise MediaError(f"{path}: holds no recipe, and {beside}; was it written by opensora?")
+        path = sidecar if text is None else path
+    try:
+        recipe = json.loads(path.read_text(encoding="utf-8") if text is None else text)
+    except json.JSONDecodeError as error:
+        raise MediaError(f"{path}: its recipe is not valid JSON ({error})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise MediaError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("format"), int):
+        raise MediaError(f"{path}: is not the recipe of an output")
+    if recipe["format"] > FORMAT:
+        raise MediaError(f"{path}: a newer program wrote this recipe (format {recipe['format']}); update opensora")
+    return recipe
 
 
 def check_folder(path: str | Path) -> Path:
@@ -111,22 +102,3 @@ def check_folder(path: str | Path) -> Path:
         reason = error.strerror or error
         raise MediaError(f"{folder}: outputs cannot be saved there ({reason}); choose another --save-dir") from error
     return folder
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MediaError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-
-
-def _parse(text: str, path: Path) -> Recipe:
-    try:
-        recipe = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise MediaError(f"{path}: its recipe is not valid JSON ({error})") from error
-    if not isinstance(recipe, dict) or not isinstance(recipe.get("format"), int):
-        raise MediaError(f"{path}: is not the recipe of an output")
-    if recipe["format"] > FORMAT:
-        raise MediaError(f"{path}: a newer program wrote this recipe (format {recipe['format']}); update opensora")
-    return recipe

@@ -6,6 +6,7 @@ Sizes and durations stay as written ("480p", "4s"); the pipeline resolves them w
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,22 +22,45 @@ CHOICES = {
     "mixed_strategy": ("mixed_video_image", "mixed_video_random"),
 }
 SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32"}
-KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict": dict, "None": type(None)}
-
+KINDS = {"int": {int}, "float": {int, float}, "bool": {bool}, "str": {str}, "dict": {dict}, "None": {type(None)}}
+# Settings of the documents that training cannot follow yet, each with the value that asks for nothing.
+NOT_YET_IN_TRAINING = {
+    "wandb": False, "sp_size": 1, "grad_checkpoint": False, "bucket_config": None, "mask_ratios": None,
+    "discriminator": None, "use_image_identity_loss": False, "load_video_features": False, "load_text_features": False,
+}  # fmt: skip
+# Settings of the documents' other programs, and such as only matter beside one of the above: accepted and left out.
+OF_NO_EFFECT = {
+    "base", "base_step_time", "bin_size", "cal_stats", "discriminator_factor", "discriminator_loss_type",
+    "discriminator_start", "end_index", "generator_factor", "generator_loss_type", "gradient_penalty_loss_weight",
+    "lecam_loss_weight", "log_stats_every", "log_time", "logvar_init", "model_max_length", "num_bucket_build_workers",
+    "num_eval_timesteps", "num_samples", "save_compressed_text_features", "save_dir", "save_text_features",
+    "start_index", "text_encoder_model_max_length", "text_encoder_output_dim", "vae_out_channels",
+}  # fmt: skip
 # Spellings of older documents and versions: `section.key` or `key` -> key, `section.key=value` -> value.
 LEGACY = {
     "model.enable_flashattn": "enable_flash_attn",
     "scheduler.type=dmp-solver": "dpm-solver",
-    "model_max_length": "text_encoder_model_max_length",
     "mask_ratios.mask_no": "identity",
     **{f"mask_ratios.mask_{part}_{place}": f"{part}_{place}"
        for part in ("quarter", "image") for place in ("random", "head", "tail", "head_tail")},
 }  # fmt: skip
 
 
-def bounded(default: Any = dataclasses.MISSING, *, least: float) -> Any:
-    """A dataclass field whose number must be at least `least`; without a default it is required."""
-    return dataclasses.field(default=default, metadata={"least": least})
+def check_trainable(settings: TrainSettings) -> None:
+    """Raises ConfigError when the settings ask for something that training would not do."""
+    for name, nothing in NOT_YET_IN_TRAINING.items():
+        if getattr(settings, name) != nothing:
+            raise ConfigError(f"{name} is not supported by training yet; leave it out")
+
+
+def setting(
+    default: Any = dataclasses.MISSING, help: str = "", *, least: float | None = None, nargs: int | str | None = None
+) -> Any:
+    """A dataclass field, required without a default; its number must be at least `least`.
+
+    `help` gives it a command line flag, whose values are of the first kind annotated; `nargs` 0 makes that a switch.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "least": least, "nargs": nargs})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,55 +72,38 @@ class _Settings:
     text_encoder: dict | None = None
     scheduler: dict | None = None
     dataset: dict | None = None
-    dtype: str = "bf16"
-    seed: int = 1024
-    device: str | None = None
-    offline: bool = False
-    num_workers: int = bounded(4, least=0)
-    resolution: str | None = None
+    dtype: str = setting("bf16", "bf16, fp16 or fp32")
+    seed: int = setting(1024, "random seed")
+    device: str | None = setting(None, "device to run on, such as cpu, cuda or mps")
+    offline: bool = setting(False, "never download anything", nargs=0)
+    num_workers: int = setting(4, least=0)
+    resolution: str | None = setting(None, "name of a size, such as 240p or 720p")
     image_size: tuple[int, int] | None = None
-    perceptual_loss_weight: float = bounded(0.1, least=0)
-    kl_loss_weight: float = bounded(1e-6, least=0)
-    logvar_init: float = 0.0
+    perceptual_loss_weight: float = setting(0.1, least=0)
+    kl_loss_weight: float = setting(1e-6, least=0)
 
     def __post_init__(self) -> None:
-        self._set(image_size=_size(self.image_size))
         for field in dataclasses.fields(self):
             _check(field, getattr(self, field.name))
-        self._set(dtype=SHORT_DTYPES.get(self.dtype, self.dtype))
+        if self.image_size is not None and not (_is_pair(self.image_size, int) and min(self.image_size) > 0):
+            raise ConfigError(f"image_size must be (height, width) in pixels; it is {self.image_size!r}")
+        object.__setattr__(self, "dtype", SHORT_DTYPES.get(self.dtype, self.dtype))
 
     @classmethod
     def from_config(cls: type[Settings], config: dict[str, Any], source: str) -> Settings:
         """The settings of a configuration dict; `source` (its file) opens every ConfigError."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        config = {n: value for n, value in _modernised(config).items() if n in fields or n not in OF_NO_EFFECT}
         try:
-            config = cls._modernised(config)
-            fields = {field.name: field for field in dataclasses.fields(cls)}
             for name in config:
                 if name not in fields:
                     raise ConfigError(f"unknown setting '{name}'{did_you_mean(name, fields)}")
             for name, field in fields.items():
                 if field.default is dataclasses.MISSING and config.get(name) is None:
                     raise ConfigError(f"setting '{name}' is missing")
-            return cls(**config)
+            return cls(**{name: _shaped(value, fields[name].type) for name, value in config.items()})
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from error
-
-    @classmethod
-    def _modernised(cls, config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        """`config` with the spellings of `LEGACY` replaced, in its sections too."""
-        modern: dict[str, Any] = {}
-        for key, value in config.items():
-            path = f"{prefix}{key}"
-            if isinstance(value, dict):
-                value = cls._modernised(value, f"{path}.")
-            elif isinstance(value, str):
-                value = LEGACY.get(f"{path}={value}", value)
-            modern[LEGACY.get(path, key)] = value
-        return modern
-
-    def _set(self, **values: Any) -> None:
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,49 +113,43 @@ class InferenceSettings(_Settings):
     Raises ConfigError on construction when a value is out of range.
     """
 
-    num_frames: int | str = bounded(least=1)
-    save_dir: str = "./samples"
-    fps: float = bounded(24, least=1)
-    frame_interval: int = bounded(1, least=1)
-    save_fps: float | None = bounded(None, least=1)
-    aspect_ratio: str | None = None
-    prompt: list[str] | None = None
-    prompt_path: str | None = None
-    prompt_as_path: bool = False
-    prompt_generator: str = ""
-    llm_refine: bool = False
-    start_index: int = bounded(0, least=0)
-    end_index: int | None = None
-    num_sample: int = bounded(1, least=1)
-    sample_name: str | None = None
-    batch_size: int = bounded(1, least=1)
+    num_frames: str | int = setting(help="number of frames, or 4s; 1 makes an image", least=1)
+    image_size: tuple[int, int] | None = setting(None, "height and width; wins over --resolution")
+    save_dir: str = setting("./samples", "folder for the results")
+    fps: int | float = setting(24, "frame rate that the model is told", least=1)
+    frame_interval: int = setting(1, "step between source frames; divides the saved rate without save-fps", least=1)
+    save_fps: int | float | None = setting(None, "frame rate of the saved video", least=1)
+    aspect_ratio: str | None = setting(None, "height:width, such as 9:16 for landscape")
+    prompt: Sequence[str] | None = setting(None, "prompts")
+    prompt_path: str | None = setting(None, "text file with one prompt a line")
+    prompt_as_path: bool = setting(False, "name the results after their prompts", nargs=0)
+    prompt_generator: str = setting("", "program that makes prompts")
+    llm_refine: bool = setting(False, "let a language model refine the prompts")
+    start_index: int = setting(0, "first prompt to use", least=0)
+    end_index: int | None = setting(None, "the prompt to stop before")
+    num_sample: int = setting(1, "results for each prompt", least=1)
+    sample_name: str | None = setting(None, "results are named {sample-name}_0000 instead of sample_0000")
+    batch_size: int = setting(1, "samples computed together", least=1)
     multi_resolution: str | bool | None = None
-    aes: float | None = None
-    flow: float | None = None
-    camera_motion: str | None = None
-    loop: int = bounded(1, least=1)
-    condition_frame_length: int = bounded(5, least=0)
-    condition_frame_edit: float = bounded(0.0, least=0)
-    align: int | None = bounded(None, least=1)
-    reference_path: list[str] | None = None
-    mask_strategy: list[str] | None = None
-    watermark: bool = False
-    preview: bool = False
-    verbose: int = bounded(1, least=0)
-    outputs: str | None = None
-    cal_stats: bool = False
-    log_stats_every: int = bounded(100, least=1)
-    num_samples: int | None = bounded(None, least=1)
+    aes: float | None = setting(None, "aesthetic score added to the prompt")
+    flow: float | None = setting(None, "motion score added to the prompt")
+    camera_motion: str | None = setting(None, "camera motion added to the prompt")
+    loop: int = setting(1, "clips to chain into one long video", least=1)
+    condition_frame_length: int = setting(5, "latent frames that each clip takes over from the one before", least=0)
+    condition_frame_edit: float = setting(0.0, least=0)
+    align: int | None = setting(None, least=1)
+    reference_path: Sequence[str] | None = setting(None, "reference images or videos, one entry for each prompt")
+    mask_strategy: Sequence[str] | None = setting(None, "where the references go, one entry for each prompt")
+    watermark: bool = setting(False, "draw the watermark")
+    preview: bool = setting(False, "also save a contact sheet of each video", nargs=0)
+    verbose: int = setting(1, "0 hides the progress of sampling", least=0)
+    outputs: str | None = setting(None, "folder of training runs")
 
     def __post_init__(self) -> None:
-        self._set(num_frames=_frames(self.num_frames))
-        self._set(**{name: _texts(name, getattr(self, name)) for name in ("prompt", "reference_path", "mask_strategy")})
         super().__post_init__()
-        if self.dataset and self.dataset.get("num_frames") is not None:
-            self._set(dataset={**self.dataset, "num_frames": _frames(self.dataset["num_frames"])})
-        for name, bound in (("num_sampling_steps", 1), ("cfg_scale", 0)):
+        for name, least in (("num_sampling_steps", 1), ("cfg_scale", 0)):
             if self.scheduler and self.scheduler.get(name) is not None:
-                _check_at_least(f"scheduler.{name}", self.scheduler[name], bound)
+                _check_at_least(f"scheduler.{name}", self.scheduler[name], least)
 
     @property
     def output_fps(self) -> float:
@@ -158,7 +159,7 @@ class InferenceSettings(_Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(_Settings):
-    """One training run of a diffusion model or an autoencoder, a batch-size search, or a feature extraction.
+    """One training run of a diffusion model or an autoencoder.
 
     Raises ConfigError on construction when a value is out of range.
     """
@@ -166,65 +167,40 @@ class TrainSettings(_Settings):
     discriminator: dict | None = None
     bucket_config: dict | None = None
     mask_ratios: dict | None = None
-    num_frames: int | None = bounded(None, least=1)
-    num_bucket_build_workers: int = bounded(1, least=1)
-    batch_size: int | None = bounded(None, least=1)
+    num_frames: int | None = setting(None, least=1)
+    batch_size: int | None = setting(None, "samples computed together", least=1)
 
-    outputs: str = "outputs"
-    wandb: bool = False
-    load: str | None = None
-    start_from_scratch: bool = False
-    freeze: tuple[str, ...] = ()
-    epochs: int = bounded(1000, least=1)
-    max_steps: int | None = bounded(None, least=1)
-    max_minutes: float | None = bounded(None, least=0)
-    log_every: int = bounded(1, least=1)
-    ckpt_every: int = bounded(0, least=0)
-    keep_checkpoints: int = bounded(2, least=1)
+    outputs: str = setting("outputs", "folder of training runs")
+    wandb: bool = setting(False, "log to Weights & Biases", nargs="?")
+    load: str | None = setting(None, "checkpoint folder to resume from")
+    start_from_scratch: bool = setting(False, "load the weights of --load only, not its position in the data", nargs=0)
+    epochs: int = setting(1000, least=1)
+    max_steps: int | None = setting(None, least=1)
+    max_minutes: float | None = setting(None, least=0)
+    log_every: int = setting(1, least=1)
+    ckpt_every: int = setting(0, least=0)
+    keep_checkpoints: int = setting(2, least=1)
 
-    lr: float = bounded(1e-4, least=0)
+    lr: float = setting(1e-4, "learning rate", least=0)
     lr_schedule: str = "constant"
-    warmup_steps: int | None = bounded(None, least=0)
-    weight_decay: float = bounded(0.0, least=0)
+    warmup_steps: int | None = setting(None, "steps of linear warm-up", least=0)
+    weight_decay: float = setting(0.0, least=0)
     adam_betas: tuple[float, float] = (0.9, 0.999)
-    adam_eps: float = bounded(1e-8, least=0)
-    grad_clip: float = bounded(0.0, least=0)
-    ema_decay: float = bounded(0.9999, least=0)
+    adam_eps: float = setting(1e-8, least=0)
+    grad_clip: float = setting(0.0, least=0)
+    ema_decay: float = setting(0.9999, least=0)
     grad_checkpoint: bool = False
     compile: bool = False
     plugin: str = "zero2"
-    sp_size: int = bounded(1, least=1)
+    sp_size: int = setting(1, least=1)
 
     load_video_features: bool = False
     load_text_features: bool = False
-    vae_out_channels: int = 4
-    text_encoder_model_max_length: int = 300
-    text_encoder_output_dim: int = 4096
-
     mixed_strategy: str | None = None
-    mixed_image_ratio: float = bounded(0.0, least=0)
+    mixed_image_ratio: float = setting(0.0, least=0)
     use_real_rec_loss: bool = False
     use_z_rec_loss: bool = False
     use_image_identity_loss: bool = False
-    discriminator_factor: float = 1.0
-    discriminator_start: int = -1
-    discriminator_loss_type: str = "hinge"
-    generator_factor: float = 0.5
-    generator_loss_type: str = "hinge"
-    lecam_loss_weight: float | None = None
-    gradient_penalty_loss_weight: float | None = None
-
-    base: tuple[Any, Any] | None = None
-    base_step_time: float | None = bounded(None, least=0)
-
-    bin_size: int | None = bounded(None, least=1)
-    save_dir: str | None = None
-    save_text_features: bool = False
-    save_compressed_text_features: bool = False
-    log_time: bool = False
-    start_index: int = bounded(0, least=0)
-    end_index: int | None = None
-    num_eval_timesteps: int | None = bounded(None, least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -232,36 +208,35 @@ class TrainSettings(_Settings):
             raise ConfigError(f"adam_betas must be two numbers from 0 to below 1; it is {self.adam_betas!r}")
         if self.ema_decay > 1 or self.mixed_image_ratio > 1:
             raise ConfigError("ema_decay and mixed_image_ratio must lie between 0 and 1")
-        if self.base is not None and not _is_pair(self.base, int | float | str):
-            raise ConfigError(f"base must be (resolution, num_frames) or (batch_size, step_time); it is {self.base!r}")
 
     @classmethod
-    def _modernised(cls, config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    def from_config(cls: type[Settings], config: dict[str, Any], source: str) -> Settings:
         """Also gathers the data settings that 1.0 kept at the top level into `dataset`."""
-        config = super()._modernised(config, prefix)
-        if prefix or "dataset" in config or "data_path" not in config:
-            return config
-        if config.pop("root", None) is not None:
-            raise ConfigError("setting 'root' is no longer supported; write whole paths into the table of data_path")
-        config.pop("use_image_transform", None)
-        names = ("data_path", "num_frames", "frame_interval", "image_size")
-        return config | {"dataset": {"type": "VideoTextDataset", **{n: config.pop(n) for n in names if n in config}}}
+        config = dict(config)
+        if "data_path" in config and "dataset" not in config:
+            if config.pop("root", None) is not None:
+                problem = "setting 'root' is no longer supported; write whole paths into the table of data_path"
+                raise ConfigError(f"{source}: {problem}")
+            config.pop("use_image_transform", None)
+            names = ("data_path", "num_frames", "frame_interval", "image_size")
+            config["dataset"] = {"type": "VideoTextDataset", **{n: config.pop(n) for n in names if n in config}}
+        return super().from_config(config, source)
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:
     """Raises ConfigError unless `value` has a kind of the field's annotation and lies in its range."""
     name, kinds = field.name, field.type.split(" | ")
-    if set(kinds) <= set(KINDS):
-        fits = any(isinstance(value, KINDS[kind]) for kind in kinds)
-        if not fits or (isinstance(value, bool) and "bool" not in kinds):
-            raise ConfigError(f"{name} must be {' or '.join(kinds)}; it is {value!r}")
+    if set(kinds) <= set(KINDS) and not any(type(value) in KINDS[kind] for kind in kinds):
+        raise ConfigError(f"{name} must be {' or '.join(kinds)}; it is {value!r}")
     if value is None:
         return
+    if "Sequence[str]" in kinds and not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+        raise ConfigError(f"{name} must be a list of texts; it is {value!r}")
     if name in CHOICES and value not in CHOICES[name]:
         raise ConfigError(f"{name} {value!r} is not known; choose one of {', '.join(CHOICES[name])}")
     if name in SECTIONS and not isinstance(value.get("type"), str):
         raise ConfigError(f"{name} needs a type, like {name} = dict(type='...')")
-    if "least" in field.metadata and not isinstance(value, str):
+    if field.metadata.get("least") is not None and not isinstance(value, str):
         _check_at_least(name, value, field.metadata["least"])
 
 
@@ -271,25 +246,28 @@ def _check_at_least(name: str, value: Any, least: float) -> None:
 
 
 def _is_pair(value: Any, kind: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(item, kind) for item in value)
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(item, kind) for item in value)
 
 
-def _size(value: Any) -> tuple[int, int] | None:
-    if value is not None and not (_is_pair(value, int) and min(value) > 0):
-        raise ConfigError(f"image_size must be (height, width) in pixels; it is {value!r}")
-    return value and tuple(value)
+def _modernised(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`config` with the spellings of `LEGACY` replaced and whole numbers of frames as numbers, in its sections too."""
+    modern: dict[str, Any] = {}
+    for key, value in config.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict):
+            value = _modernised(value, f"{path}.")
+        elif isinstance(value, str):
+            value = LEGACY.get(f"{path}={value}", value)
+            if key == "num_frames" and value.removeprefix("-").isdecimal():
+                value = int(value)
+        modern[LEGACY.get(path, key)] = value
+    return modern
 
 
-def _frames(value: Any) -> Any:
-    """A count of frames written as text becomes a number; a duration such as '4s' stays."""
-    return int(value) if isinstance(value, str) and value.removeprefix("-").isdecimal() else value
-
-
-def _texts(name: str, value: Any) -> list[str] | None:
-    """A list of texts; one text stands for a list of one, and None inside a list for an empty text."""
-    if value is None:
-        return None
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str | None) for text in texts):
-        raise ConfigError(f"{name} must be a list of texts; it is {value!r}")
-    return [text or "" for text in texts]
+def _shaped(value: Any, annotation: str) -> Any:
+    """A tuple of a list where one is annotated; a list of texts of one text, or of one with None for empty texts."""
+    if annotation.startswith("tuple") and isinstance(value, list):
+        return tuple(value)
+    if annotation.startswith("Sequence") and isinstance(value, str | list | tuple):
+        return ["" if text is None else text for text in ([value] if isinstance(value, str) else value)]
+    return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -16,13 +16,10 @@ TensorDict = Mapping[str, Tensor]
 
 
 class Rule:
-    """One difference between a checkpoint and a model; `load` leads to the model's tensors, `save` leads back."""
+    """One difference between a checkpoint and a model; `load` leads from the file's tensors to the model's."""
 
     def load(self, tensors: TensorDict, model: TensorDict) -> TensorDict:
-        return tensors
-
-    def save(self, tensors: TensorDict) -> TensorDict:
-        return tensors
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -50,10 +47,15 @@ class Rename(Rule):
             raise ValueError(f"Rename: '{self.pattern}' and '{self.replacement}' differ in their number of *")
 
     def load(self, tensors: TensorDict, model: TensorDict) -> TensorDict:
-        return _renamed(tensors, self.pattern, self.replacement)
-
-    def save(self, tensors: TensorDict) -> TensorDict:
-        return _renamed(tensors, self.replacement, self.pattern)
+        regex = re.compile(re.escape(self.pattern).replace(r"\*", "(.*)"))
+        template = self.replacement.replace("*", "{}")
+        renamed = {}
+        for name, tensor in tensors.items():
+            match = regex.fullmatch(name)
+            renamed[template.format(*match.groups()) if match else name] = tensor
+        if len(renamed) < len(tensors):
+            raise WeightsError(f"renaming '{self.pattern}' to '{self.replacement}' gives two tensors the same name")
+        return renamed
 
 
 @dataclass(frozen=True)
@@ -64,42 +66,12 @@ class ResizeRows(Rule):
 
     def load(self, tensors: TensorDict, model: TensorDict) -> TensorDict:
         found, wanted = tensors.get(self.name), model.get(self.name)
-        if found is None or wanted is None or found.ndim == 0 or found.shape[1:] != wanted.shape[1:]:
+        if found is None or wanted is None or found.shape == wanted.shape:
             return tensors
-        rows = wanted.shape[0]
-        if found.shape[0] in (0, rows):
-            return tensors
-        filler = found[-1:].expand(max(rows - found.shape[0], 0), *found.shape[1:])
-        return {**tensors, self.name: torch.cat([found[:rows], filler])}
+        if not (found.ndim == wanted.ndim > 0 and len(found) and found.shape[1:] == wanted.shape[1:]):
+            return tensors  # no table of the same width: a misfit that is reported
+        rows = torch.arange(len(wanted)).clamp(max=len(found) - 1)
+        return {**tensors, self.name: found[rows]}
 
 
-DEFAULT_RULES: tuple[Rule, ...] = (
-    Drop("pos_embed"),
-    Drop("pos_embed_temporal"),
-    ResizeRows("y_embedder.y_embedding"),
-)
-
-
-def export_names(tensors: TensorDict, rules: Sequence[Rule]) -> dict[str, Tensor]:
-    """The model's tensors under the names of the checkpoint that `rules` load: the rules, undone from last to first."""
-    for rule in reversed(rules):
-        tensors = rule.save(tensors)
-    return dict(tensors)
-
-
-def _renamed(tensors: TensorDict, pattern: str, replacement: str) -> dict[str, Tensor]:
-    regex = re.compile(re.escape(pattern).replace(r"\*", "(.*)"))
-    pieces = replacement.split("*")
-
-    def new(name: str) -> str:
-        match = regex.fullmatch(name)
-        return (
-            "".join(part for pair in zip(pieces, (*match.groups(), ""), strict=True) for part in pair)
-            if match
-            else name
-        )
-
-    result = {new(name): tensor for name, tensor in tensors.items()}
-    if len(result) < len(tensors):
-        raise WeightsError(f"renaming '{pattern}' to '{replacement}' gives two tensors the same name")
-    return result
+DEFAULT_RULES: tuple[Rule, ...] = (Drop("pos_embed"), Drop("pos_embed_temporal"), ResizeRows("y_embedder.y_embedding"))

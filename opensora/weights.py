@@ -8,28 +8,29 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 from safetensors.torch import save_file as save_safetensors
 from torch import Tensor, nn
 
 from opensora.errors import WeightsError
-from opensora.hub import INDEX, STEMS, SUFFIXES, checkpoint_files, locate, one_line, read_config_json
-from opensora.weight_rules import DEFAULT_RULES, Drop, ResizeRows, Rule, TensorDict
+from opensora.hub import SUFFIXES, checkpoint_files, locate, one_line, read_config_json
+from opensora.weight_rules import DEFAULT_RULES, Drop, Rule, TensorDict
 
 WRAPPERS = ("state_dict", "ema", "model", "module")
 POSITIONS = ("pos_embed", "pos_embed_temporal", "pos_embed_spatial")
 KEPT_IN_FLOAT32 = ("rope.freqs", "*.rope.freqs", *POSITIONS, "shift", "scale")
 NOT_PARAMETERS = ("y_embedder.y_embedding", *POSITIONS, "shift", "scale")
-SHORT_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+SHORT_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
 FAMILIES = {
     "STDiT3 (Open-Sora 1.2)": ("spatial_blocks.", "temporal_blocks.", "fps_embedder."),
     "video autoencoder (Open-Sora 1.2: per-frame and temporal)": ("spatial_vae.module.", "temporal_vae."),
@@ -57,28 +58,19 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def _read_file(file: Path) -> dict[str, Tensor]:
     if file.suffix not in SUFFIXES:
         raise WeightsError(f"{file}: not a weight file; known are {', '.join(SUFFIXES)} and index files")
-    if file.suffix != ".safetensors":
-        return _state_dict_in(_unpickle(file), file)
+    safe = file.suffix == ".safetensors"
     try:
-        return load_safetensors(file)
-    except Exception as error:
-        raise WeightsError(f"{file}: truncated, damaged or no safetensors file ({one_line(error)})") from error
-
-
-def _unpickle(file: Path) -> Any:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        if safe:
+            return load_safetensors(file)
+        payload = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # a damaged pickle can raise anything
         if isinstance(error, pickle.UnpicklingError) and (asked := re.search(r"GLOBAL (\S+)|class (\S+)", str(error))):
             raise WeightsError(
                 f"{file}: refused, it asks to run code ({(asked[1] or asked[2]).strip('`.')}); "
                 "only files that hold nothing but tensors are loaded, best as .safetensors"
             ) from error
-        raise WeightsError(f"{file}: truncated, damaged or no PyTorch checkpoint ({one_line(error)})") from error
-
-
-def _state_dict_in(payload: Any, file: Path) -> dict[str, Tensor]:
-    """The tensors of a loaded payload, unwrapped."""
+        kind = "safetensors file" if safe else "PyTorch checkpoint"
+        raise WeightsError(f"{file}: truncated, damaged or no {kind} ({one_line(error)})") from error
     while isinstance(payload, dict) and (key := next((k for k in WRAPPERS if isinstance(payload.get(k), dict)), None)):
         payload = payload[key]
     if not isinstance(payload, dict) or not payload:
@@ -93,8 +85,8 @@ def _state_dict_in(payload: Any, file: Path) -> dict[str, Tensor]:
 class Summary:
     """What a checkpoint holds, before any rule or cast; `str` is one line.
 
-    `parameters` leaves out the known buffers; `sha256` is `content_hash`. The last three name what loading left out
-    of the file, resized, and left at the model's own values.
+    `parameters` leaves out the known buffers; `sha256` is `content_hash`; the last two name what loading left out of
+    the file, and resized.
     """
 
     path: Path
@@ -104,21 +96,19 @@ class Summary:
     sha256: str
     dropped: tuple[str, ...] = ()
     resized: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         line = f"{self.path}: {self.tensors:,} tensors, {self.parameters:,} parameters, {'/'.join(self.dtypes)}"
         line += f", sha256 {self.sha256[:12]}"
-        for did in ("dropped", "resized", "missing"):
-            if names := getattr(self, did):
-                line += f", {did} {_first(names, 3)}"
-        return line
+        done = {"dropped": self.dropped, "resized": self.resized}
+        return line + "".join(f", {what} {_first(names, 3)}" for what, names in done.items() if names)
 
 
 def summarize(path: Path, tensors: TensorDict) -> Summary:
     """The summary of tensors read from `path`."""
-    dtypes = sorted({SHORT_DTYPES.get(tensor.dtype, _dtype_name(tensor)) for tensor in tensors.values()})
-    return Summary(path, len(tensors), count_parameters(tensors), tuple(dtypes), content_hash(tensors))
+    dtypes = {_dtype_name(tensor) for tensor in tensors.values()}
+    short = tuple(sorted(SHORT_DTYPES.get(dtype, dtype) for dtype in dtypes))
+    return Summary(path, len(tensors), count_parameters(tensors), short, content_hash(tensors))
 
 
 def count_parameters(tensors: TensorDict) -> int:
@@ -128,28 +118,22 @@ def count_parameters(tensors: TensorDict) -> int:
 
 def content_hash(tensors: TensorDict) -> str:
     """sha256 over each tensor's name, dtype, shape and sha256 of its bytes, by name: the same for any file format."""
-    names = sorted(tensors)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        hashes = pool.map(lambda name: _sha256(tensors[name]), names)
-        total = hashlib.sha256()
-        for name, value in zip(names, hashes, strict=True):
-            head = f"{name}\0{_dtype_name(tensors[name])}\0{','.join(map(str, tensors[name].shape))}\0"
-            total.update(head.encode() + value)
-    return total.hexdigest()
 
+    def entry(name: str) -> bytes:
+        tensor = tensors[name]
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        head = f"{name}\0{_dtype_name(tensor)}\0{','.join(map(str, tensor.shape))}\0"
+        return head.encode() + hashlib.sha256(flat.numpy().data).digest()
 
-def _sha256(tensor: Tensor) -> bytes:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data).digest()
+    with ThreadPoolExecutor() as pool:
+        return hashlib.sha256(b"".join(pool.map(entry, sorted(tensors)))).hexdigest()
 
 
 def family(names: Iterable[str]) -> str:
     """The model family whose tensors these names are, or "unknown"."""
     names = list(names)
-    for title, parts in FAMILIES.items():
-        if all(any(part in name for name in names) for part in parts):
-            return title
-    return "unknown"
+    fits = (title for title, parts in FAMILIES.items() if all(any(part in name for name in names) for part in parts))
+    return next(fits, "unknown")
 
 
 def inspect(source: str | os.PathLike[str]) -> str:
@@ -173,88 +157,66 @@ def load_weights(
     *,
     rules: Sequence[Rule] = (),
     dtype: torch.dtype | None = None,
-    strict: bool = True,
-    subfolder: str | None = None,
-    offline: bool = False,
-    keep_float32: Callable[[str], bool] = kept_in_float32,
 ) -> Summary:
     """Fills every tensor of `model` from a file, folder or hub id, and returns what was read.
 
     `rules` apply before DEFAULT_RULES. Floating tensors become `dtype`, or the model's own dtype when None, save those
-    that `keep_float32` names. A model on the meta device gets the tensors themselves (its non-persistent buffers stay
-    as they are); any other model has its values overwritten in place. Nothing is changed before everything fits.
-    Raises WeightsError naming each tensor that is missing, unexpected or of another shape; with `strict=False` missing
-    and unexpected ones are reported in the summary instead, and missing ones keep the model's values.
+    `kept_in_float32`. Tensors on the meta device are replaced by the file's (non-persistent buffers stay as they
+    are), any others have their values overwritten in place. Nothing is changed before everything fits.
+    Raises WeightsError naming each tensor that is missing, unexpected or of another shape.
     """
-    path = locate(source, what=f"{type(model).__name__} weights", subfolder=subfolder, offline=offline)
-    tensors: TensorDict = read_state_dict(path)
-    summary = summarize(path, tensors)
+    path = locate(source, what=f"{type(model).__name__} weights")
+    found: TensorDict = read_state_dict(path)
     own = model.state_dict(keep_vars=True)
-    dropped: list[str] = []
-    resized: list[str] = []
-    for rule in (*rules, *DEFAULT_RULES):
-        before, tensors = tensors, rule.load(tensors, own)
-        if isinstance(rule, Drop):
-            dropped += before.keys() - tensors.keys()
-        elif isinstance(rule, ResizeRows):
-            resized += [name for name in tensors if tensors[name] is not before[name]]
-    tensors = _with_tied(tensors, own)
-    computed = [rule for rule in (*rules, *DEFAULT_RULES) if isinstance(rule, Drop)]
-    missing = [name for name in own if name not in tensors]
-    missing = [name for name in missing if own[name].is_meta or not any(rule.matches(name) for rule in computed)]
-    unexpected = [name for name in tensors if name not in own]
-    problems = [f"{n}: expected {_shape(own[n])}, found {_shape(tensors[n])}" for n in own if _misfit(n, own, tensors)]
-    problems += [f"missing {n} {_shape(own[n])}" for n in missing if strict or own[n].is_meta]
-    problems += [f"unexpected {n} {_shape(tensors[n])}" for n in unexpected if strict]
+    rules = (*rules, *DEFAULT_RULES)
+    tensors = found
+    for rule in rules:
+        tensors = rule.load(tensors, own)
+    resized = tuple(name for name in tensors if name in found and tensors[name].shape != found[name].shape)
+    by_holder = {id(own[name]): tensor for name, tensor in tensors.items() if name in own}
+    tied = {name: by_holder[id(mine)] for name, mine in own.items() if id(mine) in by_holder}  # stored under any name
+    tensors = {**tied, **tensors}
+
+    def is_dropped(name: str) -> bool:
+        return any(isinstance(rule, Drop) and rule.matches(name) for rule in rules)
+
+    missing = [name for name in own if name not in tensors and (own[name].is_meta or not is_dropped(name))]
+    misfits = [name for name in own if name in tensors and _kind(own[name]) != _kind(tensors[name])]
+    problems = [f"{name}: expected {_shape(own[name])}, found {_shape(tensors[name])}" for name in misfits]
+    problems += [f"missing {name} {_shape(own[name])}" for name in missing]
+    problems += [f"unexpected {name} {_shape(tensors[name])}" for name in tensors if name not in own]
     if problems:
         raise WeightsError(f"{path} does not fit {type(model).__name__}: {_first(problems, separator='; ')}")
-    _fill(model, own, tensors, {name: _target(name, own[name], dtype, keep_float32) for name in own})
-    dropped = sorted(dropped + unexpected)
-    return replace(summary, dropped=tuple(dropped), resized=tuple(resized), missing=tuple(missing))
+    _fill(model, own, tensors, dtype)
+    return replace(summarize(path, found), dropped=tuple(sorted(filter(is_dropped, found))), resized=resized)
 
 
-def _fill(model: nn.Module, own: TensorDict, tensors: TensorDict, targets: Mapping[str, torch.dtype]) -> None:
-    on_meta = any(tensor.is_meta for tensor in own.values())
-    ready: dict[str, Tensor] = {}
-    made: dict[int, Tensor] = {}
+def _fill(model: nn.Module, own: TensorDict, tensors: TensorDict, dtype: torch.dtype | None) -> None:
+    replaced: dict[str, Tensor] = {}
+    made: dict[int, nn.Parameter] = {}  # so that tied parameters stay one
     for name, mine in own.items():
+        wanted = mine.dtype
+        if mine.is_floating_point():
+            wanted = torch.float32 if kept_in_float32(name) else dtype or mine.dtype
         if not mine.is_meta:
-            mine.data = mine.data.to(targets[name])
-        if name not in tensors:
-            continue
-        value = tensors[name]
-        if on_meta:
-            value = value.to("cpu" if mine.is_meta else mine.device, targets[name])
-            if isinstance(mine, nn.Parameter):
-                value = made.setdefault(id(mine), nn.Parameter(value, requires_grad=mine.requires_grad))
-        ready[name] = value
-    model.load_state_dict(ready, strict=False, assign=on_meta)
-
-
-def _with_tied(tensors: TensorDict, own: TensorDict) -> dict[str, Tensor]:
-    """The tensors, plus names that the model ties to one of them and the file leaves out."""
-    holders = {id(own[name]): name for name in own if name in tensors}
-    tied = {name: tensors[holders[id(own[name])]] for name in own if name not in tensors and id(own[name]) in holders}
-    return {**tensors, **tied}
-
-
-def _misfit(name: str, own: TensorDict, tensors: TensorDict) -> bool:
-    if name not in tensors:
-        return False
-    mine, found = own[name], tensors[name]
-    return mine.shape != found.shape or mine.is_floating_point() != found.is_floating_point()
-
-
-def _target(name: str, mine: Tensor, dtype: torch.dtype | None, keep_float32: Callable[[str], bool]) -> torch.dtype:
-    if not mine.is_floating_point():
-        return mine.dtype
-    return torch.float32 if keep_float32(name) else dtype or mine.dtype
+            mine.data = mine.data.to(wanted)
+            if name in tensors:
+                mine.data.copy_(tensors[name])
+        elif isinstance(mine, nn.Parameter):
+            parameter = nn.Parameter(tensors[name].to(wanted), mine.requires_grad)
+            replaced[name] = made.setdefault(id(mine), parameter)
+        else:
+            replaced[name] = tensors[name].to(wanted)
+    model.load_state_dict(replaced, strict=False, assign=True)
 
 
 def save_file(state_dict: TensorDict, path: str | os.PathLike[str]) -> None:
     """Writes tensors to one .safetensors, .pt, .pth or .bin file; the file appears whole or not at all."""
-    with _replacing(Path(path)) as temporary:
-        _write(dict(state_dict), temporary)
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise WeightsError(f"{path}: cannot write this kind of file; known are {', '.join(SUFFIXES)}")
+    with _replacing(path) as temporary:
+        _write(state_dict, temporary)
 
 
 def save_pretrained(
@@ -264,26 +226,24 @@ def save_pretrained(
 
     Files appear under their names only once all of them are written. Weights saved there before are replaced.
     """
-    folder, stem = Path(folder), STEMS[0]
-    shards = _split(state_dict, max_shard_bytes)
-    total = len(shards)
-    names = [f"{stem}-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
-    names = names if total > 1 else [f"{stem}.safetensors"]
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    folder = Path(folder)
+    plan = split_torch_state_dict_into_shards(dict(state_dict), max_shard_size=max_shard_bytes)
     documents: dict[str, Mapping[str, Any]] = {"config.json": config}
-    if total > 1:
-        size = sum(tensor.nbytes for tensor in state_dict.values())
-        where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        documents[f"{stem}.safetensors{INDEX}"] = {"metadata": {"total_size": size}, "weight_map": where}
-    ours = (f"{stem}.safetensors", f"{stem}.safetensors{INDEX}", f"{stem}-?????-of-?????.safetensors")
-    stale = [file for pattern in ours for file in folder.glob(pattern) if file.name not in (*names, *documents)]
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        documents["model.safetensors.index.json"] = index
     with ExitStack() as files:
         for name, document in documents.items():
             text = json.dumps(dict(document), indent=2) + "\n"
             files.enter_context(_replacing(folder / name)).write_text(text, encoding="utf-8")
-        for name, shard in zip(names, shards, strict=True):
-            _write(shard, files.enter_context(_replacing(folder / name)))
-    for file in stale:
-        file.unlink()
+        for name, held in plan.filename_to_tensors.items():
+            _write({tensor: state_dict[tensor] for tensor in held}, files.enter_context(_replacing(folder / name)))
+    for file in folder.glob("model*.safetensors*"):
+        ours = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", file.name)
+        if ours and file.name not in documents and file.name not in plan.filename_to_tensors:
+            file.unlink()
 
 
 @contextmanager
@@ -292,53 +252,28 @@ def _replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors lets nobody else read its files
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise WeightsError(f"{path}: cannot be written ({one_line(error)})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
-def _write(tensors: dict[str, Tensor], file: Path) -> None:
-    if file.suffix not in SUFFIXES:
-        raise WeightsError(f"{file}: cannot write this kind of file; known are {', '.join(SUFFIXES)}")
-    tensors = _untied(tensors)
-    try:
-        if file.suffix == ".safetensors":
-            save_safetensors(tensors, file, metadata={"format": "pt"})
-        else:
-            torch.save(tensors, file)
-    except Exception as error:  # the two writers report a full disk in types of their own
-        raise OSError(one_line(error)) from error
-
-
-def _untied(tensors: TensorDict) -> dict[str, Tensor]:
-    """Contiguous CPU tensors of which no two share memory and none drags a larger storage along."""
-    result: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        plain = tensor.detach().cpu().contiguous()
-        storage = plain.untyped_storage()
-        if storage.nbytes() != plain.nbytes or (plain.nbytes and storage.data_ptr() in seen):
-            plain = plain.clone()
-        seen.add(plain.untyped_storage().data_ptr())
-        result[name] = plain
-    return result
-
-
-def _split(state_dict: TensorDict, limit: int) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
-    room = limit
-    for name, tensor in state_dict.items():
-        if tensor.nbytes > room and shards[-1]:
-            shards.append({})
-            room = limit
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
-    return shards
+def _write(tensors: TensorDict, file: Path) -> None:
+    """Writes copies, of which no two share memory and none drags a larger storage along."""
+    options: dict[str, Any] = {"copy": True, "memory_format": torch.contiguous_format}
+    copies = {name: tensor.detach().to("cpu", **options) for name, tensor in tensors.items()}
+    if file.suffix == ".safetensors":
+        save_safetensors(copies, file, metadata={"format": "pt"})
+    else:
+        torch.save(copies, file)
 
 
 def _like(name: str, patterns: Iterable[str]) -> bool:
@@ -347,6 +282,10 @@ def _like(name: str, patterns: Iterable[str]) -> bool:
 
 def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, bool]:
+    return tensor.shape, tensor.is_floating_point()
 
 
 def _shape(tensor: Tensor) -> str:

@@ -10,7 +10,6 @@ import argparse
 import io
 import json
 import math
-import re
 import string
 from pathlib import Path
 
@@ -23,24 +22,23 @@ from tqdm import tqdm
 from opensora.datasets import clips
 from opensora.models.text_encoder.t5 import T5Encoder, load_t5_tokenizer
 
+VOCAB_SIZE, BATCH_SIZE = 512, 128
 ATTRIBUTES = {
-    "shape": clips.SHAPES,
-    "colour": tuple(clips.COLOURS),
-    "motion": tuple(clips.MOTIONS),
+    "shape": clips.SHAPES, "colour": tuple(clips.COLOURS), "motion": tuple(clips.MOTIONS),
     "background": tuple(clips.BACKGROUNDS),
-}
+}  # fmt: skip
 SIZES = tuple(map(len, ATTRIBUTES.values()))
 # A prompt that leaves something out means this.
 DEFAULTS = {"colour": "white", "motion": "standing still", "background": "black"}
-SHORT_PHRASINGS = {
-    "a {colour} {shape} {motion}": ("background",),
-    "the {shape} is {motion} and it is {colour}": ("background",),
-    "a {colour} {shape} on a {background} background": ("motion",),
-    "{colour} {shape}, {background} background": ("motion",),
-    "a {shape} {motion} on a {background} background": ("colour",),
-    "a {colour} {shape}": ("motion", "background"),
-    "{shape} {motion}": ("colour", "background"),
-}
+SHORT_PHRASINGS = (
+    "a {colour} {shape} {motion}",
+    "the {shape} is {motion} and it is {colour}",
+    "a {colour} {shape} on a {background} background",
+    "{colour} {shape}, {background} background",
+    "a {shape} {motion} on a {background} background",
+    "a {colour} {shape}",
+    "{shape} {motion}",
+)
 SYNONYMS = {"circle": ("ball", "disc"), "square": ("box", "block"), "gray": ("grey",), "purple": ("violet",)}
 FILLERS = {"a", "an", "the", "one", "of", "on", "in", "is", "and", "it", "video", "against", "front", "to"}
 PLAIN_WORDS = """
@@ -64,15 +62,14 @@ def draw_caption(rng: np.random.Generator, held_out: bool = False, plain: bool =
     """A caption and the index of each of its attributes; `plain` gives it just as the clips have it."""
     combination = sorted(clips.HELD_OUT)[rng.integers(len(clips.HELD_OUT))] if held_out else None
     scene = clips.draw_scene(rng, 64, 64, combination)
-    values = {"shape": scene.shape, "colour": scene.colour, "motion": scene.motion, "background": scene.background}
+    values = {name: getattr(scene, name) for name in ATTRIBUTES}
     phrasing = clips.PHRASINGS[rng.integers(len(clips.PHRASINGS))]
     if not plain and rng.random() < 0.15:
-        phrasing = list(SHORT_PHRASINGS)[rng.integers(len(SHORT_PHRASINGS))]
-        values |= {name: DEFAULTS[name] for name in SHORT_PHRASINGS[phrasing]}
+        phrasing = SHORT_PHRASINGS[rng.integers(len(SHORT_PHRASINGS))]
+        values |= {name: value for name, value in DEFAULTS.items() if f"{{{name}}}" not in phrasing}
     motions = clips.MOTIONS[scene.motion][0]
     text = clips.caption(scene, phrasing, motions[rng.integers(len(motions))]).lower()
-    if not plain:
-        text = roughen(text, rng)
+    text = text if plain else roughen(text, rng)
     return text, tuple(ATTRIBUTES[name].index(value) for name, value in values.items())
 
 
@@ -87,12 +84,10 @@ def roughen(text: str, rng: np.random.Generator) -> str:
             words.append(word)
         if word in FILLERS and rng.random() < 0.05:
             words.append(NOISE_WORDS[rng.integers(len(NOISE_WORDS))])
-    if rng.random() < 0.1:
-        words.append(".")
-    return re.sub(r" \.$", ".", " ".join(words))
+    return " ".join(words) + ("." if rng.random() < 0.1 else "")
 
 
-def train_tokenizer(folder: Path, vocab_size: int, seed: int) -> None:
+def train_tokenizer(folder: Path, seed: int) -> None:
     """Write spiece.model (unigram, T5's special ids) and tokenizer_config.json."""
     import sentencepiece
 
@@ -103,43 +98,28 @@ def train_tokenizer(folder: Path, vocab_size: int, seed: int) -> None:
     lines += [" ".join(words), ", ".join(words)] * 40
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=vocab_size,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
+        sentence_iterator=iter(lines), model_writer=model, model_type="unigram",
+        vocab_size=VOCAB_SIZE, hard_vocab_limit=False, character_coverage=1.0,
         required_chars=string.ascii_lowercase + string.digits + string.punctuation,
-        normalization_rule_name="nmt_nfkc_cf",
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
+        normalization_rule_name="nmt_nfkc_cf", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2,
+    )  # fmt: skip
     (folder / "spiece.model").write_bytes(model.getvalue())
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", "extra_ids": 0})
+    described = {"extra_ids": 0, "tokenizer_class": "T5Tokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
 
 
-def train_encoder(folder: Path, steps: int, batch_size: int, seed: int) -> None:
+def train_encoder(folder: Path, steps: int, seed: int) -> None:
     """Train the T5 encoder on the folder's tokenizer; write config.json and model.safetensors; print accuracies."""
     from safetensors.torch import save
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
     tokenizer = load_t5_tokenizer(folder)
+    # With dropout, telling a blue square from a dark blue background takes far longer to learn.
     config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=128,
-        d_kv=32,
-        d_ff=256,
-        num_layers=3,
-        num_heads=4,
-        dropout_rate=0.0,  # with dropout, telling a blue square from a dark blue background takes far longer to learn
-        feed_forward_proj="gated-gelu",
-        architectures=["T5EncoderModel"],
-    )
+        vocab_size=len(tokenizer), d_model=128, d_kv=32, d_ff=256, num_layers=3, num_heads=4, dropout_rate=0.0,
+        feed_forward_proj="gated-gelu", architectures=["T5EncoderModel"],
+    )  # fmt: skip
     model = T5EncoderModel(config).train()
     # Fixed at one, the last norm gives features with an RMS of one per token, whatever the training does.
     model.encoder.final_layer_norm.weight.requires_grad_(False)
@@ -152,7 +132,7 @@ def train_encoder(folder: Path, steps: int, batch_size: int, seed: int) -> None:
     rng = np.random.default_rng((seed, 1))
     progress = tqdm(range(steps), desc="text encoder", mininterval=1.0)
     for step in progress:
-        texts, labels = zip(*(draw_caption(rng) for _ in range(batch_size)), strict=True)
+        texts, labels = zip(*(draw_caption(rng) for _ in range(BATCH_SIZE)), strict=True)
         tokens = tokenizer(list(texts), padding=True, return_tensors="pt")
         features = model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state  # [B, L, C]
         loss = attribute_loss(heads, features, tokens.attention_mask, torch.tensor(labels))
@@ -163,10 +143,9 @@ def train_encoder(folder: Path, steps: int, batch_size: int, seed: int) -> None:
         schedule.step()
         if step % 50 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}")
-
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if "embed_tokens" not in name}
     (folder / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
-    write_json(folder / "config.json", config.to_diff_dict())
+    config.to_json_file(folder / "config.json")
     encoder = T5Encoder(model, tokenizer)
     report("as in the clips", encoder, heads, seed, plain=True)
     report("held-out combinations", encoder, heads, seed, plain=True, held_out=True)
@@ -197,27 +176,19 @@ def report(title: str, encoder: T5Encoder, heads: nn.Linear, seed: int, **drawin
     logits = heads(real).split(SIZES, dim=-1)
     hits = [(part.argmax(-1) == target[:, i]).float().mean().item() for i, part in enumerate(logits)]
     words = ", ".join(f"{name} {hit:.4f}" for name, hit in zip(ATTRIBUTES, hits, strict=True))
-    rms = real.square().mean().sqrt().item()
-    print(
-        f"{title}: {words}; RMS {rms:.3f}; {lengths.min()} to {lengths.max()} tokens, mean {lengths.float().mean():.1f}"
-    )
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    rms, mean = real.square().mean().sqrt(), lengths.float().mean()
+    print(f"{title}: {words}; RMS {rms:.3f}; {lengths.min()} to {lengths.max()} tokens, mean {mean:.1f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(clips.__file__).parents[1] / "embedded" / "text_encoder")
-    parser.add_argument("--vocab-size", type=int, default=512)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    train_tokenizer(args.output, args.vocab_size, args.seed)
-    train_encoder(args.output, args.steps, args.batch_size, args.seed)
+    train_tokenizer(args.output, args.seed)
+    train_encoder(args.output, args.steps, args.seed)
 
 
 if __name__ == "__main__":

@@ -75,9 +75,8 @@ def test_cached_repository_needs_no_network(cache: Path) -> None:
 
 
 def test_cached_subfolder(cache: Path) -> None:
-    snapshot = fill(cache, "org/name", "vae/model.safetensors", "tokenizer/spiece.model")
+    snapshot = fill(cache, "org/name", "vae/model.safetensors")
     assert locate("org/name", subfolder="vae") == snapshot / "vae"
-    assert locate("org/name", subfolder="tokenizer", weights=False) == snapshot / "tokenizer"
 
 
 def test_cache_with_pickled_weights_only(cache: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from fractions import Fraction
 
 from opensora.errors import ConfigError, did_you_mean
@@ -17,45 +17,22 @@ from opensora.errors import ConfigError, did_you_mean
 log = logging.getLogger(__name__)
 
 NUM_PIXELS = {
-    "144p": 36864,
-    "256": 65536,
-    "240p": 102240,
-    "360p": 230400,
-    "512": 262144,
-    "480p": 409920,
-    "720p": 921600,
-    "1024": 1048576,
-    "1080p": 2073600,
-    "2k": 3686400,
-    "2048": 4194304,
-    "2880": 8294400,
-    "4k": 8294400,
-}
+    "144p": 36864, "256": 65536, "240p": 102240, "360p": 230400, "512": 262144, "480p": 409920, "720p": 921600,
+    "1024": 1048576, "1080p": 2073600, "2k": 3686400, "2048": 4194304, "2880": 8294400, "4k": 8294400,
+}  # fmt: skip
 RESOLUTIONS = tuple(NUM_PIXELS)
 
-NUM_FRAMES = {"1x": 51, "2x": 102, "4x": 204, "8x": 408, "16x": 816}
-NUM_FRAMES |= {"2s": 51, "4s": 102, "8s": 204, "16s": 408, "32s": 816, "image": 1}
+NUM_FRAMES = {
+    "1x": 51, "2x": 102, "4x": 204, "8x": 408, "16x": 816,
+    "2s": 51, "4s": 102, "8s": 204, "16s": 408, "32s": 816, "image": 1,
+}  # fmt: skip
 
 # name -> key of the size tables; "50:27" stands for 2.08 (= 25:12) there, although 50 / 27 is 1.85
 ASPECT_RATIOS = {
-    "3:8": "0.38",
-    "9:21": "0.43",
-    "12:25": "0.48",
-    "1:2": "0.50",
-    "9:17": "0.53",
-    "27:50": "0.54",
-    "9:16": "0.56",
-    "5:8": "0.62",
-    "2:3": "0.67",
-    "3:4": "0.75",
-    "1:1": "1.00",
-    "4:3": "1.33",
-    "3:2": "1.50",
-    "16:9": "1.78",
-    "17:9": "1.89",
-    "2:1": "2.00",
-    "50:27": "2.08",
-}
+    "3:8": "0.38", "9:21": "0.43", "12:25": "0.48", "1:2": "0.50", "9:17": "0.53", "27:50": "0.54", "9:16": "0.56",
+    "5:8": "0.62", "2:3": "0.67", "3:4": "0.75", "1:1": "1.00", "4:3": "1.33", "3:2": "1.50", "16:9": "1.78",
+    "17:9": "1.89", "2:1": "2.00", "50:27": "2.08",
+}  # fmt: skip
 _KEYS = {Fraction(name.replace(":", "/")): key for name, key in ASPECT_RATIOS.items()}
 
 # entries of the video tables that the rule of `formula_size` does not give: key=HxW
@@ -94,13 +71,15 @@ def formula_size(ratio: float, num_pixels: int) -> tuple[int, int]:
 def _read(table: str, block: int = 1) -> dict[str, tuple[int, int]]:
     sizes = {}
     for entry in table.split():
-        *key, pair = entry.split("=")
-        height, width = (int(length) for length in pair.split("x"))
-        sizes[key[0] if key else str(round(height / width, 2))] = (height * block, width * block)
+        key, _, pair = entry.rpartition("=")
+        height, width = map(int, pair.split("x"))
+        sizes[key or str(round(height / width, 2))] = (height * block, width * block)
     return sizes
 
 
-def _video_sizes(resolution: str) -> dict[str, tuple[int, int]]:
+def _sizes(resolution: str) -> dict[str, tuple[int, int]]:
+    if resolution.isdigit():
+        return _read(_SQUARE_2880, 64) if resolution == "2880" else _read(_SQUARE, int(resolution) // 16)
     ratios = {key: float(ratio) for ratio, key in _KEYS.items()} | {"2.08": 25 / 12}
     keys = list(ratios)
     if resolution == "4k":  # its table alone has 0.62 before 0.56
@@ -109,18 +88,11 @@ def _video_sizes(resolution: str) -> dict[str, tuple[int, int]]:
     return sizes | _read(_IRREGULAR.get(resolution, ""))
 
 
-def _sizes(resolution: str) -> dict[str, tuple[int, int]]:
-    if not resolution.isdigit():
-        return _video_sizes(resolution)
-    return _read(_SQUARE_2880, 64) if resolution == "2880" else _read(_SQUARE, int(resolution) // 16)
-
-
 SIZES = {resolution: _sizes(resolution) for resolution in RESOLUTIONS}
 """resolution -> ratio key -> (H, W), in the order that decides ties between equally near ratios."""
 
 
-def _unknown(what: str, value: object, choices: Iterable[str]) -> ConfigError:
-    choices = list(choices)
+def _unknown(what: str, value: object, choices: Sequence[str]) -> ConfigError:
     hint = did_you_mean(str(value).strip().lower(), choices)
     return ConfigError(f"{what} {value!r} is not known{hint or ';'} choose one of {', '.join(choices)}")
 

@@ -5,8 +5,8 @@ Checks the embedded model: generate from a caption, measure the pixels, compare.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,13 +15,12 @@ from opensora.datasets.clips import BACKGROUNDS, COLOURS, SHAPES, Scene, render
 SIDE = 64  # clips are reduced by a whole factor until the short side is below twice this
 NEAR_BACKGROUND, NEAR_COLOUR = 60.0, 100.0  # farther than this from every palette colour (RGB distance) has no name
 CONTRAST = 45.0  # RGB distance from the background at which a pixel may belong to an object
-SMALLEST = 0.005  # of the frame's pixels: less is noise (the smallest rendered object covers 0.013)
+SMALLEST = 0.005  # of the frame's pixels: less is noise (the smallest rendered object covers 0.018)
 TRAVEL, GROWTH = 16 / 64, np.log(1.6)  # displacement / short side and log radius ratio of a clear motion; half counts
 FIT = 0.55  # least overlap (intersection over union) with a perfect shape, below which there is no object
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """Names as in the tables of `clips.py`; None where nothing fits, or nothing was found."""
 
     shape: str | None
@@ -37,23 +36,24 @@ def measure(video: np.ndarray) -> Measured:
     circle, square and triangle of the same area and centre; motion by the straight lines fitted to centre and radius.
     """
     video = _reduce(video)
-    backdrop = np.median(_border(video), axis=0)
+    num_frames, height, width = video.shape[:3]
+    inside = np.zeros((height, width), bool)
+    inside[2:-2, 2:-2] = True
+    backdrop = np.median(video[:, ~inside].reshape(-1, 3), axis=0)
     background = _nearest(backdrop, BACKGROUNDS, NEAR_BACKGROUND)
     coverage, colour = _find_object(video, backdrop)
     area = coverage.sum((1, 2))
-    found = area >= SMALLEST * coverage[0].size
-    if colour is None or 2 * found.sum() < len(video):
+    times = np.flatnonzero(area >= SMALLEST * height * width)
+    if 2 * len(times) < num_frames:
         return Measured(None, None, None, background)
-    centre = _centre(coverage, area)
-    shape = _shape(coverage[found], centre[found], area[found])
+    coverage, area = coverage[times], area[times]
+    x, y = coverage.sum(1) @ (np.arange(width) + 0.5), coverage.sum(2) @ (np.arange(height) + 0.5)
+    centre = np.stack([x, y], axis=1) / area[:, None]  # [T, 2] in pixels; a pixel's own centre lies at one half
+    shape = _shape(coverage, centre, area)
     if shape is None:
         return Measured(None, None, None, background)
-    return Measured(
-        shape=shape,
-        colour=_nearest(colour, COLOURS, NEAR_COLOUR),
-        motion=_motion(np.flatnonzero(found), centre[found], area[found], len(video), min(video.shape[1:3])),
-        background=background,
-    )
+    motion = _motion(times / max(num_frames - 1, 1), centre / min(height, width), area)
+    return Measured(shape, _nearest(colour, COLOURS, NEAR_COLOUR), motion, background)
 
 
 def _reduce(video: np.ndarray) -> np.ndarray:
@@ -64,46 +64,35 @@ def _reduce(video: np.ndarray) -> np.ndarray:
     return video.reshape(len(video), height, factor, width, factor, 3).mean((2, 4))
 
 
-def _border(video: np.ndarray) -> np.ndarray:
-    """The pixels [N, 3] of the outermost two rows and columns of every frame."""
-    inner = np.zeros(video.shape[1:3], bool)
-    inner[2:-2, 2:-2] = True
-    return video[:, ~inner].reshape(-1, 3)
-
-
 def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]], limit: float) -> str | None:
-    distances = {name: float(np.linalg.norm(colour - np.array(value))) for name, value in palette.items()}
-    name = min(distances, key=distances.__getitem__)
-    return name if distances[name] <= limit else None
+    distance, name = min((float(np.linalg.norm(colour - np.array(value))), name) for name, value in palette.items())
+    return name if distance <= limit else None
 
 
-def _find_object(video: np.ndarray, backdrop: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+def _find_object(video: np.ndarray, backdrop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How far each pixel belongs to the object, [T, H, W] in 0..1 (edges are soft), and the object's colour [3].
 
-    A pixel's share is its position on the line from the background's colour to the object's. The colour is None
-    if no pixel stands out.
+    A pixel's share is its position on the line from the background's colour to the object's. It is 0 everywhere if
+    no pixel stands out.
     """
     offset = video - backdrop
     region = _largest_region(np.linalg.norm(offset, axis=-1) > CONTRAST)
     if not region.any():
-        return np.zeros(video.shape[:3]), None
+        return np.zeros(video.shape[:3]), backdrop
     towards = np.median(offset[region], axis=0)
     for _ in range(2):  # the first guess includes edge pixels, the second only the core
         coverage = np.clip(offset @ towards / (towards @ towards), 0, 1)
         core = region & (coverage > 0.8)
         towards = np.median(offset[core], axis=0) if core.any() else towards
-    region = _largest_region(coverage > 0.5)
-    return np.where(_grow(region, 2), coverage, 0), backdrop + towards
+    near = _spread(_spread(_largest_region(coverage > 0.5)))
+    return np.where(near, coverage, 0), backdrop + towards
 
 
 def _largest_region(mask: np.ndarray) -> np.ndarray:
     """The largest 4-connected region of each frame of `mask`, bool [T, H, W]."""
-    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    while True:  # the largest label of a region spreads until it fills the region
-        spread = np.where(mask, _around(labels), 0)
-        if np.array_equal(spread, labels):
-            break
-        labels = spread
+    labels, before = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0), None
+    while not np.array_equal(labels, before):  # the largest label of a region spreads until it fills the region
+        labels, before = np.where(mask, _spread(labels), 0), labels
     largest = np.zeros_like(mask)
     for frame, label in zip(largest, labels, strict=True):
         names, sizes = np.unique(label[label > 0], return_counts=True)
@@ -112,28 +101,11 @@ def _largest_region(mask: np.ndarray) -> np.ndarray:
     return largest
 
 
-def _grow(mask: np.ndarray, steps: int) -> np.ndarray:
-    for _ in range(steps):
-        mask = _around(mask)
-    return mask
-
-
-def _around(values: np.ndarray) -> np.ndarray:
-    """The largest of each pixel and its four neighbours, [T, H, W]."""
-    result = values.copy()
-    np.maximum(result[:, 1:], values[:, :-1], out=result[:, 1:])
-    np.maximum(result[:, :-1], values[:, 1:], out=result[:, :-1])
-    np.maximum(result[:, :, 1:], values[:, :, :-1], out=result[:, :, 1:])
-    np.maximum(result[:, :, :-1], values[:, :, 1:], out=result[:, :, :-1])
-    return result
-
-
-def _centre(coverage: np.ndarray, area: np.ndarray) -> np.ndarray:
-    """The centre of mass (x, y) of each frame, [T, 2] in pixels; a pixel's own centre lies at one half."""
-    area = np.maximum(area, 1e-6)
-    x = coverage.sum(1) @ (np.arange(coverage.shape[2]) + 0.5)
-    y = coverage.sum(2) @ (np.arange(coverage.shape[1]) + 0.5)
-    return np.stack([x / area, y / area], axis=1)
+def _spread(values: np.ndarray) -> np.ndarray:
+    """The largest of each pixel and its four neighbours, [T, H, W]; no value is below 0."""
+    padded = np.pad(values, ((0, 0), (1, 1), (1, 1)))
+    rows, columns = padded[:, :, 1:-1], padded[:, 1:-1]
+    return np.maximum.reduce([values, rows[:, :-2], rows[:, 2:], columns[:, :, :-2], columns[:, :, 2:]])
 
 
 def _shape(coverage: np.ndarray, centre: np.ndarray, area: np.ndarray) -> str | None:
@@ -162,14 +134,14 @@ def _draw(shape: str, radius: float, centre: tuple[float, float], height: int, w
     return render(scene, 1, height, width)[0, :, :, 0] / COLOURS["white"][0]
 
 
-def _motion(times: np.ndarray, centre: np.ndarray, area: np.ndarray, num_frames: int, short: int) -> str | None:
-    """The motion that stands out most over the clip; None for a single frame."""
+def _motion(times: np.ndarray, centre: np.ndarray, area: np.ndarray) -> str | None:
+    """The motion that stands out most over the clip; None for a single frame. Time is 0..1, centres in short sides."""
     if len(times) < 2:
         return None
-    travel_x, travel_y, growth = np.polyfit(times, np.column_stack([centre, np.log(area) / 2]), 1)[0] * (num_frames - 1)
+    x, y, growth = np.polyfit(times, np.column_stack([centre, np.log(area) / 2]), 1)[0]
     candidates = {
-        "moving right" if travel_x > 0 else "moving left": abs(travel_x) / short / TRAVEL,
-        "moving down" if travel_y > 0 else "moving up": abs(travel_y) / short / TRAVEL,
+        "moving right" if x > 0 else "moving left": abs(x) / TRAVEL,
+        "moving down" if y > 0 else "moving up": abs(y) / TRAVEL,
         "growing" if growth > 0 else "shrinking": abs(growth) / GROWTH,
         "standing still": 0.5,
     }

@@ -4,68 +4,60 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+import torch
 
 from opensora.errors import MediaError
 
-if TYPE_CHECKING:
-    import av
-    import PIL.Image
-    import torch
-
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv")
 DEFAULT_FPS = 24
 SIZE_KEY = "opensora_size"  # "HxW" before padding to even sides; present only where padding took place
-CRF = "10"  # quality of x264: 0 is lossless, 23 its default
+# Quality of x264: 0 is lossless, 23 its default. Its macroblock tree makes the bytes depend on uninitialised memory.
+ENCODING = {"crf": "10", "mbtree": "0"}
 SMPTE170M = 6  # the colour matrix of ITU-R BT.601, noted in the file so that players need not guess
 
 
 def to_uint8(video: torch.Tensor, value_range: tuple[float, float] = (-1.0, 1.0)) -> np.ndarray:
-    """Frames uint8 [T, H, W, C] of a float video [C, T, H, W]; values outside `value_range` are clamped.
-
-    One channel (grey) becomes three. Works frame by frame to spare memory. MediaError if a value is not a number.
-    """
+    """Frames uint8 [T, H, W, 3] of a float video [1 or 3, T, H, W], clamped; MediaError if a value is not a number."""
     if video.ndim != 4 or video.shape[0] not in (1, 3):
         raise ValueError(f"a video is [3 or 1, T, H, W], not {list(video.shape)}")
     low, high = value_range
     frames = np.empty((*video.shape[1:], 3), np.uint8)
-    for index, frame in enumerate(video.detach().unbind(1)):
-        share = frame.float().clamp(low, high).sub(low).div(high - low)
-        levels = share.mul(255).add(0.5).permute(1, 2, 0).cpu().numpy()
-        if np.isnan(levels).any():
+    for index, frame in enumerate(video.detach().unbind(1)):  # one at a time, to spare memory
+        if frame.isnan().any():
             raise MediaError(f"frame {index} of the video holds NaN; try --dtype fp32, or check the weights")
-        frames[index] = levels.clip(0, 255).astype(np.uint8)
+        levels = frame.float().clamp(low, high).sub(low).div(high - low).mul(255).add(0.5)
+        frames[index] = levels.byte().permute(1, 2, 0).cpu().numpy()
     return frames
 
 
 def write_video(frames: np.ndarray, path: str | Path, fps: float, metadata: dict[str, str] | None = None) -> Path:
     """Writes frames uint8 [T, H, W, 3] as H.264 yuv420p and returns the path; the same input gives the same bytes.
 
-    Odd sides are padded to even by repeating the edge; `read_video` removes the padding again. `fps` 0 means 24.
-    The file appears complete or not at all. Raises MediaError where the file cannot be written.
+    Odd sides are padded by repeating the edge; `read_video` removes that again. `fps` 0 means 24. The file appears
+    complete or not at all. Raises MediaError where it cannot be written.
     """
-    with replacing(path) as (temporary,):
+    with replacing(path) as [temporary]:
         encode_video(frames, temporary, fps, metadata)
     return Path(path)
 
 
 def write_image(frame: np.ndarray, path: str | Path, metadata: dict[str, str] | None = None) -> Path:
     """Writes a frame uint8 [H, W, 3] as PNG with text metadata and returns the path; complete or not at all."""
-    with replacing(path) as (temporary,):
+    with replacing(path) as [temporary]:
         encode_image(frame, temporary, metadata)
     return Path(path)
 
 
 def read_video(path: str | Path) -> tuple[np.ndarray, float]:
     """All frames of a video as uint8 [T, H, W, 3], and its frames per second; MediaError if it is broken or empty."""
-    with _open_video(path) as container:
+    with _opened(path, "a video") as container:
         stream = container.streams.video[0]
         frames, num_packets = [], 0
         for packet in container.demux(stream):
@@ -91,7 +83,7 @@ def read_image(path: str | Path, allow_truncated: bool = False) -> np.ndarray:
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = allow_truncated
     try:
-        with _open_image(path) as image:
+        with _opened(path, "an image") as image:
             return np.array(image.convert("RGB"))
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
@@ -100,10 +92,10 @@ def read_image(path: str | Path, allow_truncated: bool = False) -> np.ndarray:
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The text metadata of an image or video (the suffix tells which); MediaError if the file is broken."""
     if Path(path).suffix.lower() in IMAGE_SUFFIXES:
-        with _open_image(path) as image:
+        with _opened(path, "an image") as image:
             image.load()  # text after the pixels counts too
             return {key: value for key, value in image.info.items() if isinstance(value, str)}
-    with _open_video(path) as container:
+    with _opened(path, "a video") as container:
         return dict(container.metadata)
 
 
@@ -112,7 +104,7 @@ def contact_sheet(frames: np.ndarray, columns: int | None = None, most: int = 12
 
     Frames whose long side is below `side` pixels are enlarged by a whole factor, those above three times it reduced.
     """
-    indices = np.unique(np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int))
+    indices = np.unique(np.linspace(0, len(frames) - 1, most).round().astype(int))
     long_side = max(frames.shape[1:3])
     enlarge, reduce = max(1, math.ceil(side / long_side)), max(1, long_side // (3 * side))
     tiles = frames[indices][:, ::reduce, ::reduce].repeat(enlarge, axis=1).repeat(enlarge, axis=2)
@@ -133,30 +125,27 @@ def tile(images: Sequence[np.ndarray], columns: int, gap: int = 4, fill: int = 4
 
 @contextmanager
 def replacing(*paths: str | Path) -> Iterator[list[Path]]:
-    """Temporary paths to write to, renamed to `paths` when the block ends: all or none, and nothing left behind.
+    """Temporary paths to write to, renamed to `paths` when the block ends: all or none, even after Ctrl-C.
 
-    Holds for Ctrl-C, too. Raises MediaError where the operating system refuses (full disk, no permission).
+    Raises MediaError where the operating system refuses (full disk, no permission).
     """
-    finals = [Path(path) for path in paths]
-    temporaries = [path.with_name(f".{os.getpid()}.{path.name}") for path in finals]
+    pairs = [(path.with_name(f".{os.getpid()}.{path.name}"), path) for path in map(Path, paths)]
     try:
-        yield temporaries
+        yield [temporary for temporary, _ in pairs]
         try:
-            for temporary, final in zip(temporaries, finals, strict=True):
+            for temporary, final in pairs:
                 os.replace(temporary, final)
         except BaseException:
-            _remove(final for temporary, final in zip(temporaries, finals, strict=True) if not temporary.exists())
+            for temporary, final in pairs:
+                if not temporary.exists():
+                    final.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise MediaError(f"{finals[0]}: cannot be written ({error.strerror or error})") from error
+        raise MediaError(f"{pairs[0][1]}: cannot be written ({_reason(error)})") from error
     finally:
-        _remove(temporaries)
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
-        with suppress(OSError):
-            path.unlink()
+        for temporary, _ in pairs:
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def encode_video(frames: np.ndarray, path: Path, fps: float, metadata: dict[str, str] | None = None) -> None:
@@ -166,20 +155,19 @@ def encode_video(frames: np.ndarray, path: Path, fps: float, metadata: dict[str,
     if not (math.isfinite(fps) and fps >= 0):
         raise MediaError(f"a frame rate of {fps} is not possible; choose a positive number")
     height, width = _check_frames(frames, num_dims=4).shape[1:3]
-    padding = ((0, height % 2), (0, width % 2), (0, 0))
     rate = Fraction(fps or DEFAULT_FPS).limit_denominator(1001)
     try:
         with av.open(str(path), "w", format="mp4", options={"movflags": "use_metadata_tags+faststart"}) as container:
             container.metadata.update(metadata or {})
             if height % 2 or width % 2:
                 container.metadata[SIZE_KEY] = f"{height}x{width}"
-            stream = container.add_stream("libx264", rate=rate, options={"crf": CRF})
-            stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
+                frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            stream = container.add_stream("libx264", rate=rate, options=ENCODING)
+            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
             stream.codec_context.colorspace = SMPTE170M
             stream.codec_context.thread_count = 1  # more threads would change the bytes from machine to machine
             for frame in frames:
-                picture = av.VideoFrame.from_ndarray(np.pad(frame, padding, mode="edge"), format="rgb24")
-                container.mux(stream.encode(picture))
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode())
     except av.FFmpegError as error:
         raise OSError(error.errno, _reason(error)) from error
@@ -202,36 +190,20 @@ def _check_frames(frames: np.ndarray, num_dims: int) -> np.ndarray:
 
 
 @contextmanager
-def _open_video(path: str | Path) -> Iterator[av.container.InputContainer]:
+def _opened(path: str | Path, what: str) -> Iterator[Any]:
+    """The Pillow image or PyAV container of "an image" or "a video"; MediaError where opening or reading it fails."""
     import av
-
-    _require_file(path)
-    try:
-        with av.open(str(path), metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise MediaError(f"{path}: holds no video")
-            yield container
-    except (av.FFmpegError, OSError) as error:
-        raise MediaError(f"{path}: cannot be read as a video ({_reason(error)})") from error
-
-
-@contextmanager
-def _open_image(path: str | Path) -> Iterator[PIL.Image.Image]:
     from PIL import Image
 
-    _require_file(path)
-    try:
-        with Image.open(path) as image:
-            yield image
-    except Image.UnidentifiedImageError as error:
-        raise MediaError(f"{path}: cannot be read as an image (its format is not known)") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise MediaError(f"{path}: cannot be read as an image ({_reason(error)})") from error
-
-
-def _require_file(path: str | Path) -> None:
     if not Path(path).is_file():
         raise MediaError(f"{path}: no such file")
+    try:
+        with Image.open(path) if what == "an image" else av.open(str(path), metadata_errors="replace") as media:
+            if what == "a video" and not media.streams.video:
+                raise MediaError(f"{path}: holds no video")
+            yield media
+    except (av.FFmpegError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise MediaError(f"{path}: cannot be read as {what} ({_reason(error)})") from error
 
 
 def _reason(error: Exception) -> str:

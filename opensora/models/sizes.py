@@ -11,14 +11,9 @@ IMAGE_FPS = 120  # the frame rate that stands for a still image
 
 
 def size_conditioning(
-    kind: str | None,
-    batch_size: int,
-    image_size: tuple[int, int],
-    num_frames: int,
-    fps: float,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-) -> dict[str, Tensor]:
+    kind: str | None, batch_size: int, image_size: tuple[int, int], num_frames: int, fps: float,
+    dtype: torch.dtype = torch.float32, device: torch.device | str | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """The size arguments of a model's forward, the same for every sample of the batch.
 
     `kind` is a configuration's `multi_resolution`: "STDiT2" or "OpenSora" give height, width, num_frames, ar and fps,
@@ -26,20 +21,13 @@ def size_conditioning(
     H / W. Keep the default float32: bfloat16 has no 854 (it becomes 856). Raises ConfigError for another kind.
     """
     height, width = image_size
-
-    def column(value: float) -> Tensor:
-        return torch.full((batch_size,), value, dtype=dtype, device=device)
-
+    ar, fps = height / width, fps if num_frames > 1 else IMAGE_FPS
     if kind is None:
-        return {}
-    if kind == "PixArtMS":
-        return {"ar": column(height / width)[:, None], "hw": torch.stack([column(height), column(width)], dim=1)}
-    if kind in ("STDiT2", "OpenSora"):
-        return {
-            "height": column(height),
-            "width": column(width),
-            "num_frames": column(num_frames),
-            "ar": column(height / width),
-            "fps": column(fps if num_frames > 1 else IMAGE_FPS),
-        }
-    raise ConfigError(f"multi_resolution {kind!r} is not known; choose 'STDiT2', 'OpenSora', 'PixArtMS' or None")
+        values = {}
+    elif kind == "PixArtMS":
+        values = {"ar": [ar], "hw": [height, width]}
+    elif kind in ("STDiT2", "OpenSora"):
+        values = {"height": height, "width": width, "num_frames": num_frames, "ar": ar, "fps": fps}
+    else:
+        raise ConfigError(f"multi_resolution {kind!r} is not known; choose 'STDiT2', 'OpenSora', 'PixArtMS' or None")
+    return {name: torch.tensor([value] * batch_size, dtype=dtype, device=device) for name, value in values.items()}

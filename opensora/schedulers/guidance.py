@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-Denoiser = Callable[..., torch.Tensor]
+Denoiser = Callable[..., Tensor]
 
 
 def guided(model: Denoiser, cond: Mapping[str, Any], null: Mapping[str, Any] | None, scale: float) -> Denoiser:
@@ -22,26 +24,23 @@ def guided(model: Denoiser, cond: Mapping[str, Any], null: Mapping[str, Any] | N
     Raises ValueError when guidance is asked for without `null`.
     """
 
-    def predict(arguments: Mapping[str, Any], x: torch.Tensor, timestep: torch.Tensor, **frames: Any) -> torch.Tensor:
+    def predict(arguments: Mapping[str, Any], x: Tensor, timestep: Tensor, **frames: Tensor) -> Tensor:
         return model(x, timestep, **arguments, **frames)[:, : x.shape[1]].to(x.dtype)
 
-    def conditional(x: torch.Tensor, timestep: torch.Tensor, **frames: Any) -> torch.Tensor:
-        return predict(cond, x, timestep, **frames)
-
     if scale == 1:
-        return conditional
+        return partial(predict, cond)
     if null is None:
         raise ValueError(f"guidance scale {scale} needs the unconditional arguments; pass null, or use scale 1")
 
     uncond = {**cond, **null}
     both = _joined(cond, uncond)
 
-    def velocity(x: torch.Tensor, timestep: torch.Tensor, **frames: Any) -> torch.Tensor:
+    def velocity(x: Tensor, timestep: Tensor, **frames: Tensor) -> Tensor:
         if both is None:
             with_text, without = predict(cond, x, timestep, **frames), predict(uncond, x, timestep, **frames)
         else:
-            twice = {name: _doubled(value) for name, value in frames.items()}
-            with_text, without = predict(both, _doubled(x), _doubled(timestep), **twice).chunk(2)
+            twice = {name: torch.cat([value, value]) for name, value in frames.items()}
+            with_text, without = predict(both, torch.cat([x, x]), torch.cat([timestep, timestep]), **twice).chunk(2)
         return without + scale * (with_text - without)
 
     return velocity
@@ -52,18 +51,11 @@ def _joined(cond: Mapping[str, Any], uncond: Mapping[str, Any]) -> dict[str, Any
     joined: dict[str, Any] = {}
     for name, without in uncond.items():
         value = cond.get(name)
-        if _batched(value) and _batched(without) and value.shape == without.shape:
+        tensors = isinstance(value, Tensor) and isinstance(without, Tensor)
+        if tensors and value.ndim and value.shape == without.shape:
             joined[name] = torch.cat([value, without])
         elif value is without:
             joined[name] = value
         else:
             return None
     return joined
-
-
-def _batched(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim > 0
-
-
-def _doubled(value: Any) -> Any:
-    return torch.cat([value, value]) if _batched(value) else value

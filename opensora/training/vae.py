@@ -88,7 +88,7 @@ def train_vae(settings: TrainSettings) -> Path:
     """Trains as the settings say; returns the folder of the averaged model, written once the last step is done.
 
     The per-frame part is trained alone unless use_z_rec_loss or use_real_rec_loss ask for the temporal one; after
-    that one, shift and scale are set so that latents have mean 0 and deviation 1.
+    that one, shift and scale are set so that latents have mean 0 and deviation 1, unless they were set before.
     """
     if settings.perceptual_loss_weight:
         raise ConfigError("perceptual_loss_weight needs the weights of a perceptual network; set it to 0")
@@ -102,9 +102,6 @@ def train_vae(settings: TrainSettings) -> Path:
     (model.spatial_vae if temporal else model.temporal_vae).requires_grad_(
         temporal and not settings.model.get("freeze_vae_2d", False)
     )
-    for name, parameter in model.named_parameters():
-        if name.startswith(settings.freeze):
-            parameter.requires_grad_(False)
     model = place(model, device).train()
     data = shape_clips(settings.dataset, settings.batch_size or 1, settings.seed)
     period = data.num_clips and data.num_clips // data.batch_size
@@ -115,7 +112,7 @@ def train_vae(settings: TrainSettings) -> Path:
     if trainer.step < trainer.total_steps:
         return folder
     model.load_state_dict(trainer.ema.state_dict())
-    if temporal:
+    if temporal and model.shift.ndim == 0:  # a later stage keeps the latents as they are
         _normalise(model.eval(), data, device)
     final = Path(settings.outputs) / "ema"
     weights.save_pretrained(model.state_dict(), final, {"model_type": settings.model["type"], **model.config})
@@ -148,10 +145,8 @@ def _mixed(settings: TrainSettings, data: ShapeClips, device: torch.device, peri
 
 @torch.no_grad()
 def _normalise(model: VideoAutoencoderPipeline, data: ShapeClips, device: torch.device) -> None:
-    """Sets shift and scale to the mean and deviation of each latent channel over clips that training has not seen."""
-    model.shift, model.scale = torch.zeros((), device=device), torch.ones((), device=device)
-    first = 10**9 // data.batch_size
-    batches = range(first, first + -(-STATISTICS_CLIPS // data.batch_size))
+    """Sets shift and scale to the mean and deviation of each latent channel over the first clips."""
+    batches = range(-(-STATISTICS_CLIPS // data.batch_size))
     z = torch.cat([model.encode(data.videos(step).to(device), sample=False).float() for step in batches])
     model.shift = z.mean(dim=(0, 2, 3, 4)).view(1, -1, 1, 1, 1)
     model.scale = z.std(dim=(0, 2, 3, 4)).view(1, -1, 1, 1, 1)

@@ -8,12 +8,13 @@ import copy
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Sequence
+from dataclasses import Field, fields
+from typing import Any, NoReturn
 
 from opensora.config import find_config, read_config
 from opensora.errors import ConfigError, OpenSoraError
-from opensora.settings import InferenceSettings, TrainSettings
+from opensora.settings import InferenceSettings, Settings, TrainSettings
 
 logger = logging.getLogger("opensora")
 
@@ -21,92 +22,35 @@ logger = logging.getLogger("opensora")
 def boolean(text: str | bool) -> bool:
     """True for true, t, yes, y, 1; False for false, f, no, n, 0 (any case); argparse.ArgumentTypeError otherwise."""
     word = str(text).lower()
-    if word in ("true", "t", "yes", "y", "1"):
-        return True
-    if word in ("false", "f", "no", "n", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    if word not in ("true", "t", "yes", "y", "1", "false", "f", "no", "n", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return word in ("true", "t", "yes", "y", "1")
 
 
-class Flag(NamedTuple):
-    """One command line flag. `type` None makes it a switch.
-
-    `goes_to` lists the settings it sets, by default the one of its own name; `section.key?` only if there is a section.
-    """
-
-    name: str
-    type: Any
-    help: str
-    nargs: int | str | None = None
-    goes_to: tuple[str, ...] = ()
-
-    @property
-    def dest(self) -> str:
-        return self.name.replace("-", "_")
-
-    def add_to(self, parser: argparse.ArgumentParser) -> None:
-        if self.type is None:
-            parser.add_argument(f"--{self.name}", action="store_true", default=None, help=self.help)
-        else:
-            const = True if self.nargs == "?" else None
-            parser.add_argument(f"--{self.name}", type=self.type, nargs=self.nargs, const=const, help=self.help)
-
-
-SHARED = (
-    Flag("seed", int, "random seed"),
-    Flag("ckpt-path", str, "weights of the model", None, ("model.from_pretrained", "discriminator.from_pretrained?")),
-    Flag("batch-size", int, "samples computed together"),
-    Flag("outputs", str, "folder of training runs"),
-    Flag("flash-attn", boolean, "for old commands", None, ("model.enable_flash_attn",)),
-    Flag("layernorm-kernel", boolean, "for old commands", None, ("model.enable_layernorm_kernel",)),
-    Flag("resolution", str, "name of a size, such as 240p or 720p"),
-    Flag("data-path", str, "table of the data set", None, ("dataset.data_path",)),
-    Flag("dtype", str, "bf16, fp16 or fp32"),
-)
-INFERENCE = (
-    Flag("save-dir", str, "folder for the results"),
-    Flag("sample-name", str, "results are named {sample-name}_0000 instead of sample_0000"),
-    Flag("start-index", int, "first prompt to use"),
-    Flag("end-index", int, "the prompt to stop before"),
-    Flag("num-sample", int, "results for each prompt"),
-    Flag("prompt-as-path", None, "name the results after their prompts"),
-    Flag("verbose", int, "0 hides the progress of sampling"),
-    Flag("prompt-path", str, "text file with one prompt a line"),
-    Flag("prompt", str, "prompts", "+"),
-    Flag("llm-refine", boolean, "let a language model refine the prompts"),
-    Flag("prompt-generator", str, "program that makes prompts"),
-    Flag("num-frames", str, "number of frames, or 4s; 1 makes an image", None, ("num_frames", "dataset.num_frames?")),
-    Flag("fps", int, "frame rate that the model is told"),
-    Flag("save-fps", int, "frame rate of the saved video"),
-    Flag("image-size", int, "height and width; wins over --resolution", 2, ("image_size", "dataset.image_size?")),
-    Flag("frame-interval", int, "step between source frames; divides the saved rate unless save-fps is set"),
-    Flag("aspect-ratio", str, "height:width, such as 9:16 for landscape"),
-    Flag("watermark", boolean, "draw the watermark"),
-    Flag("num-sampling-steps", int, "steps of the sampler", None, ("scheduler.num_sampling_steps",)),
-    Flag("cfg-scale", float, "strength of classifier-free guidance", None, ("scheduler.cfg_scale",)),
-    Flag("loop", int, "clips to chain into one long video"),
-    Flag("condition-frame-length", int, "latent frames that each clip takes over from the one before"),
-    Flag("reference-path", str, "reference images or videos, one entry for each prompt", "+"),
-    Flag("mask-strategy", str, "where the references go, one entry for each prompt", "+"),
-    Flag("aes", float, "aesthetic score added to the prompt"),
-    Flag("flow", float, "motion score added to the prompt"),
-    Flag("camera-motion", str, "camera motion added to the prompt"),
-)
-TRAINING = (
-    Flag("lr", float, "learning rate"),
-    Flag("wandb", lambda text: bool(text) and boolean(text), "log to Weights & Biases", "?"),
-    Flag("load", str, "checkpoint folder to resume from"),
-    Flag("start-from-scratch", None, "load the weights of --load only, not its position in the data"),
-    Flag("warmup-steps", int, "steps of linear warm-up"),
-)
-ADDED = (
-    Flag("device", str, "device to run on, such as cpu, cuda or mps"),
-    Flag("offline", None, "never download anything"),
-    Flag("vae-path", str, "weights of the autoencoder", None, ("vae.from_pretrained",)),
-    Flag("text-encoder-path", str, "weights of the text encoder", None, ("text_encoder.from_pretrained",)),
-)
-PREVIEW = Flag("preview", None, "also save a contact sheet of each video")
-_OURS = {"trust_config", "cfg_options", *(flag.dest for flag in (*ADDED, PREVIEW))}
+# Settings have flags of their own names. These flags set a part of a section: type, help, where to.
+SECTION_FLAGS = {
+    "ckpt_path": (str, "weights of the model", "model.from_pretrained"),
+    "flash_attn": (boolean, "for old commands", "model.enable_flash_attn"),
+    "layernorm_kernel": (boolean, "for old commands", "model.enable_layernorm_kernel"),
+    "data_path": (str, "table of the data set", "dataset.data_path"),
+    "vae_path": (str, "weights of the autoencoder", "vae.from_pretrained"),
+    "text_encoder_path": (str, "weights of the text encoder", "text_encoder.from_pretrained"),
+}
+SAMPLING_FLAGS = {
+    "num_sampling_steps": (int, "steps of the sampler", "scheduler.num_sampling_steps"),
+    "cfg_scale": (float, "strength of classifier-free guidance", "scheduler.cfg_scale"),
+}
+# Flags that also set a part of another section, if there is one.
+COPIES = {
+    "ckpt_path": "discriminator.from_pretrained",
+    "num_frames": "dataset.num_frames",
+    "image_size": "dataset.image_size",
+}
+READ_AS = {
+    "int": {"type": int}, "float": {"type": float}, "str": {"type": str}, "bool": {"type": boolean},
+    "Sequence[str]": {"type": str, "nargs": "+"}, "tuple[int, int]": {"type": int, "nargs": 2},
+}  # fmt: skip
+_OURS = {"trust_config", "cfg_options", "device", "offline", "vae_path", "text_encoder_path", "preview"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -132,7 +76,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_inference_flags(parser: argparse.ArgumentParser) -> None:
     """Adds every inference flag but the configuration; `parser` should be a `Parser`."""
-    _add_flags(parser, (*SHARED, *INFERENCE, *ADDED, PREVIEW))
+    _add_flags(parser, InferenceSettings, SECTION_FLAGS | SAMPLING_FLAGS)
 
 
 def inference_parser() -> Parser:
@@ -144,11 +88,38 @@ def inference_parser() -> Parser:
 
 
 def training_parser() -> Parser:
-    """The command line of scripts/train.py, train_vae.py and misc/search_bs.py."""
+    """The command line of scripts/train.py and train_vae.py."""
     parser = Parser(description="Train a model.")
     parser.add_argument("config", help="configuration file, or its name below configs/")
-    _add_flags(parser, (*SHARED, *TRAINING, *ADDED))
+    _add_flags(parser, TrainSettings, SECTION_FLAGS)
     return parser
+
+
+def _add_flags(parser: argparse.ArgumentParser, kind: type[Settings], sections: dict[str, Any]) -> None:
+    for name, field in _fields_with_flags(kind).items():
+        parser.add_argument(_option(name), help=field.metadata["help"], **_values(field))
+    for name, (convert, text, _) in sections.items():
+        parser.add_argument(_option(name), help=text, type=convert)
+    parser.add_argument("--trust-config", action="store_true", help="run the configuration as a program")
+    parser.add_argument("--cfg-options", nargs="+", metavar="KEY=VALUE", help="other settings, such as model.depth=4")
+
+
+def _fields_with_flags(kind: type[Settings]) -> dict[str, Field]:
+    return {field.name: field for field in fields(kind) if field.metadata.get("help")}
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _values(field: Field) -> dict[str, Any]:
+    """How argparse reads the values of a setting's flag; a flag that is not given is None."""
+    nargs = field.metadata["nargs"]
+    if nargs == 0:
+        return {"action": "store_true", "default": None}
+    if nargs == "?":  # alone it means True, and an empty text False
+        return {"type": lambda text: bool(text) and boolean(text), "nargs": "?", "const": True}
+    return READ_AS[field.type.split(" | ")[0]]
 
 
 def parse_inference_args(argv: Sequence[str] | None = None) -> InferenceSettings:
@@ -158,17 +129,19 @@ def parse_inference_args(argv: Sequence[str] | None = None) -> InferenceSettings
 
 def parse_train_args(argv: Sequence[str] | None = None) -> TrainSettings:
     """The settings of a training command line. Raises ConfigError; argparse exits with 2 on a wrong flag."""
-    args = training_parser().parse_args(argv)
-    path = find_config(args.config)
-    return TrainSettings.from_config(merge(read_config(path, trust=args.trust_config), args), path.name)
+    return _settings(TrainSettings, training_parser().parse_args(argv))
 
 
 def inference_settings(args: argparse.Namespace) -> InferenceSettings:
     """The settings of parsed flags over the file `args.config`; positional `args.prompts` come before `--prompt`."""
     if getattr(args, "prompts", None):
         args = argparse.Namespace(**{**vars(args), "prompt": [*args.prompts, *(args.prompt or [])]})
+    return _settings(InferenceSettings, args)
+
+
+def _settings(kind: type[Settings], args: argparse.Namespace) -> Settings:
     path = find_config(args.config)
-    return InferenceSettings.from_config(merge(read_config(path, trust=args.trust_config), args), path.name)
+    return kind.from_config(merge(read_config(path, trust=args.trust_config), args), path.name)
 
 
 def merge(config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -177,34 +150,33 @@ def merge(config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     Raises ConfigError when a flag belongs into a section that the configuration does not have.
     """
     merged = copy.deepcopy(config)
-    for flag in (*SHARED, *INFERENCE, *TRAINING, *ADDED, PREVIEW):
-        value = getattr(args, flag.dest, None)
-        if value is not None:
-            for target in flag.goes_to or (flag.dest,):
-                _place(merged, target, value, flag)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    of_settings = _fields_with_flags(InferenceSettings) | _fields_with_flags(TrainSettings)
+    merged |= {name: value for name, value in given.items() if name in of_settings}
+    for name, (_, _, target) in (SECTION_FLAGS | SAMPLING_FLAGS).items():
+        if name in given and not _place(merged, target, given[name]):
+            section = target.partition(".")[0]
+            raise ConfigError(f"{_option(name)} sets {target}, but the configuration has no {section}")
+    for name, target in COPIES.items():
+        if name in given:
+            _place(merged, target, given[name])
     for option in getattr(args, "cfg_options", None) or []:
         _override(merged, option)
-    _tell_what_wins(merged, args)
+    if hasattr(args, "image_size"):
+        _tell_what_wins(merged, given)
     return merged
 
 
-def _add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
-    for flag in flags:
-        flag.add_to(parser)
-    parser.add_argument("--trust-config", action="store_true", help="run the configuration as a program")
-    parser.add_argument("--cfg-options", nargs="+", metavar="KEY=VALUE", help="other settings, such as model.depth=4")
-
-
-def _place(config: dict[str, Any], target: str, value: Any, flag: Flag) -> None:
-    section, _, key = target.removesuffix("?").rpartition(".")
-    if not section:
-        config[key] = value
-    elif isinstance(config.get(section), dict):
+def _place(config: dict[str, Any], target: str, value: Any) -> bool:
+    """Sets `section.key` of the configuration, if it has that section."""
+    section, key = target.split(".")
+    if isinstance(config.get(section), dict):
         config[section][key] = value
-    elif key in config and section == "dataset":
+    elif section == "dataset" and key in config:
         config[key] = value  # 1.0 kept the data settings at the top level
-    elif not target.endswith("?"):
-        raise ConfigError(f"--{flag.name} sets {target}, but the configuration has no {section}")
+    else:
+        return False
+    return True
 
 
 def _override(config: dict[str, Any], option: str) -> None:
@@ -223,14 +195,13 @@ def _override(config: dict[str, Any], option: str) -> None:
         config[key] = text
 
 
-def _tell_what_wins(merged: dict[str, Any], args: argparse.Namespace) -> None:
+def _tell_what_wins(merged: dict[str, Any], given: dict[str, Any]) -> None:
     """Warns where a setting has no effect because another one decides."""
-    given = {name for name, value in vars(args).items() if value is not None}
     size = merged.get("image_size")
-    asked = given & {"resolution", "aspect_ratio"} or ("resolution" in merged and "image_size" not in given)
-    if hasattr(args, "image_size") and size and asked:
+    asked = given.keys() & {"resolution", "aspect_ratio"} or ("resolution" in merged and "image_size" not in given)
+    if size and asked:
         logger.warning("image_size %s decides the size; resolution and aspect_ratio have no effect", size)
-    if merged.get("save_fps") and given & {"fps", "frame_interval"} and "save_fps" not in given:
+    if merged.get("save_fps") and given.keys() & {"fps", "frame_interval"} and "save_fps" not in given:
         logger.warning("videos are saved at save_fps %s; --save-fps changes it, --fps does not", merged["save_fps"])
 
 

@@ -27,15 +27,11 @@ def export(source: Path, destination: Path, ema: bool = True, dtype: torch.dtype
     """
     if source.exists() and destination.exists() and source.samefile(destination):
         raise WeightsError(f"{destination} is the model to export; name another folder")
-    if (source / "config.json").is_file():
-        model = tensors = source
-        if not ema:
-            raise WeightsError(f"{source} is a finished model, which has one set of weights; leave --no-ema out")
-    else:
-        checkpoint = find_checkpoint(source)
-        model = checkpoint / "model"
-        tensors = checkpoint / "ema.pt" if ema else model
-
+    finished = (source / "config.json").is_file()
+    if finished and not ema:
+        raise WeightsError(f"{source} is a finished model, which has one set of weights; leave --no-ema out")
+    model = source if finished else find_checkpoint(source) / "model"
+    tensors = model.parent / "ema.pt" if ema and not finished else model
     state = {}
     for name, tensor in weights.read_state_dict(tensors).items():
         kept = torch.float32 if weights.kept_in_float32(name) else dtype or tensor.dtype

@@ -16,8 +16,8 @@ from opensora.training.state import checkpoints
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "embedded" / "train"
 EMBEDDED = ROOT / "opensora" / "embedded"
-TRAINED = ("text_encoder", "vae_2d", "vae_temporal", "vae_decoder", "stdit3")
-EXPORTED = {"text_encoder": "text_encoder", "vae": "vae_decoder", "stdit3": "stdit3"}  # name in the package -> stage
+TRAINED = ("text_encoder", "vae_2d", "vae_temporal", "stdit3")
+EXPORTED = {"text_encoder": "text_encoder", "vae": "vae_temporal", "stdit3": "stdit3"}  # name in the package -> stage
 
 
 def plan(stage: str, outputs: Path, flags: Sequence[str], export_dtype: str) -> list[list[str]]:
@@ -33,16 +33,15 @@ def plan(stage: str, outputs: Path, flags: Sequence[str], export_dtype: str) -> 
     inputs: dict[str, list[str]] = {
         "vae_2d": [],
         "vae_temporal": ["--ckpt-path", str(result["vae_2d"])],
-        "vae_decoder": ["--ckpt-path", str(result["vae_temporal"])],
         "stdit3": [
-            *("--vae-path", str(result["vae_decoder"]), "--text-encoder-path", str(result["text_encoder"])),
-            *("--cfg-options", f"dataset.features={str(outputs / 'features')!r}"),
+            "--vae-path", str(result["vae_temporal"]), "--text-encoder-path", str(result["text_encoder"]),
+            "--cfg-options", f"dataset.features={str(outputs / 'features')!r}",
         ],
-    }
+    }  # fmt: skip
     script = "scripts/train.py" if stage == "stdit3" else "scripts/train_vae.py"
     arguments = [str(CONFIGS / f"{stage}.py"), "--outputs", str(outputs / stage), *flags, *inputs[stage]]
     begun = [folder for folder in sorted((outputs / stage).glob("[0-9][0-9][0-9]*-*")) if checkpoints(folder)]
-    return [[script, *arguments, *(("--load", str(begun[-1])) if begun else ())]]
+    return [[script, *arguments, *(["--load", str(begun[-1])] if begun else [])]]
 
 
 def run(command: Sequence[str]) -> int:
@@ -57,14 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stages", nargs="+", choices=stages, default=stages, help="default: all of them")
     parser.add_argument("--device", help="device to train on")
     parser.add_argument("--dtype", help="bf16, fp16 or fp32: precision of the training")
-    parser.add_argument(
-        "--export-dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of the packaged model"
-    )
+    parser.add_argument("--export-dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of the package")
     args = parser.parse_args(argv)
     flags = [word for name in ("device", "dtype") if (value := getattr(args, name)) for word in (f"--{name}", value)]
-    for stage in stages:
-        if stage not in args.stages:
-            continue
+    for stage in sorted(args.stages, key=stages.index):
         commands = plan(stage, args.outputs, flags, args.export_dtype)
         print(f"{stage}: {'done' if not commands else 'running'}", flush=True)
         for command in commands:

@@ -1,10 +1,10 @@
-# Embedded model, stage 4: the diffusion transformer, on latents and text that are encoded once.
+# Embedded model, stage 3: the diffusion transformer, on latents and text that are encoded once.
 dataset = dict(
     type="ShapeClips",
     num_frames=17,
     image_size=(64, 64),
     fps=24,
-    num_clips=12000,
+    num_clips=9000,
     features="outputs/embedded/features",
 )
 
@@ -21,7 +21,7 @@ model = dict(
     pred_sigma=False,
     class_dropout_prob=0.1,
 )
-vae = dict(type="VideoAutoencoderPipeline", from_pretrained="outputs/embedded/vae_decoder/ema")
+vae = dict(type="VideoAutoencoderPipeline", from_pretrained="outputs/embedded/vae_temporal/ema")
 text_encoder = dict(type="t5", from_pretrained="opensora/embedded/text_encoder", model_max_length=32)
 scheduler = dict(type="rflow", sample_method="logit-normal", loc=0.3, scale=1.2)
 
@@ -30,7 +30,7 @@ compile = True
 seed = 4
 outputs = "outputs/embedded/stdit3"
 batch_size = 32
-max_steps = 11000
+max_steps = 5500
 lr = 1e-3
 lr_schedule = "cosine"
 warmup_steps = 200

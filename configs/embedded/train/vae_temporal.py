@@ -10,4 +10,4 @@ use_z_rec_loss = True
 seed = 2
 outputs = "outputs/embedded/vae_temporal"
 batch_size = 16
-max_steps = 1200
+max_steps = 2500

@@ -41,7 +41,7 @@ _CHARACTERS = (
     (r"[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+", " "),
     (r"\s+\.\s+", " "),
 )
-_WORDS = (
+_WORDS_AND_SPACING = (
     (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),  # jc6640
     (r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", ""),  # jc6640vc
     (r"\b\d+[a-zA-Z]+\d+\b", ""),  # 6640vc231
@@ -52,13 +52,9 @@ _WORDS = (
     (r"\bpage\s+\d+\b", ""),
     (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),  # j2d1a2a
     (r"\b\d+\.?\d*[xх×]\d+\.?\d*\b", ""),  # 1080x1920, with a Latin or a Cyrillic x
-)
-_SPACING = (
     (r"\b\s+:\s+", ": "),
     (r"(\D[,./])\b", r"\1 "),
     (r"\s+", " "),
-)
-_ENDS = (
     (r"^[\"']([\w\W]+)[\"']$", r"\1"),
     (r"^['_,\-:;]", ""),
     (r"['_,\-:+]$", ""),
@@ -72,14 +68,6 @@ def _apply(rules: tuple[tuple[str, str], ...], text: str) -> str:
     return text
 
 
-def _without_markup(text: str) -> str:
-    if "<" not in text and "&" not in text:
-        return text
-    from bs4 import BeautifulSoup
-
-    return BeautifulSoup(text, features="html.parser").text
-
-
 def normalize(text: str) -> str:
     """`text` in lower case without surrounding space: all that is done where cleaning is switched off."""
     return text.lower().strip()
@@ -88,13 +76,16 @@ def normalize(text: str) -> str:
 def clean(text: str) -> str:
     """`text` after one pass of the rules; it may come out empty."""
     import ftfy
+    from bs4 import BeautifulSoup
 
-    text = normalize(unquote_plus(text)).replace("<person>", "person")
-    text = _apply(_CHARACTERS, _without_markup(_apply(_ADDRESSES, text)))
+    text = _apply(_ADDRESSES, normalize(unquote_plus(text)).replace("<person>", "person"))
+    if "<" in text or "&" in text:
+        text = BeautifulSoup(text, features="html.parser").text
+    text = _apply(_CHARACTERS, text)
     if len(re.findall("[-_]", text)) > 3:  # this-is-my-cute-cat
         text = re.sub("[-_]", " ", text)
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-    return _apply(_WORDS + _SPACING + _ENDS, text).strip()
+    return _apply(_WORDS_AND_SPACING, text).strip()
 
 
 def preprocess(text: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from opensora.errors import WeightsError
 
@@ -34,40 +35,30 @@ class T5Encoder:
         not depend on its neighbours. Features of padding are zero. A prompt of more than `model_max_length` tokens is
         cut there, with a warning.
         """
-        rows = [self._tokenize(text) for text in texts]
-        length = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+        rows = [torch.tensor(self._tokenize(text)) for text in texts]
         device = next(self.model.parameters()).device
-        ids, mask = ids.to(device), mask.to(device)
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id).to(device)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
         features = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # [B, L, C]
         return (features * mask[..., None])[:, None], mask
 
     def _tokenize(self, text: str) -> list[int]:
         """Token ids of one prompt, the last of them </s>."""
-        ids = self.tokenizer(text, truncation=False, verbose=False)["input_ids"]
-        if len(ids) <= self.model_max_length:
+        ids, most = self.tokenizer(text, truncation=False, verbose=False)["input_ids"], self.model_max_length
+        if len(ids) <= most:
             return ids
         start = text if len(text) <= 60 else text[:57] + "..."
-        log.warning("prompt %r has %d tokens; only the first %d are used", start, len(ids), self.model_max_length)
-        return ids[: self.model_max_length - 1] + ids[-1:]
+        log.warning("prompt %r has %d tokens; only the first %d are used", start, len(ids), most)
+        return ids[: most - 1] + ids[-1:]
 
 
 def make_t5(
     config: dict[str, Any], tokenizer_folder: Path, model_max_length: int = 300, dtype: torch.dtype = torch.float32
 ) -> T5Encoder:
-    """A T5Encoder whose `model` lies on the meta device until its weights are loaded; `config` is its config.json.
+    """A T5Encoder of a config.json whose `model` lies on the meta device: no memory is taken until weights are loaded.
 
-    Raises WeightsError when the folder holds no tokenizer.
-    """
-    return T5Encoder(build_t5(config, dtype), load_t5_tokenizer(tokenizer_folder), model_max_length)
-
-
-def build_t5(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A `T5EncoderModel` on the meta device: no memory is taken until weights are loaded, even for the XXL model.
-
-    `shared.weight` and `encoder.embed_tokens.weight` are one tensor; a checkpoint may hold either or both.
+    `shared.weight` and `encoder.embed_tokens.weight` are one tensor; a checkpoint may hold either or both. Raises
+    WeightsError when the folder holds no tokenizer.
     """
     from transformers import T5Config, T5EncoderModel
 
@@ -78,7 +69,7 @@ def build_t5(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> nn.M
             if name.endswith(".wo"):
                 module.float()
     model.tie_weights()
-    return model.eval()
+    return T5Encoder(model, load_t5_tokenizer(tokenizer_folder), model_max_length)
 
 
 def load_t5_tokenizer(folder: Path) -> Any:

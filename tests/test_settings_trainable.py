@@ -1,0 +1,46 @@
+"""Settings that training cannot follow yet are refused instead of ignored."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from opensora.config import find_config, read_config
+from opensora.errors import ConfigError
+from opensora.settings import NOT_YET_IN_TRAINING, TrainSettings, check_trainable
+
+ASKED = {
+    "wandb": True,
+    "sp_size": 2,
+    "grad_checkpoint": True,
+    "bucket_config": {"144p": {1: (1.0, 4)}},
+    "mask_ratios": {"random": 0.2},
+    "discriminator": {"type": "N_Layer_discriminator_3D"},
+    "use_image_identity_loss": True,
+    "load_video_features": True,
+    "load_text_features": True,
+}
+
+
+def test_every_setting_is_tried():
+    assert ASKED.keys() == NOT_YET_IN_TRAINING.keys()
+
+
+def test_the_value_that_asks_for_nothing_is_the_default():
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
+    assert {name: defaults[name] for name in NOT_YET_IN_TRAINING} == NOT_YET_IN_TRAINING
+    check_trainable(TrainSettings(model={"type": "STDiT3"}))
+
+
+@pytest.mark.parametrize(("name", "value"), ASKED.items())
+def test_refused(name, value):
+    settings = TrainSettings.from_config({"model": {"type": "STDiT3"}, name: value}, "x.py")
+    with pytest.raises(ConfigError, match=rf"^{name} is not supported by training yet; leave it out$"):
+        check_trainable(settings)
+
+
+@pytest.mark.parametrize("name", ["vae_2d", "vae_temporal", "vae_decoder", "stdit3"])
+def test_the_embedded_model_can_be_trained(name):
+    path = find_config(f"embedded/train/{name}")
+    check_trainable(TrainSettings.from_config(read_config(path), path.name))
