@@ -71,16 +71,12 @@ def _snapshot(repo: str, prefix: str, cached: bool) -> Path | None:
     """The folder `prefix` of a repository in the cache once it is complete; only `cached=False` uses the network."""
     from huggingface_hub import snapshot_download
 
+    options: dict[str, Any] = {"etag_timeout": _TIMEOUT, "local_files_only": cached}
     not_there = (WeightsError, OSError) if cached else WeightsError
     for patterns in _ROUNDS:
+        wanted = [prefix + pattern for pattern in patterns]
         try:
-            folder = snapshot_download(
-                repo,
-                allow_patterns=[prefix + pattern for pattern in patterns],
-                ignore_patterns=[f"{prefix}*/*"],
-                etag_timeout=_TIMEOUT,
-                local_files_only=cached,
-            )
+            folder = snapshot_download(repo, allow_patterns=wanted, ignore_patterns=[f"{prefix}*/*"], **options)
             checkpoint_files(Path(folder, prefix))
             return Path(folder, prefix)
         except not_there:

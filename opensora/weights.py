@@ -23,7 +23,7 @@ from safetensors.torch import save_file as save_safetensors
 from torch import Tensor, nn
 
 from opensora.errors import WeightsError
-from opensora.hub import SUFFIXES, checkpoint_files, locate, one_line, read_config_json
+from opensora.hub import INDEX, SUFFIXES, checkpoint_files, locate, one_line, read_config_json
 from opensora.weight_rules import DEFAULT_RULES, Drop, Rule, TensorDict
 
 WRAPPERS = ("state_dict", "ema", "model", "module")
@@ -100,8 +100,8 @@ class Summary:
     def __str__(self) -> str:
         line = f"{self.path}: {self.tensors:,} tensors, {self.parameters:,} parameters, {'/'.join(self.dtypes)}"
         line += f", sha256 {self.sha256[:12]}"
-        done = {"dropped": self.dropped, "resized": self.resized}
-        return line + "".join(f", {what} {_first(names, 3)}" for what, names in done.items() if names)
+        line += f", dropped {_first(self.dropped, 3)}" if self.dropped else ""
+        return line + (f", resized {_first(self.resized, 3)}" if self.resized else "")
 
 
 def summarize(path: Path, tensors: TensorDict) -> Summary:
@@ -152,11 +152,7 @@ def kept_in_float32(name: str) -> bool:
 
 
 def load_weights(
-    model: nn.Module,
-    source: str | os.PathLike[str],
-    *,
-    rules: Sequence[Rule] = (),
-    dtype: torch.dtype | None = None,
+    model: nn.Module, source: str | os.PathLike[str], *, rules: Sequence[Rule] = (), dtype: torch.dtype | None = None
 ) -> Summary:
     """Fills every tensor of `model` from a file, folder or hub id, and returns what was read.
 
@@ -181,7 +177,7 @@ def load_weights(
         return any(isinstance(rule, Drop) and rule.matches(name) for rule in rules)
 
     missing = [name for name in own if name not in tensors and (own[name].is_meta or not is_dropped(name))]
-    misfits = [name for name in own if name in tensors and _kind(own[name]) != _kind(tensors[name])]
+    misfits = [name for name in own if name in tensors and not _fits(tensors[name], own[name])]
     problems = [f"{name}: expected {_shape(own[name])}, found {_shape(tensors[name])}" for name in misfits]
     problems += [f"missing {name} {_shape(own[name])}" for name in missing]
     problems += [f"unexpected {name} {_shape(tensors[name])}" for name in tensors if name not in own]
@@ -203,8 +199,8 @@ def _fill(model: nn.Module, own: TensorDict, tensors: TensorDict, dtype: torch.d
             if name in tensors:
                 mine.data.copy_(tensors[name])
         elif isinstance(mine, nn.Parameter):
-            parameter = nn.Parameter(tensors[name].to(wanted), mine.requires_grad)
-            replaced[name] = made.setdefault(id(mine), parameter)
+            made.setdefault(id(mine), nn.Parameter(tensors[name].to(wanted), mine.requires_grad))
+            replaced[name] = made[id(mine)]
         else:
             replaced[name] = tensors[name].to(wanted)
     model.load_state_dict(replaced, strict=False, assign=True)
@@ -232,8 +228,7 @@ def save_pretrained(
     plan = split_torch_state_dict_into_shards(dict(state_dict), max_shard_size=max_shard_bytes)
     documents: dict[str, Mapping[str, Any]] = {"config.json": config}
     if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        documents["model.safetensors.index.json"] = index
+        documents[f"model.safetensors{INDEX}"] = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
     with ExitStack() as files:
         for name, document in documents.items():
             text = json.dumps(dict(document), indent=2) + "\n"
@@ -284,8 +279,8 @@ def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _kind(tensor: Tensor) -> tuple[torch.Size, bool]:
-    return tensor.shape, tensor.is_floating_point()
+def _fits(found: Tensor, mine: Tensor) -> bool:
+    return found.shape == mine.shape and found.is_floating_point() == mine.is_floating_point()
 
 
 def _shape(tensor: Tensor) -> str:
