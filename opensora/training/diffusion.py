@@ -13,7 +13,7 @@ from opensora.acceleration.device import keep_allocations_in_heap, pick_device, 
 from opensora.datasets.shape_clips import shape_clips, to_model
 from opensora.errors import ConfigError
 from opensora.models.text_encoder.cleaning import preprocess
-from opensora.settings import TrainSettings
+from opensora.settings import TrainSettings, check_trainable
 from opensora.training.features import Features, encode_once
 from opensora.training.trainer import Loss, Trainer
 
@@ -22,6 +22,7 @@ ENCODE_BATCH = 20
 
 def train(settings: TrainSettings) -> Path:
     """Trains as the settings say; returns the last checkpoint, or the averaged model's folder once all is done."""
+    check_trainable(settings)
     if settings.scheduler is None or settings.batch_size is None:
         raise ConfigError("training a diffusion model needs a scheduler and a batch_size")
     keep_allocations_in_heap()

@@ -15,7 +15,7 @@ from opensora.datasets.shape_clips import ShapeClips, shape_clips
 from opensora.errors import ConfigError
 from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.models.vae.vae import SPATIAL_SCALE, VideoAutoencoderPipeline
-from opensora.settings import TrainSettings
+from opensora.settings import TrainSettings, check_trainable
 from opensora.training.trainer import Loss, Trainer, step_generator
 
 Videos = Callable[[int], Tensor]  # step -> [B, 3, T, H, W] in [-1, 1]
@@ -90,6 +90,7 @@ def train_vae(settings: TrainSettings) -> Path:
     The per-frame part is trained alone unless use_z_rec_loss or use_real_rec_loss ask for the temporal one; after
     that one, shift and scale are set so that latents have mean 0 and deviation 1, unless they were set before.
     """
+    check_trainable(settings)
     if settings.perceptual_loss_weight:
         raise ConfigError("perceptual_loss_weight needs the weights of a perceptual network; set it to 0")
     keep_allocations_in_heap()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +42,27 @@ class CausalConv3d(nn.Module):
         return F.conv2d(x, weight, self.conv.bias, padding=side).unflatten(0, (batch, -1)).transpose(1, 2)
 
 
+class Layout(NamedTuple):
+    """What encoder and decoder share: width of each level, blocks a level, and which transitions change the length."""
+
+    widths: list[int]
+    num_res_blocks: int
+    temporal_downsample: tuple[bool, ...]
+    num_groups: int
+    activation: Callable[[Tensor], Tensor]
+
+    def res_blocks(self, before: int, width: int) -> nn.ModuleList:
+        """The blocks of one level, the first of which comes from `before` channels."""
+        inputs = [before] + [width] * (self.num_res_blocks - 1)
+        return nn.ModuleList(ResBlock(channels, width, self.num_groups, self.activation) for channels in inputs)
+
+
 class ResBlock(nn.Module):
     """Norm, activation, convolution, twice, around a (projected) skip."""
 
-    def __init__(self, in_channels: int, out_channels: int, num_groups: int, activation: str) -> None:
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int, activation: Callable[[Tensor], Tensor]):
         super().__init__()
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation
         self.norm1 = nn.GroupNorm(num_groups, in_channels)
         self.conv1 = CausalConv3d(in_channels, out_channels, bias=False)
         self.norm2 = nn.GroupNorm(num_groups, out_channels)
@@ -61,36 +76,22 @@ class ResBlock(nn.Module):
         return skip + self.conv2(self.activation(self.norm2(x)))
 
 
-def _res_blocks(channels: list[int], num_groups: int, activation: str) -> nn.ModuleList:
-    """One block for each step of `channels`, e.g. [64, 128, 128] gives two."""
-    return nn.ModuleList(
-        ResBlock(a, b, num_groups, activation) for a, b in zip(channels[:-1], channels[1:], strict=True)
-    )
-
-
 class Encoder(nn.Module):
-    """[B, C_in, T, H, W] -> [B, 2 * latent_embed_dim, T / factor, H, W]."""
+    """[B, C_in, T, H, W] -> [B, C_out, T / factor, H, W]."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, filters: int, multipliers: tuple[int, ...], num_res_blocks: int,
-        temporal_downsample: tuple[bool, ...], num_groups: int, activation: str,
-    ) -> None:  # fmt: skip
+    def __init__(self, in_channels: int, out_channels: int, layout: Layout) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[activation]
-        self.conv_in = CausalConv3d(in_channels, filters, bias=False)
-        self.block_res_blocks = nn.ModuleList()
-        self.conv_blocks = nn.ModuleList()
-        width = filters
-        for level, multiplier in enumerate(multipliers):
-            wider = filters * multiplier
-            self.block_res_blocks.append(_res_blocks([width] + [wider] * num_res_blocks, num_groups, activation))
-            width = wider
-            if level < len(multipliers) - 1:
-                down = temporal_downsample[level]
-                self.conv_blocks.append(CausalConv3d(width, width, time_stride=2) if down else nn.Identity())
-        self.res_blocks = _res_blocks([width] * (num_res_blocks + 1), num_groups, activation)
-        self.norm1 = nn.GroupNorm(num_groups, width)
-        self.conv2 = CausalConv3d(width, out_channels, kernel=1)
+        self.activation, widths = layout.activation, layout.widths
+        self.conv_in = CausalConv3d(in_channels, widths[0], bias=False)
+        below = [widths[0], *widths]  # the width that reaches level i from the level below it
+        self.block_res_blocks = nn.ModuleList(layout.res_blocks(below[i], width) for i, width in enumerate(widths))
+        self.conv_blocks = nn.ModuleList(
+            CausalConv3d(widths[i], widths[i], time_stride=2) if down else nn.Identity()
+            for i, down in enumerate(layout.temporal_downsample)
+        )
+        self.res_blocks = layout.res_blocks(widths[-1], widths[-1])
+        self.norm1 = nn.GroupNorm(layout.num_groups, widths[-1])
+        self.conv2 = CausalConv3d(widths[-1], out_channels, kernel=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -116,25 +117,19 @@ class TimeUpsample(CausalConv3d):
 
 
 class Decoder(nn.Module):
-    """[B, latent_embed_dim, T', H, W] -> [B, C_out, T' * factor, H, W]: the encoder backwards."""
+    """[B, C_in, T', H, W] -> [B, C_out, T' * factor, H, W]: the encoder backwards."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, filters: int, multipliers: tuple[int, ...], num_res_blocks: int,
-        temporal_downsample: tuple[bool, ...], num_groups: int, activation: str,
-    ) -> None:  # fmt: skip
+    def __init__(self, in_channels: int, out_channels: int, layout: Layout) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[activation]
-        widths = [filters * multiplier for multiplier in multipliers]
+        self.activation, widths = layout.activation, layout.widths
         self.conv1 = CausalConv3d(in_channels, widths[-1])
-        self.res_blocks = _res_blocks([widths[-1]] * (num_res_blocks + 1), num_groups, activation)
+        self.res_blocks = layout.res_blocks(widths[-1], widths[-1])
         above = [*widths[1:], widths[-1]]  # the width that reaches level i from the level above it
-        self.block_res_blocks = nn.ModuleList(
-            _res_blocks([above[i]] + [widths[i]] * num_res_blocks, num_groups, activation) for i in range(len(widths))
-        )
+        self.block_res_blocks = nn.ModuleList(layout.res_blocks(above[i], width) for i, width in enumerate(widths))
         self.conv_blocks = nn.ModuleList(
-            TimeUpsample(widths[i + 1]) if up else nn.Identity() for i, up in enumerate(temporal_downsample)
+            TimeUpsample(widths[i + 1]) if up else nn.Identity() for i, up in enumerate(layout.temporal_downsample)
         )
-        self.norm1 = nn.GroupNorm(num_groups, widths[0])
+        self.norm1 = nn.GroupNorm(layout.num_groups, widths[0])
         self.conv_out = CausalConv3d(widths[0], out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,11 +176,12 @@ class VAE_Temporal(nn.Module):
             raise ValueError(f"activation_fn '{activation_fn}' is not known; choose one of {', '.join(ACTIVATIONS)}")
         self.time_downsample_factor = 2 ** sum(temporal_downsample)
         self.out_channels = embed_dim
-        shape = (filters, tuple(channel_multipliers), num_res_blocks, tuple(temporal_downsample), num_groups)
-        self.encoder = Encoder(in_out_channels, 2 * latent_embed_dim, *shape, activation_fn)
+        widths = [filters * multiplier for multiplier in channel_multipliers]
+        layout = Layout(widths, num_res_blocks, tuple(temporal_downsample), num_groups, ACTIVATIONS[activation_fn])
+        self.encoder = Encoder(in_out_channels, 2 * latent_embed_dim, layout)
         self.quant_conv = CausalConv3d(2 * latent_embed_dim, 2 * embed_dim, kernel=1)
         self.post_quant_conv = CausalConv3d(embed_dim, latent_embed_dim, kernel=1)
-        self.decoder = Decoder(latent_embed_dim, in_out_channels, *shape, activation_fn)
+        self.decoder = Decoder(latent_embed_dim, in_out_channels, layout)
 
     def padding(self, num_frames: int) -> int:
         """Frames of zeros put before the first one so that the factor divides the length."""
@@ -216,9 +212,4 @@ class VAE_Temporal(nn.Module):
 
 def VAE_Temporal_SD(**kwargs: Any) -> VAE_Temporal:
     """The published layout: 128 filters, multipliers 1 2 2 4, halving after the second and third level."""
-    return VAE_Temporal(
-        **{
-            "in_out_channels": 4, "latent_embed_dim": 4, "embed_dim": 4, "filters": 128, "num_res_blocks": 4,
-            "channel_multipliers": (1, 2, 2, 4), "temporal_downsample": (False, True, True), **kwargs,
-        }
-    )  # fmt: skip
+    return VAE_Temporal(**{"temporal_downsample": (False, True, True), **kwargs})
