@@ -41,8 +41,9 @@ def own_texts() -> list[Path]:
 
 
 def test_source_stays_small():
+    """Counted are the lines that say something: code, comments and docstrings, but no blank ones."""
     files = [file for folder in ("opensora", "scripts") for file in (ROOT / folder).rglob("*.py")]
-    lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+    lines = sum(1 for file in files for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
     assert lines <= MOST_SOURCE_LINES, f"{lines} lines of source; simplify something before adding more"
 
 

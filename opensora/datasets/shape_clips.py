@@ -16,12 +16,7 @@ class ShapeClips:
     """A set of rendered clips, endless unless num_clips is given; batch n holds clips n * batch_size and on."""
 
     def __init__(
-        self,
-        num_frames: int,
-        image_size: tuple[int, int],
-        batch_size: int,
-        seed: int = 0,
-        num_clips: int | None = None,
+        self, num_frames: int, image_size: tuple[int, int], batch_size: int, seed: int = 0, num_clips: int | None = None
     ) -> None:
         self.num_frames, self.image_size = num_frames, image_size
         self.batch_size, self.seed, self.num_clips = batch_size, seed, num_clips
