@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -18,13 +19,15 @@ def ramp(num_frames: int, height: int, width: int) -> np.ndarray:
     return (np.stack([0.2 + 0.6 * x, 0.3 + 0.5 * y, 0.2 + 0.6 * t], axis=-1) * 255).astype(np.uint8)
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
     """No file may grow beyond 1 KiB: what a full disk looks like to the writer."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size", [(9, 16, 24), (1, 16, 24), (4, 17, 25), (3, 32, 854), (2, 1, 1)])
@@ -115,14 +118,14 @@ def test_an_image_is_no_video(tmp_path):
         media.read_video(tmp_path / "a.mp3")
 
 
-def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, small_files):
+def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), np.uint8)
     for path, write in (
         (tmp_path / "a.mp4", lambda p: media.write_video(noise, p, 8)),
         (tmp_path / "a.png", lambda p: media.write_image(noise[0], p)),
     ):
         path.write_bytes(b"old")
-        with pytest.raises(MediaError, match="cannot be written"):
+        with small_files(), pytest.raises(MediaError, match="cannot be written"):
             write(path)
         assert path.read_bytes() == b"old"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.mp4", "a.png"]
