@@ -305,7 +305,7 @@ def test_interrupted_while_sampling(here, hub_cache):
     argv = (SAMPLE, *SMALL, "--num-sampling-steps", "1000000", "--verbose", "1", "--prompt", "x", "--save-dir", OUTPUT)
     program = subprocess.Popen(
         [sys.executable, SCRIPT, *argv], env=environment(hub_cache), cwd=here, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     with program:
         seen = b""

@@ -12,4 +12,4 @@ dtype = "fp32"
 model = dict(type="STDiT3", from_pretrained="embedded:stdit3")
 vae = dict(type="VideoAutoencoderPipeline", from_pretrained="embedded:vae")
 text_encoder = dict(type="t5", from_pretrained="embedded:text_encoder", model_max_length=32)
-scheduler = dict(type="rflow", num_sampling_steps=30, cfg_scale=4.0)
+scheduler = dict(type="rflow", num_sampling_steps=30, cfg_scale=2.5)
