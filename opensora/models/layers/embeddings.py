@@ -110,6 +110,27 @@ class CaptionEmbedder(nn.Module):
         return self.y_proj(y)
 
 
+def sincos_1d(dim: int, positions: Tensor) -> Tensor:
+    """[sin | cos] features of `positions` [N], computed in float64: [N, dim] float32 (DiT, Peebles & Xie 2022)."""
+    freqs = 1.0 / 10000 ** (torch.arange(dim // 2, dtype=torch.float64, device=positions.device) / (dim / 2))
+    angles = positions.double()[:, None] * freqs
+    return torch.cat((angles.sin(), angles.cos()), dim=-1).float()
+
+
+def sincos_2d(dim: int, height: int, width: int, scale: float = 1.0, base_size: int | None = None) -> Tensor:
+    """Fixed positions of a height x width grid, row-major: [height * width, dim] float32, the width's half first.
+
+    Positions are divided by `scale` and, with base_size, multiplied by base_size / grid side (PixArt-alpha).
+    """
+    rows, columns = (
+        torch.arange(side, dtype=torch.float64) / scale * (1.0 if base_size is None else base_size / side)
+        for side in (height, width)
+    )
+    return torch.cat(
+        (sincos_1d(dim // 2, columns.repeat(height)), sincos_1d(dim // 2, rows.repeat_interleave(width))), dim=-1
+    )
+
+
 def position_embedding_2d(
     dim: int,
     height: int,
