@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from opensora import __version__
 from opensora.settings import InferenceSettings
-from opensora.utils.config_utils import Parser, add_inference_flags, inference_settings, run_program
+from opensora.utils.config_utils import Parser, add_flags, run_program, settings_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,10 +24,8 @@ def _parser() -> Parser:
 
     generate = verbs.add_parser("generate", help="make videos or images from prompts")
     generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to show")
-    generate.add_argument(
-        "--model", dest="config", default="embedded", help="'embedded', or a configuration file (default: embedded)"
-    )
-    add_inference_flags(generate)
+    generate.add_argument("--model", dest="config", default="embedded", help="'embedded' (default) or a configuration")
+    add_flags(generate, InferenceSettings)
     generate.set_defaults(run=_generate)
 
     replay = verbs.add_parser("replay", help="make an output again from its own recipe and compare")
@@ -45,9 +43,10 @@ def _parser() -> Parser:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    args.prompt = [*args.prompts, *(args.prompt or [])] or None
     if (args.resolution or args.aspect_ratio) and not args.image_size:
         args.cfg_options = ["image_size=None", *(args.cfg_options or [])]  # the flags beat the file's image_size
-    return generate(inference_settings(args))
+    return generate(settings_of(InferenceSettings, args))
 
 
 def generate(settings: InferenceSettings) -> int:
@@ -55,9 +54,8 @@ def generate(settings: InferenceSettings) -> int:
     from opensora.pipeline import VideoPipeline
 
     for output in VideoPipeline.from_settings(settings).generate():
-        print(output.path, flush=True)
-        if output.preview:
-            print(output.preview, flush=True)
+        for path in filter(None, (output.path, output.preview)):
+            print(path, flush=True)
     return 0
 
 

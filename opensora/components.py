@@ -11,16 +11,17 @@ from opensora import registry
 from opensora.acceleration.device import place
 from opensora.errors import ConfigError, OpenSoraError, WeightsError
 from opensora.hub import locate, one_line, read_config_json
-from opensora.models.text_encoder.t5 import T5_DROPPED, T5Encoder, make_t5
+from opensora.models.text_encoder.t5 import T5_DROPPED, make_t5
 from opensora.weight_rules import Drop
 from opensora.weights import Summary, load_weights
 
-DESCRIPTIVE = ("model_type", "type", "architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path")
 TRAINING_ONLY = ("freeze_y_embedder", "only_train_temporal", "drop_path", "freeze_vae_2d", "cal_loss")
 TABLES = {"model": registry.MODELS, "vae": registry.AUTOENCODERS, "text_encoder": registry.TEXT_ENCODERS}
+Section = dict[str, Any]
+Loaded = tuple[Any, Summary]  # a part, ready for inference, and the summary of its weights
 
 
-def check(section: dict[str, Any], what: str) -> None:
+def check(section: Section, what: str) -> None:
     """Raises ConfigError unless a "model", "vae" or "text_encoder" section can be built and names its weights."""
     registry.check_type(what, section["type"], TABLES[what])
     registry.arguments(section)
@@ -28,33 +29,24 @@ def check(section: dict[str, Any], what: str) -> None:
         raise ConfigError(f"{what} has no weights: set from_pretrained to a folder, a file or a hub id")
 
 
-def find(section: dict[str, Any], what: str, offline: bool = False) -> Path:
-    """The local file or folder of a checked section's weights, downloaded if need be; nothing is read.
-
-    Raises WeightsError when they cannot be had.
-    """
+def find(section: Section, what: str, offline: bool = False) -> Path:
+    """The file or folder of a section's weights, downloaded if need be, not read; WeightsError if there is none."""
     check(section, what)
     return locate(section["from_pretrained"], what=what, subfolder=section.get("subfolder"), offline=offline)
 
 
-def load_model(
-    section: dict[str, Any], device: torch.device, dtype: torch.dtype, offline: bool = False
-) -> tuple[Any, Summary]:
-    """The diffusion transformer of a `model` section, ready for inference, and the summary of its weights."""
+def load_model(section: Section, device: torch.device, dtype: torch.dtype, offline: bool = False) -> Loaded:
+    """The diffusion transformer of a `model` section."""
     return _load(section, "model", device, dtype, offline)
 
 
-def load_vae(
-    section: dict[str, Any], device: torch.device, dtype: torch.dtype, offline: bool = False
-) -> tuple[Any, Summary]:
-    """The video autoencoder of a `vae` section and the summary of its weights."""
+def load_vae(section: Section, device: torch.device, dtype: torch.dtype, offline: bool = False) -> Loaded:
+    """The video autoencoder of a `vae` section."""
     return _load(section, "vae", device, dtype, offline)
 
 
-def load_text_encoder(
-    section: dict[str, Any], device: torch.device, dtype: torch.dtype, offline: bool = False
-) -> tuple[T5Encoder, Summary]:
-    """The text encoder of a `text_encoder` section and the summary of its weights."""
+def load_text_encoder(section: Section, device: torch.device, dtype: torch.dtype, offline: bool = False) -> Loaded:
+    """The T5Encoder of a `text_encoder` section."""
     path = find(section, "text_encoder", offline)
     folder = path if path.is_dir() else path.parent
     try:
@@ -73,14 +65,11 @@ def trained_sizes(path: Path) -> list[list[int]]:
     return _config_json(path).get("trained_sizes", [])
 
 
-def _load(
-    section: dict[str, Any], what: str, device: torch.device, dtype: torch.dtype, offline: bool
-) -> tuple[Any, Summary]:
+def _load(section: Section, what: str, device: torch.device, dtype: torch.dtype, offline: bool) -> Loaded:
     """Builds on the meta device, then fills strictly. Keywords: the section's win over the checkpoint's config.json."""
     path = find(section, what, offline)
-    stated = {key: value for key, value in _config_json(path).items() if key not in DESCRIPTIVE + TRAINING_ONLY}
-    known = registry.keywords(section["type"])
-    stated = {key: value for key, value in stated.items() if key in known}
+    known = registry.keywords(section["type"]).difference(TRAINING_ONLY)
+    stated = {key: value for key, value in _config_json(path).items() if key in known}
     with torch.device("meta"):
         model = registry.build({**stated, **section})
     summary = load_weights(model, path, dtype=dtype)

@@ -16,7 +16,6 @@ from opensora.errors import ConfigError, did_you_mean
 MAX_SIZE = 1_000_000  # bytes of one file, and values and characters in it, counted as often as they are referred to
 MAX_DEPTH = 50
 MAX_INT_BITS = 1024
-
 _REMEDY = "write a plain value, or run the file with --trust-config (pip install 'opensora[mmengine]')"
 _SHORT_NAMES = {"embedded": "embedded/inference/sample.py"}
 _NOT_ALLOWED = {
@@ -48,20 +47,16 @@ def read_config(path: str | Path, trust: bool = False) -> dict[str, Any]:
 
 def find_config(name: str | Path) -> Path:
     """The file for a path, a name below `configs/` (with or without `configs/` and `.py`), or the word `embedded`."""
-    if Path(name).is_file():
-        return Path(name)
     wanted = str(name).replace("\\", "/").removeprefix("./").removeprefix("configs/")
     wanted = _SHORT_NAMES.get(wanted, wanted)
     package = Path(__file__).parent
-    folders = [package / "configs"]  # of an installed wheel, or of the repository
-    if (package.parent / "pyproject.toml").is_file():
-        folders.append(package.parent / "configs")
-    for folder in folders:
-        for candidate in (folder / wanted, folder / f"{wanted}.py"):
-            if candidate.is_file():
-                return candidate
-    known = {file.relative_to(folder).as_posix() for folder in folders for file in folder.rglob("*.py")}
-    raise ConfigError(f"configuration '{name}' does not exist{did_you_mean(wanted, sorted(known | set(_SHORT_NAMES)))}")
+    packaged = (package / "configs").is_dir()  # an installed wheel brings them along; else they lie in the repository
+    folder = (package if packaged else package.parent) / "configs"
+    for candidate in (Path(name), folder / wanted, folder / f"{wanted}.py"):
+        if candidate.is_file():
+            return candidate
+    known = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.py"))
+    raise ConfigError(f"configuration '{name}' does not exist{did_you_mean(wanted, [*known, *_SHORT_NAMES])}")
 
 
 def merge_configs(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
@@ -94,9 +89,8 @@ class _Reader:
     """Evaluates one file statement by statement; the result is `names`."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.room = path, MAX_SIZE
         self.names: dict[str, Any] = {}
-        self.room = MAX_SIZE
         for statement in self._parse().body:
             try:
                 self._execute(statement)
@@ -119,8 +113,6 @@ class _Reader:
         match statement:
             case ast.Expr(value=ast.Constant()):
                 return  # a docstring
-            case ast.Expr(value=value):
-                raise self._refuse(value)
             case ast.Assign(targets=targets) if all(isinstance(target, ast.Name) for target in targets):
                 value = self._value(statement.value)
                 self._count(value, statement)
@@ -128,14 +120,12 @@ class _Reader:
             case ast.Assign():
                 raise self._error(statement, f"only plain names can be assigned; {_REMEDY}")
             case _:
-                raise self._refuse(statement)
+                raise self._refuse(statement.value if isinstance(statement, ast.Expr) else statement)
 
     def _value(self, node: ast.expr) -> Any:
         match node:
-            case ast.Constant(value=None | str() as value):
-                return value
-            case ast.Constant(value=int() | float() as value):
-                return self._number(node, value)
+            case ast.Constant(value=None | str() | int() | float() as value):
+                return self._number(node, value) if isinstance(value, int) else value
             case ast.Name(id=name):
                 if name not in self.names:
                     raise self._error(node, f"'{name}' is not assigned before{did_you_mean(name, self.names)}")

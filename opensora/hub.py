@@ -6,6 +6,7 @@ import json
 import os
 import re
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,11 @@ def _from_hub(repo: str, what: str, prefix: str, offline: bool) -> Path:
 
     if folder := _snapshot(repo, prefix, cached=True):
         return folder
+    absent = f"{what}: '{repo}' is no local path and not in the hub cache"
     if offline or constants.HF_HUB_OFFLINE:
-        raise WeightsError(f"{what}: '{repo}' is no local path and not in the hub cache (offline); {_WAYS_OUT}")
+        raise WeightsError(f"{absent} (offline); {_WAYS_OUT}")
     if reason := _unreachable(repo):
-        raise WeightsError(
-            f"{what}: '{repo}' is no local path, not in the hub cache, and the hub {reason}; {_WAYS_OUT}"
-        )
+        raise WeightsError(f"{absent}, and the hub {reason}; {_WAYS_OUT}")
     try:
         folder = _snapshot(repo, prefix, cached=False)
     except Exception as error:
@@ -71,16 +71,13 @@ def _snapshot(repo: str, prefix: str, cached: bool) -> Path | None:
     """The folder `prefix` of a repository in the cache once it is complete; only `cached=False` uses the network."""
     from huggingface_hub import snapshot_download
 
-    options: dict[str, Any] = {"etag_timeout": _TIMEOUT, "local_files_only": cached}
-    not_there = (WeightsError, OSError) if cached else WeightsError
+    options = {"etag_timeout": _TIMEOUT, "local_files_only": cached, "ignore_patterns": [f"{prefix}*/*"]}
+    not_there = (WeightsError, OSError) if cached else (WeightsError,)
     for patterns in _ROUNDS:
-        wanted = [prefix + pattern for pattern in patterns]
-        try:
-            folder = snapshot_download(repo, allow_patterns=wanted, ignore_patterns=[f"{prefix}*/*"], **options)
+        with suppress(*not_there):
+            folder = snapshot_download(repo, allow_patterns=[prefix + pattern for pattern in patterns], **options)
             checkpoint_files(Path(folder, prefix))
             return Path(folder, prefix)
-        except not_there:
-            continue
     return None
 
 
@@ -118,12 +115,10 @@ def checkpoint_files(path: Path) -> dict[Path, list[str]]:
         return _shards(path) if path.name.endswith(INDEX) else {path: []}
     if not path.is_dir():
         raise WeightsError(f"{path}: no such file or folder")
-    usual = [stem + suffix + index for suffix in SUFFIXES for index in (INDEX, "") for stem in STEMS]
-    for name in usual:
-        if (path / name).is_file():
-            return checkpoint_files(path / name)
-    if (path / "model").is_dir():
-        return checkpoint_files(path / "model")
+    usual = [path / f"{stem}{suffix}{index}" for suffix in SUFFIXES for index in (INDEX, "") for stem in STEMS]
+    for candidate in (*usual, path / "model"):
+        if candidate.exists():
+            return checkpoint_files(candidate)
     files = [file for file in sorted(path.iterdir()) if not file.name.startswith(".")]
     loose = [file for file in files if file.name.endswith(INDEX)] or [file for file in files if file.suffix in SUFFIXES]
     if not loose:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,15 +21,14 @@ from opensora.errors import ConfigError
 from opensora.models.sizes import size_conditioning
 from opensora.noise import initial_noise
 from opensora.recipe import check_folder, make_recipe, write_output
-from opensora.request import PARTS, Request, Size, check_supported, make_requests, make_size
+from opensora.request import PARTS, SPATIAL_FACTOR, Request, Size, check_supported, make_requests, make_size
 from opensora.settings import InferenceSettings
 from opensora.weights import Summary
 
 logger = logging.getLogger("opensora")
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """A result: where it lies, its frames uint8 [T, H, W, 3], and the preview's path if one was asked for."""
 
     path: Path
@@ -53,9 +51,8 @@ class VideoPipeline:
         self.device = pick_device(settings.device)
         self.dtype = inference_dtype(self.device, settings.dtype)
         self.scheduler = registry.build(settings.scheduler)
-        size, kind = self.size, settings.multi_resolution or "STDiT2"
-        side = (size.height, size.width)
-        self.conditioning = size_conditioning(kind, 1, side, size.num_frames, settings.fps, device=self.device)
+        kind, size = settings.multi_resolution or "STDiT2", self.size
+        self.conditioning = size_conditioning(kind, 1, size[1:], size.num_frames, settings.fps, device=self.device)
         self.requests = make_requests(settings)
         self.summaries: dict[str, Summary] = {}
 
@@ -77,7 +74,8 @@ class VideoPipeline:
         with _output_folder(self.settings.save_dir):
             for part in PARTS:
                 components.find(getattr(self.settings, part), part, self.settings.offline)
-            made, asked = self.size.output, (self.size.height, self.size.width)
+            asked = [self.size.height, self.size.width]
+            made = [side // SPATIAL_FACTOR * SPATIAL_FACTOR for side in asked]
             if made != asked:
                 logger.info("frames of %dx%d are made for %dx%d: sides are multiples of 8", *made, *asked)
             texts = self.encode_texts([request.encoded for request in wanted])
@@ -89,53 +87,41 @@ class VideoPipeline:
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Features [1, 1, L, C] of each text, at its real length; the text encoder is freed afterwards."""
         keep_allocations_in_heap()
-        settings = self.settings
-        encoder, self.summaries["text_encoder"] = components.load_text_encoder(
-            settings.text_encoder, self.device, self.dtype, settings.offline
-        )
-        logger.info("text encoder  %s", self.summaries["text_encoder"])
+        encoder = self._load("text_encoder", components.load_text_encoder)
         return {text: encoder.encode([text])[0].to(self.dtype) for text in dict.fromkeys(texts)}
 
     @cached_property
     def vae(self) -> Any:
         """The video autoencoder."""
-        vae, self.summaries["vae"] = components.load_vae(
-            self.settings.vae, self.device, self.dtype, self.settings.offline
-        )
-        logger.info("autoencoder   %s", self.summaries["vae"])
-        return vae
+        return self._load("vae", components.load_vae)
 
     @cached_property
     def model(self) -> Any:
         """The diffusion transformer."""
-        settings, made = self.settings, self.vae.out_channels
-        model, self.summaries["model"] = components.load_model(
-            settings.model, self.device, self.dtype, settings.offline
-        )
-        logger.info("model         %s", self.summaries["model"])
+        made = self.vae.out_channels
+        model = self._load("model", components.load_model)
         _tell_untrained(self.size, components.trained_sizes(self.summaries["model"].path))
         if model.in_channels != made:
             raise ConfigError(f"the model takes {model.in_channels} latent channels, but the autoencoder makes {made}")
         return model
 
+    def _load(self, part: str, load: Callable[..., components.Loaded]) -> Any:
+        """A part of the configuration with its weights, whose summary is kept."""
+        settings = self.settings
+        loaded, self.summaries[part] = load(getattr(settings, part), self.device, self.dtype, settings.offline)
+        logger.info("%-13s %s", part.replace("_", " "), self.summaries[part])
+        return loaded
+
     @torch.no_grad()
     def make(self, text: Tensor, sample: int) -> np.ndarray:
         """The frames uint8 [T, H, W, 3] of sample number `sample` of a prompt with these text features."""
-        size, model = self.size, self.model
+        model, vae, size = self.model, self.vae, self.size
         _check_text(text, model.config)
-        latent_size = self.vae.get_latent_size((size.num_frames, size.height, size.width))
-        noise = initial_noise(self.settings.seed, sample, 0, (self.vae.out_channels, *latent_size))
-        latents = self.scheduler.sample(
-            model,
-            noise[None].to(self.device),
-            {"y": text, **self.conditioning},
-            {"y": model.null_caption(text.shape[2]).to(text)},
-            height=size.height,
-            width=size.width,
-            num_frames=size.num_frames,
-            progress=self.settings.verbose > 0,
-        )
-        decoded = self.vae.decode(latents.to(self.dtype), num_frames=size.num_frames)
+        noise = initial_noise(self.settings.seed, sample, 0, (vae.out_channels, *vae.get_latent_size(size)))
+        cond, null = {"y": text, **self.conditioning}, {"y": model.null_caption(text)}
+        options = {**size._asdict(), "progress": self.settings.verbose > 0}
+        latents = self.scheduler.sample(model, noise[None].to(self.device), cond, null, **options)
+        decoded = vae.decode(latents.to(self.dtype), num_frames=size.num_frames)
         return video.to_uint8(decoded[0].float())
 
     def _exists(self, request: Request) -> bool:
@@ -146,19 +132,15 @@ class VideoPipeline:
         return exists
 
     def _write(self, request: Request, frames: np.ndarray) -> Output:
+        settings = dataclasses.asdict(self.settings)
+        weights = {part: summary.sha256 for part, summary in self.summaries.items()}
         recipe = make_recipe(
-            prompt=request.prompt,
-            encoded_prompts=[request.encoded],
-            seed=self.settings.seed,
-            sample_index=request.sample,
-            settings=dataclasses.asdict(self.settings),
-            weights={name: summary.sha256 for name, summary in self.summaries.items()},
+            request.prompt, [request.encoded], settings["seed"], request.sample, settings=settings, weights=weights
         )
         path = write_output(frames, request.path, self.settings.output_fps, recipe)
         if not self.settings.preview:
             return Output(path, frames)
-        preview = Path(f"{request.path}.preview.png")
-        return Output(path, frames, video.write_image(video.contact_sheet(frames), preview))
+        return Output(path, frames, video.write_image(video.contact_sheet(frames), f"{request.path}.preview.png"))
 
 
 def _check_text(text: Tensor, config: dict[str, Any]) -> None:
@@ -167,18 +149,15 @@ def _check_text(text: Tensor, config: dict[str, Any]) -> None:
     if text.shape[3] != channels:
         raise ConfigError(f"the model takes {channels} text channels, but the text encoder makes {text.shape[3]}")
     if text.shape[2] > longest:
-        raise ConfigError(
-            f"a prompt has {text.shape[2]} tokens, but the model takes {longest}; "
-            f"shorten it, or cut it with --cfg-options text_encoder.model_max_length={longest}"
-        )
+        remedy = f"shorten it, or cut it with --cfg-options text_encoder.model_max_length={longest}"
+        raise ConfigError(f"a prompt has {text.shape[2]} tokens, but the model takes {longest}; {remedy}")
 
 
 def _tell_untrained(size: Size, trained: list[list[int]]) -> None:
     """Warns where the model's own record of what it was trained on does not list the size asked for."""
-    asked = [size.num_frames, size.height, size.width]
-    if trained and asked not in trained:
-        known = ", ".join("{} frames of {}x{}".format(*one) for one in trained)
-        logger.warning("this model was trained on %s: expect noise at %d frames of %dx%d", known, *asked)
+    if trained and list(size) not in trained:
+        known = ", ".join(str(Size(*one)) for one in trained)
+        logger.warning("this model was trained on %s: expect noise at %s", known, size)
 
 
 @contextmanager
@@ -202,7 +181,4 @@ def _memory_advice(size: Size) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        raise ConfigError(
-            f"memory does not suffice for {size.num_frames} frames of {size.height}x{size.width}; "
-            "ask for a smaller size or fewer frames"
-        ) from error
+        raise ConfigError(f"memory does not suffice for {size}; ask for a smaller size or fewer frames") from error

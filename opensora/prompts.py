@@ -34,12 +34,6 @@ def load_prompts(path: str | os.PathLike[str], start: int | None = None, end: in
         raise ConfigError(f"prompt file '{path}' cannot be read: {reason}; give a text file, a prompt a line") from None
 
 
-def check_prompt(prompt: str) -> None:
-    """Raise ConfigError if there is no text in the prompt."""
-    if not prompt.strip():
-        raise ConfigError("a prompt is empty; describe the video in it, or remove the blank line from the prompt file")
-
-
 def extract_json(
     prompts: Sequence[str], references: Sequence[str], mask_strategies: Sequence[str]
 ) -> tuple[list[str], list[str], list[str]]:
@@ -136,12 +130,10 @@ def append_score(
     return prompt
 
 
-def prepare(
-    prompt: str, *, refine: Callable[[str], str] = str, clean: Callable[[str], str] = preprocess, **scores: Any
-) -> str:
+def prepare(prompt: str, *, refine: Callable[[str], str] = str, **scores: Any) -> str:
     """The prompt as the text encoder wants it: each of its texts refined, given `scores` (`append_score`), cleaned."""
     texts, loops = split_segments(prompt)
-    return merge_segments([clean(append_score(refine(text), **scores)) for text in texts], loops)
+    return merge_segments([preprocess(append_score(refine(text), **scores)) for text in texts], loops)
 
 
 def save_path_name(

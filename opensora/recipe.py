@@ -22,7 +22,7 @@ Recipe = dict[str, Any]
 
 
 def make_recipe(
-    *, prompt: str, encoded_prompts: list[str], seed: int, sample_index: int, settings: dict, weights: dict[str, str]
+    prompt: str, encoded_prompts: list[str], seed: int, sample_index: int, *, settings: dict, weights: dict[str, str]
 ) -> Recipe:
     """The recipe of one output, without its pixels (`write_output` adds those).
 
@@ -58,8 +58,7 @@ def write_output(frames: np.ndarray, path_without_suffix: str | Path, fps: float
             encode_video(frames, temporary_media, fps, metadata)
         else:
             encode_image(frames[0], temporary_media, metadata)
-        text = json.dumps(recipe, ensure_ascii=False, indent=2) + "\n"
-        temporary_sidecar.write_text(text, encoding="utf-8")
+        temporary_sidecar.write_text(json.dumps(recipe, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     return media
 
 
@@ -72,15 +71,12 @@ def read_recipe(path: str | Path) -> Recipe:
     if path.suffix.lower() != ".json":
         text, sidecar = read_metadata(path).get(KEY), path.with_suffix(".json")
         if text is None and not sidecar.is_file():
-            beside = f"there is no {sidecar.name} beside it"
-            raise MediaError(f"{path}: holds no recipe, and {beside}; was it written by opensora?")
+            raise MediaError(f"{path}: holds no recipe, nor is {sidecar.name} beside it; was it written by opensora?")
         path = sidecar if text is None else path
     try:
         recipe = json.loads(path.read_text(encoding="utf-8") if text is None else text)
-    except json.JSONDecodeError as error:
-        raise MediaError(f"{path}: its recipe is not valid JSON ({error})") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise MediaError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    except (OSError, ValueError) as error:
+        raise MediaError(f"{path}: cannot be read as JSON ({getattr(error, 'strerror', None) or error})") from error
     if not isinstance(recipe, dict) or not isinstance(recipe.get("format"), int):
         raise MediaError(f"{path}: is not the recipe of an output")
     if recipe["format"] > FORMAT:
@@ -89,10 +85,7 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def check_folder(path: str | Path) -> Path:
-    """The folder, created where missing and known to be writable; MediaError otherwise.
-
-    Call it before any work, so that nobody waits for a video that cannot be saved.
-    """
+    """The folder, created where missing and proven writable before anybody waits for a video; MediaError otherwise."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -25,11 +25,11 @@ SCHEDULERS = {"rflow": "opensora.schedulers.rf:RFLOW"}
 TEXT_ENCODERS = {"t5": "opensora.models.text_encoder.t5:T5Encoder"}
 BUILDERS = {**MODELS, **AUTOENCODERS, **SCHEDULERS, **TEXT_ENCODERS}
 
-# Keys of a section that say where its weights lie or how upstream accelerated it: not the builder's business.
-LOADING_KEYS = frozenset({"from_pretrained", "subfolder", "local_files_only", "force_huggingface", "cache_dir"})
-ACCELERATION_KEYS = frozenset(
-    {"enable_flash_attn", "enable_layernorm_kernel", "enable_sequence_parallelism", "shardformer"}
-)
+# Keys of a section that say what to build, where its weights lie, or how the original accelerated it: no arguments.
+NO_ARGUMENTS = {
+    "type", "from_pretrained", "subfolder", "local_files_only", "force_huggingface", "cache_dir",
+    "enable_flash_attn", "enable_layernorm_kernel", "enable_sequence_parallelism", "shardformer",
+}  # fmt: skip
 
 
 def check_type(section: str, name: str, table: Mapping[str, str]) -> str:
@@ -46,12 +46,9 @@ def resolve(target: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def build(section: Mapping[str, Any], **extra: Any) -> Any:
-    """The object that a section `dict(type=..., keyword=...)` describes; `extra` keywords come on top.
-
-    Raises ConfigError on an unknown type or keyword, naming the nearest one.
-    """
-    found = arguments({**section, **extra})
+def build(section: Mapping[str, Any]) -> Any:
+    """The object that `dict(type=..., keyword=...)` describes; ConfigError on an unknown type, keyword or value."""
+    found = arguments(section)
     try:
         return resolve(BUILDERS[section["type"]])(**found)
     except (TypeError, ValueError) as error:
@@ -59,10 +56,9 @@ def build(section: Mapping[str, Any], **extra: Any) -> Any:
 
 
 def arguments(section: Mapping[str, Any]) -> dict[str, Any]:
-    """What the builder of a section is called with. Raises ConfigError on an unknown type or keyword."""
+    """What the builder of a section is called with; ConfigError on an unknown type or keyword, naming the nearest."""
     name = check_type("", section["type"], BUILDERS)
-    dropped = LOADING_KEYS | ACCELERATION_KEYS | {"type"}
-    found = {key: value for key, value in section.items() if key not in dropped}
+    found = {key: value for key, value in section.items() if key not in NO_ARGUMENTS}
     known = keywords(name)
     for key in found:
         if known and key not in known:

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from opensora import components
 from opensora.errors import ConfigError, MediaError, WeightsError
-from opensora.pipeline import PARTS, Output, VideoPipeline
+from opensora.pipeline import Output, VideoPipeline
 from opensora.recipe import Recipe, read_recipe
 from opensora.settings import InferenceSettings
 
@@ -33,7 +32,7 @@ def replay(
     try:
         settings = _settings(recipe, Path(file), Path(save_dir), device, weights or {})
         sample, expected = recipe["sample_index"], recipe["output"]["sha256"]
-        then = [dict(recipe[topic]) for topic in ("weights", "program")]
+        weights_then, then = dict(recipe["weights"]), dict(recipe["program"])
     except ConfigError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -43,15 +42,15 @@ def replay(
     pipeline.requests = [request for request in pipeline.requests if request.sample == sample]
     if not pipeline.requests:
         raise MediaError(f"{file}: its recipe is of sample {sample}, but makes {settings.num_sample} of the prompt")
-    _check_weights(settings)
-    output = next(pipeline.generate())
+    try:
+        output = next(pipeline.generate())
+    except WeightsError as error:
+        flags = "--ckpt-path, --vae-path or --text-encoder-path"
+        raise WeightsError(f"{error}; if the weights of the recipe have moved, say where with {flags}") from error
     again = read_recipe(output.path)
-    differences = [f"other {part} weights" for part, sha256 in again["weights"].items() if then[0].get(part) != sha256]
-    differences += [
-        f"{name} {then[1].get(name)} then, {version} now"
-        for name, version in again["program"].items()
-        if then[1].get(name) != version
-    ]
+    differences = [f"other {part} weights" for part, sha in again["weights"].items() if weights_then.get(part) != sha]
+    now = again["program"]
+    differences += [f"{name} {then.get(name)} then, {now[name]} now" for name in now if now[name] != then.get(name)]
     return Replay(output, again["output"]["sha256"] == expected, differences)
 
 
@@ -68,12 +67,3 @@ def _settings(
     }  # fmt: skip
     changed |= {part: {**settings[part], "from_pretrained": source} for part, source in weights.items() if source}
     return InferenceSettings.from_config({**settings, **changed}, f"{file}: recipe")
-
-
-def _check_weights(settings: InferenceSettings) -> None:
-    try:
-        for part in PARTS:
-            components.find(getattr(settings, part), part, settings.offline)
-    except WeightsError as error:
-        flags = "--ckpt-path, --vae-path or --text-encoder-path"
-        raise WeightsError(f"{error}; if the weights of the recipe have moved, say where with {flags}") from error

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from opensora import components, prompts, registry
 from opensora.datasets.aspect import get_image_size, get_num_frames
 from opensora.errors import ConfigError
 from opensora.settings import InferenceSettings
 
-logger = logging.getLogger("opensora")
-
 SPATIAL_FACTOR = 8
 PARTS = ("text_encoder", "vae", "model")  # in the order in which they are read
-# Settings of the documents that this version cannot follow: setting -> the values that ask for nothing.
-NOT_YET = {
-    "loop": (1,),
-    "reference_path": (None,),
-    "mask_strategy": (None,),
-    "llm_refine": (False,),
-    "watermark": (False,),
-    "prompt_generator": ("",),
-}
+# Settings of the documents that this version cannot follow; their defaults ask for nothing.
+NOT_YET = ("loop", "reference_path", "mask_strategy", "llm_refine", "watermark", "prompt_generator")
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """One result to make: the prompt as given and as encoded, which of its samples, and where it goes."""
 
     prompt: str
@@ -35,18 +24,15 @@ class Request:
     path: str  # without suffix
 
 
-@dataclass(frozen=True)
-class Size:
-    """What is asked of the models (frames, height, width in pixels) and what comes out of the autoencoder."""
+class Size(NamedTuple):
+    """What is asked of the models: frames, and height and width in pixels."""
 
     num_frames: int
     height: int
     width: int
 
-    @property
-    def output(self) -> tuple[int, int]:
-        """Height and width of the result: whole latents only."""
-        return self.height // SPATIAL_FACTOR * SPATIAL_FACTOR, self.width // SPATIAL_FACTOR * SPATIAL_FACTOR
+    def __str__(self) -> str:
+        return f"{self.num_frames} frames of {self.height}x{self.width}"
 
 
 def check_supported(settings: InferenceSettings) -> None:
@@ -54,9 +40,9 @@ def check_supported(settings: InferenceSettings) -> None:
     for section in (*PARTS, "scheduler"):
         if getattr(settings, section) is None:
             raise ConfigError(f"the configuration has no {section}; add {section} = dict(type=..., ...)")
-    for name, nothing in NOT_YET.items():
+    for name in NOT_YET:
         value = getattr(settings, name)
-        if value not in nothing and any(value if isinstance(value, list) else [value]):
+        if value != getattr(InferenceSettings, name) and any(value if isinstance(value, list) else [value]):
             raise ConfigError(f"{name} is not supported yet; leave it out")
     for part in PARTS:
         components.check(getattr(settings, part), part)
@@ -65,7 +51,6 @@ def check_supported(settings: InferenceSettings) -> None:
 
 def make_size(settings: InferenceSettings) -> Size:
     """The size asked for. Raises ConfigError when it is unknown or the autoencoder cannot make it."""
-    num_frames = get_num_frames(settings.num_frames)
     if settings.image_size is not None:
         height, width = settings.image_size
     elif settings.resolution and settings.aspect_ratio:
@@ -73,19 +58,16 @@ def make_size(settings: InferenceSettings) -> Size:
     else:
         raise ConfigError("the size is missing: give --image-size H W, or --resolution and --aspect-ratio")
     if min(height, width) < SPATIAL_FACTOR:
-        raise ConfigError(
-            f"image_size {height}x{width} is too small: the autoencoder needs {SPATIAL_FACTOR} pixels a side"
-        )
-    return Size(num_frames, height, width)
+        least = f"the autoencoder needs {SPATIAL_FACTOR} pixels a side"
+        raise ConfigError(f"image_size {height}x{width} is too small: {least}")
+    return Size(get_num_frames(settings.num_frames), height, width)
 
 
 def make_requests(settings: InferenceSettings) -> list[Request]:
     """The results to make, in order. File numbers count from the first prompt of the list, whatever slice is made."""
-    texts = settings.prompt
-    if not texts and settings.prompt_path:
-        texts = prompts.load_prompts(settings.prompt_path)
+    from_file = prompts.load_prompts(settings.prompt_path) if settings.prompt_path and not settings.prompt else []
     requests = []
-    for index, text in list(enumerate(texts or []))[settings.start_index : settings.end_index]:
+    for index, text in list(enumerate(settings.prompt or from_file))[settings.start_index : settings.end_index]:
         _check_prompt(text)
         encoded = prompts.prepare(text, aes=settings.aes, flow=settings.flow, camera_motion=settings.camera_motion)
         for sample in range(settings.num_sample):
@@ -96,7 +78,8 @@ def make_requests(settings: InferenceSettings) -> list[Request]:
 
 
 def _check_prompt(text: str) -> None:
-    prompts.check_prompt(text)
+    if not text.strip():
+        raise ConfigError("a prompt is empty; describe the video in it, or remove the blank line from the prompt file")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any, TypeVar
 
 from opensora.errors import ConfigError, did_you_mean
@@ -23,11 +23,11 @@ CHOICES = {
 }
 SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32"}
 KINDS = {"int": {int}, "float": {int, float}, "bool": {bool}, "str": {str}, "dict": {dict}, "None": {type(None)}}
-# Settings of the documents that training cannot follow yet, each with the value that asks for nothing.
-NOT_YET_IN_TRAINING = {
-    "wandb": False, "sp_size": 1, "grad_checkpoint": False, "bucket_config": None, "mask_ratios": None,
-    "discriminator": None, "use_image_identity_loss": False, "load_video_features": False, "load_text_features": False,
-}  # fmt: skip
+# Settings of the documents that training cannot follow yet; their defaults ask for nothing.
+NOT_YET_IN_TRAINING = (
+    "wandb", "sp_size", "grad_checkpoint", "bucket_config", "mask_ratios", "discriminator", "use_image_identity_loss",
+    "load_video_features", "load_text_features",
+)  # fmt: skip
 # Settings of the documents' other programs, and such as only matter beside one of the above: accepted and left out.
 OF_NO_EFFECT = {
     "base", "base_step_time", "bin_size", "cal_stats", "discriminator_factor", "discriminator_loss_type",
@@ -48,14 +48,12 @@ LEGACY = {
 
 def check_trainable(settings: TrainSettings) -> None:
     """Raises ConfigError when the settings ask for something that training would not do."""
-    for name, nothing in NOT_YET_IN_TRAINING.items():
-        if getattr(settings, name) != nothing:
+    for name in NOT_YET_IN_TRAINING:
+        if getattr(settings, name) != getattr(TrainSettings, name):
             raise ConfigError(f"{name} is not supported by training yet; leave it out")
 
 
-def setting(
-    default: Any = dataclasses.MISSING, help: str = "", *, least: float | None = None, nargs: int | str | None = None
-) -> Any:
+def setting(default: Any = MISSING, help: str = "", *, least: float | None = None, nargs: Any = None) -> Any:
     """A dataclass field, required without a default; its number must be at least `least`.
 
     `help` gives it a command line flag, whose values are of the first kind annotated; `nargs` 0 makes that a switch.
@@ -65,7 +63,7 @@ def setting(
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """Fields and checks that inference and training share."""
+    """Fields and checks that inference and training share; a wrong value raises ConfigError on construction."""
 
     model: dict
     vae: dict | None = None
@@ -99,7 +97,7 @@ class _Settings:
                 if name not in fields:
                     raise ConfigError(f"unknown setting '{name}'{did_you_mean(name, fields)}")
             for name, field in fields.items():
-                if field.default is dataclasses.MISSING and config.get(name) is None:
+                if field.default is MISSING and config.get(name) is None:
                     raise ConfigError(f"setting '{name}' is missing")
             return cls(**{name: _shaped(value, fields[name].type) for name, value in config.items()})
         except ConfigError as error:
@@ -108,10 +106,7 @@ class _Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceSettings(_Settings):
-    """One generation request. `image_size` (height, width) decides over `resolution` and `aspect_ratio`.
-
-    Raises ConfigError on construction when a value is out of range.
-    """
+    """One generation request. `image_size` (height, width) decides over `resolution` and `aspect_ratio`."""
 
     num_frames: str | int = setting(help="number of frames, or 4s; 1 makes an image", least=1)
     image_size: tuple[int, int] | None = setting(None, "height and width; wins over --resolution")
@@ -159,10 +154,7 @@ class InferenceSettings(_Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(_Settings):
-    """One training run of a diffusion model or an autoencoder.
-
-    Raises ConfigError on construction when a value is out of range.
-    """
+    """One training run of a diffusion model or an autoencoder."""
 
     discriminator: dict | None = None
     bucket_config: dict | None = None

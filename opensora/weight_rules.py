@@ -1,4 +1,4 @@
-"""Rules between the tensors of a checkpoint and those of a model: what to drop, rename or resize."""
+"""Rules between a checkpoint and a model; each one's `load` leads from the file's tensors towards the model's."""
 
 from __future__ import annotations
 
@@ -15,15 +15,8 @@ from opensora.errors import WeightsError
 TensorDict = Mapping[str, Tensor]
 
 
-class Rule:
-    """One difference between a checkpoint and a model; `load` leads from the file's tensors to the model's."""
-
-    def load(self, tensors: TensorDict, model: TensorDict) -> TensorDict:
-        raise NotImplementedError
-
-
 @dataclass(frozen=True)
-class Drop(Rule):
+class Drop:
     """Tensors named like `pattern` (`*` for any text) are not loaded; where the model has them it keeps its own."""
 
     pattern: str
@@ -36,7 +29,7 @@ class Drop(Rule):
 
 
 @dataclass(frozen=True)
-class Rename(Rule):
+class Rename:
     """Names like `pattern` become `replacement`; each `*` stands for the same text on both sides."""
 
     pattern: str
@@ -49,17 +42,15 @@ class Rename(Rule):
     def load(self, tensors: TensorDict, model: TensorDict) -> TensorDict:
         regex = re.compile(re.escape(self.pattern).replace(r"\*", "(.*)"))
         template = self.replacement.replace("*", "{}")
-        renamed = {}
-        for name, tensor in tensors.items():
-            match = regex.fullmatch(name)
-            renamed[template.format(*match.groups()) if match else name] = tensor
+        found = {name: regex.fullmatch(name) for name in tensors}
+        renamed = {template.format(*match.groups()) if match else name: tensors[name] for name, match in found.items()}
         if len(renamed) < len(tensors):
             raise WeightsError(f"renaming '{self.pattern}' to '{self.replacement}' gives two tensors the same name")
         return renamed
 
 
 @dataclass(frozen=True)
-class ResizeRows(Rule):
+class ResizeRows:
     """Tensor `name` is cut to the model's number of rows, or extended by repeating its last row."""
 
     name: str
@@ -74,4 +65,5 @@ class ResizeRows(Rule):
         return {**tensors, self.name: found[rows]}
 
 
+Rule = Drop | Rename | ResizeRows
 DEFAULT_RULES: tuple[Rule, ...] = (Drop("pos_embed"), Drop("pos_embed_temporal"), ResizeRows("y_embedder.y_embedding"))

@@ -8,13 +8,12 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -81,34 +80,28 @@ def _read_file(file: Path) -> dict[str, Tensor]:
     return dict(payload)
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What a checkpoint holds, before any rule or cast; `str` is one line.
-
-    `parameters` leaves out the known buffers; `sha256` is `content_hash`; the last two name what loading left out of
-    the file, and resized.
-    """
+class Summary(NamedTuple):
+    """What a checkpoint holds, before any rule or cast; `str` is one line."""
 
     path: Path
     tensors: int
-    parameters: int
+    parameters: int  # without the known buffers
     dtypes: tuple[str, ...]
-    sha256: str
-    dropped: tuple[str, ...] = ()
+    sha256: str  # content_hash
+    dropped: tuple[str, ...] = ()  # names that loading left out
     resized: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         line = f"{self.path}: {self.tensors:,} tensors, {self.parameters:,} parameters, {'/'.join(self.dtypes)}"
-        line += f", sha256 {self.sha256[:12]}"
-        line += f", dropped {_first(self.dropped, 3)}" if self.dropped else ""
-        return line + (f", resized {_first(self.resized, 3)}" if self.resized else "")
+        changes = {"dropped": self.dropped, "resized": self.resized}
+        told = [f", {what} {_first(names, 3)}" for what, names in changes.items() if names]
+        return f"{line}, sha256 {self.sha256[:12]}{''.join(told)}"
 
 
 def summarize(path: Path, tensors: TensorDict) -> Summary:
     """The summary of tensors read from `path`."""
-    dtypes = {_dtype_name(tensor) for tensor in tensors.values()}
-    short = tuple(sorted(SHORT_DTYPES.get(dtype, dtype) for dtype in dtypes))
-    return Summary(path, len(tensors), count_parameters(tensors), short, content_hash(tensors))
+    dtypes = {SHORT_DTYPES.get(name, name) for name in map(_dtype_name, tensors.values())}
+    return Summary(path, len(tensors), count_parameters(tensors), tuple(sorted(dtypes)), content_hash(tensors))
 
 
 def count_parameters(tensors: TensorDict) -> int:
@@ -129,9 +122,8 @@ def content_hash(tensors: TensorDict) -> str:
         return hashlib.sha256(b"".join(pool.map(entry, sorted(tensors)))).hexdigest()
 
 
-def family(names: Iterable[str]) -> str:
+def family(names: Collection[str]) -> str:
     """The model family whose tensors these names are, or "unknown"."""
-    names = list(names)
     fits = (title for title, parts in FAMILIES.items() if all(any(part in name for name in names) for part in parts))
     return next(fits, "unknown")
 
@@ -139,11 +131,9 @@ def family(names: Iterable[str]) -> str:
 def inspect(source: str | os.PathLike[str]) -> str:
     """Lines about a checkpoint: its summary, the type its config.json states, and the family its names fit."""
     path = locate(source)
-    tensors = read_state_dict(path)
-    config = read_config_json(path)
-    stated = next((config[key] for key in ("type", "model_type", "_class_name") if key in config), None)
-    lines = [str(summarize(path, tensors)), f"config.json: {stated}" if stated else "", f"family: {family(tensors)}"]
-    return "\n".join(line for line in lines if line)
+    tensors, config = read_state_dict(path), read_config_json(path)
+    stated = [f"config.json: {config[key]}" for key in ("type", "model_type", "_class_name") if config.get(key)]
+    return "\n".join([str(summarize(path, tensors)), *stated[:1], f"family: {family(tensors)}"])
 
 
 def kept_in_float32(name: str) -> bool:
@@ -184,7 +174,7 @@ def load_weights(
     if problems:
         raise WeightsError(f"{path} does not fit {type(model).__name__}: {_first(problems, separator='; ')}")
     _fill(model, own, tensors, dtype)
-    return replace(summarize(path, found), dropped=tuple(sorted(filter(is_dropped, found))), resized=resized)
+    return summarize(path, found)._replace(dropped=tuple(sorted(filter(is_dropped, found))), resized=resized)
 
 
 def _fill(model: nn.Module, own: TensorDict, tensors: TensorDict, dtype: torch.dtype | None) -> None:
@@ -199,8 +189,7 @@ def _fill(model: nn.Module, own: TensorDict, tensors: TensorDict, dtype: torch.d
             if name in tensors:
                 mine.data.copy_(tensors[name])
         elif isinstance(mine, nn.Parameter):
-            made.setdefault(id(mine), nn.Parameter(tensors[name].to(wanted), mine.requires_grad))
-            replaced[name] = made[id(mine)]
+            replaced[name] = made.setdefault(id(mine), nn.Parameter(tensors[name].to(wanted), mine.requires_grad))
         else:
             replaced[name] = tensors[name].to(wanted)
     model.load_state_dict(replaced, strict=False, assign=True)

@@ -60,8 +60,7 @@ NOISE_WORDS = sorted(set(PLAIN_WORDS.split()) - {"up", "down", "left", "right", 
 
 def draw_caption(rng: np.random.Generator, held_out: bool = False, plain: bool = False) -> tuple[str, tuple[int, ...]]:
     """A caption and the index of each of its attributes; `plain` gives it just as the clips have it."""
-    combination = sorted(clips.HELD_OUT)[rng.integers(len(clips.HELD_OUT))] if held_out else None
-    scene = clips.draw_scene(rng, 64, 64, combination)
+    scene = clips.draw_scene(rng, 64, 64, held_out)
     values = {name: getattr(scene, name) for name in ATTRIBUTES}
     phrasing = clips.PHRASINGS[rng.integers(len(clips.PHRASINGS))]
     if not plain and rng.random() < 0.15:

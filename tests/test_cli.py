@@ -83,6 +83,14 @@ def test_generate_with_preview(here, hub_cache, capsys):
     assert sheet.shape[0] > 3 * 16 and sheet.shape[1] > 4 * 24 and sheet.std() > 5
 
 
+def test_prompts_by_place_come_before_those_by_flag(monkeypatch):
+    seen = []
+    monkeypatch.setattr("opensora.cli.generate", lambda settings: seen.append(settings.prompt))
+    main(["generate", "a cat", "a dog", "--model", SAMPLE, "--prompt", "a cow"])
+    main(["generate", "--model", SAMPLE, "--cfg-options", "prompt=['of the file']"])
+    assert seen == [["a cat", "a dog", "a cow"], ["of the file"]]
+
+
 @pytest.mark.parametrize("size", [("--resolution", "144p", "--aspect-ratio", "1:1"), ("--image-size", "40", "48")])
 def test_the_size_of_the_command_line_decides(here, hub_cache, capsys, size):
     (here / "config.py").write_text(f"_base_ = '{_absolute(SAMPLE)}'\nimage_size = (64, 64)\n")

@@ -11,14 +11,7 @@ import pytest
 from opensora.config import find_config, read_config
 from opensora.errors import ConfigError
 from opensora.settings import InferenceSettings, TrainSettings
-from opensora.utils.config_utils import (
-    Parser,
-    add_inference_flags,
-    boolean,
-    inference_settings,
-    parse_inference_args,
-    parse_train_args,
-)
+from opensora.utils.config_utils import boolean, parse_inference_args, parse_train_args
 
 SAMPLE = "configs/opensora-v1-2/inference/sample.py"
 MODEL = {"type": "STDiT3-XL/2"}
@@ -232,15 +225,6 @@ def test_train_command_line():
 def test_switches_in_the_file_stay(tmp_path):
     read(tmp_path, "prompt_as_path = True\nnum_frames = 1\nmodel = dict(type='A')\n")
     assert parse_inference_args([str(tmp_path / "config.py")]).prompt_as_path
-
-
-def test_flags_of_another_program():
-    parser = Parser()
-    parser.add_argument("prompts", nargs="*")
-    parser.add_argument("--model", dest="config", default="embedded")
-    add_inference_flags(parser)
-    settings = inference_settings(parser.parse_args(["a cat", "a dog", "--model", SAMPLE, "--prompt", "a cow"]))
-    assert settings.prompt == ["a cat", "a dog", "a cow"]
 
 
 @pytest.mark.parametrize(

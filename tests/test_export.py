@@ -50,7 +50,7 @@ def run(tmp_path: Path) -> Trainer:
         model={"type": "STDiT3"}, outputs=str(tmp_path / "runs"), max_steps=3, ckpt_every=1, dtype="fp32",
         ema_decay=0.5, lr=0.1,
     )  # fmt: skip
-    trainer = Trainer(settings, model, loss, CPU, 3, "STDiT3")
+    trainer = Trainer(settings, model, loss, CPU, 3)
     trainer.run()
     return trainer
 

@@ -60,13 +60,6 @@ def test_long_prompts_keep_different_names() -> None:
     assert first != second
 
 
-@pytest.mark.parametrize("prompt", ["", "  \n"])
-def test_an_empty_prompt_is_refused(prompt: str) -> None:
-    with pytest.raises(ConfigError, match="empty"):
-        prompts.check_prompt(prompt)
-    prompts.check_prompt("a cat")
-
-
 def test_a_prompt_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         prompts.load_prompts(tmp_path / "missing.txt")
@@ -91,4 +84,3 @@ def test_falling_loop_numbers_are_told(caplog: pytest.LogCaptureFixture) -> None
 def test_each_text_is_refined_scored_then_cleaned() -> None:
     final = prompts.prepare("|0|A Cat|2|A Dog", aes=6.5, refine=lambda text: f"{text} (Big)")
     assert final == "|0|a cat big aesthetic score: 6.5.|2|a dog big aesthetic score: 6.5."
-    assert prompts.prepare("A (Cat)", clean=str) == "A (Cat)"

@@ -203,7 +203,7 @@ def test_loss_reaches_the_parameters():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sample_method": "logitnormal"}, "did you mean 'logit-normal'"),
+        ({"sample_method": "logitnormal"}, "'logitnormal' is not known; choose uniform or logit-normal"),
         ({"sample_method": "logit-normal", "use_discrete_timesteps": True}, "continuous"),
         ({"num_sampling_steps": 0}, "num_sampling_steps"),
     ],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from opensora.config import find_config, read_config
@@ -25,12 +23,11 @@ ASKED = {
 
 
 def test_every_setting_is_tried():
-    assert ASKED.keys() == NOT_YET_IN_TRAINING.keys()
+    assert ASKED.keys() == set(NOT_YET_IN_TRAINING)
 
 
-def test_the_value_that_asks_for_nothing_is_the_default():
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
-    assert {name: defaults[name] for name in NOT_YET_IN_TRAINING} == NOT_YET_IN_TRAINING
+def test_the_default_asks_for_nothing():
+    assert all(getattr(TrainSettings, name) in (None, False, 1) for name in NOT_YET_IN_TRAINING)
     check_trainable(TrainSettings(model={"type": "STDiT3"}))
 
 

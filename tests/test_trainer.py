@@ -37,8 +37,8 @@ def trainer(
         x = torch.randn(8, 4, generator=generator)
         return (model(x) - 2 * x).float().square().mean() * (math.nan if step == nan_at else 1)
 
-    return Trainer(TrainSettings(model={"type": "Linear"}, outputs=str(outputs), **{**settings, **changes}),
-                   model, loss, CPU, epoch, "Linear/1")  # fmt: skip
+    return Trainer(TrainSettings(model={"type": "Linear/1"}, outputs=str(outputs), **{**settings, **changes}),
+                   model, loss, CPU, epoch)  # fmt: skip
 
 
 def log(folder: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import sys
 
 import torch
 from torch import nn
@@ -16,10 +15,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device called `name`, or the accelerator that is there, or the CPU.
-
-    Raises ConfigError when `name` is unknown or not present on this machine.
-    """
+    """The device called `name`, or the accelerator that is there, or the CPU. Raises ConfigError if it is not here."""
     if name is None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
@@ -27,8 +23,7 @@ def pick_device(name: str | None = None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        here = pick_device()
-        raise ConfigError(f"device '{name}' cannot be used here; this machine has '{here.type}'") from error
+        raise ConfigError(f"device '{name}' cannot be used here; this machine has '{pick_device().type}'") from error
     return device
 
 
@@ -64,9 +59,7 @@ def keep_allocations_in_heap() -> None:
 
     Fresh pages cost more than the arithmetic on them: point-wise operations run about 1.5 times faster on a CPU.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError):  # elsewhere there is no glibc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: take no buffer from mmap
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give none back

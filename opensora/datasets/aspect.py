@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection
 from fractions import Fraction
 
 from opensora.errors import ConfigError, did_you_mean
@@ -20,13 +20,10 @@ NUM_PIXELS = {
     "144p": 36864, "256": 65536, "240p": 102240, "360p": 230400, "512": 262144, "480p": 409920, "720p": 921600,
     "1024": 1048576, "1080p": 2073600, "2k": 3686400, "2048": 4194304, "2880": 8294400, "4k": 8294400,
 }  # fmt: skip
-RESOLUTIONS = tuple(NUM_PIXELS)
-
 NUM_FRAMES = {
     "1x": 51, "2x": 102, "4x": 204, "8x": 408, "16x": 816,
     "2s": 51, "4s": 102, "8s": 204, "16s": 408, "32s": 816, "image": 1,
 }  # fmt: skip
-
 # name -> key of the size tables; "50:27" stands for 2.08 (= 25:12) there, although 50 / 27 is 1.85
 ASPECT_RATIOS = {
     "3:8": "0.38", "9:21": "0.43", "12:25": "0.48", "1:2": "0.50", "9:17": "0.53", "27:50": "0.54", "9:16": "0.56",
@@ -34,20 +31,14 @@ ASPECT_RATIOS = {
     "17:9": "1.89", "2:1": "2.00", "50:27": "2.08",
 }  # fmt: skip
 _KEYS = {Fraction(name.replace(":", "/")): key for name, key in ASPECT_RATIOS.items()}
-
 # entries of the video tables that the rule of `formula_size` does not give: key=HxW
 _IRREGULAR = {
     "144p": """
         0.38=117x312 0.43=125x291 0.48=133x277 0.50=135x270 0.53=139x262 0.54=141x260 0.62=151x241 0.75=166x221
         1.33=221x165 1.50=235x156 1.89=263x139 2.00=271x135 2.08=277x132""",
-    "240p": "0.54=236x436 0.67=262x393",
-    "480p": "0.48=444x925 1.33=740x555",
-    "720p": "0.54=706x1306",
-    "1080p": "0.54=1058x1958",
-    "2k": "0.54=1412x2612",
-    "4k": "0.54=2118x3918",
-}
-
+    "240p": "0.54=236x436 0.67=262x393", "480p": "0.48=444x925 1.33=740x555", "720p": "0.54=706x1306",
+    "1080p": "0.54=1058x1958", "2k": "0.54=1412x2612", "4k": "0.54=2118x3918",
+}  # fmt: skip
 # the square families, in sixteenths of the side, and 2880 in blocks of 64 pixels; keys are H / W where not given
 _SQUARE = """
     8x32 8x31 8x30 8x29 9x28 9x27 9x26 10x25 10x24 11x23 11x22 11x21 12x21 12x20 13x19 13x18 14x18 14x17 15x17 15x16
@@ -60,12 +51,8 @@ _SQUARE_2880 = """
 
 def formula_size(ratio: float, num_pixels: int) -> tuple[int, int]:
     """(H, W), both even, of about `num_pixels` pixels, with H / W about `ratio`."""
-
-    def even(length: float) -> int:
-        return (int(length) + 1) // 2 * 2
-
-    height = even(math.sqrt(num_pixels * ratio))
-    return height, even(height / ratio)
+    height = (int(math.sqrt(num_pixels * ratio)) + 1) // 2 * 2
+    return height, (int(height / ratio) + 1) // 2 * 2
 
 
 def _read(table: str, block: int = 1) -> dict[str, tuple[int, int]]:
@@ -88,20 +75,24 @@ def _sizes(resolution: str) -> dict[str, tuple[int, int]]:
     return sizes | _read(_IRREGULAR.get(resolution, ""))
 
 
-SIZES = {resolution: _sizes(resolution) for resolution in RESOLUTIONS}
+SIZES = {resolution: _sizes(resolution) for resolution in NUM_PIXELS}
 """resolution -> ratio key -> (H, W), in the order that decides ties between equally near ratios."""
 
 
-def _unknown(what: str, value: object, choices: Sequence[str]) -> ConfigError:
-    hint = did_you_mean(str(value).strip().lower(), choices)
-    return ConfigError(f"{what} {value!r} is not known{hint or ';'} choose one of {', '.join(choices)}")
+def _plain(value: object) -> str:
+    return "".join(str(value).lower().split())
+
+
+def _unknown(what: str, value: object, choices: Collection[str]) -> ConfigError:
+    hint = did_you_mean(_plain(value), choices) or ";"
+    return ConfigError(f"{what} {value!r} is not known{hint} choose one of {', '.join(choices)}")
 
 
 def resolution_name(value: str | int) -> str:
     """The table name for what a user typed, in any case and spacing (`4K`, `480P`, 512); ConfigError if unknown."""
-    name = "".join(str(value).lower().split())
+    name = _plain(value)
     if name not in NUM_PIXELS:
-        raise _unknown("resolution", value, RESOLUTIONS)
+        raise _unknown("resolution", value, NUM_PIXELS)
     return name
 
 
@@ -115,11 +106,8 @@ def get_num_frames(value: str | float) -> int:
 
     Numbers are cut to integers (51.9 gives 51); text must be a whole number.
     """
-    name = "".join(str(value).lower().split())
-    if name in NUM_FRAMES:
-        return NUM_FRAMES[name]
     try:
-        return int(value)
+        return NUM_FRAMES.get(_plain(value)) or int(value)
     except (TypeError, ValueError, OverflowError):
         raise _unknown("number of frames", value, ["a whole number", *NUM_FRAMES]) from None
 
@@ -136,17 +124,13 @@ def parse_ratio(value: str | float) -> Fraction:
     raise _unknown("aspect ratio", value, [*ASPECT_RATIOS, "or any other height:width"])
 
 
-def _nearest(sizes: dict[str, tuple[int, int]], ratio: float) -> str:
-    return min(sizes, key=lambda key: abs(ratio - float(key)))
-
-
 def get_image_size(resolution: str | int, aspect_ratio: str | float) -> tuple[int, int]:
     """(H, W) of a resolution at the nearest aspect ratio its table has; ConfigError if a name is not understood."""
     sizes = SIZES[resolution_name(resolution)]
     ratio = parse_ratio(aspect_ratio)
     key = _KEYS.get(ratio, "")
     if key not in sizes:
-        key = _nearest(sizes, float(ratio))
+        key = closest_ratio(float(ratio), 1, resolution)
         if abs(float(key) / float(ratio) - 1) > 0.05:
             log.warning("aspect ratio %s does not exist at %s; using the nearest, %s", aspect_ratio, resolution, key)
     return sizes[key]
@@ -157,4 +141,4 @@ def closest_ratio(height: float, width: float, resolution: str | int) -> str:
     sizes = SIZES[resolution_name(resolution)]
     if height <= 0 or width <= 0:
         raise ConfigError(f"a picture of {height} x {width} pixels has no aspect ratio; sizes must be positive")
-    return _nearest(sizes, height / width)
+    return min(sizes, key=lambda key: abs(height / width - float(key)))

@@ -6,22 +6,16 @@ Every clip is a function of (seed, index), so nothing is stored and nothing is d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
 SHAPES = ("circle", "square", "triangle")
 COLOURS = {
-    "red": (230, 30, 30),
-    "green": (40, 190, 60),
-    "blue": (50, 90, 250),
-    "yellow": (250, 235, 60),
-    "purple": (165, 40, 200),
-    "orange": (250, 140, 20),
-    "white": (245, 245, 245),
-    "cyan": (60, 220, 230),
-}
+    "red": (230, 30, 30), "green": (40, 190, 60), "blue": (50, 90, 250), "yellow": (250, 235, 60),
+    "purple": (165, 40, 200), "orange": (250, 140, 20), "white": (245, 245, 245), "cyan": (60, 220, 230),
+}  # fmt: skip
 BACKGROUNDS = {"black": (0, 0, 0), "gray": (100, 100, 100), "dark blue": (10, 15, 85), "dark green": (10, 65, 20)}
 # motion -> (phrases, direction of travel (x, y), growth: +1 grows, -1 shrinks)
 MOTIONS = {
@@ -42,17 +36,13 @@ PHRASINGS = (
     "one {shape}, {colour}, {motion}, in front of a {background} background",
     "the background is {background} and a {colour} {shape} {motion}",
 )
-COMBINATIONS = tuple(product(SHAPES, COLOURS, MOTIONS))  # 3 x 8 x 7 = 168
+# 3, 8 and 7 have no common factor, so n -> (n % 3, n % 8, n % 7) meets each of the 168 combinations once; the first
+# tenth is held out, and every shape, colour and motion stays well covered in training.
+HELD_OUT = sorted((SHAPES[n % 3], tuple(COLOURS)[n % 8], tuple(MOTIONS)[n % 7]) for n in range(17))
+TRAINED = [combination for combination in product(SHAPES, COLOURS, MOTIONS) if combination not in HELD_OUT]
 
 
-# 3, 8 and 7 have no common factor, so n -> (n % 3, n % 8, n % 7) meets every combination once; the first tenth is
-# held out, and every shape, colour and motion stays well covered in training.
-HELD_OUT = frozenset((SHAPES[n % 3], tuple(COLOURS)[n % 8], tuple(MOTIONS)[n % 7]) for n in range(17))
-TRAINED = tuple(c for c in COMBINATIONS if c not in HELD_OUT)
-
-
-@dataclass(frozen=True)
-class Scene:
+class Scene(NamedTuple):
     """What a clip shows: names as in the tables above, sizes in pixels of the short side / 64."""
 
     shape: str
@@ -65,21 +55,15 @@ class Scene:
     travel: tuple[float, float]  # from the first to the last frame
 
 
-def caption(scene: Scene, phrasing: str = CANONICAL, motion_phrase: str | None = None) -> str:
+def caption(scene: Scene, phrasing: str, motion_phrase: str) -> str:
     """The scene in words."""
-    text = phrasing.format(
-        colour=scene.colour, shape=scene.shape, background=scene.background, motion=motion_phrase or scene.motion
-    )
-    return text.replace("a orange", "an orange")
+    return phrasing.format(**scene._replace(motion=motion_phrase)._asdict()).replace("a orange", "an orange")
 
 
-def draw_scene(
-    rng: np.random.Generator, height: int, width: int, combination: tuple[str, str, str] | None = None
-) -> Scene:
-    """A random scene whose object stays inside the frame; `combination` fixes (shape, colour, motion)."""
-    if combination is None:
-        combination = TRAINED[rng.integers(len(TRAINED))]
-    shape, colour, motion = combination
+def draw_scene(rng: np.random.Generator, height: int, width: int, held_out: bool = False) -> Scene:
+    """A random scene whose object stays inside the frame, of the combinations for training or of those held out."""
+    combinations = HELD_OUT if held_out else TRAINED
+    shape, colour, motion = combinations[rng.integers(len(combinations))]
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     unit = min(height, width) / 64
     _, direction, growth = MOTIONS[motion]
@@ -88,8 +72,7 @@ def draw_scene(
     radius, end_radius = {0: (steady, steady), 1: (small, large), -1: (large, small)}[growth]
     size = np.array([width, height], dtype=float)
     room = np.maximum(size - 2 * (max(radius, end_radius) + unit), 0)  # where the centre may go
-    share = rng.uniform(0.65, 1.0)
-    travel = np.array(direction) * room * share
+    travel = np.array(direction) * room * rng.uniform(0.65, 1.0)
     low = (size - room) / 2 + np.maximum(-travel, 0)
     high = (size + room) / 2 - np.maximum(travel, 0)
     start = rng.uniform(low, high)
@@ -98,10 +81,9 @@ def draw_scene(
 
 def render(scene: Scene, num_frames: int, height: int, width: int) -> np.ndarray:
     """The clip as uint8 [T, H, W, 3], edges anti-aliased over one pixel."""
-    progress = np.linspace(0, 1, num_frames) if num_frames > 1 else np.zeros(1)
-    progress = progress[:, None, None]
-    x = np.arange(width)[None, None, :] + 0.5 - (scene.start[0] + progress * scene.travel[0])
-    y = np.arange(height)[None, :, None] + 0.5 - (scene.start[1] + progress * scene.travel[1])
+    progress = np.linspace(0, 1, num_frames)[:, None, None]
+    x = np.arange(width) + 0.5 - (scene.start[0] + progress * scene.travel[0])
+    y = np.arange(height)[:, None] + 0.5 - (scene.start[1] + progress * scene.travel[1])
     radius = scene.radius + progress * (scene.end_radius - scene.radius)
     coverage = np.clip(0.5 - _distance(scene.shape, x, y, radius), 0, 1)[..., None]
     colour, background = np.array(COLOURS[scene.colour]), np.array(BACKGROUNDS[scene.background])
@@ -119,8 +101,7 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> n
     return np.maximum(y - inner, half * np.abs(x) - 0.5 * y - inner)
 
 
-@dataclass(frozen=True)
-class Clip:
+class Clip(NamedTuple):
     """A rendered clip: `video` uint8 [T, H, W, 3], its caption and the scene behind it."""
 
     video: np.ndarray
@@ -131,8 +112,7 @@ class Clip:
 def make_clip(seed: int, index: int, num_frames: int, height: int, width: int, held_out: bool = False) -> Clip:
     """Clip number `index` of the endless set `seed`; `held_out` draws only the combinations kept out of training."""
     rng = np.random.default_rng((seed, index, int(held_out)))
-    combination = sorted(HELD_OUT)[rng.integers(len(HELD_OUT))] if held_out else None
-    scene = draw_scene(rng, height, width, combination)
+    scene = draw_scene(rng, height, width, held_out)
     phrasing = PHRASINGS[rng.integers(len(PHRASINGS))] if rng.random() > 0.3 else CANONICAL
     phrases = MOTIONS[scene.motion][0]
     phrase = phrases[rng.integers(len(phrases))] if rng.random() > 0.4 else scene.motion

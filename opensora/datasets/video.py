@@ -23,16 +23,15 @@ ENCODING = {"crf": "10", "mbtree": "0"}
 SMPTE170M = 6  # the colour matrix of ITU-R BT.601, noted in the file so that players need not guess
 
 
-def to_uint8(video: torch.Tensor, value_range: tuple[float, float] = (-1.0, 1.0)) -> np.ndarray:
-    """Frames uint8 [T, H, W, 3] of a float video [1 or 3, T, H, W], clamped; MediaError if a value is not a number."""
+def to_uint8(video: torch.Tensor) -> np.ndarray:
+    """Frames uint8 [T, H, W, 3] of a float video [1 or 3, T, H, W] in [-1, 1], clamped; MediaError on NaN."""
     if video.ndim != 4 or video.shape[0] not in (1, 3):
         raise ValueError(f"a video is [3 or 1, T, H, W], not {list(video.shape)}")
-    low, high = value_range
     frames = np.empty((*video.shape[1:], 3), np.uint8)
     for index, frame in enumerate(video.detach().unbind(1)):  # one at a time, to spare memory
         if frame.isnan().any():
             raise MediaError(f"frame {index} of the video holds NaN; try --dtype fp32, or check the weights")
-        levels = frame.float().clamp(low, high).sub(low).div(high - low).mul(255).add(0.5)
+        levels = frame.float().clamp(-1, 1).add(1).div(2).mul(255).add(0.5)
         frames[index] = levels.byte().permute(1, 2, 0).cpu().numpy()
     return frames
 
@@ -73,20 +72,10 @@ def read_video(path: str | Path) -> tuple[np.ndarray, float]:
     return np.stack([frame[:height, :width] for frame in frames]), float(fps)
 
 
-def read_image(path: str | Path, allow_truncated: bool = False) -> np.ndarray:
-    """An image of any common format as uint8 [H, W, 3]; MediaError if it is broken.
-
-    `allow_truncated` accepts a file that was cut off; the missing part is grey.
-    """
-    from PIL import ImageFile
-
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = allow_truncated
-    try:
-        with _opened(path, "an image") as image:
-            return np.array(image.convert("RGB"))
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+def read_image(path: str | Path) -> np.ndarray:
+    """An image of any common format as uint8 [H, W, 3]; MediaError if it is broken."""
+    with _opened(path, "an image") as image:
+        return np.array(image.convert("RGB"))
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -111,16 +100,12 @@ def contact_sheet(frames: np.ndarray, columns: int | None = None, most: int = 12
     return tile(tiles, columns or min(len(tiles), 4))
 
 
-def tile(images: Sequence[np.ndarray], columns: int, gap: int = 4, fill: int = 40) -> np.ndarray:
-    """Images uint8 [H, W, 3] of one size laid out in a grid, `gap` pixels apart."""
-    height, width = images[0].shape[:2]
-    rows = math.ceil(len(images) / columns)
-    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), fill, np.uint8)
-    for index, image in enumerate(images):
-        top = gap + index // columns * (height + gap)
-        left = gap + index % columns * (width + gap)
-        sheet[top : top + height, left : left + width] = image
-    return sheet
+def tile(images: Sequence[np.ndarray], columns: int, gap: int = 4) -> np.ndarray:
+    """Images uint8 [H, W, 3] of one size laid out in a grid on dark grey, `gap` pixels apart."""
+    blank = -len(images) % columns
+    tiles = np.pad(np.stack(images), ((0, blank), (gap, 0), (gap, 0), (0, 0)), constant_values=40)
+    rows = [np.hstack(tiles[first : first + columns]) for first in range(0, len(tiles), columns)]
+    return np.pad(np.vstack(rows), ((0, gap), (0, gap), (0, 0)), constant_values=40)
 
 
 @contextmanager

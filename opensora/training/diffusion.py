@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +36,7 @@ def train(settings: TrainSettings) -> Path:
         model.compile()
     batches = Batches(features, settings.batch_size, settings.seed, device)
     loss = flow_loss(model, settings, batches)
-    trainer = Trainer(settings, model, loss, device, batches.per_epoch, settings.model["type"])
+    trainer = Trainer(settings, model, loss, device, batches.per_epoch)
     folder = trainer.run()
     if trainer.step < trainer.total_steps:
         return folder
@@ -55,17 +54,14 @@ class Batches:
         self.features, self.batch_size, self.seed, self.device = features, batch_size, seed, device
         self.per_epoch = len(features.latents) // batch_size
         if self.per_epoch == 0:
-            raise ConfigError(
-                f"{len(features.latents)} clips do not fill one batch of {batch_size}: there would be no training step"
-            )
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+            clips = len(features.latents)
+            raise ConfigError(f"{clips} clips do not fill one batch of {batch_size}: there would be no training step")
 
     def __call__(self, step: int) -> Features:
         epoch, position = divmod(step, self.per_epoch)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-            self._epoch, self._order = epoch, torch.randperm(len(self.features.latents), generator=generator)
-        rows = self._order[position * self.batch_size : (position + 1) * self.batch_size]
+        generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+        order = torch.randperm(len(self.features.latents), generator=generator)
+        rows = order[position * self.batch_size : (position + 1) * self.batch_size]
         return Features(*(tensor[rows].to(self.device) for tensor in self.features))
 
 
@@ -74,22 +70,17 @@ def flow_loss(model: nn.Module, settings: TrainSettings, batches: Batches) -> Lo
     scheduler = registry.build(settings.scheduler)
     dataset = settings.dataset
     height, width = dataset["image_size"]
-    frames, fps = dataset["num_frames"], dataset.get("fps", 24)
+    told = {"fps": dataset.get("fps", 24), "height": height, "width": width}
+    size = {"height": height, "width": width, "num_frames": dataset["num_frames"]}
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         batch = batches(step)
-        size = len(batch.latents)
         text = batch.text.float()[:, None]  # [B, 1, L, C_text]
-        drop = torch.rand(size, generator=generator) < model.class_dropout_prob
-        text = torch.where(drop.to(text.device)[:, None, None, None], model.null_caption(text.shape[2]), text)
-
-        def rows(value: float) -> Tensor:
-            return torch.full((size,), float(value), device=text.device)
-
-        cond = {"y": text, "mask": batch.mask, "fps": rows(fps), "height": rows(height), "width": rows(width)}
-        return scheduler.training_loss(
-            model, batch.latents.float(), cond, height=height, width=width, num_frames=frames, generator=generator
-        ).mean()
+        drop = torch.rand(len(text), generator=generator) < model.class_dropout_prob
+        text = torch.where(drop.to(text.device)[:, None, None, None], model.null_caption(text), text)
+        cond = {name: torch.full((len(text),), float(value), device=text.device) for name, value in told.items()}
+        cond |= {"y": text, "mask": batch.mask}
+        return scheduler.training_loss(model, batch.latents.float(), cond, **size, generator=generator).mean()
 
     return loss
 
@@ -101,11 +92,10 @@ def _features(settings: TrainSettings, device: torch.device) -> Features:
     for name in ("vae", "text_encoder"):
         if getattr(settings, name) is None:
             raise ConfigError(f"training a diffusion model needs a section {name}")
-    vae, vae_summary = components.load_vae(settings.vae, device, torch.float32, settings.offline)
-    text_encoder, text_summary = components.load_text_encoder(
-        settings.text_encoder, device, torch.float32, settings.offline
-    )
-    identity: dict[str, Any] = {
+    how = (device, torch.float32, settings.offline)
+    vae, vae_summary = components.load_vae(settings.vae, *how)
+    text_encoder, text_summary = components.load_text_encoder(settings.text_encoder, *how)
+    identity = {
         "clips": {"frames": clips.num_frames, "image_size": clips.image_size, "seed": clips.seed},
         "vae": vae_summary.sha256,
         "text_encoder": text_summary.sha256,
@@ -127,4 +117,4 @@ def _features(settings: TrainSettings, device: torch.device) -> Features:
             "mask": nn.functional.pad(mask.cpu(), (0, room)),
         }
 
-    return encode_once(Path(dataset["features"]), dataset["num_clips"], identity, encode).without_padding()
+    return encode_once(Path(dataset["features"]), dataset["num_clips"], identity, encode)

@@ -15,20 +15,15 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = model
         self.decay = decay
         self.shadow = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        self.averaged = [name for name, p in model.named_parameters() if p.requires_grad and name != "pos_embed"]
+        followed = {name: p for name, p in model.named_parameters() if p.requires_grad and name != "pos_embed"}
+        self.parameters, self.averaged = list(followed.values()), [self.shadow[name] for name in followed]
 
     @torch.no_grad()
     def update(self) -> None:
         """Moves the shadow towards the model's present parameters."""
-        parameters = dict(self.model.named_parameters())
-        torch._foreach_lerp_(
-            [self.shadow[name] for name in self.averaged],
-            [parameters[name].detach() for name in self.averaged],
-            1.0 - self.decay,
-        )
+        torch._foreach_lerp_(self.averaged, self.parameters, 1.0 - self.decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         """A complete state dict of the model, its trainable parameters averaged."""

@@ -47,22 +47,14 @@ def find_checkpoint(source: str | os.PathLike[str]) -> Path:
     folder = Path(source)
     if not folder.is_dir():
         raise WeightsError(f"no training checkpoint at '{source}': give an experiment folder or one of its checkpoints")
-    if (folder / "running_states.json").is_file():
-        return folder
-    if found := checkpoints(folder):
-        return found[-1]
-    raise WeightsError(f"'{source}' holds no finished checkpoint (epochE-global_stepN with running_states.json)")
+    found = [folder] if (folder / "running_states.json").is_file() else checkpoints(folder)
+    if not found:
+        raise WeightsError(f"'{source}' holds no finished checkpoint (epochE-global_stepN with running_states.json)")
+    return found[-1]
 
 
 def save(
-    folder: Path,
-    model: nn.Module,
-    config: dict[str, Any],
-    ema: EMA,
-    optimizer: Any,
-    scaler: Any,
-    position: dict[str, Any],
-    keep: int,
+    folder: Path, model: nn.Module, config: dict, ema: EMA, optimizer: Any, scaler: Any, position: dict, keep: int
 ) -> Path:
     """Writes one checkpoint of `position` = {epoch, step, global_step, batch_size}; drops all but the newest `keep`.
 
@@ -76,10 +68,8 @@ def save(
         (unfinished / "optimizer").mkdir(parents=True)
         weights.save_pretrained(model.state_dict(), unfinished / "model", config)
         torch.save(ema.state_dict(), unfinished / "ema.pt")
-        torch.save(
-            {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()},
-            unfinished / "optimizer" / "optimizer.pt",
-        )
+        rest = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        torch.save(rest, unfinished / "optimizer" / "optimizer.pt")
         (unfinished / "running_states.json").write_text(json.dumps(position, indent=1))
         _sync(unfinished)
         _discard(final)

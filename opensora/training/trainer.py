@@ -11,11 +11,12 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from opensora.acceleration.device import training_context
 from opensora.errors import OpenSoraError
@@ -39,27 +40,14 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        settings: TrainSettings,
-        model: nn.Module,
-        loss: Loss,
-        device: torch.device,
-        steps_per_epoch: int,
-        model_type: str,
+        self, settings: TrainSettings, model: nn.Module, loss: Loss, device: torch.device, steps_per_epoch: int
     ) -> None:
         self.settings, self.model, self.loss, self.device = settings, model, loss, device
         self.steps_per_epoch = max(steps_per_epoch, 1)
         self.total_steps = settings.max_steps or settings.epochs * self.steps_per_epoch
-        self.model_type = model_type
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=settings.lr,
-            betas=settings.adam_betas,
-            eps=settings.adam_eps,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        adam = dict(betas=settings.adam_betas, eps=settings.adam_eps, weight_decay=settings.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, **adam)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "fp16")
         self.ema = EMA(model, settings.ema_decay)
         self.step = 0
@@ -72,18 +60,18 @@ class Trainer:
 
         A run that does not go on where the newest checkpoint of its folder ends gets a new folder too.
         """
+        new = partial(state.experiment_folder, self.settings.outputs, self.settings.model["type"])
         if self.settings.load is None:
-            return state.experiment_folder(self.settings.outputs, self.model_type)
+            return new()
         checkpoint = state.find_checkpoint(self.settings.load).resolve()
         position = state.load(checkpoint, self.model, self.ema, self.optimizer, self.scaler)
         if self.settings.start_from_scratch:
-            return state.experiment_folder(self.settings.outputs, self.model_type)
+            return new()
         self.step = position["global_step"]
         self.losses = [torch.tensor(loss, device=self.device) for loss in position.get("losses", ())]
         self.saved = checkpoint
-        folder = old = checkpoint.parent
-        if state.checkpoints(old)[-1:] != [checkpoint]:
-            folder = state.experiment_folder(self.settings.outputs, self.model_type)
+        old = checkpoint.parent
+        folder = old if state.checkpoints(old)[-1:] == [checkpoint] else new()
         _copy_log(old / "log.jsonl", folder / "log.jsonl", self.step)
         return folder
 
@@ -102,8 +90,6 @@ class Trainer:
 
         Raises OpenSoraError when the loss or the weights are no longer finite; the checkpoints before that stay.
         """
-        from tqdm import tqdm
-
         started, first = time.monotonic(), self.step
         deadline = started + 60 * self.settings.max_minutes if self.settings.max_minutes else math.inf
         with tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, mininterval=5) as bar:
@@ -142,16 +128,12 @@ class Trainer:
         if not norms.isfinite().all():
             raise self._broken("the weights are")
         epoch, step = divmod(self.step, self.steps_per_epoch)
-        position: dict[str, Any] = {
-            "epoch": epoch, "step": step, "global_step": self.step, "batch_size": self.settings.batch_size,
-        }  # fmt: skip
+        position = dict(epoch=epoch, step=step, global_step=self.step, batch_size=self.settings.batch_size)
         if self.losses:
             position["losses"] = torch.stack(self.losses).tolist()
-        config = {"model_type": self.model_type, **getattr(self.model, "config", {})}
-        return state.save(
-            self.folder, self.model, config, self.ema, self.optimizer, self.scaler, position,
-            self.settings.keep_checkpoints,
-        )  # fmt: skip
+        config = {"model_type": self.settings.model["type"], **getattr(self.model, "config", {})}
+        keep = self.settings.keep_checkpoints
+        return state.save(self.folder, self.model, config, self.ema, self.optimizer, self.scaler, position, keep)
 
     def _log(self, norm: Tensor, rate: float) -> float:
         """Appends the mean loss since the last line to log.jsonl, and returns it."""
@@ -159,10 +141,8 @@ class Trainer:
         if not math.isfinite(loss):
             raise self._broken("the loss is")
         self.losses = []
-        line: dict[str, Any] = {
-            "step": self.step, "loss": loss, "lr": self.learning_rate(self.step - 1), "grad_norm": norm.item(),
-            "steps_per_s": round(rate, 3),
-        }  # fmt: skip
+        line = {"step": self.step, "loss": loss, "lr": self.learning_rate(self.step - 1)}
+        line |= {"grad_norm": norm.item(), "steps_per_s": round(rate, 3)}
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         return loss

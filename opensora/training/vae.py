@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from opensora import registry, weights
 from opensora.acceleration.device import keep_allocations_in_heap, pick_device, place
 from opensora.datasets.shape_clips import ShapeClips, shape_clips
 from opensora.errors import ConfigError
+from opensora.hub import locate, read_config_json
 from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.models.vae.vae import SPATIAL_SCALE, VideoAutoencoderPipeline
 from opensora.settings import TrainSettings, check_trainable
@@ -52,11 +54,10 @@ def video_loss(model: VideoAutoencoderPipeline, settings: TrainSettings, videos:
         return model.spatial_vae.encode(videos(step), sample=False).float()
 
     frozen = not any(p.requires_grad for p in model.spatial_vae.module.encoder.parameters())
-    if frozen and period:
-        spatial = _remembered(spatial, period)
+    remembered = cache(spatial)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        x_z = spatial(step)
+        x_z = remembered(step % period) if frozen and period else spatial(step)
         posterior = model.temporal_vae.encode(x_z)
         posterior = DiagonalGaussian(torch.cat((posterior.mean, posterior.logvar), dim=1).float())
         decoded_x_z = model.temporal_vae.decode(posterior.sample(generator), num_frames=x_z.shape[2])
@@ -69,19 +70,6 @@ def video_loss(model: VideoAutoencoderPipeline, settings: TrainSettings, videos:
         return total
 
     return loss
-
-
-def _remembered(compute: Videos, period: int) -> Videos:
-    """`compute(step % period)`, each computed once."""
-    memory: dict[int, Tensor] = {}
-
-    def remembered(step: int) -> Tensor:
-        key = step % period
-        if key not in memory:
-            memory[key] = compute(key)
-        return memory[key]
-
-    return remembered
 
 
 def train_vae(settings: TrainSettings) -> Path:
@@ -97,18 +85,15 @@ def train_vae(settings: TrainSettings) -> Path:
     device = pick_device(settings.device)
     torch.manual_seed(settings.seed)
     model = _build(settings.model)
-    if settings.model.get("from_pretrained"):
-        print(weights.load_weights(model, settings.model["from_pretrained"], rules=()))
     temporal = settings.use_z_rec_loss or settings.use_real_rec_loss
-    (model.spatial_vae if temporal else model.temporal_vae).requires_grad_(
-        temporal and not settings.model.get("freeze_vae_2d", False)
-    )
+    freeze = settings.model.get("freeze_vae_2d", False)
+    (model.spatial_vae if temporal else model.temporal_vae).requires_grad_(temporal and not freeze)
     model = place(model, device).train()
     data = shape_clips(settings.dataset, settings.batch_size or 1, settings.seed)
     period = data.num_clips and data.num_clips // data.batch_size
     videos = _mixed(settings, data, device, period)
     loss = video_loss(model, settings, videos, period) if temporal else frame_loss(model, settings, videos)
-    trainer = Trainer(settings, model, loss, device, settings.ckpt_every, settings.model["type"])
+    trainer = Trainer(settings, model, loss, device, settings.ckpt_every)
     folder = trainer.run()
     if trainer.step < trainer.total_steps:
         return folder
@@ -121,25 +106,24 @@ def train_vae(settings: TrainSettings) -> Path:
 
 
 def _build(section: dict[str, Any]) -> VideoAutoencoderPipeline:
-    """The autoencoder of the settings, with shift and scale as the checkpoint that it starts from has them."""
-    stated = (
-        weights.read_config_json(weights.locate(section["from_pretrained"])) if section.get("from_pretrained") else {}
-    )
-    return registry.build({**{name: stated[name] for name in ("shift", "scale") if name in stated}, **section})
+    """The autoencoder of the settings, with the weights, shift and scale of the checkpoint that it starts from."""
+    source = section.get("from_pretrained")
+    stated = read_config_json(locate(source)) if source else {}
+    model = registry.build({**{name: stated[name] for name in ("shift", "scale") if name in stated}, **section})
+    if source:
+        print(weights.load_weights(model, source, rules=()))
+    return model
 
 
 def _mixed(settings: TrainSettings, data: ShapeClips, device: torch.device, period: int | None) -> Videos:
-    """The clips of a step, cut to one frame in mixed_image_ratio of the steps when the strategy is to mix images in.
-
-    After `period` steps they come again, as they were.
-    """
+    """The clips of a step, with mixed_strategy at times only their first frames; they repeat after `period` steps."""
+    image_ratio = settings.mixed_image_ratio if settings.mixed_strategy == "mixed_video_image" else 0.0
 
     def videos(step: int) -> Tensor:
         step = step % period if period else step
         x = data.videos(step).to(device)  # [B, 3, T, H, W]
-        image = settings.mixed_strategy == "mixed_video_image"
         chance = torch.rand((), generator=step_generator(settings.seed + 1, step)).item()
-        return x[:, :, :1] if image and chance < settings.mixed_image_ratio else x
+        return x[:, :, :1] if chance < image_ratio else x
 
     return videos
 

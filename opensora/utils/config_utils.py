@@ -74,16 +74,11 @@ class Parser(argparse.ArgumentParser):
         return exact or [option for option in found if option[0].dest not in _OURS] or found
 
 
-def add_inference_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds every inference flag but the configuration; `parser` should be a `Parser`."""
-    _add_flags(parser, InferenceSettings, SECTION_FLAGS | SAMPLING_FLAGS)
-
-
 def inference_parser() -> Parser:
     """The command line of scripts/inference.py."""
     parser = Parser(description="Generate images and videos from text, images or videos.")
     parser.add_argument("config", help="configuration file, or its name below configs/")
-    add_inference_flags(parser)
+    add_flags(parser, InferenceSettings)
     return parser
 
 
@@ -91,21 +86,20 @@ def training_parser() -> Parser:
     """The command line of scripts/train.py and train_vae.py."""
     parser = Parser(description="Train a model.")
     parser.add_argument("config", help="configuration file, or its name below configs/")
-    _add_flags(parser, TrainSettings, SECTION_FLAGS)
+    add_flags(parser, TrainSettings)
     return parser
 
 
-def _add_flags(parser: argparse.ArgumentParser, kind: type[Settings], sections: dict[str, Any]) -> None:
-    for name, field in _fields_with_flags(kind).items():
-        parser.add_argument(_option(name), help=field.metadata["help"], **_values(field))
+def add_flags(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
+    """Adds every flag of these settings but the configuration; `parser` should be a `Parser`."""
+    for field in fields(kind):
+        if field.metadata.get("help"):
+            parser.add_argument(_option(field.name), help=field.metadata["help"], **_values(field))
+    sections = SECTION_FLAGS | (SAMPLING_FLAGS if kind is InferenceSettings else {})
     for name, (convert, text, _) in sections.items():
         parser.add_argument(_option(name), help=text, type=convert)
     parser.add_argument("--trust-config", action="store_true", help="run the configuration as a program")
     parser.add_argument("--cfg-options", nargs="+", metavar="KEY=VALUE", help="other settings, such as model.depth=4")
-
-
-def _fields_with_flags(kind: type[Settings]) -> dict[str, Field]:
-    return {field.name: field for field in fields(kind) if field.metadata.get("help")}
 
 
 def _option(name: str) -> str:
@@ -124,22 +118,16 @@ def _values(field: Field) -> dict[str, Any]:
 
 def parse_inference_args(argv: Sequence[str] | None = None) -> InferenceSettings:
     """The settings of an inference command line. Raises ConfigError; argparse exits with 2 on a wrong flag."""
-    return inference_settings(inference_parser().parse_args(argv))
+    return settings_of(InferenceSettings, inference_parser().parse_args(argv))
 
 
 def parse_train_args(argv: Sequence[str] | None = None) -> TrainSettings:
     """The settings of a training command line. Raises ConfigError; argparse exits with 2 on a wrong flag."""
-    return _settings(TrainSettings, training_parser().parse_args(argv))
+    return settings_of(TrainSettings, training_parser().parse_args(argv))
 
 
-def inference_settings(args: argparse.Namespace) -> InferenceSettings:
-    """The settings of parsed flags over the file `args.config`; positional `args.prompts` come before `--prompt`."""
-    if getattr(args, "prompts", None):
-        args = argparse.Namespace(**{**vars(args), "prompt": [*args.prompts, *(args.prompt or [])]})
-    return _settings(InferenceSettings, args)
-
-
-def _settings(kind: type[Settings], args: argparse.Namespace) -> Settings:
+def settings_of(kind: type[Settings], args: argparse.Namespace) -> Settings:
+    """The settings of parsed flags over the file `args.config`. Raises ConfigError."""
     path = find_config(args.config)
     return kind.from_config(merge(read_config(path, trust=args.trust_config), args), path.name)
 
@@ -151,16 +139,15 @@ def merge(config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """
     merged = copy.deepcopy(config)
     given = {name: value for name, value in vars(args).items() if value is not None}
-    of_settings = _fields_with_flags(InferenceSettings) | _fields_with_flags(TrainSettings)
-    merged |= {name: value for name, value in given.items() if name in of_settings}
+    settings = {field.name for field in (*fields(InferenceSettings), *fields(TrainSettings))}
+    merged |= {name: value for name, value in given.items() if name in settings}
     for name, (_, _, target) in (SECTION_FLAGS | SAMPLING_FLAGS).items():
         if name in given and not _place(merged, target, given[name]):
             section = target.partition(".")[0]
             raise ConfigError(f"{_option(name)} sets {target}, but the configuration has no {section}")
-    for name, target in COPIES.items():
-        if name in given:
-            _place(merged, target, given[name])
-    for option in getattr(args, "cfg_options", None) or []:
+    for name in COPIES.keys() & given.keys():
+        _place(merged, COPIES[name], given[name])
+    for option in args.cfg_options or []:
         _override(merged, option)
     if hasattr(args, "image_size"):
         _tell_what_wins(merged, given)

@@ -59,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             if status := cli.main(["generate", *(clip.text for clip in clips), *flags, *part]):
                 return status
     rows = [assess(clip, path, held_out=i % 2 == 1) for i, (clip, path) in enumerate(zip(clips, paths, strict=True))]
-
     groups = {"trained": rows[::2], "held out": rows[1::2], "all": rows}
     rates = {name: {group: percent_right(name, groups[group]) for group in groups} for name in BARS}
     failures = find_failures(rates)
@@ -93,7 +92,7 @@ def assess(clip: Clip, path: Path, held_out: bool) -> dict[str, Any]:
     right = {name: measured[name] == asked[name] for name in measured}
     right[TOGETHER] = all(right.values())
     described = {"file": path.name, "prompt": clip.text, "held_out": held_out}
-    return {**described, "asked": asked, "measured": measured, "right": right}
+    return described | {"asked": asked, "measured": measured, "right": right}
 
 
 def percent_right(name: str, rows: list[dict[str, Any]]) -> float:

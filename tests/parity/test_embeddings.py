@@ -53,7 +53,7 @@ def check_caption_embedder(facts: dict, tensors: Tensors) -> None:
     y = tensors["y"]
     close(module(y), tensors["out"])
     close(module(y, drop=tensors["force_drop_ids"] == 1), tensors["out_forced_drop"])
-    null = module.null(y.shape[2]).expand_as(y)
+    null = module.null_like(y).expand_as(y)
     close(null, tensors["null_y"])
     close(module(null), tensors["null_out"])
 

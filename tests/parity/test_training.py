@@ -36,7 +36,7 @@ def settings(outputs: Path, **values: Any) -> TrainSettings:
 def test_linear_warmup(case: dict[str, Any], tmp_path: Path) -> None:
     for group, lr in enumerate(case["base_lr"]):
         asked = settings(tmp_path, lr=lr, warmup_steps=case["warmup_steps"])
-        trainer = Trainer(asked, nn.Linear(1, 1), lambda *_: torch.zeros(()), torch.device("cpu"), 1, "Linear")
+        trainer = Trainer(asked, nn.Linear(1, 1), lambda *_: torch.zeros(()), torch.device("cpu"), 1)
         rates = [trainer.learning_rate(step) for step in range(len(case["lr_used_at_step"]))]
         assert rates == pytest.approx([used[group] for used in case["lr_used_at_step"]], rel=1e-12)
 

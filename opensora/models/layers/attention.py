@@ -37,6 +37,17 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return (x.float() * cos + turned * sin).to(x.dtype)
 
 
+class RotaryFrequencies(nn.Module):
+    """The frozen parameter `rope.freqs` [head_dim / 2]; kept in float32 whatever the model's dtype."""
+
+    def __init__(self, head_dim: int, theta: float = 10000.0) -> None:
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"rotary positions need an even head size; hidden_size / num_heads is {head_dim}")
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        self.freqs = nn.Parameter(theta**-exponents, requires_grad=False)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, the quotient in float32 (Zhang & Sennrich 2019)."""
 
@@ -65,7 +76,8 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # [N, L, H, D] each
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in (q, self.compress(k), self.compress(v)))
         if rotation is None:
             q, k = self.q_norm(q), self.k_norm(k)
         elif self.qk_norm_legacy:
@@ -73,6 +85,10 @@ class SelfAttention(nn.Module):
         else:
             q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
         return self.proj(attention(q, k, v))
+
+    def compress(self, x: Tensor) -> Tensor:
+        """Keys or values [N, L, C] as [N, M, C]; here M = L. A place for models that attend to fewer."""
+        return x
 
 
 class CrossAttention(nn.Module):

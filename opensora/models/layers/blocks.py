@@ -1,8 +1,12 @@
-"""The adaptive-norm transformer block and final layer shared by the PixArt descendants (STDiT, STDiT2, STDiT3)."""
+"""Adaptive-norm transformer blocks and final layers: two modulated halves, and what a timestep does to them.
+
+Tokens are x [B, T, S, C]: batch, frames, patches of a frame, channels. Modulation comes as rows of C channels: shift,
+scale and gate of the attention, then of the MLP.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,45 +15,7 @@ from opensora.models.layers.attention import CrossAttention, Rotation, SelfAtten
 from opensora.models.layers.embeddings import Mlp
 
 EPS = 1e-6
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift (adaLN, Peebles & Xie 2022)."""
-    return x * (1 + scale) + shift
-
-
-class SpaceTimeBlock(nn.Module):
-    """Self-attention along one axis (patches of a frame, or frames of a patch), cross-attention to text, MLP.
-
-    x [B, T, S, C]; modulation [B, T or 1, 6, C] comes from the timestep, one row per frame where frames differ.
-    """
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool, temporal: bool) -> None:
-        super().__init__()
-        self.temporal = temporal
-        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
-        self.norm1 = nn.LayerNorm(dim, eps=EPS, elementwise_affine=False)
-        self.attn = SelfAttention(dim, num_heads, qk_norm)
-        self.cross_attn = CrossAttention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=EPS, elementwise_affine=False)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), dim)
-
-    def forward(
-        self, x: Tensor, modulation: Tensor, y: Tensor, keep: Tensor | None, rotation: Rotation | None = None
-    ) -> Tensor:
-        rows = (self.scale_shift_table + modulation)[:, :, None].unbind(3)  # 6 x [B, T or 1, 1, C]
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = rows
-        x = x + gate_attn * self.attend(modulate(self.norm1(x), shift_attn, scale_attn), rotation)
-        x = x + self.cross_attn(x.flatten(1, 2), y, keep).view_as(x)
-        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
-
-    def attend(self, x: Tensor, rotation: Rotation | None) -> Tensor:
-        """Self-attention of x [B, T, S, C] along its own axis."""
-        batch = x.shape[0]
-        if self.temporal:
-            x = self.attn(x.transpose(1, 2).flatten(0, 1), rotation)  # [B * S, T, C]
-            return x.unflatten(0, (batch, -1)).transpose(1, 2)
-        return self.attn(x.flatten(0, 1)).unflatten(0, (batch, -1))  # [B * T, S, C]
+Axis = Literal["space", "time", "both"]
 
 
 class Frames(NamedTuple):
@@ -57,6 +23,82 @@ class Frames(NamedTuple):
 
     t0: Tensor  # [B, C]
     active: Tensor  # [B, T] bool
+
+
+class Modulation(NamedTuple):
+    """What the timestep does to the tokens, in the blocks and at the end."""
+
+    blocks: Tensor  # [B, T or 1, 6, C]; one row per frame where some frames are given
+    final: Tensor  # [B, C]
+    frames: Frames | None  # which frames are given, if any are
+    generated: Tensor  # [B, 1, 6, C], `blocks` of the frames that are generated
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift (adaLN, Peebles & Xie 2022)."""
+    return x * (1 + scale) + shift
+
+
+def layer_norm(dim: int) -> nn.LayerNorm:
+    """The norm that is modulated: it has no weights of its own."""
+    return nn.LayerNorm(dim, eps=EPS, elementwise_affine=False)
+
+
+def along(axis: Axis, module: nn.Module, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+    """`module` over x [B, T, S, C] as sequences of patches, [B * T, S, C]; of frames, [B * S, T, C]; or of both."""
+    if axis == "time":
+        return along("space", module, x.transpose(1, 2), rotation).transpose(1, 2)
+    first = 0 if axis == "space" else 1
+    return module(x.flatten(first, first + 1), rotation).view(x.shape)
+
+
+class Block(nn.Module):
+    """Self-attention along one axis and an MLP, each normalised, modulated and gated."""
+
+    def __init__(self, dim: int, attn: SelfAttention, mlp_ratio: float, axis: Axis) -> None:
+        super().__init__()
+        self.axis: Axis = axis
+        self.norm1 = layer_norm(dim)
+        self.attn = attn
+        self.norm2 = layer_norm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), dim)
+
+    def attend(self, x: Tensor, rows: tuple[Tensor, ...], rotation: Rotation | None = None) -> Tensor:
+        """x plus its gated self-attention; of `rows`, the first three serve."""
+        shift, scale, gate = rows[:3]
+        return x + gate * along(self.axis, self.attn, modulate(self.norm1(x), shift, scale), rotation)
+
+    def feed(self, x: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
+        """x plus its gated MLP; of `rows`, the last three serve."""
+        shift, scale, gate = rows[-3:]
+        return x + gate * self.mlp(modulate(self.norm2(x), shift, scale))
+
+
+class TextBlock(Block):
+    """The block of PixArt-alpha (Chen et al. 2023): cross-attention to text between the halves, one shared modulation.
+
+    Every block adds a table of its own to the modulation [B, T or 1, 6, C] that all blocks share (adaLN-single).
+    """
+
+    def __init__(self, dim: int, attn: SelfAttention, mlp_ratio: float, axis: Axis) -> None:
+        super().__init__(dim, attn, mlp_ratio, axis)
+        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+        self.cross_attn = CrossAttention(dim, attn.num_heads)
+
+    def forward(
+        self, x: Tensor, modulation: Tensor, y: Tensor, keep: Tensor | None, rotation: Rotation | None = None
+    ) -> Tensor:
+        rows = rows_of(self.scale_shift_table + modulation)
+        return self.feed(self.read(self.attend(x, rows, rotation), y, keep), rows)
+
+    def read(self, x: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
+        """x plus its cross-attention to the text y [B, L, C], of which `keep` [B, L] tokens are real."""
+        return x + self.cross_attn(x.flatten(1, 2), y, keep).view_as(x)
+
+
+def rows_of(modulation: Tensor) -> tuple[Tensor, ...]:
+    """[B, T or 1, n, C] as n tensors [B, T or 1, 1, C] that broadcast over the patches of a frame."""
+    return modulation[:, :, None].unbind(3)
 
 
 class FinalLayer(nn.Module):
@@ -67,7 +109,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, dim: int, out_features: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(dim, eps=EPS, elementwise_affine=False)
+        self.norm_final = layer_norm(dim)
         self.linear = nn.Linear(dim, out_features)
         self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
 
@@ -79,5 +121,4 @@ class FinalLayer(nn.Module):
 
     def modulate(self, x: Tensor, t: Tensor) -> Tensor:
         """x normalised, shifted and scaled by t [B, C]."""
-        shift, scale = (self.scale_shift_table + t[:, None])[:, None, None].unbind(3)  # 2 x [B, 1, 1, C]
-        return modulate(self.norm_final(x), shift, scale)
+        return modulate(self.norm_final(x), *rows_of((self.scale_shift_table + t[:, None])[:, None]))

@@ -97,17 +97,35 @@ class CaptionEmbedder(nn.Module):
         self.y_proj = Mlp(in_channels, hidden_size, hidden_size)
         self.register_buffer("y_embedding", torch.randn(token_num, in_channels) / in_channels**0.5)
 
-    def null(self, length: int) -> Tensor:
-        """The unconditional text of `length` tokens: [1, 1, length, C_in]."""
-        if length > len(self.y_embedding):
-            raise ValueError(f"text of {length} tokens is longer than the model's {len(self.y_embedding)}")
-        return self.y_embedding[None, None, :length]
+    def null_like(self, y: Tensor) -> Tensor:
+        """The unconditional text [1, 1, L, C_in] of the length of `y` [B, 1, L, C_in]."""
+        if y.shape[2] > len(self.y_embedding):
+            raise ValueError(f"text of {y.shape[2]} tokens is longer than the model's {len(self.y_embedding)}")
+        return self.y_embedding[None, None, : y.shape[2]].to(y)
 
     def forward(self, y: Tensor, drop: Tensor | None = None) -> Tensor:
         """`drop` [B] bool replaces the text of those samples by the unconditional one (classifier-free training)."""
         if drop is not None:
-            y = torch.where(drop[:, None, None, None], self.null(y.shape[2]).to(y.dtype), y)
+            y = torch.where(drop[:, None, None, None], self.null_like(y), y)
         return self.y_proj(y)
+
+
+class LabelEmbedder(nn.Module):
+    """Classes y [B] int64 -> [B, C]; with `has_null` one more row, of index num_classes, is the unconditional class."""
+
+    def __init__(self, num_classes: int, hidden_size: int, has_null: bool) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.embedding_table = nn.Embedding(num_classes + has_null, hidden_size)
+
+    def null_like(self, y: Tensor) -> Tensor:
+        """The unconditional class, as often as there are classes in `y`."""
+        if len(self.embedding_table.weight) == self.num_classes:
+            raise ValueError("class_dropout_prob is 0, so the model has no unconditional class; use guidance scale 1")
+        return torch.full_like(y, self.num_classes)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
 
 
 def sincos_1d(dim: int, positions: Tensor) -> Tensor:
@@ -132,18 +150,10 @@ def sincos_2d(dim: int, height: int, width: int, scale: float = 1.0, base_size: 
 
 
 def position_embedding_2d(
-    dim: int,
-    height: int,
-    width: int,
-    scale: float | Tensor = 1.0,
-    base_size: int | None = None,
-    device: torch.device | None = None,
-) -> Tensor:
-    """Sine-cosine positions of a height x width grid, row-major: [height * width, dim] float32.
-
-    Positions are divided by `scale` and, with base_size, multiplied by base_size / grid side on each axis; the first
-    half of the features belongs to the width, the second to the height (PixArt-alpha, Chen et al. 2023).
-    """
+    dim: int, height: int, width: int, scale: float | Tensor = 1.0,
+    base_size: int | None = None, device: torch.device | None = None,
+) -> Tensor:  # fmt: skip
+    """`sincos_2d` computed in float32 on `device`, for positions that are made anew for every size of video."""
     quarter = dim // 4
     freqs = 1.0 / 10000 ** (torch.arange(quarter, device=device, dtype=torch.float32) / quarter)
 

@@ -1,44 +1,58 @@
-"""The video autoencoder of Open-Sora 1.2: a per-frame autoencoder, then a causal temporal one on its latents."""
+"""Per-frame autoencoders, and the video autoencoder of Open-Sora 1.2: per frame, then causally in time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from opensora.errors import ConfigError
+from opensora.models.layers.arguments import arguments_of
 from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.models.vae.vae_temporal import VAE_Temporal, VAE_Temporal_SD
 
 SPATIAL_FACTOR = 8
 SPATIAL_SCALE = 0.18215  # applied whatever the autoencoder's own scaling factor, as the published weights expect
-SD_CONFIG: dict[str, Any] = dict(
-    in_channels=3,
-    out_channels=3,
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-    block_out_channels=(128, 256, 512, 512),
-    layers_per_block=2,
-    latent_channels=4,
-)
+# Patterns of names in diffusers' files, old attention layers included, and what takes their place when loading.
+FRAMES_RENAMED = (
+    *((f"*.attentions.*.{old}.*", f"*.attentions.*.{new}.*") for old, new in (
+        ("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"),
+    )),
+    *((f"{part}.*", f"module.{part}.*") for part in ("encoder", "decoder", "quant_conv", "post_quant_conv")),
+)  # fmt: skip
 
 
-class VideoAutoencoderKL(nn.Module):
-    """A per-frame autoencoder (diffusers' AutoencoderKL in `module`) applied to every frame of a video.
+class FrameAutoencoder(nn.Module):
+    """An autoencoder of diffusers, of class `kind`, in `module`: what it does to frames it does to all of a video's.
 
-    Args: micro_batch_size: frames that go through it at once (None: all); the rest is AutoencoderKL's configuration,
-    by default that of Stable Diffusion (Rombach et al. 2022).
+    `config` holds the subclass's arguments: those of `kind`, and micro_batch_size, the frames that go through it at
+    once (None: all).
     """
 
-    def __init__(self, micro_batch_size: int | None = None, **autoencoder_config: Any) -> None:
-        super().__init__()
-        from diffusers import AutoencoderKL  # takes seconds to import
+    kind: str
 
-        self.config = {**SD_CONFIG, **autoencoder_config}
-        self.module = AutoencoderKL(**self.config)
-        self.micro_batch_size = micro_batch_size
-        self.out_channels = self.config["latent_channels"]
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        import diffusers  # takes seconds
+
+        self.micro_batch_size: int | None = config.pop("micro_batch_size")
+        self.config = config
+        self.module = getattr(diffusers, self.kind)(**config)
+        self.out_channels: int = config["latent_channels"]
+
+    @classmethod
+    def keywords(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The constructor's keywords among the entries of a published config.json, which describes more than that.
+
+        Raises ConfigError when it is the config.json of another class.
+        """
+        if config.get("_class_name", cls.kind) != cls.kind:
+            raise ConfigError(f"{cls.__name__} takes weights of {cls.kind}, these are of {config['_class_name']}")
+        known = inspect.signature(cls).parameters
+        return {key: value for key, value in config.items() if key in known}
 
     def get_latent_size(self, input_size: Sequence[int | None]) -> list[int | None]:
         """(T, H, W) of the latent of a video (T, H, W); None stays None."""
@@ -54,17 +68,9 @@ class VideoAutoencoderKL(nn.Module):
 
         return self._by_frames(encode_frames, x)
 
-    def decode(self, z: Tensor, **_: Any) -> Tensor:
-        """Video [B, 3, T, H * 8, W * 8], about in [-1, 1], of scaled latents z [B, C, T, H, W]."""
-        return self._by_frames(self.decode_frames, z)
-
     def moments(self, frames: Tensor) -> Tensor:
         """Mean and log variance [N, 2 C, H / 8, W / 8] of frames [N, 3, H, W]."""
         return self.module.quant_conv(self.module.encoder(frames))
-
-    def decode_frames(self, z: Tensor) -> Tensor:
-        """Frames [N, 3, H * 8, W * 8] of scaled latents [N, C, H, W]."""
-        return self.module.decoder(self.module.post_quant_conv(z / SPATIAL_SCALE))
 
     def _by_frames(self, function: Any, x: Tensor) -> Tensor:
         """`function` over the frames of x [B, C, T, H, W] (all of sample 0 first), micro_batch_size at a time."""
@@ -72,6 +78,30 @@ class VideoAutoencoderKL(nn.Module):
         frames = x.transpose(1, 2).flatten(0, 1)  # [B * T, C, H, W]
         parts = [function(part) for part in frames.split(self.micro_batch_size or len(frames))]
         return torch.cat(parts).unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+class VideoAutoencoderKL(FrameAutoencoder):
+    """AutoencoderKL frame by frame; by default in the layout of Stable Diffusion (Rombach et al. 2022) and SDXL."""
+
+    kind = "AutoencoderKL"
+
+    def __init__(
+        self, micro_batch_size: int | None = None, in_channels: int = 3, out_channels: int = 3,
+        latent_channels: int = 4, layers_per_block: int = 2,
+        block_out_channels: Sequence[int] = (128, 256, 512, 512),
+        down_block_types: Sequence[str] = ("DownEncoderBlock2D",) * 4,
+        up_block_types: Sequence[str] = ("UpDecoderBlock2D",) * 4,
+        act_fn: str = "silu", norm_num_groups: int = 32, mid_block_add_attention: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(arguments_of(locals()))
+
+    def decode(self, z: Tensor, **_: Any) -> Tensor:
+        """Video [B, 3, T, H * 8, W * 8], about in [-1, 1], of scaled latents z [B, C, T, H, W]."""
+        return self._by_frames(self.decode_frames, z)
+
+    def decode_frames(self, z: Tensor) -> Tensor:
+        """Frames [N, 3, H * 8, W * 8] of scaled latents [N, C, H, W]."""
+        return self.module.decoder(self.module.post_quant_conv(z / SPATIAL_SCALE))
 
 
 class VideoAutoencoderPipeline(nn.Module):
@@ -84,16 +114,11 @@ class VideoAutoencoderPipeline(nn.Module):
     """
 
     def __init__(
-        self,
-        vae_2d: dict[str, Any] | nn.Module | None = None,
-        vae_temporal: dict[str, Any] | nn.Module | None = None,
-        freeze_vae_2d: bool = False,
-        cal_loss: bool = False,
-        micro_frame_size: int | None = None,
+        self, vae_2d: dict[str, Any] | nn.Module | None = None, vae_temporal: dict[str, Any] | nn.Module | None = None,
+        freeze_vae_2d: bool = False, cal_loss: bool = False, micro_frame_size: int | None = None,
         micro_batch_size: int | None = None,
-        shift: float | Sequence[float] = 0.0,
-        scale: float | Sequence[float] = 1.0,
-    ) -> None:
+        shift: float | Sequence[float] = 0.0, scale: float | Sequence[float] = 1.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.spatial_vae = _spatial(vae_2d)
         self.temporal_vae = _temporal(vae_temporal)
@@ -164,7 +189,7 @@ class VideoAutoencoderPipeline(nn.Module):
         return video, decoded_x_z, posterior, z, x_z
 
 
-_LOADING_KEYS = ("type", "from_pretrained", "subfolder", "local_files_only", "force_huggingface")
+_LOADING_KEYS = ("type", "from_pretrained", "subfolder", "local_files_only", "force_huggingface", "cache_dir")
 
 
 def _options(part: dict[str, Any] | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from opensora.models.layers.arguments import arguments_of
 from opensora.models.vae.posterior import DiagonalGaussian
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "silu": F.silu, "relu": F.relu, "gelu": F.gelu}
@@ -153,23 +154,13 @@ class VAE_Temporal(nn.Module):
     """
 
     def __init__(
-        self,
-        in_out_channels: int = 4,
-        latent_embed_dim: int = 4,
-        embed_dim: int = 4,
-        filters: int = 128,
-        num_res_blocks: int = 4,
-        channel_multipliers: tuple[int, ...] = (1, 2, 2, 4),
-        temporal_downsample: tuple[bool, ...] = (True, True, False),
-        num_groups: int = 32,
-        activation_fn: str = "swish",
-    ) -> None:
+        self, in_out_channels: int = 4, latent_embed_dim: int = 4, embed_dim: int = 4, filters: int = 128,
+        num_res_blocks: int = 4, channel_multipliers: tuple[int, ...] = (1, 2, 2, 4),
+        temporal_downsample: tuple[bool, ...] = (True, True, False), num_groups: int = 32, activation_fn: str = "swish",
+    ) -> None:  # fmt: skip
+        config = arguments_of(locals())
         super().__init__()
-        self.config: dict[str, Any] = dict(
-            in_out_channels=in_out_channels, latent_embed_dim=latent_embed_dim, embed_dim=embed_dim, filters=filters,
-            num_res_blocks=num_res_blocks, channel_multipliers=tuple(channel_multipliers),
-            temporal_downsample=tuple(temporal_downsample), num_groups=num_groups, activation_fn=activation_fn,
-        )  # fmt: skip
+        self.config = config
         if len(temporal_downsample) != len(channel_multipliers) - 1:
             raise ValueError("temporal_downsample needs one entry fewer than channel_multipliers")
         if activation_fn not in ACTIVATIONS:
