@@ -12,26 +12,27 @@ from torch import Tensor
 Denoiser = Callable[..., Tensor]
 
 
-def guided(model: Denoiser, cond: Mapping[str, Any], null: Mapping[str, Any] | None, scale: float) -> Denoiser:
+def guided(
+    model: Denoiser, cond: Mapping[str, Any], null: Mapping[str, Any] | None, scale: float, channels: int | None = None
+) -> Denoiser:
     """`velocity(x, timestep, **frames) -> [B, C, T, H, W]` = uncond + scale * (cond - uncond), in the dtype of x.
 
-    `model(x, timestep, **arguments)` returns [B, C or more, T, H, W]; only its first C channels are used. `cond` holds
+    `model(x, timestep, **arguments)` returns [B, C or more, T, H, W]; only its first C channels are used. With
+    `channels` all are: that many are guided, the others, such as a variance, are those with the prompt. `cond` holds
     its arguments, tensors with the batch first; `null` holds those that differ without the prompt, usually just
     `y`, so the text mask in `cond` serves both halves. Both run as one batch [cond, uncond] where every pair of tensors
     has one shape, else as two. At scale exactly 1 only the conditional branch runs and `null` may be None. `frames` are
-    per-step arguments such as `x_mask`.
-
-    Raises ValueError when guidance is asked for without `null`.
+    per-step arguments such as `x_mask`. Raises ValueError when guidance is asked for without `null`.
     """
 
     def predict(arguments: Mapping[str, Any], x: Tensor, timestep: Tensor, **frames: Tensor) -> Tensor:
-        return model(x, timestep, **arguments, **frames)[:, : x.shape[1]].to(x.dtype)
+        out = model(x, timestep, **arguments, **frames)
+        return (out[:, : x.shape[1]] if channels is None else out).to(x.dtype)
 
     if scale == 1:
         return partial(predict, cond)
     if null is None:
         raise ValueError(f"guidance scale {scale} needs the unconditional arguments; pass null, or use scale 1")
-
     uncond = {**cond, **null}
     both = _joined(cond, uncond)
 
@@ -41,7 +42,8 @@ def guided(model: Denoiser, cond: Mapping[str, Any], null: Mapping[str, Any] | N
         else:
             twice = {name: torch.cat([value, value]) for name, value in frames.items()}
             with_text, without = predict(both, torch.cat([x, x]), torch.cat([timestep, timestep]), **twice).chunk(2)
-        return without + scale * (with_text - without)
+        out = without + scale * (with_text - without)
+        return out if channels is None else torch.cat([out[:, :channels], with_text[:, channels:]], dim=1)
 
     return velocity
 
@@ -51,8 +53,7 @@ def _joined(cond: Mapping[str, Any], uncond: Mapping[str, Any]) -> dict[str, Any
     joined: dict[str, Any] = {}
     for name, without in uncond.items():
         value = cond.get(name)
-        tensors = isinstance(value, Tensor) and isinstance(without, Tensor)
-        if tensors and value.ndim and value.shape == without.shape:
+        if isinstance(value, Tensor) and isinstance(without, Tensor) and value.ndim and value.shape == without.shape:
             joined[name] = torch.cat([value, without])
         elif value is without:
             joined[name] = value

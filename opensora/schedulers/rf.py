@@ -6,23 +6,19 @@ data: data - noise. At the model's door, and only there, times become timesteps 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from opensora.errors import ConfigError, did_you_mean
+from opensora.errors import ConfigError
+from opensora.schedulers import common
+from opensora.schedulers.common import NoiseSource, Number, Progress, per_frame, per_sample
 from opensora.schedulers.guidance import Denoiser, guided
 
-SAMPLE_METHODS = ("uniform", "logit-normal")
 CHUNK, CHUNK_LATENTS = 17, 5  # pixel frames that the video autoencoder takes at once, and what they become
-
-Number = float | Tensor | None  # one value, or one per sample [B]; None where no transform asks for it
-Progress = bool | Callable[[int, int], None]
-NoiseSource = Sequence[torch.Generator] | Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,9 +28,7 @@ class RFLOW:
     `use_timestep_transform` shifts times by video size, when training by `transform_scale` in addition;
     `sample_method="logit-normal"` draws training times as sigmoid(Normal(`loc`, `scale`)). Both are from Esser et al.
     2024 (Stable Diffusion 3, arXiv:2403.03206). `height` and `width` (pixels) and `num_frames` (pixel frames) of a
-    video feed the transform only.
-
-    Raises ConfigError for settings that make no sense.
+    video feed the transform only. Raises ConfigError for settings that make no sense.
     """
 
     num_sampling_steps: int = 10
@@ -47,16 +41,14 @@ class RFLOW:
     scale: float = 1.0
     transform_scale: float = 1.0
 
+    draws_noise: ClassVar[bool] = False  # but for edited frames
+    takes_edit: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
-        for name in ("num_sampling_steps", "num_timesteps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"scheduler: {name} is {getattr(self, name)}; it must be at least 1")
-        if self.sample_method not in SAMPLE_METHODS:
-            hint = did_you_mean(self.sample_method, SAMPLE_METHODS) or f"; choose one of {', '.join(SAMPLE_METHODS)}"
-            raise ConfigError(f"scheduler: sample_method '{self.sample_method}' is not known{hint}")
+        common.check(self, ("num_sampling_steps", "num_timesteps"), sample_method=("uniform", "logit-normal"))
         if self.sample_method == "logit-normal" and self.use_discrete_timesteps:
-            mend = "set use_discrete_timesteps=False or sample_method='uniform'"
-            raise ConfigError(f"scheduler: sample_method 'logit-normal' draws continuous times; {mend}")
+            remedy = "set use_discrete_timesteps=False or sample_method='uniform'"
+            raise ConfigError(f"scheduler: sample_method 'logit-normal' draws continuous times; {remedy}")
 
     def sample(
         self, model: Denoiser, noise: Tensor, cond: Mapping[str, Any], null: Mapping[str, Any] | None = None, *,
@@ -81,12 +73,11 @@ class RFLOW:
         self, draw: Tensor, height: Number = None, width: Number = None, num_frames: Number = None
     ) -> Tensor:
         """Times [B] for random numbers `draw` [B]: standard normal for "logit-normal", otherwise uniform in [0, 1)."""
+        times = draw
         if self.sample_method == "logit-normal":
             times = torch.sigmoid(self.loc + self.scale * draw)
         elif self.use_discrete_timesteps:
             times = (draw * self.num_timesteps).floor() / self.num_timesteps
-        else:
-            times = draw
         return self._transform(times, (height, width, num_frames), self.transform_scale)
 
     def training_loss(
@@ -113,11 +104,11 @@ class RFLOW:
         x_time, timestep, frames = add_noise(x_start, noise, time), time * self.num_timesteps, {}
         if mask is not None:
             mask = mask.bool()
-            x_time = torch.where(_per_frame(mask), x_time, x_start)
+            x_time = torch.where(per_frame(mask), x_time, x_start)
             frames["x_mask"] = mask
         predicted = model(x_time, timestep, **cond, **frames)[:, : x_start.shape[1]]
         error = (predicted.float() - (x_start.float() - noise.float())).square().mean(dim=(1, 3, 4))  # [B, T]
-        loss = error.mean(dim=1) if mask is None else (error * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        loss = common.frame_mean(error, mask)
         if weights is not None:
             loss = loss * weights[timestep.round().long().clamp(max=len(weights) - 1)]
         return loss
@@ -132,7 +123,7 @@ class RFLOW:
 
 def add_noise(x: Tensor, noise: Tensor, time: Tensor) -> Tensor:
     """The point at `time` [B] on the line from data `x` to `noise`: (1 - time) x + time noise."""
-    time = _per_sample(time)
+    time = per_sample(time)
     return (1 - time) * x + time * noise
 
 
@@ -154,23 +145,21 @@ def euler(
     """
     x = noise.float()
     times, num_steps = times.to(x.device), len(times) - 1
-    edit = None if edit is None or bool((edit >= 1).all()) else edit.to(x)
+    edit = common.edited(edit, x)
     if edit is not None:
         if source is None:
             raise ValueError("frames are kept or edited, which draws noise; pass one generator per sample as source")
         clean = edit < 1
-    for step in tqdm(range(num_steps), desc="sampling", unit="step", disable=progress is not True):
+    for step in common.counted(num_steps, progress):
         time, following = (times[i].expand(len(x)) for i in (step, step + 1))
-        stride = _per_sample(time - following)
+        stride = per_sample(time - following)
         if edit is None:
             x = x + velocity(x, time) * stride
         else:
             active = edit >= time[:, None]
-            x = torch.where(_per_frame(active & clean), add_noise(x, _draw(source, x), time), x)
+            x = torch.where(per_frame(active & clean), add_noise(x, common.draw(source, x), time), x)
             clean = clean & ~active
-            x = torch.where(_per_frame(active), x + velocity(x, time, x_mask=active) * stride, x)
-        if callable(progress):
-            progress(step + 1, num_steps)
+            x = torch.where(per_frame(active), x + velocity(x, time, x_mask=active) * stride, x)
     return x
 
 
@@ -186,10 +175,7 @@ def timestep_transform(
     images. Videos shorter than one chunk (2 to 16 frames) count as one chunk; Open-Sora 1.2 counted zero latent frames
     there, which gives r = 0: time 0 everywhere and 0/0 at time 1.
     """
-    height, width, num_frames = (
-        torch.as_tensor(value, dtype=torch.float32, device=time.device).reshape(-1)
-        for value in (height, width, num_frames)
-    )
+    height, width, num_frames = (torch.as_tensor(one).to(time).reshape(-1) for one in (height, width, num_frames))
     chunks = (num_frames // CHUNK).clamp(min=1)
     latent_frames = torch.where(num_frames[:1] == 1, 1.0, chunks * CHUNK_LATENTS)
     ratio = scale * (height * width / base_resolution).sqrt() * (latent_frames / base_num_frames).sqrt()
@@ -202,20 +188,3 @@ def sampling_times(num_steps: int, num_timesteps: int = 1000, discrete: bool = F
     if discrete:
         times = [round(time * num_timesteps) / num_timesteps for time in times]
     return torch.tensor(times, dtype=torch.float32)
-
-
-def _per_sample(value: Tensor) -> Tensor:
-    return value[:, None, None, None, None]  # [B] -> [B, 1, 1, 1, 1]
-
-
-def _per_frame(value: Tensor) -> Tensor:
-    return value[:, None, :, None, None]  # [B, T] -> [B, 1, T, 1, 1]
-
-
-def _draw(source: NoiseSource, x: Tensor) -> Tensor:
-    """Standard-normal numbers of the shape of `x`, drawn where the generators live and moved to `x`."""
-    if callable(source):
-        return source().to(x)
-    if len(source) != len(x):
-        raise ValueError(f"{len(source)} generators for a batch of {len(x)}; pass one per sample")
-    return torch.stack([torch.randn(x.shape[1:], generator=one, device=one.device) for one in source]).to(x)

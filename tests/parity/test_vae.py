@@ -53,7 +53,8 @@ def check_temporal(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_spatial(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     facts, given = case.facts, case.tensors()
-    model = VideoAutoencoderKL(micro_batch_size=facts["micro_batch_size"], **facts["autoencoder_config"]).eval()
+    keywords = VideoAutoencoderKL.keywords(facts["autoencoder_config"])
+    model = VideoAutoencoderKL(micro_batch_size=facts["micro_batch_size"], **keywords).eval()
     model.load_state_dict(part(given, "weights/"), strict=True)
     for row in facts["latent_size_table"]:
         assert model.get_latent_size(row["input"]) == row["output"]
@@ -71,7 +72,7 @@ def check_pipeline(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     facts, tensors = case.facts, case.tensors()
     normalised = {} if facts["shift"] is None else {"shift": facts["shift"], "scale": facts["scale"]}
     model = VideoAutoencoderPipeline(
-        vae_2d=facts["autoencoder_config"],
+        vae_2d=VideoAutoencoderKL.keywords(facts["autoencoder_config"]),
         vae_temporal=facts["temporal_constructor"],
         micro_frame_size=facts["micro_frame_size"],
         micro_batch_size=facts["micro_batch_size"],

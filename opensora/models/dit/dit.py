@@ -114,13 +114,3 @@ class DiT(FixedPositions):
     def adds_frame_positions(self, index: int) -> bool:
         """Whether the positions of frames are added before block number `index`."""
         return index == 0 and not self.config["no_temporal_pos_emb"]
-
-
-def DiT_XL_2(**kwargs: Any) -> DiT:
-    """The published size: hidden 1152, 16 heads, 28 blocks."""
-    return DiT(**{"depth": 28, "hidden_size": 1152, "patch_size": (1, 2, 2), "num_heads": 16, **kwargs})
-
-
-def DiT_XL_2x2(**kwargs: Any) -> DiT:
-    """DiT-XL with patches of two frames."""
-    return DiT_XL_2(**{"patch_size": (2, 2, 2), **kwargs})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from opensora.models.dit.dit import DiT
 from opensora.models.layers.blocks import Axis
 
@@ -16,13 +14,3 @@ class Latte(DiT):
 
     def adds_frame_positions(self, index: int) -> bool:
         return index == 1
-
-
-def Latte_XL_2(**kwargs: Any) -> Latte:
-    """The published size: hidden 1152, 16 heads, 28 blocks."""
-    return Latte(**{"depth": 28, "hidden_size": 1152, "patch_size": (1, 2, 2), "num_heads": 16, **kwargs})
-
-
-def Latte_XL_2x2(**kwargs: Any) -> Latte:
-    """Latte-XL with patches of two frames."""
-    return Latte_XL_2(**{"patch_size": (2, 2, 2), **kwargs})

@@ -91,18 +91,3 @@ class PixArtMS(PixArt):
             raise ValueError("PixArtMS needs hw and ar (set multi_resolution='PixArtMS')")
         sides, ratio = (data_info[name].float() for name in ("hw", "ar"))
         return torch.cat([self.csize_embedder(sides, batch_size), self.ar_embedder(ratio, batch_size)], dim=1)
-
-
-def PixArt_XL_2(**kwargs: Any) -> PixArt:
-    """The published size: hidden 1152, 16 heads, 28 blocks."""
-    return PixArt(**{"depth": 28, "hidden_size": 1152, "patch_size": (1, 2, 2), "num_heads": 16, **kwargs})
-
-
-def PixArt_1B_2(**kwargs: Any) -> PixArt:
-    """The larger registered size: hidden 1872, 26 heads, 28 blocks."""
-    return PixArt(**{"depth": 28, "hidden_size": 1872, "patch_size": (1, 2, 2), "num_heads": 26, **kwargs})
-
-
-def PixArtMS_XL_2(**kwargs: Any) -> PixArtMS:
-    """The published multi-scale size: hidden 1152, 16 heads, 28 blocks."""
-    return PixArtMS(**{"depth": 28, "hidden_size": 1152, "patch_size": (1, 2, 2), "num_heads": 16, **kwargs})

@@ -72,8 +72,3 @@ class PixArt_Sigma(PixArt):
             raise ConfigError(f"kv_compress_config: sampling '{sampling}' is not known{hint}")
         heads, grid = self.config["num_heads"], self.token_grid(self.input_size)[1:]
         return CompressedAttention(self.hidden_size, heads, self.config["qk_norm"], grid, sampling, factor)
-
-
-def PixArt_Sigma_XL_2(**kwargs: Any) -> PixArt_Sigma:
-    """The published size: hidden 1152, 16 heads, 28 blocks."""
-    return PixArt_Sigma(**{"depth": 28, "hidden_size": 1152, "patch_size": (1, 2, 2), "num_heads": 16, **kwargs})

@@ -74,13 +74,3 @@ class STDiT(FixedPositions, TextTransformer):
             frames = self.pos_embed_temporal.to(self.dtype)[:, :, None] if index == 0 else None
             tokens = block(tokens, modulation, y, keep, frames)
         return self.unembed(tokens, modulation, x.shape[2:])
-
-
-def STDiT_XL_2(**kwargs: Any) -> STDiT:
-    """The published size: hidden 1152, 16 heads, 28 blocks."""
-    return STDiT(**{"depth": 28, "hidden_size": 1152, "patch_size": (1, 2, 2), "num_heads": 16, **kwargs})
-
-
-def STDiT_XL_2x2(**kwargs: Any) -> STDiT:
-    """STDiT-XL with patches of two frames."""
-    return STDiT_XL_2(**{"patch_size": (2, 2, 2), **kwargs})

@@ -91,8 +91,3 @@ class STDiT2(SizedTransformer):
             tokens = block(tokens, modulation.blocks, temporal, y, keep, rotation)
         plain = modulation._replace(final=self.t_embedder(timestep))  # without the size, which given frames keep
         return self.unembed(tokens, plain, x.shape[2:])
-
-
-def STDiT2_XL_2(**kwargs: Any) -> STDiT2:
-    """The published size: hidden 1152, 16 heads, 28 blocks."""
-    return STDiT2(**{"depth": 28, "hidden_size": 1152, "patch_size": (1, 2, 2), "num_heads": 16, **kwargs})

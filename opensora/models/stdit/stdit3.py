@@ -100,13 +100,3 @@ class STDiT3(SizedTransformer):
             tokens = spatial(tokens, modulation.blocks, y, keep)
             tokens = temporal(tokens, modulation.blocks, y, keep, rotation)
         return tokens
-
-
-def STDiT3_XL_2(**kwargs: Any) -> STDiT3:
-    """The published size: hidden 1152, 16 heads, 28 + 28 blocks."""
-    return STDiT3(**{"depth": 28, "hidden_size": 1152, "patch_size": (1, 2, 2), "num_heads": 16, **kwargs})
-
-
-def STDiT3_3B_2(**kwargs: Any) -> STDiT3:
-    """The larger registered size: hidden 1872, 26 heads, 28 + 28 blocks."""
-    return STDiT3(**{"depth": 28, "hidden_size": 1872, "patch_size": (1, 2, 2), "num_heads": 26, **kwargs})

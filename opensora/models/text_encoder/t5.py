@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from opensora.errors import WeightsError
-
-log = logging.getLogger(__name__)
+from opensora.models.text_encoder.tokens import tokenize
 
 # What a full T5 checkpoint holds beside the encoder: patterns of names to leave out when loading.
 T5_DROPPED = ("decoder.*", "lm_head.weight")
@@ -35,21 +33,12 @@ class T5Encoder:
         not depend on its neighbours. Features of padding are zero. A prompt of more than `model_max_length` tokens is
         cut there, with a warning.
         """
-        rows = [torch.tensor(self._tokenize(text)) for text in texts]
+        rows = [torch.tensor(tokenize(self.tokenizer, text, self.model_max_length)) for text in texts]
         device = next(self.model.parameters()).device
         ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id).to(device)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
         features = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # [B, L, C]
         return (features * mask[..., None])[:, None], mask
-
-    def _tokenize(self, text: str) -> list[int]:
-        """Token ids of one prompt, the last of them </s>."""
-        ids, most = self.tokenizer(text, truncation=False, verbose=False)["input_ids"], self.model_max_length
-        if len(ids) <= most:
-            return ids
-        start = text if len(text) <= 60 else text[:57] + "..."
-        log.warning("prompt %r has %d tokens; only the first %d are used", start, len(ids), most)
-        return ids[: most - 1] + ids[-1:]
 
 
 def make_t5(

@@ -59,6 +59,10 @@ class FrameAutoencoder(nn.Module):
         frames, *sides = input_size
         return [frames, *(None if side is None else side // SPATIAL_FACTOR for side in sides)]
 
+    def get_pixel_frames(self, latent_frames: int) -> int:
+        """Frames that so many latent frames stand for."""
+        return latent_frames
+
     def encode(self, x: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> Tensor:
         """Scaled latents [B, C, T, H / 8, W / 8] of x [B, 3, T, H, W] in [-1, 1]; `sample` False takes the mean."""
 
@@ -151,6 +155,12 @@ class VideoAutoencoderPipeline(nn.Module):
         chunks, rest = divmod(frames, self.micro_frame_size)
         latent = chunks * self.micro_latent_frames + self.temporal_vae.get_latent_size([rest, None, None])[0]
         return [latent, height, width]
+
+    def get_pixel_frames(self, latent_frames: int) -> int:
+        """Frames that so many latent frames stand for; ValueError unless they are whole chunks."""
+        if self.micro_frame_size is None or latent_frames % self.micro_latent_frames:
+            raise ValueError(f"{latent_frames} latent frames are not a multiple of {self.micro_latent_frames}")
+        return latent_frames // self.micro_latent_frames * self.micro_frame_size
 
     def encode(self, x: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> Any:
         """Normalised latent [B, C, T', H / 8, W / 8] of x [B, 3, T, H, W] in [-1, 1].

@@ -1,0 +1,228 @@
+"""Improved DDPM (Nichol and Dhariwal 2021, arXiv:2102.09672): noise removed in discrete steps, the variance learned.
+
+Axes: latents [B, C, T, H, W], steps t [B] of the process from N - 1 (noise) to 0, frame masks [B, T]. The model gets
+the original timestep of a step, 0..diffusion_steps - 1, and gives C channels of noise (or of clean latents, with
+`predict_xstart`), then C of variance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from opensora.errors import ConfigError
+from opensora.schedulers import common
+from opensora.schedulers.common import NoiseSource, Number, Progress, per_frame, per_sample
+from opensora.schedulers.diffusion import NOISE_SCHEDULES, Diffusion, look_up, space_timesteps
+from opensora.schedulers.guidance import Denoiser, guided
+
+TABLES = {"float64": torch.float64, "float32": torch.float32}
+
+
+class Prediction(NamedTuple):
+    """What a model's output says about x_{t-1}: mean and log variance of its distribution, and clean latents."""
+
+    mean: Tensor
+    log_variance: Tensor
+    x_start: Tensor
+
+
+@dataclass(frozen=True)
+class IDDPM:
+    """Settings of IDDPM under the names that configuration files use, and what is done with them.
+
+    The process keeps `num_sampling_steps` of the `diffusion_steps` timesteps, or those that `timestep_respacing` names
+    (`diffusion.space_timesteps`), or all. `cfg_channel` latent channels are guided, all by default. `ddim_eta` samples
+    by DDIM with that share of noise, 0 to 1, instead of ancestrally. Without `learn_sigma` the variance is beta, or
+    with `sigma_small` that of the posterior. `use_kl` trains on the whole variational bound; `rescale_learned_sigmas`
+    scales the bound's share of the usual loss. `tables="float32"` repeats a rounding of Open-Sora 1.1 and 1.2, see
+    `diffusion.Diffusion`. Raises ConfigError for settings that make no sense.
+    """
+
+    num_sampling_steps: int | None = None
+    timestep_respacing: str | None = None
+    noise_schedule: str = "linear"
+    use_kl: bool = False
+    sigma_small: bool = False
+    predict_xstart: bool = False
+    learn_sigma: bool = True
+    rescale_learned_sigmas: bool = False
+    diffusion_steps: int = 1000
+    cfg_scale: float = 4.0
+    cfg_channel: int | None = None
+    ddim_eta: float | None = None
+    tables: str = "float64"
+
+    draws_noise: ClassVar[bool] = True
+    takes_edit: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        positive = ("num_sampling_steps", "diffusion_steps", "cfg_channel")
+        common.check(self, positive, noise_schedule=NOISE_SCHEDULES, tables=TABLES)
+        if self.num_sampling_steps and self.timestep_respacing:
+            raise ConfigError("scheduler: num_sampling_steps and timestep_respacing say the same; give one of them")
+        if not 0 <= (self.ddim_eta or 0) <= 1:
+            raise ConfigError(f"scheduler: ddim_eta is {self.ddim_eta}; it must be between 0 and 1")
+        _ = self.process  # refuses a respacing that cannot be
+
+    @cached_property
+    def process(self) -> Diffusion:
+        """The diffusion process on the kept timesteps."""
+        sections = self.timestep_respacing or [self.num_sampling_steps or self.diffusion_steps]
+        kept = space_timesteps(self.diffusion_steps, sections)
+        return Diffusion(NOISE_SCHEDULES[self.noise_schedule](self.diffusion_steps), kept, TABLES[self.tables])
+
+    @torch.no_grad()
+    def sample(
+        self, model: Denoiser, noise: Tensor, cond: Mapping[str, Any], null: Mapping[str, Any] | None = None, *,
+        height: Number = None, width: Number = None, num_frames: Number = None, guidance_scale: float | None = None,
+        edit: Tensor | None = None, source: NoiseSource | None = None, progress: Progress = False,
+    ) -> Tensor:  # fmt: skip
+        """Clean latents [B, C, T, H, W], float32, from `noise` of that shape.
+
+        `model(x, timestep, **cond)` gets timestep [B]; `cond` and `null` are described at `guidance.guided`.
+        `guidance_scale` overrides `cfg_scale`; `height`, `width` and `num_frames` do not matter. `source` is needed: a
+        generator per sample (then results do not depend on the batch), or a callable, for a tensor of the latents'
+        shape in each step, and one before it when frames are edited. `progress` shows a bar, or is called with (steps
+        done, steps).
+
+        `edit` [B, T] holds frames of `noise` that are in truth clean: 1 generates a frame, any other value m leaves it
+        alone until step int(m N), noises it to that step, and generates from there. So a frame with 0 is kept but for
+        the last step, which noises it to the lowest level and cleans it again. The model is told which frames it has
+        to generate as `x_mask`: bool [B, T], those with int(m N) above the step. Without `edit`, or when it is 1
+        everywhere, no mask is passed.
+
+        Raises ValueError without `source`, ConfigError when `cfg_channel` is more than there are channels.
+        """
+        if source is None:
+            raise ValueError("iddpm draws noise in every step; pass one generator per sample as source")
+        channels = self.cfg_channel or noise.shape[1]
+        if channels > noise.shape[1]:
+            raise ConfigError(f"scheduler: cfg_channel is {channels}, but latents have {noise.shape[1]} channels")
+        scale = self.cfg_scale if guidance_scale is None else guidance_scale
+        denoise = guided(model, cond, null, scale, channels)
+        x, num_steps = noise.float(), len(self.process)
+        edit = common.edited(edit, x)
+        starts = None if edit is None else (edit * num_steps).long()
+        for step in common.counted(num_steps, progress):
+            x = self.step(denoise, x, num_steps - 1 - step, source, starts)
+        return x
+
+    def step(self, denoise: Denoiser, x: Tensor, index: int, source: NoiseSource, starts: Tensor | None) -> Tensor:
+        """`x` at step `index` - 1 from `x` at step `index`.
+
+        `denoise(x, timestep)` gives all channels of the model. A frame is left alone as long as `index` is above its
+        entry of `starts` (int64 [B, T]), and noised first where both are equal.
+        """
+        t, frames = torch.full((len(x),), index), {}
+        if starts is not None:
+            some = (starts < len(self.process)).any(dim=1)
+            noised = self.process.q_sample(x, t, common.draw(source, x, some))
+            x = torch.where(per_frame(starts == index), noised, x)
+            frames["x_mask"] = starts > index
+        predicted = self.predict(denoise(x, self.process.timestep(t, x), **frames), x, t)
+        noise = common.draw(source, x)
+        if self.ddim_eta is None:
+            moved = ancestral_step(predicted, t, noise)
+        else:
+            moved = ddim_step(self.process, x, predicted.x_start, t, noise, self.ddim_eta)
+        return moved if starts is None else torch.where(per_frame(starts >= index), moved, x)
+
+    def predict(self, output: Tensor, x: Tensor, t: Tensor, clip: bool = False) -> Prediction:
+        """What the model's `output` for `x` at `t` means; `clip` keeps clean latents in -1..1 (DDPM, algorithm 2)."""
+        channels, process = x.shape[1], self.process
+        if self.learn_sigma and output.shape[1] != 2 * channels:
+            raise ValueError(f"learn_sigma needs {2 * channels} channels from the model; it gave {output.shape[1]}")
+        if self.learn_sigma:
+            log_variance = process.learned_log_variance(output[:, channels:], t)
+        else:
+            low = process.posterior_log_variance_clipped
+            table = low if self.sigma_small else torch.cat([low[:1], process.betas[1:].log()])
+            log_variance = look_up(table, t, x)
+        output = output[:, :channels]
+        x_start = output if self.predict_xstart else process.x_start_of(x, t, output)
+        if clip:
+            x_start = x_start.clamp(-1, 1)
+        return Prediction(process.q_posterior(x_start, x, t)[0], log_variance, x_start)
+
+    def training_loss(
+        self, model: Denoiser, x_start: Tensor, cond: Mapping[str, Any], *,
+        height: Number = None, width: Number = None, num_frames: Number = None, **given: Any,
+    ) -> Tensor:  # fmt: skip
+        """The loss of each sample, float32 [B]: that of `training_terms`, which takes `given`; sizes do not matter."""
+        return self.training_terms(model, x_start, cond, **given)["loss"]
+
+    def training_terms(
+        self, model: Denoiser, x_start: Tensor, cond: Mapping[str, Any], *,
+        noise: Tensor | None = None, timestep: Tensor | None = None, mask: Tensor | None = None,
+        weights: Tensor | None = None, generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """`loss` and what it is made of, each float32 [B].
+
+        `loss` is `mse`, the squared error of the prediction, plus `vb`, the variational bound in bits, which teaches
+        the variance alone (L_hybrid of IDDPM, section 3.1); with `use_kl` it is the bound times N. Frames where `mask`
+        [B, T] is False get the noise of step 0, are told to the model as `x_mask`, and are left out (a sample without
+        any True frame has loss 0). `weights` [N] multiply the `mse` of their steps. `timestep`, steps of the process
+        as int64 [B], and `noise` are drawn when absent: from `generator`, which lives on any device, or from the
+        default generator of the device of `x_start`.
+        """
+        device, frames = x_start.device if generator is None else generator.device, {}
+        t = self.draw_steps(len(x_start), generator, device) if timestep is None else timestep
+        if noise is None:
+            noise = torch.randn(x_start.shape, generator=generator, device=device).to(x_start.device)
+        x = self.process.q_sample(x_start, t, noise)
+        if mask is not None:
+            mask = mask.bool()
+            x = torch.where(per_frame(mask), x, self.process.q_sample(x_start, torch.zeros_like(t), noise))
+            frames["x_mask"] = mask
+        output = model(x, self.process.timestep(t, x), **cond, **frames).float()
+        if self.use_kl:
+            return {"loss": self._bound(output, x_start, x, t, mask) * len(self.process)}
+
+        channels = x.shape[1]
+        target = x_start if self.predict_xstart else noise
+        error = (output[:, :channels] - target).square().mean(dim=(1, 3, 4))  # [B, T]
+        terms = {"mse": common.frame_mean(error, mask)}
+        if weights is not None:
+            terms["mse"] = terms["mse"] * weights[t.to(weights.device)].to(x.device)
+        if self.learn_sigma:
+            scale = len(self.process) / 1000 if self.rescale_learned_sigmas else 1.0
+            only_variance = torch.cat([output[:, :channels].detach(), output[:, channels:]], dim=1)
+            terms["vb"] = self._bound(only_variance, x_start, x, t, mask) * scale
+        return {**terms, "loss": sum(terms.values())}
+
+    def draw_steps(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """Steps to train on, int64 [count], uniform in 0..N - 1."""
+        return torch.randint(len(self.process), (count,), generator=generator, device=device)
+
+    def _bound(self, output: Tensor, x_start: Tensor, x: Tensor, t: Tensor, mask: Tensor | None) -> Tensor:
+        predicted = self.predict(output, x, t)
+        bits = self.process.bound(x_start, x, t, predicted.mean, predicted.log_variance)
+        return common.frame_mean(bits.mean(dim=(1, 3, 4)), mask)
+
+
+def ancestral_step(predicted: Prediction, t: Tensor, noise: Tensor) -> Tensor:
+    """x_{t-1} drawn from its predicted distribution (DDPM, algorithm 2); at t = 0 its mean."""
+    deviation = torch.exp(predicted.log_variance / 2) * per_sample(t > 0).to(noise)
+    return predicted.mean + deviation * noise
+
+
+def ddim_step(
+    process: Diffusion, x: Tensor, x_start: Tensor, t: Tensor, noise: Tensor | None = None, eta: float = 0.0
+) -> Tensor:
+    """x_{t-1} by DDIM (Song et al. 2020, arXiv:2010.02502, equations 12 and 16); `eta` 0 needs no noise."""
+    now, before = (look_up(table, t, x) for table in (process.alphas_cumprod, process.alphas_cumprod_prev))
+    sigma = eta * ((1 - before) / (1 - now)).sqrt() * (1 - now / before).sqrt()
+    moved = before.sqrt() * x_start + (1 - before - sigma.square()).sqrt() * process.eps_of(x, t, x_start)
+    return moved if noise is None else moved + sigma * noise
+
+
+def ddim_reverse_step(process: Diffusion, x: Tensor, x_start: Tensor, t: Tensor) -> Tensor:
+    """x_{t+1} on the path that DDIM without noise follows (DDIM, equation 14): from data towards noise."""
+    after = look_up(process.alphas_cumprod_next, t, x)
+    return after.sqrt() * x_start + (1 - after).sqrt() * process.eps_of(x, t, x_start)
