@@ -40,9 +40,10 @@ OF_NO_EFFECT = {
 LEGACY = {
     "model.enable_flashattn": "enable_flash_attn",
     "scheduler.type=dmp-solver": "dpm-solver",
-    "mask_ratios.mask_no": "identity",
-    **{f"mask_ratios.mask_{part}_{place}": f"{part}_{place}"
-       for part in ("quarter", "image") for place in ("random", "head", "tail", "head_tail")},
+    "multi_resolution=True": "PixArtMS", "multi_resolution=False": None,
+    **{f"mask_ratios.mask_{part}{place}": f"{part or 'quarter_'}{place}"
+       for part in ("", "quarter_", "image_") for place in ("random", "head", "tail", "head_tail")},
+    "mask_ratios.mask_no": "identity", "mask_ratios.mask_random": "random",
 }  # fmt: skip
 
 
@@ -125,7 +126,7 @@ class InferenceSettings(_Settings):
     num_sample: int = setting(1, "results for each prompt", least=1)
     sample_name: str | None = setting(None, "results are named {sample-name}_0000 instead of sample_0000")
     batch_size: int = setting(1, "samples computed together", least=1)
-    multi_resolution: str | bool | None = None
+    multi_resolution: str | None = None
     aes: float | None = setting(None, "aesthetic score added to the prompt")
     flow: float | None = setting(None, "motion score added to the prompt")
     camera_motion: str | None = setting(None, "camera motion added to the prompt")
@@ -248,10 +249,10 @@ def _modernised(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         path = f"{prefix}{key}"
         if isinstance(value, dict):
             value = _modernised(value, f"{path}.")
-        elif isinstance(value, str):
+        elif isinstance(value, str | bool):
             value = LEGACY.get(f"{path}={value}", value)
-            if key == "num_frames" and value.removeprefix("-").isdecimal():
-                value = int(value)
+        if key == "num_frames" and isinstance(value, str) and value.removeprefix("-").isdecimal():
+            value = int(value)
         modern[LEGACY.get(path, key)] = value
     return modern
 

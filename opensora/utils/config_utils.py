@@ -141,6 +141,8 @@ def merge(config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name, value in vars(args).items() if value is not None}
     settings = {field.name for field in (*fields(InferenceSettings), *fields(TrainSettings))}
     merged |= {name: value for name, value in given.items() if name in settings}
+    if "prompt_path" in given and "prompt" not in given:
+        merged.pop("prompt", None)  # the prompts of the file, which would win
     for name, (_, _, target) in (SECTION_FLAGS | SAMPLING_FLAGS).items():
         if name in given and not _place(merged, target, given[name]):
             section = target.partition(".")[0]

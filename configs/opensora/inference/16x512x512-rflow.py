@@ -1,0 +1,4 @@
+_base_ = "16x512x512.py"
+
+scheduler = dict(type="rflow", num_sampling_steps=10)
+save_dir = "./outputs/samples/"
