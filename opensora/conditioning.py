@@ -1,0 +1,129 @@
+"""Which frames of a clip are given: the `mask_strategy` tuples, and placing references on the noise.
+
+Axes: latents [C, T, H, W]; `edit` [T] says per latent frame: 0 keep, 1 generate, between: repaint from that time on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor
+
+from opensora.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One tuple of a mask strategy; frames are latent frames, negative starts count from the end."""
+
+    loop: int = 0
+    reference: int = 0
+    reference_start: int = 0
+    target_start: int = 0
+    length: int = 1
+    edit: float = 0.0
+
+    def __str__(self) -> str:
+        return ",".join(map(str, astuple(self)))
+
+
+def parse_mask_strategy(text: str | None) -> list[Placement]:
+    """The placements of "loop,reference,reference start,target start,length,edit;...", right ends left out.
+
+    None and "" place nothing. Raises ConfigError naming the tuple that cannot be read.
+    """
+    return [_placement(group, text) for group in text.split(";")] if text else []
+
+
+def _placement(group: str, text: str) -> Placement:
+    values = group.split(",")
+    try:
+        if len(values) > 6:
+            raise ValueError
+        placement = Placement(*map(int, values[:5]), **({"edit": float(values[5])} if len(values) == 6 else {}))
+        if not 0 <= placement.edit <= 1 or placement.length < 0:
+            raise ValueError
+    except ValueError:
+        raise ConfigError(
+            f"mask_strategy '{text}': '{group}' is not loop,reference,reference start,target start,length,edit rate "
+            "(five whole numbers and a rate from 0 to 1, groups separated by ';')"
+        ) from None
+    return placement
+
+
+def resolve(placement: Placement, reference_frames: int, frames: int, align: int | None = None) -> Placement:
+    """`placement` with starts counted from 0, rounded to multiples of `align`, and the length that fits.
+
+    Raises ConfigError when a start lies outside the reference or the clip.
+    """
+    starts = {}
+    for name, count in (("reference_start", reference_frames), ("target_start", frames)):
+        start = getattr(placement, name)
+        if not -count <= start < count:
+            what = name.replace("_", " ")
+            raise ConfigError(f"mask_strategy '{placement}': {what} {start} lies outside its {count} latent frames")
+        start %= count
+        starts[name] = nearest_multiple(start, align, count) if align else start
+    room = min(reference_frames - starts["reference_start"], frames - starts["target_start"])
+    length = min(placement.length, room)
+    return Placement(placement.loop, placement.reference, *starts.values(), length, placement.edit)
+
+
+def check_placements(
+    placements: Sequence[Placement], reference_frames: Sequence[int], frames: int, loops: int, align: int | None = None
+) -> None:
+    """Raises ConfigError for a placement in clips of `frames` latent frames that has no reference, loop or place.
+
+    `reference_frames` are the latent frames of each reference.
+    """
+    for placement in placements:
+        if not 0 <= placement.loop < loops:
+            raise ConfigError(
+                f"mask_strategy '{placement}' is for loop {placement.loop}, but loops are 0 to {loops - 1}"
+            )
+        resolve(placement, reference_frames[_index(placement, len(reference_frames))], frames, align)
+
+
+def place(
+    noise: Tensor,
+    references: Sequence[Tensor],
+    placements: Sequence[Placement],
+    loop: int = 0,
+    align: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The latents [C, T, H, W] of one clip with the references of this `loop` in their places, and `edit` [T] float32.
+
+    `references` [C, T', H, W] each; later placements overwrite earlier ones. Raises ConfigError for a reference that
+    is not there.
+    """
+    latents, edit = noise.clone(), torch.ones(noise.shape[1])
+    for placement in placements:
+        if placement.loop != loop:
+            continue
+        reference = references[_index(placement, len(references))]
+        at = resolve(placement, reference.shape[1], noise.shape[1], align)
+        target = slice(at.target_start, at.target_start + at.length)
+        latents[:, target] = reference[:, at.reference_start : at.reference_start + at.length].to(latents)
+        edit[target] = at.edit
+    return latents, edit
+
+
+def _index(placement: Placement, count: int) -> int:
+    """Which of `count` references a placement names."""
+    index = placement.reference
+    if not -count <= index < count:
+        raise ConfigError(f"mask_strategy '{placement}' names reference {index}, but there are {count}")
+    return index
+
+
+def carry(loop: int, reference: int, length: int, edit: float = 0.0) -> Placement:
+    """Clip number `loop` starts with the last `length` latent frames of its `reference`, the clip before."""
+    return Placement(loop, reference, -length, 0, length, edit)
+
+
+def nearest_multiple(value: int, multiple: int, count: int) -> int:
+    """The multiple nearest to `value`, the lower one at half way or where a group at the upper exceeds `count`."""
+    below = value // multiple * multiple
+    return below + multiple if value - below > multiple / 2 and below + 2 * multiple <= count else below
