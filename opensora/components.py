@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,71 +12,104 @@ from opensora import registry
 from opensora.acceleration.device import place
 from opensora.errors import ConfigError, OpenSoraError, WeightsError
 from opensora.hub import locate, one_line, read_config_json
+from opensora.models.text_encoder.clip import CLIP_DROPPED, CLIP_RENAMED, make_clip
 from opensora.models.text_encoder.t5 import T5_DROPPED, make_t5
-from opensora.weight_rules import Drop
+from opensora.weight_rules import Drop, Rename
 from opensora.weights import Summary, load_weights
 
-TRAINING_ONLY = ("freeze_y_embedder", "only_train_temporal", "drop_path", "freeze_vae_2d", "cal_loss")
+TRAINING_ONLY = ("freeze", "freeze_y_embedder", "only_train_temporal", "drop_path", "freeze_vae_2d", "cal_loss")
 TABLES = {"model": registry.MODELS, "vae": registry.AUTOENCODERS, "text_encoder": registry.TEXT_ENCODERS}
-Section = dict[str, Any]
-Loaded = tuple[Any, Summary]  # a part, ready for inference, and the summary of its weights
+WITHOUT_WEIGHTS = ("classes",)
+TEXT_RULES = {
+    "t5": [Drop(pattern) for pattern in T5_DROPPED],
+    "clip": [*(Drop(pattern) for pattern in CLIP_DROPPED), *(Rename(*pair) for pair in CLIP_RENAMED)],
+}
+MAX_LENGTHS = {"t5": 300, "clip": 77}  # tokens, where a section does not say
+Section = Mapping[str, Any]
 
 
 def check(section: Section, what: str) -> None:
     """Raises ConfigError unless a "model", "vae" or "text_encoder" section can be built and names its weights."""
     registry.check_type(what, section["type"], TABLES[what])
     registry.arguments(section)
-    if not section.get("from_pretrained"):
+    if not section.get("from_pretrained") and section["type"] not in WITHOUT_WEIGHTS:
         raise ConfigError(f"{what} has no weights: set from_pretrained to a folder, a file or a hub id")
 
 
-def find(section: Section, what: str, offline: bool = False) -> Path:
-    """The file or folder of a section's weights, downloaded if need be, not read; WeightsError if there is none."""
+def find(section: Section, what: str, offline: bool = False) -> Path | None:
+    """The file or folder of a section's weights (None: it has none), downloaded if need be, not read.
+
+    Raises WeightsError if they cannot be had.
+    """
     check(section, what)
+    if section["type"] in WITHOUT_WEIGHTS:
+        return None
     return locate(section["from_pretrained"], what=what, subfolder=section.get("subfolder"), offline=offline)
 
 
-def load_model(section: Section, device: torch.device, dtype: torch.dtype, offline: bool = False) -> Loaded:
-    """The diffusion transformer of a `model` section."""
-    return _load(section, "model", device, dtype, offline)
+def build(section: Section, path: Path | None, defaults: Section | None = None, forced: Section | None = None) -> Any:
+    """The model of a "model" or "vae" section without its weights, on the meta device.
+
+    Keywords come from `defaults`, the checkpoint's config.json, the section, and `forced`; the later ones win. With
+    `strict=False` in the section the model has initial values instead, for what the checkpoint may lack.
+    """
+    known = registry.keywords(section["type"]).difference(TRAINING_ONLY)
+    stated = config_json(path) if path else {}
+    keywords = {key: value for key, value in {**(defaults or {}), **stated}.items() if key in known}
+    forced = {key: value for key, value in (forced or {}).items() if key in known}
+    with torch.device("meta" if section.get("strict", True) else "cpu"):
+        return registry.build({**keywords, **section, **forced})
 
 
-def load_vae(section: Section, device: torch.device, dtype: torch.dtype, offline: bool = False) -> Loaded:
-    """The video autoencoder of a `vae` section."""
-    return _load(section, "vae", device, dtype, offline)
+def fill(model: Any, section: Section, path: Path, device: torch.device, dtype: torch.dtype) -> Summary:
+    """Gives a built model its weights and makes it ready for inference; returns what was read."""
+    options = {} if section.get("strict", True) else {"strict": False}
+    summary = load_weights(model, path, dtype=dtype, **options)
+    place(model.eval().requires_grad_(False), device)
+    return summary
 
 
-def load_text_encoder(section: Section, device: torch.device, dtype: torch.dtype, offline: bool = False) -> Loaded:
-    """The T5Encoder of a `text_encoder` section."""
-    path = find(section, "text_encoder", offline)
-    folder = path if path.is_dir() else path.parent
+def build_text_encoder(section: Section, path: Path | None, dtype: torch.dtype) -> Any:
+    """The text encoder of a section with its tokenizer, but without its weights."""
+    if path is None:
+        return registry.build(section)
+    folder, kind = path if path.is_dir() else path.parent, section["type"]
+    make = {"t5": make_t5, "clip": make_clip}[kind]
     try:
-        encoder = make_t5(_config_json(path), folder, section.get("model_max_length", 300), dtype)
+        return make(config_json(path), folder, section.get("model_max_length", MAX_LENGTHS[kind]), dtype)
     except OpenSoraError:
         raise
     except Exception as error:  # the tokenizer's libraries raise anything
-        raise WeightsError(f"{folder}: no usable T5 configuration and tokenizer ({one_line(error)})") from error
-    summary = load_weights(encoder.model, path, rules=[Drop(pattern) for pattern in T5_DROPPED])
+        name = kind.upper()
+        raise WeightsError(f"{folder}: no usable {name} configuration and tokenizer ({one_line(error)})") from error
+
+
+def fill_text_encoder(encoder: Any, section: Section, path: Path, device: torch.device) -> Summary:
+    """Gives a built text encoder its weights; returns what was read."""
+    summary = load_weights(encoder.model, path, rules=TEXT_RULES[section["type"]])
     encoder.model.to(device)
-    return encoder, summary
+    return summary
+
+
+def load(
+    section: Section, what: str, device: torch.device, dtype: torch.dtype, offline: bool = False
+) -> tuple[Any, Summary]:
+    """A "model", "vae" or "text_encoder" that stands for itself, ready for inference, and what was read."""
+    path = find(section, what, offline)
+    if path is None:
+        raise ConfigError(f"{what} of type '{section['type']}' has no weights")
+    if what == "text_encoder":
+        encoder = build_text_encoder(section, path, dtype)
+        return encoder, fill_text_encoder(encoder, section, path, device)
+    built = build(section, path)
+    return built, fill(built, section, path, device, dtype)
 
 
 def trained_sizes(path: Path) -> list[list[int]]:
     """The (frames, height, width) that a checkpoint says it was trained on; empty when it does not say."""
-    return _config_json(path).get("trained_sizes", [])
+    return config_json(path).get("trained_sizes", [])
 
 
-def _load(section: Section, what: str, device: torch.device, dtype: torch.dtype, offline: bool) -> Loaded:
-    """Builds on the meta device, then fills strictly. Keywords: the section's win over the checkpoint's config.json."""
-    path = find(section, what, offline)
-    known = registry.keywords(section["type"]).difference(TRAINING_ONLY)
-    stated = {key: value for key, value in _config_json(path).items() if key in known}
-    with torch.device("meta"):
-        model = registry.build({**stated, **section})
-    summary = load_weights(model, path, dtype=dtype)
-    return place(model.eval().requires_grad_(False), device), summary
-
-
-def _config_json(path: Path) -> dict[str, Any]:
+def config_json(path: Path) -> dict[str, Any]:
     """What config.json states about the weights at `path`; a training checkpoint and its ema.pt have it in model/."""
     return read_config_json(path) or read_config_json((path if path.is_dir() else path.parent) / "model")

@@ -93,8 +93,8 @@ def _features(settings: TrainSettings, device: torch.device) -> Features:
         if getattr(settings, name) is None:
             raise ConfigError(f"training a diffusion model needs a section {name}")
     how = (device, torch.float32, settings.offline)
-    vae, vae_summary = components.load_vae(settings.vae, *how)
-    text_encoder, text_summary = components.load_text_encoder(settings.text_encoder, *how)
+    vae, vae_summary = components.load(settings.vae, "vae", *how)
+    text_encoder, text_summary = components.load(settings.text_encoder, "text_encoder", *how)
     identity = {
         "clips": {"frames": clips.num_frames, "image_size": clips.image_size, "seed": clips.seed},
         "vae": vae_summary.sha256,
