@@ -53,7 +53,7 @@ def generate(settings: InferenceSettings) -> int:
     """Makes what the settings ask for and prints the path of each result."""
     from opensora.pipeline import VideoPipeline
 
-    for output in VideoPipeline.from_settings(settings).generate():
+    for output in VideoPipeline(settings).generate():
         for path in filter(None, (output.path, output.preview)):
             print(path, flush=True)
     return 0

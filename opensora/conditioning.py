@@ -72,18 +72,19 @@ def resolve(placement: Placement, reference_frames: int, frames: int, align: int
 
 
 def check_placements(
-    placements: Sequence[Placement], reference_frames: Sequence[int], frames: int, loops: int, align: int | None = None
-) -> None:
+    placements: Sequence[Placement], reference_frames: Sequence[int | None], frames: int, loops: int,
+    align: int | None = None,
+) -> None:  # fmt: skip
     """Raises ConfigError for a placement in clips of `frames` latent frames that has no reference, loop or place.
 
-    `reference_frames` are the latent frames of each reference.
+    `reference_frames` are the latent frames of each reference, None where nobody has counted them yet.
     """
     for placement in placements:
         if not 0 <= placement.loop < loops:
-            raise ConfigError(
-                f"mask_strategy '{placement}' is for loop {placement.loop}, but loops are 0 to {loops - 1}"
-            )
-        resolve(placement, reference_frames[_index(placement, len(reference_frames))], frames, align)
+            raise ConfigError(f"mask_strategy '{placement}' is for loop {placement.loop} of {loops}, counted from 0")
+        count = reference_frames[_index(placement, len(reference_frames))]
+        if count is not None:
+            resolve(placement, count, frames, align)
 
 
 def place(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +16,15 @@ from torch import Tensor
 
 from opensora import components, registry
 from opensora.acceleration.device import inference_dtype, keep_allocations_in_heap, pick_device
+from opensora.conditioning import carry, check_placements, parse_mask_strategy, place
 from opensora.datasets import video
 from opensora.errors import ConfigError
 from opensora.models.sizes import size_conditioning
-from opensora.noise import initial_noise
+from opensora.models.text_encoder.classes import ClassIds
+from opensora.noise import initial_noise, noise_generator
+from opensora.prompts import text_of_loop
 from opensora.recipe import check_folder, make_recipe, write_output
+from opensora.references import check_references, read_references
 from opensora.request import PARTS, SPATIAL_FACTOR, Request, Size, check_supported, make_requests, make_size
 from opensora.settings import InferenceSettings
 from opensora.weights import Summary
@@ -39,9 +43,9 @@ class Output(NamedTuple):
 class VideoPipeline:
     """Makes the videos of an inference request.
 
-    Everything that can be refused is refused on construction, before any weight is read. Every sample is denoised by
-    itself, from noise keyed by (seed, number of the sample of its prompt, loop): its bits do not depend on the batch
-    size, on the other prompts or on its place among them.
+    What can be refused is refused on construction or, where the checkpoints' own configurations decide, before any
+    weight is read. Every sample is denoised by itself, from noise keyed by (seed, number of the sample of its prompt,
+    loop): its bits do not depend on the batch size, on the other prompts or on its place among them.
     """
 
     def __init__(self, settings: InferenceSettings) -> None:
@@ -53,13 +57,11 @@ class VideoPipeline:
         self.scheduler = registry.build(settings.scheduler)
         kind, size = settings.multi_resolution or "STDiT2", self.size
         self.conditioning = size_conditioning(kind, 1, size[1:], size.num_frames, settings.fps, device=self.device)
+        self.made = (size.height // SPATIAL_FACTOR * SPATIAL_FACTOR, size.width // SPATIAL_FACTOR * SPATIAL_FACTOR)
         self.requests = make_requests(settings)
+        _check_can_keep_frames(settings, self.scheduler, self.requests)
+        self.reference_frames = {one.reference_path: check_references(one.reference_path) for one in self.requests}
         self.summaries: dict[str, Summary] = {}
-
-    @classmethod
-    def from_settings(cls, settings: InferenceSettings) -> VideoPipeline:
-        """The pipeline of checked settings; weights are read when they are first needed."""
-        return cls(settings)
 
     def generate(self) -> Iterator[Output]:
         """Makes and writes the results one after the other.
@@ -72,57 +74,101 @@ class VideoPipeline:
         if not wanted:
             return
         with _output_folder(self.settings.save_dir):
-            for part in PARTS:
-                components.find(getattr(self.settings, part), part, self.settings.offline)
-            asked = [self.size.height, self.size.width]
-            made = [side // SPATIAL_FACTOR * SPATIAL_FACTOR for side in asked]
-            if made != asked:
-                logger.info("frames of %dx%d are made for %dx%d: sides are multiples of 8", *made, *asked)
-            texts = self.encode_texts([request.encoded for request in wanted])
+            parts = self.build()
+            self.check_conditions(wanted, parts["vae"])
+            asked = (self.size.height, self.size.width)
+            if self.made != asked:
+                logger.info("frames of %dx%d are made for %dx%d: sides are multiples of 8", *self.made, *asked)
+            texts = self.encode_texts(parts.pop("text_encoder"), [text for one in wanted for text in self.texts(one)])
+            vae, model = (self.fill(name, parts.pop(name)) for name in ("vae", "model"))
+            _tell_untrained(self.size, components.trained_sizes(self.paths["model"]))
             for request in wanted:
                 with _memory_advice(self.size):
-                    frames = self.make(texts[request.encoded], request.sample)
+                    frames = self.make(model, vae, texts, request)
                 yield self._write(request, frames)
 
-    def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
-        """Features [1, 1, L, C] of each text, at its real length; the text encoder is freed afterwards."""
-        keep_allocations_in_heap()
-        encoder = self._load("text_encoder", components.load_text_encoder)
-        return {text: encoder.encode([text])[0].to(self.dtype) for text in dict.fromkeys(texts)}
+    def texts(self, request: Request) -> list[str]:
+        """The text of each loop."""
+        return [text_of_loop(request.encoded, loop) for loop in range(self.settings.loop)]
 
-    @cached_property
-    def vae(self) -> Any:
-        """The video autoencoder."""
-        return self._load("vae", components.load_vae)
-
-    @cached_property
-    def model(self) -> Any:
-        """The diffusion transformer."""
-        made = self.vae.out_channels
-        model = self._load("model", components.load_model)
-        _tell_untrained(self.size, components.trained_sizes(self.summaries["model"].path))
-        if model.in_channels != made:
-            raise ConfigError(f"the model takes {model.in_channels} latent channels, but the autoencoder makes {made}")
-        return model
-
-    def _load(self, part: str, load: Callable[..., components.Loaded]) -> Any:
-        """A part of the configuration with its weights, whose summary is kept."""
+    def build(self) -> dict[str, Any]:
+        """The text encoder, autoencoder and model without their weights, which are located and checked to fit."""
         settings = self.settings
-        loaded, self.summaries[part] = load(getattr(settings, part), self.device, self.dtype, settings.offline)
-        logger.info("%-13s %s", part.replace("_", " "), self.summaries[part])
-        return loaded
+        self.paths = {part: components.find(getattr(settings, part), part, settings.offline) for part in PARTS}
+        text_encoder = components.build_text_encoder(settings.text_encoder, self.paths["text_encoder"], self.dtype)
+        vae = components.build(settings.vae, self.paths["vae"])
+        defaults = {"in_channels": vae.out_channels}
+        if not isinstance(text_encoder, ClassIds):
+            defaults |= {"caption_channels": text_encoder.output_dim, "model_max_length": text_encoder.model_max_length}
+        size = {"input_size": tuple(vae.get_latent_size(self.size))}
+        model = components.build(settings.model, self.paths["model"], defaults, size)
+        _check_fit(model, vae, text_encoder)
+        return {"text_encoder": text_encoder, "vae": vae, "model": model}
+
+    def encode_texts(self, encoder: Any, texts: list[str]) -> dict[str, Tensor]:
+        """What the model is told of each text: features [1, 1, L, C] at its real length, or a class [1]."""
+        keep_allocations_in_heap()
+        if path := self.paths["text_encoder"]:
+            filled = components.fill_text_encoder(encoder, self.settings.text_encoder, path, self.device)
+            self._tell_loaded("text_encoder", filled)
+        told = {text: encoder.encode([text])[0].to(self.device) for text in dict.fromkeys(texts)}
+        return {text: value.to(self.dtype) if value.is_floating_point() else value for text, value in told.items()}
+
+    def fill(self, part: str, built: Any) -> Any:
+        """The autoencoder or the model with its weights, ready to run."""
+        section = getattr(self.settings, part)
+        self._tell_loaded(part, components.fill(built, section, self.paths[part], self.device, self.dtype))
+        return built
+
+    def _tell_loaded(self, part: str, summary: Summary) -> None:
+        self.summaries[part] = summary
+        logger.info("%-13s %s", part.replace("_", " "), summary)
+
+    def check_conditions(self, requests: Sequence[Request], vae: Any) -> None:
+        """Raises ConfigError for mask strategies or loops that do not fit the clips of this autoencoder."""
+        settings, frames = self.settings, vae.get_latent_size(self.size)[0]
+        self.overlap = overlapping_frames(vae, self.size.num_frames, settings) if settings.loop > 1 else 0
+        for request in requests:
+            given_frames = self.reference_frames[request.reference_path]
+            counts = [n and vae.get_latent_size((n, None, None))[0] for n in given_frames]
+            placements = parse_mask_strategy(request.mask_strategy)
+            check_placements(placements, counts, frames, settings.loop, settings.align)
+            if counts and not placements:
+                logger.warning("references without a mask_strategy take no part: %s", request.reference_path)
 
     @torch.no_grad()
-    def make(self, text: Tensor, sample: int) -> np.ndarray:
-        """The frames uint8 [T, H, W, 3] of sample number `sample` of a prompt with these text features."""
-        model, vae, size = self.model, self.vae, self.size
-        _check_text(text, model.config)
-        noise = initial_noise(self.settings.seed, sample, 0, (vae.out_channels, *vae.get_latent_size(size)))
-        cond, null = {"y": text, **self.conditioning}, {"y": model.null_caption(text)}
-        options = {**size._asdict(), "progress": self.settings.verbose > 0}
-        latents = self.scheduler.sample(model, noise[None].to(self.device), cond, null, **options)
-        decoded = vae.decode(latents.to(self.dtype), num_frames=size.num_frames)
-        return video.to_uint8(decoded[0].float())
+    def make(self, model: Any, vae: Any, texts: Mapping[str, Tensor], request: Request) -> np.ndarray:
+        """The frames uint8 [T, H, W, 3] of a request: its loops joined, each of which continues the one before."""
+        settings, seed, frames = self.settings, self.settings.seed, []
+        references = [self.encode(vae, one) for one in read_references(request.reference_path, self.made)]
+        placements = parse_mask_strategy(request.mask_strategy)
+        shape = (vae.out_channels, *vae.get_latent_size(self.size))
+        for loop, text in enumerate(self.texts(request)):
+            noise = initial_noise(seed, request.sample, loop, shape)
+            latents, edit = place(noise, references, placements, loop, settings.align)
+            steps = noise_generator(seed, request.sample, loop)
+            clip = self.make_clip(model, vae, texts[text], latents, edit, steps)
+            frames.append(video.to_uint8(clip)[self.overlap if loop else 0 :])
+            if loop + 1 < settings.loop:
+                carried = (settings.condition_frame_length, settings.condition_frame_edit)
+                placements.append(carry(loop + 1, len(references), *carried))
+                references.append(self.encode(vae, clip))
+        return np.concatenate(frames)
+
+    def make_clip(
+        self, model: Any, vae: Any, text: Tensor, latents: Tensor, edit: Tensor, steps: torch.Generator
+    ) -> Tensor:
+        """One clip [3, T, H, W] in about [-1, 1] from noise and references [C, T', H, W] and their `edit` [T']."""
+        _check_length(text, model.config)
+        cond, size = {"y": text, **self.conditioning}, self.size._asdict()
+        null = None if self.scheduler.cfg_scale == 1 else {"y": model.null_caption(text)}
+        options = {"edit": edit[None], "source": [steps], "progress": self.settings.verbose > 0}
+        sampled = self.scheduler.sample(model, latents[None].to(self.device), cond, null, **size, **options)
+        return vae.decode(sampled.to(self.dtype), num_frames=self.size.num_frames)[0].float()
+
+    def encode(self, vae: Any, frames: Tensor) -> Tensor:
+        """The latents [C, T', H, W] of frames [3, T, H, W] in [-1, 1]."""
+        return vae.encode(frames[None].to(self.device, self.dtype), sample=False)[0].float().cpu()
 
     def _exists(self, request: Request) -> bool:
         path = Path(f"{request.path}.{'png' if self.size.num_frames == 1 else 'mp4'}")
@@ -133,9 +179,11 @@ class VideoPipeline:
 
     def _write(self, request: Request, frames: np.ndarray) -> Output:
         settings = dataclasses.asdict(self.settings)
+        for name in ("reference_path", "mask_strategy"):
+            settings[name] = [getattr(request, name)] if getattr(request, name) else None
         weights = {part: summary.sha256 for part, summary in self.summaries.items()}
         recipe = make_recipe(
-            request.prompt, [request.encoded], settings["seed"], request.sample, settings=settings, weights=weights
+            request.prompt, self.texts(request), settings["seed"], request.sample, settings=settings, weights=weights
         )
         path = write_output(frames, request.path, self.settings.output_fps, recipe)
         if not self.settings.preview:
@@ -143,12 +191,47 @@ class VideoPipeline:
         return Output(path, frames, video.write_image(video.contact_sheet(frames), f"{request.path}.preview.png"))
 
 
-def _check_text(text: Tensor, config: dict[str, Any]) -> None:
-    """Raises ConfigError when a model of this configuration cannot take text features [1, 1, L, C]."""
-    channels, longest = config["caption_channels"], config["model_max_length"]
-    if text.shape[3] != channels:
-        raise ConfigError(f"the model takes {channels} text channels, but the text encoder makes {text.shape[3]}")
-    if text.shape[2] > longest:
+def _check_can_keep_frames(settings: InferenceSettings, scheduler: Any, requests: Sequence[Request]) -> None:
+    """Raises ConfigError when frames are given to a sampler or a model that would not keep them."""
+    if settings.loop == 1 and not any(request.mask_strategy for request in requests):
+        return
+    if not scheduler.takes_edit:
+        raise ConfigError(f"scheduler '{settings.scheduler['type']}' cannot keep given frames; use rflow or iddpm")
+    if "x_mask" not in inspect.signature(registry.builder(settings.model["type"]).forward).parameters:
+        raise ConfigError(f"model '{settings.model['type']}' cannot keep given frames; use STDiT, STDiT2 or STDiT3")
+
+
+def _check_fit(model: Any, vae: Any, text_encoder: Any) -> None:
+    """Raises ConfigError when the parts do not fit together."""
+    channels, told = model.config["caption_channels"], model.config.get("condition", "text")
+    if model.in_channels != vae.out_channels:
+        made = vae.out_channels
+        raise ConfigError(f"the model takes {model.in_channels} latent channels, but the autoencoder makes {made}")
+    if isinstance(text_encoder, ClassIds):
+        if told != f"label_{text_encoder.num_classes}":
+            raise ConfigError(f"the model's condition is '{told}', but prompts are {text_encoder.num_classes} classes")
+    elif told != "text":
+        raise ConfigError(f"the model's condition is '{told}'; it needs text_encoder = dict(type='classes', ...)")
+    elif channels != (made := text_encoder.output_dim):
+        raise ConfigError(f"the model takes {channels} text channels, but the text encoder makes {made}")
+
+
+def overlapping_frames(vae: Any, num_frames: int, settings: InferenceSettings) -> int:
+    """Frames that each loop takes over from the one before. Raises ConfigError where loops cannot be joined."""
+    latent_frames, length = vae.get_latent_size((num_frames, None, None))[0], settings.condition_frame_length
+    if not 0 < length < latent_frames:
+        raise ConfigError(f"condition_frame_length is {length}; a clip has {latent_frames} latent frames, take fewer")
+    try:
+        vae.get_pixel_frames(latent_frames)
+        return vae.get_pixel_frames(length)
+    except ValueError as error:
+        raise ConfigError(f"loop {settings.loop} with condition_frame_length {length}: {error}") from error
+
+
+def _check_length(text: Tensor, config: dict[str, Any]) -> None:
+    """Raises ConfigError when text features [1, 1, L, C] are longer than a model of this configuration takes."""
+    longest = config["model_max_length"]
+    if text.ndim == 4 and text.shape[2] > longest:
         remedy = f"shorten it, or cut it with --cfg-options text_encoder.model_max_length={longest}"
         raise ConfigError(f"a prompt has {text.shape[2]} tokens, but the model takes {longest}; {remedy}")
 

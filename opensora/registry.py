@@ -80,11 +80,16 @@ def resolve(target: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+def builder(name: str) -> Any:
+    """The class or function of a registered `type`."""
+    return resolve(BUILDERS[name])
+
+
 def build(section: Mapping[str, Any]) -> Any:
     """The object that `dict(type=..., keyword=...)` describes; ConfigError on an unknown type, keyword or value."""
     found = {**VARIANTS.get(section["type"], {}), **arguments(section)}
     try:
-        return resolve(BUILDERS[section["type"]])(**found)
+        return builder(section["type"])(**found)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{section['type']}: {error}") from error
 
@@ -102,9 +107,9 @@ def arguments(section: Mapping[str, Any]) -> dict[str, Any]:
 
 def keywords(name: str) -> set[str]:
     """The keywords that the builder of a registered `type` takes; empty when it takes any."""
-    builder = resolve(BUILDERS[name])
-    signature = inspect.signature(builder, eval_str=True)
-    if inspect.isfunction(builder):
+    target = builder(name)
+    signature = inspect.signature(target, eval_str=True)
+    if inspect.isfunction(target):
         signature = inspect.signature(signature.return_annotation)
     parameters = signature.parameters.values()
     return set() if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}

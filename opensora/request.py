@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from opensora import components, prompts, registry
+from opensora.conditioning import parse_mask_strategy
 from opensora.datasets.aspect import get_image_size, get_num_frames
 from opensora.errors import ConfigError
 from opensora.settings import InferenceSettings
 
+logger = logging.getLogger("opensora")
+
 SPATIAL_FACTOR = 8
 PARTS = ("text_encoder", "vae", "model")  # in the order in which they are read
 # Settings of the documents that this version cannot follow; their defaults ask for nothing.
-NOT_YET = ("loop", "reference_path", "mask_strategy", "llm_refine", "watermark", "prompt_generator")
+NOT_YET = ("llm_refine", "watermark", "prompt_generator")
 
 
 class Request(NamedTuple):
-    """One result to make: the prompt as given and as encoded, which of its samples, and where it goes."""
+    """One result to make: the prompt as given and as encoded, which of its samples, where it goes, what is given."""
 
     prompt: str
     encoded: str
     sample: int
     path: str  # without suffix
+    reference_path: str | None = None  # images and videos, separated by ";"
+    mask_strategy: str | None = None
 
 
 class Size(NamedTuple):
@@ -65,26 +72,41 @@ def make_size(settings: InferenceSettings) -> Size:
 
 def make_requests(settings: InferenceSettings) -> list[Request]:
     """The results to make, in order. File numbers count from the first prompt of the list, whatever slice is made."""
-    from_file = prompts.load_prompts(settings.prompt_path) if settings.prompt_path and not settings.prompt else []
+    texts = settings.prompt or (prompts.load_prompts(settings.prompt_path) if settings.prompt_path else [])
+    given = [_one_each(settings, name, len(texts)) for name in ("reference_path", "mask_strategy")]
+    rows = list(enumerate(zip(texts, *given, strict=True)))
+    scores = {"aes": settings.aes, "flow": settings.flow, "camera_motion": settings.camera_motion}
     requests = []
-    for index, text in list(enumerate(settings.prompt or from_file))[settings.start_index : settings.end_index]:
-        _check_prompt(text)
-        encoded = prompts.prepare(text, aes=settings.aes, flow=settings.flow, camera_motion=settings.camera_motion)
+    for index, (text, reference_path, mask_strategy) in rows[settings.start_index : settings.end_index]:
+        encoded, info = _read_prompt(text, scores)
+        if unused := [loop for loop in prompts.split_segments(encoded)[1] or () if loop >= settings.loop]:
+            logger.warning("prompt %r has texts for loops %s, but --loop is %d", text, unused, settings.loop)
+        conditions = {"reference_path": reference_path, "mask_strategy": mask_strategy, **info}
+        parse_mask_strategy(conditions["mask_strategy"])
         for sample in range(settings.num_sample):
             name = (settings.sample_name, index, text, settings.prompt_as_path, settings.num_sample, sample)
             path = prompts.save_path_name(settings.save_dir, *name)
-            requests.append(Request(text, encoded, sample, path))
+            requests.append(Request(text, encoded, sample, path, **conditions))
     return requests
 
 
-def _check_prompt(text: str) -> None:
+def _one_each(settings: InferenceSettings, name: str, count: int) -> Sequence[str | None]:
+    """One entry of a list setting for each of `count` prompts."""
+    given = getattr(settings, name)
+    if given and len(given) != count:
+        raise ConfigError(f"{name} has {len(given)} entries for {count} prompts; give one each, '' for none")
+    return given or [None] * count
+
+
+def _read_prompt(text: str, scores: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """The prompt as it is encoded, and what its JSON tail says. Raises ConfigError for one that says nothing."""
     if not text.strip():
         raise ConfigError("a prompt is empty; describe the video in it, or remove the blank line from the prompt file")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"prompt {text!r} is not UTF-8 text") from error
-    if prompts.split_json(text)[1] or prompts.split_segments(text)[1] is not None:
-        raise ConfigError(f"prompt {text!r}: references and |loop| texts are not supported yet; give one plain text")
-    if not prompts.prepare(text).strip():
+    words, info = prompts.split_json(text)
+    if not prompts.prepare(words).strip():
         raise ConfigError(f"prompt {text!r} is empty once cleaned; describe the video in English words")
+    return prompts.prepare(words, **scores), info

@@ -28,6 +28,7 @@ LAYERS = {
     "opensora.hub": 2,
     "opensora.prompts": 2,
     "opensora.recipe": 2,
+    "opensora.references": 2,
     "opensora.registry": 2,
     "opensora.weight_rules": 2,
     "opensora.weights": 2,
@@ -63,6 +64,7 @@ EXCEPTIONS = {
     ("'cpu'", "opensora.training.state"): "the same, for the state of an optimizer",
     ("torch.load", "opensora.training.state"): "an optimizer's state, written by the same module, is no model",
     ("torch.save", "opensora.training.state"): "the same, and ema.pt as the documents name it",
+    ("PIL", "opensora.datasets.transforms"): "images are scaled by Pillow's own filter; no file is opened",
     ("safetensors", "scripts.train_text_encoder"): "writes the encoder it trained",
     ("PIL", "scripts.misc.eval_embedded"): "writes captions into a picture",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -20,6 +21,14 @@ DEFAULT_FPS = 24
 SIZE_KEY = "opensora_size"  # "HxW" before padding to even sides; present only where padding took place
 # Quality of x264: 0 is lossless, 23 its default. Its macroblock tree makes the bytes depend on uninitialised memory.
 ENCODING = {"crf": "10", "mbtree": "0"}
+MAX_SIDE = 8192  # pixels; a file that claims more is refused before it is decoded
+MAX_PIXELS = 2**31  # of all frames that `read_video` returns: 6 GiB
+# What files from strangers may be: no playlists, which lead to other files, and nothing that starts a program.
+IMAGE_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+VIDEO_FORMATS = "mov,matroska,avi,gif,apng,mpegts,mpeg,flv,asf,ogg,yuv4mpegpipe"
+_VIDEO_OPTIONS = {
+    "options": {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file"}, "metadata_errors": "replace",
+}  # fmt: skip
 SMPTE170M = 6  # the colour matrix of ITU-R BT.601, noted in the file so that players need not guess
 
 
@@ -54,28 +63,49 @@ def write_image(frame: np.ndarray, path: str | Path, metadata: dict[str, str] | 
     return Path(path)
 
 
-def read_video(path: str | Path) -> tuple[np.ndarray, float]:
-    """All frames of a video as uint8 [T, H, W, 3], and its frames per second; MediaError if it is broken or empty."""
+def read_video(path: str | Path, max_frames: int | None = None) -> tuple[np.ndarray, float]:
+    """All frames of a video as uint8 [T, H, W, 3], and its frames per second on average.
+
+    Frames are turned upright, transparency is dropped, deeper colours become 8-bit. MediaError for a file that is
+    broken, cut off or empty, has no video, or exceeds 8192 pixels a side, `max_frames`, or 2**31 pixels in all.
+    """
     with _opened(path, "a video") as container:
-        stream = container.streams.video[0]
-        frames, num_packets = [], 0
-        for packet in container.demux(stream):
-            num_packets += packet.size > 0 and not packet.is_corrupt
-            frames += [frame.to_ndarray(format="rgb24") for frame in packet.decode()]
-        if "mp4" in container.format.name and num_packets < stream.frames:
-            raise MediaError(f"{path}: is cut off; {num_packets} of its {stream.frames} frames are there")
+        stream = _video_stream(container)
+        most = MAX_PIXELS // max(4096, stream.width * stream.height)
+        frames = list(_decoded(container, path, most if max_frames is None else min(most, max_frames)))
         fps = stream.average_rate or stream.guessed_rate or DEFAULT_FPS
-        size = container.metadata.get(SIZE_KEY)
-    if not frames:
-        raise MediaError(f"{path}: holds no frames; the file is empty or cut off")
-    height, width = (int(side) for side in size.split("x")) if size else frames[0].shape[:2]
-    return np.stack([frame[:height, :width] for frame in frames]), float(fps)
+    return np.stack(frames), float(fps)
+
+
+def iterate_video(path: str | Path, max_frames: int) -> Iterator[np.ndarray]:
+    """The frames of `read_video` one by one, uint8 [H, W, 3], without a limit to their pixels in all."""
+    with _opened(path, "a video") as container:
+        yield from _decoded(container, path, max_frames)
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """An image of any common format as uint8 [H, W, 3]; MediaError if it is broken."""
+    """An image of any common format as uint8 [H, W, 3]; MediaError if it is broken or over 8192 pixels a side.
+
+    It is upright (the rotation in the file is applied), transparency is dropped, and 16-bit levels become 8-bit.
+    """
+    from PIL import Image, ImageOps
+
     with _opened(path, "an image") as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("I", "F"):
+            raise MediaError(f"{path}: holds 32-bit levels; save it with 8 or 16 bits")
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return np.array(image.convert("RGB"))
+
+
+def is_image(path: str | Path) -> bool:
+    """Whether a file is an image rather than a video or moving picture, by its content, or else by its suffix."""
+    with suppress(MediaError), _opened(path, "an image") as image:
+        return image.format not in ("GIF", "PNG", "WEBP") or not getattr(image, "is_animated", False)
+    with suppress(MediaError), _opened(path, "a video"):
+        return False
+    return Path(path).suffix.lower() in IMAGE_SUFFIXES
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -174,22 +204,74 @@ def _check_frames(frames: np.ndarray, num_dims: int) -> np.ndarray:
     return frames
 
 
+def _decoded(container: Any, path: str | Path, max_frames: int) -> Iterator[np.ndarray]:
+    """The frames uint8 [H, W, 3] of an opened video; MediaError where `read_video` says so."""
+    stream, size, count, num_packets = _video_stream(container), None, 0, 0
+    stream.codec_context.options = {"max_pixels": str(MAX_SIDE**2)}  # a frame may be larger than the header says
+    for packet in container.demux(stream):
+        num_packets += packet.size > 0 and not packet.is_corrupt
+        for frame in packet.decode():
+            count, size = count + 1, size or (frame.height, frame.width)
+            if count > max_frames:
+                raise MediaError(f"{path}: holds more than {max_frames} frames, the limit here; make it shorter")
+            if size != (frame.height, frame.width):
+                raise MediaError(f"{path}: its frames differ in size; convert it to one size")
+            height, width = _true_size(container.metadata.get(SIZE_KEY), *size)
+            yield np.rot90(frame.to_ndarray(format="rgb24")[:height, :width], round(frame.rotation / 90))
+    if not count:
+        raise MediaError(f"{path}: holds no frames; the file is empty or cut off")
+    if "mp4" in container.format.name and num_packets < stream.frames:
+        raise MediaError(f"{path}: is cut off; {num_packets} of its {stream.frames} frames are there")
+    with open(path, "rb") as file:
+        if os.path.getsize(path) < (declared := _declared_size(file.read(128))):
+            raise MediaError(f"{path}: is cut off; it should have {declared} bytes")
+
+
+def _true_size(text: str | None, height: int, width: int) -> tuple[int, int]:
+    """The size before padding to even sides as `text` says, unless that cannot come from padding."""
+    sizes = ((height - down, width - right) for down in (0, 1) for right in (0, 1))
+    return next((size for size in sizes if text == f"{size[0]}x{size[1]}"), (height, width))
+
+
+def _declared_size(head: bytes) -> int:
+    """The bytes that an AVI or Matroska file should have by its head; 0 where that does not say."""
+    if head.startswith(b"RIFF"):
+        return int.from_bytes(head[4:8], "little") + 8
+    segment = re.match(rb"\x1a\x45\xdf\xa3.*?\x18\x53\x80\x67\x01(.{7})", head, re.DOTALL)
+    length = int.from_bytes(segment[1], "big") if segment else 0
+    return segment.end() + length if segment and length < 2**56 - 1 else 0  # all ones: not known
+
+
+def _video_stream(container: Any) -> Any | None:
+    """The first video stream that is not the cover of a piece of music."""
+    return next((s for s in container.streams.video if not s.disposition & type(s.disposition).attached_pic), None)
+
+
 @contextmanager
 def _opened(path: str | Path, what: str) -> Iterator[Any]:
     """The Pillow image or PyAV container of "an image" or "a video"; MediaError where opening or reading it fails."""
     import av
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise MediaError(f"{path}: no such file")
+    image = what == "an image"
     try:
-        with Image.open(path) if what == "an image" else av.open(str(path), metadata_errors="replace") as media:
-            if what == "a video" and not media.streams.video:
-                raise MediaError(f"{path}: holds no video")
+        with Image.open(path, formats=IMAGE_FORMATS) if image else av.open(f"file:{path}", **_VIDEO_OPTIONS) as media:
+            stream = media if image else _video_stream(media)
+            if stream is None or not (image or stream.codec_context):
+                raise MediaError(f"{path}: holds no video that can be read")
+            if max(stream.width, stream.height) > MAX_SIDE:
+                size = f"{stream.height}x{stream.width}"
+                raise MediaError(f"{path}: is {size} pixels, over the limit of {MAX_SIDE} a side; make it smaller")
             yield media
-    except (av.FFmpegError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise MediaError(f"{path}: cannot be read as {what} ({_reason(error)})") from error
+    except MediaError:
+        raise
+    except Exception as error:  # decoders raise anything for a file made to break them
+        unknown = f"it is none of {', '.join(IMAGE_FORMATS)}" if isinstance(error, UnidentifiedImageError) else ""
+        reason, remedy = unknown or _reason(error), f"save it anew as {'PNG' if image else 'MP4'}"
+        raise MediaError(f"{path}: cannot be read as {what} ({reason}); {remedy}") from error
 
 
 def _reason(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error)
+    return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())[:200]

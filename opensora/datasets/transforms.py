@@ -1,0 +1,91 @@
+"""Frames to the size that a model takes: scaled, cut to it at the centre, and mapped to [-1, 1].
+
+Videos are scaled bilinearly without antialiasing, images by Pillow's bicubic filter, and the two round scaled sizes
+and offsets in their own ways: these are the numbers that the published models were trained on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from opensora.errors import ConfigError, MediaError, did_you_mean
+
+MAX_EXCESS = 64  # so many times the pixels of the size, most of them cut off, may a picture have that is to cover it
+
+
+def resize_crop(frames: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """float32 [3, T, H, W] in [-1, 1] of uint8 frames [T, h, w, 3], or of an image [h, w, 3] with T = 1.
+
+    The picture is scaled until it just covers `size` (H, W). Raises MediaError for one too long and thin for that.
+    """
+    height, width = _check(frames, size)
+    by_height, by_width = size[0] / height, size[1] / width
+    scaled = (size[0], round(width * by_height)) if by_height > by_width else (round(height * by_width), size[1])
+    if frames.ndim == 3:
+        return _crop(_levels(_resize_image(frames, scaled, "BICUBIC")), size, round)
+    return _crop(interpolate(_levels(frames), scaled, mode="bilinear"), size, math.floor)
+
+
+def center(frames: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """As `resize_crop`, with other rounding and large images halved first by averaging; ConfigError unless square."""
+    (height, width), side = _check(frames, size), size[0]
+    if side != size[1]:
+        raise ConfigError(f"transform 'center' makes squares, not {size[0]}x{size[1]}; use 'resize_crop'")
+    if frames.ndim == 3:
+        while min(height, width) >= 2 * side:
+            height, width = height // 2, width // 2
+            frames = _resize_image(frames, (height, width), "BOX")
+        scale = side / min(height, width)
+        scaled = round(height * scale), round(width * scale)
+        return _crop(_levels(_resize_image(frames, scaled, "BICUBIC")), size, math.floor)
+    scale = side / min(height, width)
+    while math.floor(min(height, width) * scale) < side:  # 161 * (256 / 161) falls short of 256 in floating point
+        scale = math.nextafter(scale, math.inf)
+    return _crop(interpolate(_levels(frames), scale_factor=scale, mode="bilinear"), size, round)
+
+
+TRANSFORMS = {"resize_crop": resize_crop, "center": center}
+
+
+def get_transform(name: str) -> Callable[[np.ndarray, tuple[int, int]], Tensor]:
+    """The transform of this name; ConfigError if there is none."""
+    if name not in TRANSFORMS:
+        hint = did_you_mean(name, TRANSFORMS) or f"; choose one of {', '.join(TRANSFORMS)}"
+        raise ConfigError(f"transform {name!r} is not known{hint}")
+    return TRANSFORMS[name]
+
+
+def _check(frames: np.ndarray, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of `frames`."""
+    if frames.dtype != np.uint8 or frames.ndim not in (3, 4) or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise ValueError(f"frames are uint8 [T, H, W, 3], an image [H, W, 3]; not {frames.dtype} {list(frames.shape)}")
+    height, width = frames.shape[-3:-1]
+    if not 1 / MAX_EXCESS <= (height * size[1]) / (width * size[0]) <= MAX_EXCESS:
+        wanted = f"{size[0]}x{size[1]}"
+        raise MediaError(f"a picture of {height}x{width} pixels is too long and thin to fill {wanted}; crop it first")
+    return height, width
+
+
+def _resize_image(image: np.ndarray, size: tuple[int, int], filter_name: str) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling[filter_name]))
+
+
+def _levels(frames: np.ndarray) -> Tensor:
+    """float32 [T, 3, H, W] in [0, 1] of uint8 [T, H, W, 3] or [H, W, 3]."""
+    frames = frames.reshape(-1, *frames.shape[-3:]).copy()  # may be read-only, or turned
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).float().contiguous() / 255
+
+
+def _crop(levels: Tensor, size: tuple[int, int], rounding: Callable[[float], int]) -> Tensor:
+    """The middle [3, T, H, W] in [-1, 1] of [T, 3, h, w] in [0, 1]."""
+    top, left = (rounding((have - want) / 2) for have, want in zip(levels.shape[2:], size, strict=True))
+    middle = levels[..., top : top + size[0], left : left + size[1]]
+    return middle.sub(0.5).div(0.5).transpose(0, 1).contiguous()

@@ -1,0 +1,9 @@
+"""The same program as scripts/inference.py, under the name that long videos had: loops, references, masks."""
+
+import sys
+
+from opensora.cli import generate
+from opensora.utils.config_utils import parse_inference_args, run_program
+
+if __name__ == "__main__":
+    sys.exit(run_program(lambda: generate(parse_inference_args())))

@@ -1,0 +1,106 @@
+"""References, loops and edits on tiny checkpoints: what is kept, how long the result is, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from opensora import components
+from opensora.cli import main
+from opensora.datasets.video import read_video, to_uint8, write_image, write_video
+from opensora.recipe import read_recipe
+from opensora.references import read_reference
+from tests.checkpoints import SAMPLE, run_script, snapshot
+
+CPU = torch.device("cpu")
+SIZE = (16, 24)
+SMALL = ("--image-size", *SIZE, "--num-sampling-steps", "2", "--save-dir", "out")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub_cache: Path) -> Path:
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    write_image(generator.integers(0, 256, (32, 40, 3), dtype=np.uint8), "image.png")
+    write_video(generator.integers(0, 256, (34, 16, 24, 3), dtype=np.uint8), "clip.mp4", 24)
+    return tmp_path
+
+
+def made(name: str = "sample_0000") -> np.ndarray:
+    return read_video(f"out/{name}.mp4")[0]
+
+
+def refused(capsys: pytest.CaptureFixture, *argv: object) -> str:
+    assert run_script(SAMPLE, *SMALL, "--prompt", "x", *argv) == 1
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith("error: ") and error.count("\n") == 1
+    assert not Path("out").exists()
+    return error
+
+
+def test_frames_that_are_all_given_come_out_as_the_autoencoder_sees_them(hub_cache: Path) -> None:
+    argv = ("--num-frames", "34", "--reference-path", "clip.mp4", "--mask-strategy", "0,0,0,0,10")
+    assert run_script(SAMPLE, *SMALL, "--prompt", "x", *argv) == 0
+    vae, _ = components.load(
+        {"type": "OpenSoraVAE_V1_2", "from_pretrained": str(snapshot(hub_cache, "vae"))}, "vae", CPU, torch.float32
+    )
+    with torch.no_grad():
+        latents = vae.encode(read_reference("clip.mp4", SIZE)[None], sample=False)
+        expected = to_uint8(vae.decode(latents, num_frames=34)[0])
+    found = read_recipe("out/sample_0000.mp4")["output"]
+    write_video(expected, "expected.mp4", 24)
+    assert found["num_frames"] == 34
+    assert np.abs(made().astype(int) - read_video("expected.mp4")[0]).mean() < 1
+
+
+def test_an_edit_moves_away_from_its_reference_with_its_rate() -> None:
+    distances = []
+    for rate in (0.0, 0.1, 0.9):
+        argv = ("--num-frames", "17", "--reference-path", "clip.mp4", "--mask-strategy", f"0,0,0,0,5,{rate}")
+        argv += ("--num-sampling-steps", "10", "--sample-name", str(rate))
+        assert run_script(SAMPLE, *SMALL, "--prompt", "x", *argv) == 0
+        distances.append(np.abs(made(f"{rate}_0000").astype(int) - made("0.0_0000")).mean())
+    assert 0 == distances[0] < distances[1] < distances[2]
+
+
+@pytest.mark.parametrize(("loop", "length", "frames"), [(3, 5, 51 * 3 - 2 * 17), (2, 10, 51 * 2 - 34)])
+def test_loops_have_the_documented_length(loop: int, length: int, frames: int) -> None:
+    argv = ("--num-frames", "51", "--loop", loop, "--condition-frame-length", length)
+    assert run_script(SAMPLE, *SMALL, "--prompt", "|0|rain|1|sun", *argv) == 0
+    assert len(made()) == frames
+    texts = read_recipe("out/sample_0000.mp4")["encoded_prompts"]
+    assert texts == ["rain aesthetic score: 6.5.", *["sun aesthetic score: 6.5."] * (loop - 1)]
+
+
+@pytest.mark.parametrize("sampler", ["rflow", "iddpm"])
+def test_an_image_condition_replays(capsys: pytest.CaptureFixture, sampler: str) -> None:
+    scheduler = f"scheduler={{'type': '{sampler}', 'num_sampling_steps': 3, 'cfg_scale': 4.0}}"
+    prompt = 'a wave.{"reference_path": "image.png;image.png", "mask_strategy": "0;0,1,0,-1,1"}'
+    argv = ("--num-frames", "34", "--loop", "2", "--cfg-options", scheduler)
+    assert run_script(SAMPLE, *SMALL, "--prompt", prompt, *argv) == 0
+    assert len(made()) == 51
+    capsys.readouterr()
+    assert main(["replay", "out/sample_0000.mp4", "--save-dir", "again"]) == 0
+    assert "identical" in capsys.readouterr().out
+
+
+BAD = [
+    (("--num-frames", "51", "--loop", "2", "--condition-frame-length", "4"), "4 latent frames are not a multiple of 5"),
+    (("--num-frames", "17", "--loop", "2"), "condition_frame_length is 5; a clip has 5 latent frames, take fewer"),
+    (("--num-frames", "20", "--loop", "2"), "6 latent frames are not a multiple of 5"),
+    (("--num-frames", "17", "--reference-path", "image.png", "--mask-strategy", "0,0,0,9"), "lies outside its 5"),
+    (("--num-frames", "17", "--reference-path", "image.png", "--mask-strategy", "0,1"), "names reference 1"),
+    (("--num-frames", "17", "--reference-path", "image.png", "--mask-strategy", "1"), "is for loop 1 of 1"),
+    (("--num-frames", "17", "--mask-strategy", "0"), "names reference 0, but there are 0"),
+]
+
+
+@pytest.mark.parametrize(("argv", "problem"), BAD)
+def test_what_cannot_be_followed_is_refused_before_any_weight_is_read(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, argv: tuple, problem: str
+) -> None:
+    monkeypatch.setattr("opensora.components.load_weights", None)
+    assert problem in refused(capsys, *argv)
