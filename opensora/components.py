@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,13 @@ def build(section: Section, path: Path | None, defaults: Section | None = None, 
     stated = config_json(path) if path else {}
     keywords = {key: value for key, value in {**(defaults or {}), **stated}.items() if key in known}
     forced = {key: value for key, value in (forced or {}).items() if key in known}
-    with torch.device("meta" if section.get("strict", True) else "cpu"):
+    with torch.device("meta") if section.get("strict", True) else nullcontext():
         return registry.build({**keywords, **section, **forced})
 
 
 def fill(model: Any, section: Section, path: Path, device: torch.device, dtype: torch.dtype) -> Summary:
     """Gives a built model its weights and makes it ready for inference; returns what was read."""
-    options = {} if section.get("strict", True) else {"strict": False}
-    summary = load_weights(model, path, dtype=dtype, **options)
+    summary = load_weights(model, path, dtype=dtype, strict=section.get("strict", True))
     place(model.eval().requires_grad_(False), device)
     return summary
 

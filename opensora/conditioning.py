@@ -5,6 +5,7 @@ Axes: latents [C, T, H, W]; `edit` [T] says per latent frame: 0 keep, 1 generate
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from opensora.errors import ConfigError
+
+logger = logging.getLogger("opensora")
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ def check_placements(
         if not 0 <= placement.loop < loops:
             raise ConfigError(f"mask_strategy '{placement}' is for loop {placement.loop} of {loops}, counted from 0")
         count = reference_frames[_index(placement, len(reference_frames))]
-        if count is not None:
-            resolve(placement, count, frames, align)
+        if count is not None and (fits := resolve(placement, count, frames, align).length) < placement.length:
+            logger.warning("mask_strategy '%s' asks for %d latent frames; %d fit", placement, placement.length, fits)
 
 
 def place(

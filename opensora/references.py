@@ -79,7 +79,7 @@ def check_references(text: str | None, *, allow_private: bool = False) -> list[i
 def _split(text: str | None) -> list[str]:
     sources = text.split(";") if text else []
     if not all(source.strip() for source in sources):
-        raise ConfigError(f"reference_path '{text}' has an empty entry; remove the ';' too many")
+        raise ConfigError(f"reference_path {text!r} has an empty entry; remove the ';' too many")
     return sources
 
 
@@ -95,7 +95,7 @@ def _check(source: str, allow_private: bool) -> int | None:
 
 def _named(source: str, path: str, error: MediaError) -> MediaError:
     reason = str(error).removeprefix(f"{path}: ")
-    return MediaError(f"reference '{source}': {reason}" + ("" if ";" in reason else "; give another"))
+    return MediaError(f"reference {source!r}: {reason}" + ("" if ";" in reason else "; give another"))
 
 
 @cache
@@ -123,7 +123,7 @@ def fetch(url: str, folder: str | Path | None = None, allow_private: bool = Fals
     if isinstance(result, ConfigError):
         raise result
     reason = " ".join(str(result).split())[:200] or type(result).__name__
-    raise MediaError(f"reference '{url}': {reason}; download it yourself and give its path") from result
+    raise MediaError(f"reference {url!r}: {reason}; download it yourself and give its path") from result
 
 
 def _follow(url: str, folder: Path, allow_private: bool) -> Path:
@@ -136,13 +136,13 @@ def _follow(url: str, folder: Path, allow_private: bool) -> Path:
         try:
             query = f"?{parts.query}" if parts.query else ""
             connection.request("GET", quote((parts.path or "/") + query, safe="/%:=&~+!$,;@'()*?"))
-            response = connection.getresponse()
-            location = response.headers["Location"]
-            if response.status == 200:
-                return _store(response, folder, Path(parts.path).suffix, deadline)
-            if response.status not in (301, 302, 303, 307, 308) or not location:
-                raise MediaError(f"the server answers {response.status}")
-            url = urljoin(url, location)
+            with connection.getresponse() as response:
+                location = response.headers["Location"]
+                if response.status == 200:
+                    return _store(response, folder, Path(parts.path).suffix, deadline)
+                if response.status not in (301, 302, 303, 307, 308) or not location:
+                    raise MediaError(f"the server answers {response.status}")
+                url = urljoin(url, location)
         finally:
             connection.close()
     raise MediaError(f"redirects more than {MAX_REDIRECTS} times")
@@ -154,11 +154,11 @@ def _parse(url: str, allow_private: bool) -> SplitResult:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise ConfigError(f"reference '{url}' is no valid URL ({error}); correct it") from error
+        raise ConfigError(f"reference {url!r} is no valid URL ({error}); correct it") from error
     if parts.scheme not in ("http", "https"):
-        raise ConfigError(f"reference '{url}': only http and https URLs are fetched; give a path instead")
+        raise ConfigError(f"reference {url!r}: only http and https URLs are fetched; give a path instead")
     if not host or parts.username is not None or re.search(r"[\x00-\x20\x7f\\]", url):
-        raise ConfigError(f"reference '{url}' is no valid URL (no host, a user name, or spaces in it); correct it")
+        raise ConfigError(f"reference {url!r} is no valid URL (no host, a user name, or spaces in it); correct it")
     try:
         address = str(ip_address(host))
     except ValueError:
