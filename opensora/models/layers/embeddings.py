@@ -72,6 +72,13 @@ class TimestepEmbedder(nn.Module):
 class SizeEmbedder(TimestepEmbedder):
     """Scalars s [b] or [b, n] -> [batch_size, n * C]: each embedded by itself, the whole of s tiled to the batch."""
 
+    @classmethod
+    def third(cls, hidden_size: int) -> SizeEmbedder:
+        """One of the three (height, width, ratio) that fill the model's width together."""
+        if hidden_size % 3:
+            raise ValueError(f"hidden_size {hidden_size} must be a multiple of 3: it holds height, width and ratio")
+        return cls(hidden_size // 3)
+
     def forward(self, s: Tensor, batch_size: int | None = None) -> Tensor:
         s = s[:, None] if s.ndim == 1 else s
         s = tile(s, batch_size or len(s))

@@ -82,8 +82,8 @@ class PixArtMS(PixArt):
 
     def _build(self, config: dict[str, Any]) -> None:
         super()._build(config)
-        self.csize_embedder = SizeEmbedder(self.hidden_size // 3)
-        self.ar_embedder = SizeEmbedder(self.hidden_size // 3)
+        self.csize_embedder = SizeEmbedder.third(self.hidden_size)
+        self.ar_embedder = SizeEmbedder.third(self.hidden_size)
         self.initialize()
 
     def size_condition(self, data_info: dict[str, Tensor], batch_size: int) -> Tensor:

@@ -51,8 +51,8 @@ class STDiT2(SizedTransformer):
         super().__init__(arguments_of(locals()))
         self.t_block_temp = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 3 * hidden_size))
         self.rope = RotaryFrequencies(hidden_size // num_heads)
-        self.csize_embedder = SizeEmbedder(hidden_size // 3)
-        self.ar_embedder = SizeEmbedder(hidden_size // 3)
+        self.csize_embedder = SizeEmbedder.third(hidden_size)
+        self.ar_embedder = SizeEmbedder.third(hidden_size)
         self.fl_embedder = SizeEmbedder(hidden_size)
         self.fps_embedder = SizeEmbedder(hidden_size)
         self.blocks = nn.ModuleList(
