@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opensora import components, registry
+from opensora import components, registry, wishes
 from opensora.acceleration.device import inference_dtype, keep_allocations_in_heap, pick_device
 from opensora.conditioning import carry, check_placements, parse_mask_strategy, place
 from opensora.datasets import video
@@ -60,7 +60,9 @@ class VideoPipeline:
         self.made = (size.height // SPATIAL_FACTOR * SPATIAL_FACTOR, size.width // SPATIAL_FACTOR * SPATIAL_FACTOR)
         self.requests = make_requests(settings)
         _check_can_keep_frames(settings, self.scheduler, self.requests)
+        self.align = settings.align
         self.reference_frames = {one.reference_path: check_references(one.reference_path) for one in self.requests}
+        check_references(";".join(wishes.sources(settings)))
         self.summaries: dict[str, Summary] = {}
 
     def generate(self) -> Iterator[Output]:
@@ -75,6 +77,7 @@ class VideoPipeline:
             return
         with _output_folder(self.settings.save_dir):
             parts = self.build()
+            wanted = self.with_conditions(wanted, parts["vae"])
             self.check_conditions(wanted, parts["vae"])
             asked = (self.size.height, self.size.width)
             if self.made != asked:
@@ -124,6 +127,19 @@ class VideoPipeline:
         self.summaries[part] = summary
         logger.info("%-13s %s", part.replace("_", " "), summary)
 
+    def with_conditions(self, requests: Sequence[Request], vae: Any) -> list[Request]:
+        """The requests with the references and mask strategy that the words of the settings mean for these clips."""
+        if not wishes.sources(self.settings):
+            return list(requests)
+        if twice := [one.prompt for one in requests if one.reference_path or one.mask_strategy]:
+            raise ConfigError(f"prompt {twice[0]!r} brings its own references; leave out {', '.join(wishes.NAMES)}")
+        latent_frames = vae.get_latent_size(self.size)[0]
+        given = wishes.conditions(self.settings, self.size.num_frames, latent_frames, vae.group)
+        self.align = given.align
+        self.reference_frames[given.reference_path] = check_references(given.reference_path)
+        named = {"reference_path": given.reference_path, "mask_strategy": given.mask_strategy}
+        return [request._replace(**named) for request in requests]
+
     def check_conditions(self, requests: Sequence[Request], vae: Any) -> None:
         """Raises ConfigError for mask strategies or loops that do not fit the clips of this autoencoder."""
         settings, frames = self.settings, vae.get_latent_size(self.size)[0]
@@ -132,7 +148,7 @@ class VideoPipeline:
             given_frames = self.reference_frames[request.reference_path]
             counts = [n and vae.get_latent_size((n, None, None))[0] for n in given_frames]
             placements = parse_mask_strategy(request.mask_strategy)
-            check_placements(placements, counts, frames, settings.loop, settings.align)
+            check_placements(placements, counts, frames, settings.loop, self.align)
             if counts and not placements:
                 logger.warning("references without a mask_strategy take no part: %s", request.reference_path)
 
@@ -145,7 +161,7 @@ class VideoPipeline:
         shape = (vae.out_channels, *vae.get_latent_size(self.size))
         for loop, text in enumerate(self.texts(request)):
             noise = initial_noise(seed, request.sample, loop, shape)
-            latents, edit = place(noise, references, placements, loop, settings.align)
+            latents, edit = place(noise, references, placements, loop, self.align)
             steps = noise_generator(seed, request.sample, loop)
             clip = self.make_clip(model, vae, texts[text], latents, edit, steps)
             frames.append(video.to_uint8(clip)[self.overlap if loop else 0 :])
@@ -179,6 +195,7 @@ class VideoPipeline:
 
     def _write(self, request: Request, frames: np.ndarray) -> Output:
         settings = dataclasses.asdict(self.settings)
+        settings |= {"align": self.align, **dict.fromkeys(wishes.NAMES)}
         for name in ("reference_path", "mask_strategy"):
             settings[name] = [getattr(request, name)] if getattr(request, name) else None
         weights = {part: summary.sha256 for part, summary in self.summaries.items()}
@@ -193,7 +210,8 @@ class VideoPipeline:
 
 def _check_can_keep_frames(settings: InferenceSettings, scheduler: Any, requests: Sequence[Request]) -> None:
     """Raises ConfigError when frames are given to a sampler or a model that would not keep them."""
-    if settings.loop == 1 and not any(request.mask_strategy for request in requests):
+    given = wishes.sources(settings) or any(request.mask_strategy for request in requests)
+    if settings.loop == 1 and not given:
         return
     if not scheduler.takes_edit:
         raise ConfigError(f"scheduler '{settings.scheduler['type']}' cannot keep given frames; use rflow or iddpm")

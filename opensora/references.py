@@ -37,6 +37,7 @@ CONNECT_SECONDS = 10.0
 
 _NAT64 = ip_network("64:ff9b::/96")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_PART = re.compile(r"(.+)#(first|last|hold)=([1-9]\d*)")  # of a reference: its first or last frames, or a still of many
 
 
 def read_references(text: str | None, size: tuple[int, int], **options: Any) -> list[Tensor]:
@@ -54,9 +55,14 @@ def read_reference(
 ) -> Tensor:
     """An image (T = 1) or a whole video as float32 [3, T, H, W] in [-1, 1] at `size` (H, W).
 
-    `source` is a path or a URL. Raises ConfigError for a URL that is refused, MediaError for what cannot be fetched
-    or read: broken or empty media never count as no reference.
+    `source` is a path or a URL; `#first=17` or `#last=17` after it takes so many frames of a video, `#hold=17` repeats
+    an image. Raises ConfigError for a URL that is refused, MediaError for what cannot be fetched or read: broken or
+    empty media never count as no reference.
     """
+    if match := _PART.fullmatch(source):
+        whole = read_reference(match[1], size, transform=transform, cache=cache, allow_private=allow_private)
+        indices = _indices(match[2], int(match[3]), whole.shape[1], match[1])
+        return whole[:, torch.tensor(indices)]
     to_size = get_transform(transform)
     path = str(fetch(source, cache, allow_private)) if _URL.match(source) else source
     try:
@@ -83,7 +89,20 @@ def _split(text: str | None) -> list[str]:
     return sources
 
 
+def _indices(part: str, count: int, frames: int, source: str) -> list[int]:
+    """Which of a reference's `frames` a part of it holds. Raises MediaError where it has not that many."""
+    if part == "hold" and frames > 1:
+        raise MediaError(f"reference {source!r}: has {frames} frames where an image is needed; give an image")
+    if part == "last" and frames < count:
+        raise MediaError(f"reference {source!r}: has {frames} frames, and {count} are to be kept; give a longer video")
+    chosen = {"first": range(min(count, frames)), "last": range(frames - count, frames), "hold": [0] * count}
+    return list(chosen[part])
+
+
 def _check(source: str, allow_private: bool) -> int | None:
+    if match := _PART.fullmatch(source):
+        frames = _check(match[1], allow_private)
+        return frames and len(_indices(match[2], int(match[3]), frames, match[1]))
     if _URL.match(source):
         _parse(source, allow_private)
         return None

@@ -104,3 +104,64 @@ def test_what_cannot_be_followed_is_refused_before_any_weight_is_read(
 ) -> None:
     monkeypatch.setattr("opensora.components.load_weights", None)
     assert problem in refused(capsys, *argv)
+
+
+def with_words(*argv: object, frames: int = 34) -> dict:
+    """The recipe of a clip made with readable conditions, which holds the tuples that they became."""
+    assert run_script(SAMPLE, *SMALL, "--num-frames", frames, "--prompt", "x", *argv) == 0
+    return read_recipe("out/sample_0000.mp4")["settings"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "reference_path", "mask_strategy"),
+    [
+        (("--image", "image.png"), "image.png", "0,0,0,0,1,0.0"),
+        (
+            ("--first-frame", "image.png", "--last-frame", "image.png"),
+            "image.png;image.png#hold=17",
+            "0,0,0,0,1,0.0;0,1,-1,-1,1,0.0",
+        ),
+        (("--extend", "clip.mp4"), "clip.mp4#last=17", "0,0,0,0,5,0.0"),
+        (("--extend", "clip.mp4", "--keep", "0.5s"), "clip.mp4#last=17", "0,0,0,0,5,0.0"),
+        (("--edit", "clip.mp4", "--strength", "0.4"), "clip.mp4#first=34", "0,0,0,0,10,0.4"),
+    ],
+)
+def test_words_become_tuples(capsys, argv: tuple, reference_path: str, mask_strategy: str) -> None:
+    settings = with_words(*argv)
+    assert (settings["reference_path"], settings["mask_strategy"]) == ([reference_path], [mask_strategy])
+    assert settings["align"] is None and settings["image"] is None and settings["extend"] is None
+    capsys.readouterr()
+    assert main(["replay", "out/sample_0000.mp4", "--save-dir", "again"]) == 0
+    assert "identical" in capsys.readouterr().out
+
+
+def test_an_extended_clip_begins_with_what_was_kept(hub_cache: Path) -> None:
+    with_words("--extend", "clip.mp4")
+    where = {"type": "OpenSoraVAE_V1_2", "from_pretrained": str(snapshot(hub_cache, "vae"))}
+    vae, _ = components.load(where, "vae", CPU, torch.float32)
+    with torch.no_grad():
+        kept = read_reference("clip.mp4", SIZE)[None, :, -17:]
+        expected = to_uint8(vae.decode(vae.encode(kept, sample=False), num_frames=17)[0])
+    write_video(expected, "expected.mp4", 24)
+    assert np.abs(made()[:17].astype(int) - read_video("expected.mp4")[0]).mean() < 1
+
+
+WORDS = [
+    (("--image", "gone.png"), "gone.png"),
+    (("--image", "image.png", "--first-frame", "image.png"), "cannot be combined"),
+    (("--edit", "clip.mp4", "--last-frame", "image.png"), "cannot be combined"),
+    (("--keep", "1s"), "--keep belongs to --extend"),
+    (("--strength", "0.5"), "--strength belongs to --edit"),
+    (("--extend", "clip.mp4", "--keep", "soon"), "'soon' is no number of frames"),
+    (("--extend", "clip.mp4", "--keep", "34"), "takes 34 frames, in whole groups of 17; of 34 nothing is left"),
+    (("--extend", "image.png"), "has 1 frames, and 17 are to be kept"),
+    (("--last-frame", "clip.mp4"), "has 34 frames where an image is needed"),
+    (("--image", "image.png", "--mask-strategy", "0"), "give one of the two forms"),
+    (("--edit", "clip.mp4", "--strength", "1.5"), "--strength is 1.5; 0 keeps the video"),
+]
+
+
+@pytest.mark.parametrize(("argv", "problem"), WORDS)
+def test_words_that_make_no_sense(capsys, monkeypatch, argv: tuple, problem: str) -> None:
+    monkeypatch.setattr("opensora.components.load_weights", None)
+    assert problem in refused(capsys, "--num-frames", "34", *argv)

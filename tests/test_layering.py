@@ -25,6 +25,7 @@ LAYERS = {
     "opensora.components": 2,
     "opensora.convert": 2,
     "opensora.conditioning": 2,
+    "opensora.wishes": 2,
     "opensora.hub": 2,
     "opensora.prompts": 2,
     "opensora.recipe": 2,

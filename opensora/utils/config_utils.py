@@ -50,7 +50,10 @@ READ_AS = {
     "int": {"type": int}, "float": {"type": float}, "str": {"type": str}, "bool": {"type": boolean},
     "Sequence[str]": {"type": str, "nargs": "+"}, "tuple[int, int]": {"type": int, "nargs": 2},
 }  # fmt: skip
-_OURS = {"trust_config", "cfg_options", "device", "offline", "vae_path", "text_encoder_path", "preview"}
+_OURS = {
+    "trust_config", "cfg_options", "device", "offline", "vae_path", "text_encoder_path", "preview",
+    "image", "first_frame", "last_frame", "extend", "keep", "edit", "strength",
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from opensora import cli
+from opensora import cli, components
+from opensora.acceleration.device import inference_dtype, pick_device
 from opensora.config import find_config, read_config
 from opensora.datasets.clips import Clip, make_clip, render
 from opensora.datasets.measure import measure
 from opensora.datasets.shape_clips import to_model
 from opensora.datasets.video import contact_sheet, read_video, tile, write_image, write_video
 from opensora.errors import MediaError
-from opensora.pipeline import VideoPipeline
 from opensora.recipe import check_folder, read_recipe
 from opensora.settings import InferenceSettings
 from opensora.utils.config_utils import run_program
@@ -120,7 +120,9 @@ def print_table(rates: dict[str, dict[str, float]]) -> None:
 def reconstruct(num_clips: int, seed: int, model: str) -> dict[str, float]:
     """PSNR in dB (mean and least) of the autoencoder on rendered clips that training never saw."""
     config = find_config(model)
-    vae = VideoPipeline(InferenceSettings.from_config(read_config(config), config.name)).vae
+    settings = InferenceSettings.from_config(read_config(config), config.name)
+    device = pick_device(settings.device)
+    vae, _ = components.load(settings.vae, "vae", device, inference_dtype(device, settings.dtype))
     ratios = []
     for index in range(num_clips):
         x = to_model([make_clip(seed, index, NUM_FRAMES, SIDE, SIDE, held_out=True).video]).to(next(vae.parameters()))

@@ -33,6 +33,7 @@ class FrameAutoencoder(nn.Module):
     """
 
     kind: str
+    group = (1, 1)  # frames that become latent frames together, independent of all others
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -141,6 +142,11 @@ class VideoAutoencoderPipeline(nn.Module):
         )  # fmt: skip
         if freeze_vae_2d:
             self.spatial_vae.requires_grad_(False)
+
+    @property
+    def group(self) -> tuple[int, int]:
+        """Frames of a chunk and what they become; without chunks, what one latent frame stands for."""
+        return self.micro_frame_size or self.temporal_vae.time_downsample_factor, self.micro_latent_frames or 1
 
     @property
     def micro_latent_frames(self) -> int | None:

@@ -1,0 +1,317 @@
+"""Every command of the documents is understood as it stands, and does its job with tiny stand-ins for the weights.
+
+A block of commands starts in a folder of its own that holds what the documents name: weights, prompts, pictures, an
+earlier training run. A program that has no row in `SMALLER` fails the test.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+
+from opensora import catalog, cli, components, registry
+from opensora.datasets.clips import make_clip
+from opensora.datasets.video import write_image, write_video
+from opensora.pipeline import VideoPipeline
+from opensora.settings import InferenceSettings, TrainSettings, check_trainable
+from tests import zoo
+from tests.checkpoints import use_cache
+from tests.tiny import make_tiny_t5, make_tiny_vae
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+DOCUMENTS += sorted(ROOT.glob("configs/**/README.md"))
+
+# What makes the environment and looks at the repository as a whole: `.ci/run` runs these, in these words.
+RUN_BY_CI = (
+    "python -m venv .venv",
+    ". .venv/bin/activate",
+    "pip install -c constraints.txt -e .",
+    'pip install -c constraints.txt -e ".[dev]"',
+    "python -m pytest -q",
+    "ruff check .",
+    "ruff format --check .",
+)
+
+# Program -> what is appended to its commands, so that they finish at once. Settings after --cfg-options come last.
+INFERENCE = ("--cfg-options", "image_size=(32, 48)", "scheduler.num_sampling_steps=2")
+TRAINING = ("--batch-size", "1", "--dtype", "fp32", "--cfg-options", "dataset.num_clips=2", "max_steps=2")
+SMALL_CLIPS = ("dataset.image_size=(16, 16)", "dataset.num_frames=5", "dataset.sizes=None")
+SMALL_FRAMES = ("model.vae_2d.block_out_channels=(8, 8, 8, 8)", "model.vae_2d.norm_num_groups=4")
+SMALL_TIME = ("model.vae_temporal.filters=8", "model.vae_temporal.num_groups=4")
+SMALLER = {
+    "opensora generate": INFERENCE,
+    "opensora replay": (),
+    "opensora inspect": (),
+    "opensora convert": (),
+    "opensora models": (),
+    "scripts/inference.py": INFERENCE,
+    "scripts/inference-long.py": INFERENCE,
+    "scripts/train_text_encoder.py": ("--steps", "1"),
+    "scripts/train_vae.py": (*TRAINING, *SMALL_CLIPS, *SMALL_FRAMES, *SMALL_TIME),
+    "scripts/train.py": (*TRAINING, *SMALL_CLIPS, "compile=False", *(f"model.{k}={v}" for k, v in zoo.SMALL.items())),
+    "scripts/misc/export.py": (),
+    "scripts/misc/reproduce_embedded.py": ("--outputs", "outputs/fresh"),
+    "scripts/misc/eval_conditioning.py": ("--num", "1", "--sizes", "17x16x24", "--jobs", "text"),
+    "scripts/misc/eval_embedded.py": ("--num-prompts", "2", "--from-scenes", "--reconstruction", "1"),
+}
+
+# What the documents call a file -> what makes it.
+WEIGHTS = {
+    "OpenSora-STDiT-v3": zoo.stdit3,
+    "OpenSora-STDiT-v2-stage3": zoo.stdit2,
+    "OpenSora-v1-HQ-16x256x256.pth": zoo.stdit,
+    "OpenSora-VAE-v1.2": make_tiny_vae,
+    "sd-vae-ft-ema": zoo.make_vae,
+    "t5-v1_1-xxl": make_tiny_t5,
+    "PixArt-XL-2-256x256.pth": zoo.pixart,
+    "PixArt-XL-2-512x512.pth": zoo.pixart,
+    "PixArt-XL-2-1024-MS.pth": lambda file: zoo.pixart(file, "PixArtMS"),
+    "PixArt-Sigma-XL-2-2K-MS.pth": lambda file: zoo.pixart(file, text_length=300),
+    "DiT-XL-2-256x256.pt": lambda file: zoo.dit(file, "label_1000"),
+    "dit-text.pt": lambda file: zoo.dit(file, "text"),
+    "Latte-XL-2-256x256-ucf101.pt": lambda file: zoo.latte(file, "label_101"),
+    "latte-text.pt": lambda file: zoo.latte(file, "text"),
+}
+PROMPTS = ("a red circle moving right on a black background", "a lighthouse in the rain", "a boat on a lake at dawn")
+CLIP_FRAMES = 51
+
+
+class Block(NamedTuple):
+    """The commands of one fenced block, each as its words."""
+
+    place: str
+    commands: list[list[str]]
+
+
+def split(text: str) -> list[list[str]]:
+    """The commands of a block: comments dropped, continued lines joined, `&&` taken apart. AssertionError otherwise."""
+    commands = []
+    for line in re.sub(r"\\\n\s*", "", text).splitlines():
+        words = shlex.shlex(line, posix=True, punctuation_chars=True)
+        words.whitespace_split = True
+        commands.append([])
+        for word in words:
+            operator = bool(word) and set(word) <= set("|&;<>()")
+            assert not operator or word == "&&", f"{line}: only && may join commands"
+            if word == "&&":
+                commands.append([])
+            else:
+                commands[-1].append(word)
+    return [command for command in commands if command]
+
+
+def blocks() -> Iterator[Block]:
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        for match in re.finditer(r"^```(?:bash|sh|shell|console)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            line = text.count("\n", 0, match.start(1)) + 1
+            yield Block(f"{document.relative_to(ROOT).as_posix()}:{line}", split(match[1]))
+
+
+BLOCKS = list(blocks())
+BY_CI = [shlex.split(command) for command in RUN_BY_CI]
+COMMANDS = [
+    pytest.param(command, id=f"{block.place} {' '.join(command[:2])}")
+    for block in BLOCKS
+    for command in block.commands
+    if command not in BY_CI
+]
+
+
+def program_of(command: Sequence[str]) -> tuple[str, list[str]]:
+    """The row of `SMALLER` that a command has, and its arguments. AssertionError when it has none."""
+    name = command[1] if command[0] == "python" else " ".join(command[:2])
+    assert name in SMALLER, f"no test knows how to run {shlex.join(command)!r}"
+    return name, list(command[2:])
+
+
+def run(name: str, arguments: Sequence[str]) -> int:
+    """The exit code of a program, run within this process."""
+    if name.startswith("opensora "):
+        return cli.main([name.removeprefix("opensora "), *arguments])
+    if name == "scripts/misc/reproduce_embedded.py":
+        return reproduce(arguments)
+    before, sys.argv = sys.argv, [name, *arguments]
+    try:
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = before
+    return 0
+
+
+def run_small(name: str, arguments: Sequence[str]) -> int:
+    """The same with what `SMALLER` appends; settings go to those that the command has."""
+    *flags, options = [list(part) for part in _cut(SMALLER[name])]
+    given, given_options = _cut(arguments)
+    return run(name, [*given, *flags[0], *(["--cfg-options", *given_options, *options] if options else [])])
+
+
+def _cut(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments without --cfg-options and its values, and these values."""
+    words = list(arguments)
+    if "--cfg-options" not in words:
+        return words, []
+    begin = words.index("--cfg-options")
+    end = next((i for i, word in enumerate(words) if i > begin and word.startswith("--")), len(words))
+    return words[:begin] + words[end:], words[begin + 1 : end]
+
+
+def reproduce(arguments: Sequence[str]) -> int:
+    """All stages of the embedded model in miniature; what they export goes to the working folder, not the package."""
+    module = load_script("scripts/misc/reproduce_embedded.py")
+    module.EMBEDDED = Path("exported")
+    module.run = lambda command: run_small(command[0], command[1:])
+    return module.main(list(arguments))
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like the root of the repository, with everything that the documents name."""
+    folder = tmp_path_factory.mktemp("documents")
+    for name in ("assets", "configs", "scripts"):
+        (folder / name).symlink_to(ROOT / name)
+    part = "opensora/embedded/text_encoder"
+    shutil.copytree(ROOT / part, folder / part)
+    (folder / "weights").mkdir()
+    for name, make in WEIGHTS.items():
+        make(folder / "weights" / name)
+    zoo.stdit_training(folder / "outputs/001-STDiT-XL-2/epoch12-global_step2000")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    clip = make_clip(0, 0, CLIP_FRAMES, 64, 96).video
+    write_video(clip, folder / "clip.mp4", 24)
+    write_image(clip[0], folder / "first.png")
+    write_image(clip[-1], folder / "last.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run_small("scripts/train_vae.py", ["configs/embedded/train/vae_2d.py"]) == 0
+        assert run_small("scripts/train_vae.py", ["configs/embedded/train/vae_temporal.py"]) == 0
+        assert run_small("scripts/train.py", ["configs/embedded/train/stdit3.py"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return zoo.fill_hub_cache(tmp_path_factory.mktemp("documents_hub"))
+
+
+@pytest.fixture
+def here(prepared: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder of its own for a block, and models of full size made small below what a section says."""
+    folder = tmp_path / "here"
+    shutil.copytree(prepared, folder, symlinks=True)
+    monkeypatch.chdir(folder)
+    use_cache(hub, monkeypatch)
+    large = {name: {**registry.VARIANTS.get(name, {}), **zoo.SMALL} for name in registry.MODELS if "/" in name}
+    monkeypatch.setattr(registry, "VARIANTS", large)
+    return folder
+
+
+def check_request(settings: InferenceSettings) -> int:
+    """All that can be said about a request without reading a weight: sizes, prompts, references, masks, loops."""
+    pipeline = VideoPipeline(settings)
+    assert pipeline.requests
+    vae = components.build(settings.vae, components.find(settings.vae, "vae"))
+    pipeline.check_conditions(pipeline.requests, vae)
+    return 0
+
+
+def check_training(settings: TrainSettings) -> int:
+    check_trainable(settings)
+    registry.arguments(settings.model)
+    return 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_is_understood_as_it_stands(command: list[str], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, arguments = program_of(command)
+    monkeypatch.setattr("opensora.cli.generate", check_request)
+    monkeypatch.setattr("opensora.training.diffusion.train", check_training)
+    monkeypatch.setattr("opensora.training.vae.train_vae", check_training)
+    if name in ("scripts/inference.py", "scripts/inference-long.py", "scripts/train.py", "scripts/train_vae.py"):
+        assert run(name, arguments) == 0
+    elif name == "opensora generate":
+        assert cli.main(command[1:]) == 0
+    elif command[0] == "opensora":
+        assert cli._parser().parse_args(command[1:]).run
+
+
+@pytest.mark.parametrize("block", [pytest.param(block, id=block.place) for block in BLOCKS])
+def test_does_its_job_on_stand_ins(block: Block, here: Path, capsys: pytest.CaptureFixture) -> None:
+    for command in block.commands:
+        if command in BY_CI:
+            continue
+        name, arguments = program_of(command)
+        code = run_small(name, arguments)
+        printed, told = capsys.readouterr()
+        assert code in (0, None), f"{shlex.join(command)}: {told[-2000:]}"
+        if SMALLER[name] is INFERENCE:
+            made = [Path(line) for line in printed.splitlines()]
+            assert made and all(path.stat().st_size for path in made)
+
+
+def test_commands_are_taken_apart() -> None:
+    text = "a --b \"c d\" \\\n    e  # not this\n\n# nor this\nf='|0|g;h' && i {j}\n"
+    assert split(text) == [["a", "--b", "c d", "e"], ["f=|0|g;h"], ["i", "{j}"]]
+    for text in ("a | b", "a > b", "a; b", "(a)", "a & b"):
+        with pytest.raises(AssertionError, match="only && may join"):
+            split(text)
+
+
+def test_every_document_is_read() -> None:
+    fences = {document: re.findall(r"^```(\w*)", document.read_text("utf-8"), re.MULTILINE) for document in DOCUMENTS}
+    assert sum(len(block.commands) for block in BLOCKS) > 60
+    assert not {language for found in fences.values() for language in found} - {"", "bash", "text"}
+    assert len(BLOCKS) == sum(found.count("bash") for found in fences.values())
+
+
+@pytest.mark.parametrize("command", ["make all", "opensora paint x", "python scripts/other.py", "python -m other"])
+def test_unknown_programs_fail(command: str) -> None:
+    with pytest.raises(AssertionError, match="no test knows how to run"):
+        program_of(command.split())
+
+
+def test_environments_are_made_as_ci_makes_them() -> None:
+    script = (ROOT / ".ci" / "run").read_text("utf-8")
+    assert [command for command in RUN_BY_CI if command not in script] == []
+    used = [command for block in BLOCKS for command in block.commands]
+    assert [command for command in BY_CI if command not in used] == []
+
+
+def test_models_of_the_readme_are_those_of_the_program() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    rows = [tuple(cell.strip(" `") for cell in line.strip("|").split("|")) for line in re.findall(r"^\|.*", text, re.M)]
+    listed = [re.split(r"  +", line) for line in catalog.table().split("\n\n")[0].splitlines()]
+    assert len(listed) > 10
+    assert [row for row in listed if tuple(row) not in rows] == []
+
+
+def test_contents_lead_to_their_sections() -> None:
+    text = (ROOT / "docs" / "commands.md").read_text("utf-8")
+    anchors = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in re.findall(r"^## (.*)", text, re.M)]
+    assert re.findall(r"^- \[.*\]\(#(.*)\)$", text, re.MULTILINE) == anchors
+
+
+def test_stand_ins_are_those_that_the_documents_name() -> None:
+    words = {word for block in BLOCKS for command in block.commands for word in command}
+    named = {match for word in words for match in re.findall(r"weights/([\w.-]+)", word)}
+    assert not [name for name in WEIGHTS if name not in named]
