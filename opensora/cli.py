@@ -26,6 +26,7 @@ def _parser() -> Parser:
     generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to show")
     generate.add_argument("--model", dest="config", default="embedded", help="'embedded' (default) or a configuration")
     add_flags(generate, InferenceSettings)
+    generate.add_argument("--loops", dest="loop", type=int, help="the same as --loop")
     generate.set_defaults(run=_generate)
 
     replay = verbs.add_parser("replay", help="make an output again from its own recipe and compare")
@@ -39,6 +40,19 @@ def _parser() -> Parser:
     inspect = verbs.add_parser("inspect", help="say what a checkpoint holds")
     inspect.add_argument("path", help="a file, a folder or a hub id")
     inspect.set_defaults(run=_inspect)
+
+    convert = verbs.add_parser("convert", help="write a checkpoint in another format, or a published one in ours")
+    convert.add_argument("source", metavar="SRC", help="a file, a folder or a hub id")
+    convert.add_argument("destination", metavar="DST", help="what to write; it appears whole or not at all")
+    convert.add_argument("--to", required=True, choices=("safetensors", "hf", "pt"), help="a file, a folder or a file")
+    convert.add_argument("--config", help="configuration whose model the weights have to fit, and take the layout of")
+    convert.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="number format; default: as it is")
+    convert.add_argument("--layout", choices=("ours", "original"), default="ours", help="'original': the authors' own")
+    convert.add_argument("--force", action="store_true", help="replace what DST holds")
+    convert.set_defaults(run=_convert)
+
+    models = verbs.add_parser("models", help="list the models")
+    models.set_defaults(run=_models)
     return parser
 
 
@@ -76,6 +90,20 @@ def _inspect(args: argparse.Namespace) -> int:
     from opensora.weights import inspect
 
     print(inspect(args.path))
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from opensora.convert import convert
+
+    print(convert(**{name: value for name, value in vars(args).items() if name != "run"}))
+    return 0
+
+
+def _models(args: argparse.Namespace) -> int:
+    from opensora.catalog import table
+
+    print(table())
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 import re
@@ -23,19 +24,29 @@ from torch import Tensor, nn
 
 from opensora.errors import WeightsError
 from opensora.hub import INDEX, SUFFIXES, checkpoint_files, locate, one_line, read_config_json
-from opensora.weight_rules import DEFAULT_RULES, Drop, Rule, TensorDict
+from opensora.weight_rules import DEFAULT_RULES, POSITIONS, Drop, Rule, TensorDict
 
+logger = logging.getLogger("opensora")
 WRAPPERS = ("state_dict", "ema", "model", "module")
-POSITIONS = ("pos_embed", "pos_embed_temporal", "pos_embed_spatial")
 KEPT_IN_FLOAT32 = ("rope.freqs", "*.rope.freqs", *POSITIONS, "shift", "scale")
 NOT_PARAMETERS = ("y_embedder.y_embedding", *POSITIONS, "shift", "scale")
 SHORT_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
+# Each part is found in the name of some tensor; of several families that fit, the first counts.
 FAMILIES = {
     "STDiT3 (Open-Sora 1.2)": ("spatial_blocks.", "temporal_blocks.", "fps_embedder."),
+    "STDiT2 (Open-Sora 1.1)": (".attn_temp.", "t_block_temp.", "fl_embedder."),
+    "STDiT (Open-Sora 1.0)": (".attn_temp.", "t_block.", "y_embedder."),
+    "PixArt with sizes (PixArt-alpha 1024-MS)": ("csize_embedder.", "ar_embedder.", "t_block.", ".cross_attn."),
+    "PixArt-Sigma with key and value compression": ("t_block.", ".cross_attn.", ".attn.sr."),
+    "PixArt (alpha or Sigma)": ("t_block.", ".cross_attn.", "y_embedder."),
+    "Latte": ("temp_embed", ".adaLN_modulation.", "y_embedder."),
+    "DiT or Latte (the same names)": (".adaLN_modulation.", "y_embedder."),
     "video autoencoder (Open-Sora 1.2: per-frame and temporal)": ("spatial_vae.module.", "temporal_vae."),
     "temporal autoencoder (VAE_Temporal_SD)": ("encoder.block_res_blocks.", "decoder.block_res_blocks."),
+    "video autoencoder (AutoencoderKLTemporalDecoder)": ("encoder.down_blocks.", "decoder.time_conv_out."),
     "per-frame autoencoder (AutoencoderKL)": ("encoder.down_blocks.", "decoder.up_blocks.", "quant_conv."),
     "T5 text encoder": ("encoder.block.0.layer.0.SelfAttention.",),
+    "CLIP text encoder": ("embeddings.token_embedding.", "encoder.layers.0.self_attn.", "final_layer_norm."),
 }
 
 
@@ -90,10 +101,15 @@ class Summary(NamedTuple):
     sha256: str  # content_hash
     dropped: tuple[str, ...] = ()  # names that loading left out
     resized: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()  # (in the file, in the model)
+    initial: tuple[str, ...] = ()  # of the model, left at their initial values (not strict)
+    ignored: tuple[str, ...] = ()  # of the file, without a place in the model (not strict)
 
     def __str__(self) -> str:
         line = f"{self.path}: {self.tensors:,} tensors, {self.parameters:,} parameters, {'/'.join(self.dtypes)}"
-        changes = {"dropped": self.dropped, "resized": self.resized}
+        renamed = [" to ".join(pair) for pair in self.renamed]
+        changes = {"dropped": self.dropped, "resized": self.resized, "renamed": renamed, "ignored": self.ignored}
+        changes["left at initial values"] = self.initial
         told = [f", {what} {_first(names, 3)}" for what, names in changes.items() if names]
         return f"{line}, sha256 {self.sha256[:12]}{''.join(told)}"
 
@@ -142,39 +158,72 @@ def kept_in_float32(name: str) -> bool:
 
 
 def load_weights(
-    model: nn.Module, source: str | os.PathLike[str], *, rules: Sequence[Rule] = (), dtype: torch.dtype | None = None
-) -> Summary:
+    model: nn.Module, source: str | os.PathLike[str], *, rules: Sequence[Rule] = (), dtype: torch.dtype | None = None,
+    strict: bool = True,
+) -> Summary:  # fmt: skip
     """Fills every tensor of `model` from a file, folder or hub id, and returns what was read.
 
     `rules` apply before DEFAULT_RULES. Floating tensors become `dtype`, or the model's own dtype when None, save those
     `kept_in_float32`. Tensors on the meta device are replaced by the file's (non-persistent buffers stay as they
-    are), any others have their values overwritten in place. Nothing is changed before everything fits.
+    are), any others have their values overwritten in place; fixed positions are the model's own `positions()`.
+    Nothing is changed before everything fits. Unless `strict`, tensors that the file lacks stay as they are (the model
+    must not be on the meta device) and those that the model lacks are ignored; summary and log tell of both.
     Raises WeightsError naming each tensor that is missing, unexpected or of another shape.
     """
     path = locate(source, what=f"{type(model).__name__} weights")
-    found: TensorDict = read_state_dict(path)
+    found = read_state_dict(path)
+    tensors, changes = fit(model, found, path, rules, strict)
+    own = model.state_dict(keep_vars=True)
+    if nowhere := [name for name in changes["initial"] if own[name].is_meta]:
+        raise RuntimeError(f"strict=False needs a model with initial values, not on the meta device: {_first(nowhere)}")
+    _fill(model, own, tensors, dtype)
+    summary = summarize(path, found)._replace(**changes)
+    if summary.initial or summary.ignored:
+        logger.warning("%s is not a whole %s", summary, type(model).__name__)
+    return summary
+
+
+def fit(
+    model: nn.Module, file: TensorDict, path: Path, rules: Sequence[Rule] = (), strict: bool = True
+) -> tuple[dict[str, Tensor], dict[str, tuple]]:
+    """What a file and its own fixed positions give `model`, by the model's names; and what a Summary says of it.
+
+    The model may lie on the meta device, and is not changed. Arguments and errors as in `load_weights`.
+    """
     own = model.state_dict(keep_vars=True)
     rules = (*rules, *DEFAULT_RULES)
-    tensors = found
-    for rule in rules:
-        tensors = rule.load(tensors, own)
-    resized = tuple(name for name in tensors if name in found and tensors[name].shape != found[name].shape)
-    by_holder = {id(own[name]): tensor for name, tensor in tensors.items() if name in own}
+    active = [rule for rule in rules if rule.applies(file, own)]
+    tensors: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
+    for old, tensor in file.items():
+        entry = (old, tensor)
+        for rule in active:
+            entry = entry and rule.load(*entry, own)
+        if entry:
+            tensors[entry[0]], origin[entry[0]] = entry[1], old
+    placed = {name: tensor for name, tensor in tensors.items() if name in own}
+    by_holder = {id(own[name]): tensor for name, tensor in placed.items()}
     tied = {name: by_holder[id(mine)] for name, mine in own.items() if id(mine) in by_holder}  # stored under any name
-    tensors = {**tied, **tensors}
-
-    def is_dropped(name: str) -> bool:
-        return any(isinstance(rule, Drop) and rule.matches(name) for rule in rules)
-
-    missing = [name for name in own if name not in tensors and (own[name].is_meta or not is_dropped(name))]
-    misfits = [name for name in own if name in tensors and not _fits(tensors[name], own[name])]
-    problems = [f"{name}: expected {_shape(own[name])}, found {_shape(tensors[name])}" for name in misfits]
-    problems += [f"missing {name} {_shape(own[name])}" for name in missing]
-    problems += [f"unexpected {name} {_shape(tensors[name])}" for name in tensors if name not in own]
+    with torch.device("cpu"):  # wherever the model is
+        filled = {**getattr(model, "positions", dict)(), **tied, **placed}
+    kept = [
+        name for name in own if not own[name].is_meta and any(r.matches(name) for r in rules if isinstance(r, Drop))
+    ]
+    missing = [name for name in own if name not in filled and name not in kept]
+    unexpected = [name for name in tensors if name not in own]
+    misfits = [name for name in placed if not _fits(placed[name], own[name])]
+    problems = [f"{name}: expected {_shape(own[name])}, found {_shape(placed[name])}" for name in misfits]
+    if strict or not placed:
+        problems += [f"missing {name} {_shape(own[name])}" for name in missing]
+        problems += [f"unexpected {name} {_shape(tensors[name])}" for name in unexpected]
     if problems:
         raise WeightsError(f"{path} does not fit {type(model).__name__}: {_first(problems, separator='; ')}")
-    _fill(model, own, tensors, dtype)
-    return summarize(path, found)._replace(dropped=tuple(sorted(filter(is_dropped, found))), resized=resized)
+    return filled, {
+        "dropped": tuple(sorted({*file}.difference(origin.values()))),
+        "resized": tuple(name for name, old in origin.items() if tensors[name].shape != file[old].shape),
+        "renamed": tuple((old, name) for name, old in origin.items() if name != old),
+        "initial": tuple(missing), "ignored": tuple(unexpected),
+    }  # fmt: skip
 
 
 def _fill(model: nn.Module, own: TensorDict, tensors: TensorDict, dtype: torch.dtype | None) -> None:

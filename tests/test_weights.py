@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,8 +14,12 @@ from torch import Tensor, nn
 
 from opensora import weights
 from opensora.errors import WeightsError
+from opensora.models.stdit.stdit import STDiT
+from opensora.models.vae.vae import FrameAutoencoder, VideoAutoencoderKL
+from opensora.models.vae.vae_svd import VideoAutoencoderKLTemporalDecoder
 from opensora.weight_rules import Drop, Rename
 from opensora.weights import content_hash, family, inspect, load_weights, read_state_dict, save_file, save_pretrained
+from tests.test_encoders import SHAPES
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -279,14 +284,156 @@ class TestRules:
 
     def test_rename_keeps_each_star(self) -> None:
         rule = Rename("blocks.*.attn.*", "spatial_blocks.*.self.*")
-        there = rule.load({"blocks.0.attn.w": torch.zeros(1), "blocks.a": torch.zeros(1)}, {})
-        assert list(there) == ["spatial_blocks.0.self.w", "blocks.a"]
+        for there, here in (("blocks.0.attn.w", "spatial_blocks.0.self.w"), ("blocks.a", "blocks.a")):
+            assert rule.load(there, torch.zeros(1), {})[0] == here
+            assert rule.save(here, torch.zeros(1))[0] == there
         with pytest.raises(ValueError, match=r"number of \*"):
             Rename("a.*", "b")
 
-    def test_rename_onto_another_name_is_refused(self) -> None:
-        with pytest.raises(WeightsError, match="the same name"):
-            Rename("a", "b").load({"a": torch.zeros(1), "b": torch.zeros(1)}, {})
+    @pytest.mark.parametrize(
+        ("file", "model", "applies"),
+        [("a.1", "b.1", True), ("a.1 b.2", "b.1", False), ("a.1", "b.1 a.1", False), ("a.1", "c.1", False)],
+    )
+    def test_rename_needs_a_clear_case(self, file: str, model: str, applies: bool) -> None:
+        assert Rename("a.*", "b.*").applies(dict.fromkeys(file.split()), dict.fromkeys(model.split())) is applies
+
+    def test_renames_are_told(self, tmp_path: Path, state: dict[str, Tensor]) -> None:
+        save_file({f"old.{name}": tensor for name, tensor in state.items()}, tmp_path / "x.pt")
+        model = nn.ModuleDict({"new": Small()})
+        summary = load_weights(model, tmp_path / "x.pt", rules=[Rename("old.*", "new.*")])
+        assert sorted(summary.renamed) == sorted((f"old.{name}", f"new.{name}") for name in state)
+        assert "renamed old." in str(summary) and "and 2 more" in str(summary)
+
+    @pytest.mark.parametrize(
+        ("found", "wanted", "fits"),
+        [
+            ((6, 4, 2, 2), (6, 4, 1, 2, 2), True),
+            ((6, 4, 1, 2, 2), (6, 4, 1, 2, 2), True),
+            ((6, 4, 2, 2), (6, 4, 2, 2, 2), False),
+            ((6, 4, 4, 2), (6, 4, 1, 2, 4), False),
+            ((6, 4, 1, 2), (6, 4, 1, 2, 2), False),
+            ((6, 4, 2), (6, 4, 1, 2, 1), False),
+            ((6, 1, 4, 2, 2), (6, 4, 1, 2, 2), False),
+        ],
+    )
+    def test_a_patch_kernel_gains_only_an_axis_of_time(
+        self, tmp_path: Path, found: tuple[int, ...], wanted: tuple[int, ...], fits: bool
+    ) -> None:
+        model, kernel = nn.Module(), torch.randn(found)
+        model.x_embedder = nn.Module()
+        model.x_embedder.proj = nn.Module()
+        model.x_embedder.proj.weight = nn.Parameter(torch.zeros(wanted))
+        save_file({"x_embedder.proj.weight": kernel}, tmp_path / "x.pt")
+        if fits:
+            summary = load_weights(model, tmp_path / "x.pt")
+            assert torch.equal(model.x_embedder.proj.weight.flatten(), kernel.flatten())
+            assert bool(summary.resized) == (found != wanted)
+        else:
+            with pytest.raises(WeightsError, match=r"x_embedder\.proj\.weight: expected float32 .*, found float32"):
+                load_weights(model, tmp_path / "x.pt")
+
+    @pytest.mark.parametrize("kind", [VideoAutoencoderKL, VideoAutoencoderKLTemporalDecoder])
+    @pytest.mark.parametrize("age", ["new", "old names", "old names and convolutions"])
+    @pytest.mark.parametrize("meta", [False, True])
+    def test_diffusers_autoencoders(self, tmp_path: Path, kind: type[FrameAutoencoder], age: str, meta: bool) -> None:
+        """Every way to publish one loads without being told which."""
+        expected = kind(**SHAPES[kind]).state_dict()
+        names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"} if age != "new" else {}
+        state = {}
+        for name, tensor in expected.items():
+            there = name.removeprefix("module.")
+            for new, old in names.items():
+                there = there.replace(f".attentions.0.{new}.", f".attentions.0.{old}.")
+            linear = there != name.removeprefix("module.") and tensor.ndim == 2
+            state[there] = tensor[..., None, None] if linear and "convolutions" in age else tensor
+        save_file(state, tmp_path / "diffusion_pytorch_model.bin")
+        with torch.device("meta" if meta else "cpu"):
+            model = kind(**SHAPES[kind])
+        summary = load_weights(model, tmp_path)
+        assert_same(model.state_dict(), expected)
+        assert len(summary.renamed) == len(expected) and bool(summary.resized) == ("convolutions" in age)
+        assert family(state).endswith("(AutoencoderKLTemporalDecoder)" if "Temporal" in kind.__name__ else "KL)")
+
+
+class TestFixedPositions:
+    """Models of one latent size, whose positions are computed and never read."""
+
+    SETTINGS: ClassVar = dict(hidden_size=8, depth=1, num_heads=2, caption_channels=3, model_max_length=2)
+
+    @pytest.mark.parametrize("meta", [False, True])
+    def test_another_size(self, tmp_path: Path, meta: bool) -> None:
+        other = STDiT(input_size=(2, 4, 4), **self.SETTINGS)
+        save_file(other.state_dict(), tmp_path / "x.pt")
+        with torch.device("meta" if meta else "cpu"):
+            model = STDiT(input_size=(3, 6, 2), **self.SETTINGS)
+            if not meta:
+                model.pos_embed.zero_()
+            summary = load_weights(model, tmp_path / "x.pt", dtype=torch.float16)
+        assert summary.dropped == ("pos_embed", "pos_embed_temporal") and not summary.initial
+        assert_same({name: model.get_buffer(name) for name in model.positions()}, model.positions())
+        assert model.pos_embed.shape == (1, 3, 8) and model.pos_embed.dtype == torch.float32
+        assert torch.equal(model.t_block[1].weight, other.t_block[1].weight.half())
+
+    def test_positions_alone_may_be_missing(self, tmp_path: Path) -> None:
+        model = STDiT(input_size=(2, 4, 4), **self.SETTINGS)
+        state = {n: t.clone() for n, t in model.state_dict().items() if not n.startswith("pos_embed")}
+        save_file(state, tmp_path / "x.pt")
+        assert not load_weights(model, tmp_path / "x.pt").dropped
+        del state["t_block.1.bias"]
+        save_file(state, tmp_path / "x.pt")
+        with pytest.raises(WeightsError, match=r"does not fit STDiT: missing t_block\.1\.bias float32 \[48\]$"):
+            load_weights(model, tmp_path / "x.pt")
+
+
+class TestNotStrict:
+    @pytest.fixture
+    def file(self, tmp_path: Path, state: dict[str, Tensor]) -> Path:
+        """Lacks a bias and has a head."""
+        del state["first.bias"]
+        save_file({**state, "head": torch.zeros(2)}, tmp_path / "x.pt")
+        return tmp_path / "x.pt"
+
+    def test_what_is_missing_stays_and_is_told(
+        self, file: Path, state: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        model = Small()
+        bias = model.first.bias.detach().clone()
+        summary = load_weights(model, file, dtype=torch.bfloat16, strict=False)
+        assert summary.initial == ("first.bias",) and summary.ignored == ("head",)
+        assert torch.equal(model.first.bias, bias.bfloat16())
+        assert torch.equal(model.first.weight, state["first.weight"].bfloat16())
+        told = "ignored head, left at initial values first.bias"
+        assert told in str(summary)
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert told in caplog.text and "not a whole Small" in caplog.text
+
+    def test_nothing_is_told_of_a_whole_model(
+        self, tmp_path: Path, state: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        save_file(state, tmp_path / "x.pt")
+        summary = load_weights(on_meta(Small), tmp_path / "x.pt", strict=False)
+        assert not summary.initial and "initial" not in str(summary) and not caplog.records
+
+    def test_the_default_is_strict(self, file: Path) -> None:
+        with pytest.raises(WeightsError, match=r"missing first\.bias float32 \[5\]; unexpected head float32 \[2\]$"):
+            load_weights(Small(), file)
+
+    def test_shapes_still_count(self, tmp_path: Path, state: dict[str, Tensor]) -> None:
+        save_file({**state, "first.weight": torch.zeros(2, 2)}, tmp_path / "x.pt")
+        model = Small()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(WeightsError, match=r"first\.weight: expected float32 \[5, 3\], found float32 \[2, 2\]$"):
+            load_weights(model, tmp_path / "x.pt", strict=False)
+        assert_same(model.state_dict(), before)
+
+    def test_the_wrong_model_is_refused(self, tmp_path: Path) -> None:
+        save_file({"other": torch.zeros(2)}, tmp_path / "x.pt")
+        with pytest.raises(WeightsError, match=r"does not fit Small: missing .*unexpected other"):
+            load_weights(Small(), tmp_path / "x.pt", strict=False)
+
+    def test_the_meta_device_has_no_initial_values(self, file: Path) -> None:
+        with pytest.raises(RuntimeError, match=r"strict=False needs a model with initial values.*: first\.bias$"):
+            load_weights(on_meta(Small), file, strict=False)
 
 
 class TestSummary:
@@ -331,6 +478,20 @@ class TestSummary:
             (["encoder.block_res_blocks.0.0.norm1.weight", "decoder.block_res_blocks.0.a"], "temporal autoencoder"),
             (["encoder.down_blocks.0", "decoder.up_blocks.0", "quant_conv.weight"], "per-frame autoencoder"),
             (["module.encoder.down_blocks.0", "module.decoder.up_blocks.0", "module.quant_conv.w"], "per-frame"),
+            (
+                [
+                    "text_model.embeddings.token_embedding.w",
+                    "text_model.encoder.layers.0.self_attn.q",
+                    "text_model.final_layer_norm.w",
+                ],
+                "CLIP",
+            ),
+            (["blocks.0.attn_temp.w", "t_block_temp.1.w", "t_block.1.w", "fl_embedder.w", "y_embedder.w"], "STDiT2"),
+            (["blocks.0.attn_temp.w", "t_block.1.w", "y_embedder.w"], "STDiT ("),
+            (["temp_embed", "blocks.0.adaLN_modulation.1.w", "y_embedder.w"], "Latte"),
+            (["pos_embed", "blocks.0.adaLN_modulation.1.w", "y_embedder.w"], "DiT"),
+            (["t_block.1.w", "blocks.0.cross_attn.w", "y_embedder.w"], "PixArt (alpha or Sigma)"),
+            (["t_block.1.w", "blocks.0.cross_attn.w", "y_embedder.w", "blocks.9.attn.sr.w"], "PixArt-Sigma"),
             (["shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"], "T5"),
             (["first.weight"], "unknown"),
         ],

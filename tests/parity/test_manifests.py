@@ -11,37 +11,52 @@ import torch
 from torch import nn
 
 from opensora.registry import build
-from opensora.weights import count_parameters, family
+from opensora.weights import count_parameters, family, fit
 from tests.parity.cases import ROOT, Case, discover
 
-# Families that come in later work, by the start of their registry name.
-LATER_FAMILIES = ("DiT-", "Latte-", "PixArt-", "PixArtMS-", "STDiT-", "STDiT2-")
+# Layouts of other authors' classes -> the manifest of the registered model that takes their files.
+TAKEN_BY = {
+    "original_DiT-XL-2-256x256": "DiT-XL-2_label_1000",
+    "original_Latte-XL-2-256x256-ucf101": "Latte-XL-2_label_101",
+    "original_PixArt-XL-2-512x512": "PixArt-XL-2",
+    "original_PixArt-XL-2-1024-MS": "PixArtMS-XL-2",
+}
+# What `inspect` calls each.
+TITLES = {
+    "DiT": "DiT or Latte", "Latte": "DiT or Latte", "PixArt": "PixArt (", "PixArtMS": "PixArt with sizes",
+    "PixArt-Sigma": "PixArt (", "STDiT": "STDiT (", "STDiT2": "STDiT2 (", "STDiT3": "STDiT3 (",
+    "OpenSoraVAE_V1_2": "video autoencoder", "VAE_Temporal_SD": "temporal autoencoder",
+    "VideoAutoencoderKL": "per-frame autoencoder", "original_DiT": "DiT or Latte", "original_Latte": "Latte",
+    "original_PixArt-XL-2-512x512": "PixArt (", "original_PixArt-XL-2-1024-MS": "PixArt with sizes",
+}  # fmt: skip
 
 INDEX: dict[str, dict[str, Any]] = json.loads((ROOT / "manifests" / "index.json").read_text())
-MANIFESTS = [case for case in discover("manifests") if case.path.name != "index.json"]
+ALL = [case for case in discover("manifests") if case.path.name != "index.json"]
+MANIFESTS = [case for case in ALL if "registry_name" in INDEX[case.path.stem]]
+ORIGINALS = [case for case in ALL if case not in MANIFESTS]
 
 
-def is_later(manifest: Case) -> bool:
-    """True for a family of later work, and for layouts of other authors' classes, which have no registry name."""
-    return INDEX[manifest.path.stem].get("registry_name", LATER_FAMILIES[0]).startswith(LATER_FAMILIES)
-
-
-def model_of(manifest: Case) -> nn.Module:
+def model_of(stem: str) -> nn.Module:
     """The model that a manifest describes, on the default device."""
-    if is_later(manifest):
-        pytest.skip("later work")
-    entry = INDEX[manifest.path.stem]
+    entry = INDEX[stem]
     return build(dict(type=entry["registry_name"], **entry["kwargs"]))
+
+
+def tensors_of(manifest: Case) -> dict[str, torch.Tensor]:
+    """A file with the names, shapes and types of a manifest, without memory."""
+    types = {name: getattr(torch, entry["dtype"]) for name, entry in manifest.facts.items()}
+    return {n: torch.empty(entry["shape"], dtype=types[n], device="meta") for n, entry in manifest.facts.items()}
 
 
 def test_there_are_manifests() -> None:
     assert MANIFESTS
+    assert {case.path.stem for case in ORIGINALS} <= TAKEN_BY.keys()
 
 
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=str)
 def test_state_dict(manifest: Case) -> None:
     with torch.device("meta"):
-        model = model_of(manifest)
+        model = model_of(manifest.path.stem)
     entry = INDEX[manifest.path.stem]
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found = {
@@ -61,7 +76,6 @@ def test_state_dict(manifest: Case) -> None:
     assert not set(entry["non_persistent_buffers_not_in_checkpoint"]) & set(found)
 
 
-CURRENT = [case for case in MANIFESTS if not is_later(case)]
 WITH_VALUES = [case for case in MANIFESTS if "buffer_values" in INDEX[case.path.stem]]
 
 
@@ -69,13 +83,41 @@ WITH_VALUES = [case for case in MANIFESTS if "buffer_values" in INDEX[case.path.
 def test_buffer_values(manifest: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     for initialiser in ("kaiming_uniform_", "uniform_"):  # memory that nothing writes to is not spent
         monkeypatch.setattr(nn.init, initialiser, lambda tensor, *_, **__: tensor)
-    buffers = dict(model_of(manifest).named_buffers())
+    buffers = dict(model_of(manifest.path.stem).named_buffers())
     for name, values in INDEX[manifest.path.stem]["buffer_values"].items():
         torch.testing.assert_close(buffers[name].flatten(), torch.tensor(values))
 
 
-@pytest.mark.parametrize("manifest", CURRENT, ids=str)
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=str)
 def test_files_are_summed_up_as_recorded(manifest: Case) -> None:
-    tensors = {name: torch.empty(entry["shape"], device="meta") for name, entry in manifest.facts.items()}
-    assert count_parameters(tensors) == INDEX[manifest.path.stem]["num_param_elements"]
-    assert family(tensors) != "unknown"
+    assert count_parameters(tensors_of(manifest)) == INDEX[manifest.path.stem]["num_param_elements"]
+
+
+@pytest.mark.parametrize("manifest", ALL, ids=str)
+def test_inspect_knows_the_family(manifest: Case) -> None:
+    nearest = max((known for known in TITLES if manifest.path.stem.startswith(known)), key=len)
+    assert family(tensors_of(manifest)).startswith(TITLES[nearest])
+
+
+@pytest.mark.parametrize("manifest", ORIGINALS, ids=str)
+def test_files_of_other_authors_fill_the_registered_model(manifest: Case) -> None:
+    taken_by = TAKEN_BY[manifest.path.stem]
+    with torch.device("meta"):
+        model = model_of(taken_by)
+    file, own = tensors_of(manifest), model.state_dict()
+    tensors, changes = fit(model, file, manifest.path)
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {name: own[name].shape for name in own}
+    assert set(changes["dropped"]) == {"pos_embed", "temp_embed"} & file.keys()
+    assert changes["resized"] == ("x_embedder.proj.weight",)
+    assert not any(changes[what] for what in ("renamed", "initial", "ignored"))
+    assert all(not tensors[name].is_meta for name in model.positions())
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=str)
+def test_files_of_our_layout_need_no_change(manifest: Case) -> None:
+    with torch.device("meta"):
+        model = model_of(manifest.path.stem)
+    tensors, changes = fit(model, tensors_of(manifest), manifest.path)
+    assert tensors.keys() == model.state_dict().keys()
+    assert set(changes.pop("dropped")) == set(getattr(model, "positions", dict)())
+    assert not any(changes.values())
