@@ -44,7 +44,7 @@ def locate(
         part = path / (subfolder or "")
         return part if part.is_dir() else path
     if not _HUB_ID.fullmatch(text) or text.endswith(SUFFIXES):
-        raise WeightsError(f"{what}: no such file or folder '{text}'")
+        raise WeightsError(f"{what}: no such file or folder '{text}'; name one that is here, or a hub id (org/name)")
     return _from_hub(text, what, f"{subfolder}/" if subfolder else "", offline)
 
 

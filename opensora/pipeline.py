@@ -55,7 +55,8 @@ class VideoPipeline:
         self.device = pick_device(settings.device)
         self.dtype = inference_dtype(self.device, settings.dtype)
         self.scheduler = registry.build(settings.scheduler)
-        kind, size = settings.multi_resolution or "STDiT2", self.size
+        told = "PixArtMS" if settings.model["type"].startswith("PixArtMS") else "STDiT2"
+        kind, size = settings.multi_resolution or told, self.size
         self.conditioning = size_conditioning(kind, 1, size[1:], size.num_frames, settings.fps, device=self.device)
         self.made = (size.height // SPATIAL_FACTOR * SPATIAL_FACTOR, size.width // SPATIAL_FACTOR * SPATIAL_FACTOR)
         self.requests = make_requests(settings)
@@ -78,7 +79,7 @@ class VideoPipeline:
         with _output_folder(self.settings.save_dir):
             parts = self.build()
             wanted = self.with_conditions(wanted, parts["vae"])
-            self.check_conditions(wanted, parts["vae"])
+            self.check_conditions(wanted, parts["model"], parts["vae"])
             asked = (self.size.height, self.size.width)
             if self.made != asked:
                 logger.info("frames of %dx%d are made for %dx%d: sides are multiples of 8", *self.made, *asked)
@@ -140,8 +141,8 @@ class VideoPipeline:
         named = {"reference_path": given.reference_path, "mask_strategy": given.mask_strategy}
         return [request._replace(**named) for request in requests]
 
-    def check_conditions(self, requests: Sequence[Request], vae: Any) -> None:
-        """Raises ConfigError for mask strategies or loops that do not fit the clips of this autoencoder."""
+    def check_conditions(self, requests: Sequence[Request], model: Any, vae: Any) -> None:
+        """Raises ConfigError for mask strategies or loops that do not fit the clips of these parts."""
         settings, frames = self.settings, vae.get_latent_size(self.size)[0]
         self.overlap = overlapping_frames(vae, self.size.num_frames, settings) if settings.loop > 1 else 0
         for request in requests:
@@ -149,6 +150,8 @@ class VideoPipeline:
             counts = [n and vae.get_latent_size((n, None, None))[0] for n in given_frames]
             placements = parse_mask_strategy(request.mask_strategy)
             check_placements(placements, counts, frames, settings.loop, self.align)
+            if (placements or settings.loop > 1) and model.patch_size[0] > 1:
+                raise ConfigError(f"model '{settings.model['type']}' sees frames in pairs and cannot keep single ones")
             if counts and not placements:
                 logger.warning("references without a mask_strategy take no part: %s", request.reference_path)
 

@@ -60,6 +60,7 @@ class Networks:
         self.encoded: list[list[int]] = []
         self.decoded: list[int] = []
         self.out_channels, self.in_channels, self.output_dim, self.model_max_length = 4, 4, 8, 300
+        self.patch_size = (1, 2, 2)
         self.config = {"caption_channels": 8, "model_max_length": 300}
 
     def get_latent_size(self, size: Sequence[int | None]) -> list[int | None]:
