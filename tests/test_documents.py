@@ -14,12 +14,12 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 
-from opensora import components, catalog, cli, registry
+from opensora import catalog, cli, components, registry
 from opensora.datasets.clips import make_clip
 from opensora.datasets.video import write_image, write_video
 from opensora.pipeline import VideoPipeline
