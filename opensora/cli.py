@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from opensora import __version__
-from opensora.settings import InferenceSettings
+from opensora.settings import InferenceSettings, TrainSettings
 from opensora.utils.config_utils import Parser, add_flags, run_program, settings_of
 
 
@@ -23,11 +23,12 @@ def _parser() -> Parser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     generate = verbs.add_parser("generate", help="make videos or images from prompts")
-    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to show")
-    generate.add_argument("--model", dest="config", default="embedded", help="'embedded' (default) or a configuration")
-    add_flags(generate, InferenceSettings)
-    generate.add_argument("--loops", dest="loop", type=int, help="the same as --loop")
+    _add_request(generate)
     generate.set_defaults(run=_generate)
+
+    plan = verbs.add_parser("plan", help="say what generate would do with the same arguments, without doing it")
+    _add_request(plan)
+    plan.set_defaults(run=_plan)
 
     replay = verbs.add_parser("replay", help="make an output again from its own recipe and compare")
     replay.add_argument("file", help="an mp4, png or recipe .json that opensora wrote")
@@ -51,16 +52,39 @@ def _parser() -> Parser:
     convert.add_argument("--force", action="store_true", help="replace what DST holds")
     convert.set_defaults(run=_convert)
 
+    buckets = verbs.add_parser("buckets", help="say which rows of a table are trained at what size, or why not")
+    buckets.add_argument("table", metavar="TABLE", help="table with the columns path, num_frames, height and width")
+    buckets.add_argument("config", metavar="CONFIG", help="configuration of the training, with its bucket_config")
+    buckets.add_argument("--world-size", type=int, default=1, help="ranks that share the data")
+    buckets.add_argument("--epoch", type=int, default=0, help="the epoch to show; each draws anew")
+    buckets.add_argument("--seed", type=int, help="random seed")
+    buckets.add_argument("--pad", action="store_true", help="repeat rows instead of dropping what fills no batch")
+    buckets.add_argument("--save-dir", default="./samples/buckets", help="folder for the list of rows and the picture")
+    buckets.add_argument("--trust-config", action="store_true", help="run the configuration as a program")
+    buckets.add_argument("--cfg-options", nargs="+", metavar="KEY=VALUE", help="other settings")
+    buckets.set_defaults(run=_buckets)
+
     models = verbs.add_parser("models", help="list the models")
     models.set_defaults(run=_models)
     return parser
 
 
-def _generate(args: argparse.Namespace) -> int:
+def _add_request(parser: Parser) -> None:
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to show")
+    parser.add_argument("--model", dest="config", default="embedded", help="'embedded' (default) or a configuration")
+    add_flags(parser, InferenceSettings)
+    parser.add_argument("--loops", dest="loop", type=int, help="the same as --loop")
+
+
+def _request(args: argparse.Namespace) -> InferenceSettings:
     args.prompt = [*args.prompts, *(args.prompt or [])] or None
     if (args.resolution or args.aspect_ratio) and not args.image_size:
         args.cfg_options = ["image_size=None", *(args.cfg_options or [])]  # the flags beat the file's image_size
-    return generate(settings_of(InferenceSettings, args))
+    return settings_of(InferenceSettings, args)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    return generate(_request(args))
 
 
 def generate(settings: InferenceSettings) -> int:
@@ -70,6 +94,13 @@ def generate(settings: InferenceSettings) -> int:
     for output in VideoPipeline(settings).generate():
         for path in filter(None, (output.path, output.preview)):
             print(path, flush=True)
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from opensora.plan import make_plan
+
+    print(make_plan(_request(args)))
     return 0
 
 
@@ -97,6 +128,20 @@ def _convert(args: argparse.Namespace) -> int:
     from opensora.convert import convert
 
     print(convert(**{name: value for name, value in vars(args).items() if name != "run"}))
+    return 0
+
+
+def _buckets(args: argparse.Namespace) -> int:
+    from opensora import bucket_report
+
+    settings = settings_of(TrainSettings, args)
+    paths, sampler = bucket_report.load(
+        args.table, settings, world_size=args.world_size, epoch=args.epoch, pad=args.pad
+    )
+    print(bucket_report.describe(sampler))
+    for path in bucket_report.write(sampler, paths, args.save_dir, args.table):
+        print(path)
+    sampler.require_steps()
     return 0
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,14 @@ class Placement:
 
     def __str__(self) -> str:
         return ",".join(map(str, astuple(self)))
+
+
+class Clip(NamedTuple):
+    """What one clip is given, frame by frame of its latents."""
+
+    placements: tuple[Placement, ...]  # of this clip, as `resolve` gives them, references counted from 0
+    edit: tuple[float, ...]  # 0 keep, below 1 repaint, from 1 on generate
+    sources: tuple[tuple[int, int] | None, ...]  # (reference, its latent frame), None for noise alone
 
 
 def parse_mask_strategy(text: str | None) -> list[Placement]:
@@ -74,20 +83,48 @@ def resolve(placement: Placement, reference_frames: int, frames: int, align: int
     return Placement(placement.loop, placement.reference, *starts.values(), length, placement.edit)
 
 
-def check_placements(
-    placements: Sequence[Placement], reference_frames: Sequence[int | None], frames: int, loops: int,
-    align: int | None = None,
-) -> None:  # fmt: skip
-    """Raises ConfigError for a placement in clips of `frames` latent frames that has no reference, loop or place.
+def timeline(
+    placements: Sequence[Placement], reference_frames: Sequence[int], frames: int, loops: int = 1,
+    align: int | None = None, carried: tuple[int, float] = (0, 0.0),
+) -> list[Clip]:  # fmt: skip
+    """What each of `loops` clips of `frames` latent frames is given; the one statement of where references land.
 
-    `reference_frames` are the latent frames of each reference, None where nobody has counted them yet.
+    `reference_frames` are the latent frames of each reference. Every clip made becomes one more reference after these,
+    of which the next clip takes over the last `carried` (latent frames, edit). Raises ConfigError for a placement that
+    has no loop, reference or place.
     """
     for placement in placements:
         if not 0 <= placement.loop < loops:
             raise ConfigError(f"mask_strategy '{placement}' is for loop {placement.loop} of {loops}, counted from 0")
-        count = reference_frames[_index(placement, len(reference_frames))]
-        if count is not None and (fits := resolve(placement, count, frames, align).length) < placement.length:
-            logger.warning("mask_strategy '%s' asks for %d latent frames; %d fit", placement, placement.length, fits)
+    clips = []
+    for loop in range(loops):
+        counts = [*reference_frames, *[frames] * loop]
+        wanted = [placement for placement in placements if placement.loop == loop]
+        if loop:
+            wanted.append(carry(loop, len(counts) - 1, *carried))
+        clips.append(_clip([_at(placement, counts, frames, align) for placement in wanted], frames))
+    return clips
+
+
+def _at(placement: Placement, counts: Sequence[int], frames: int, align: int | None) -> Placement:
+    """`placement` resolved, its reference counted from 0; warns where it is cut short."""
+    index = _index(placement, len(counts)) % len(counts)
+    found = resolve(placement, counts[index], frames, align)
+    if found.length < placement.length:
+        logger.warning(
+            "mask_strategy '%s' asks for %d latent frames; %d fit", placement, placement.length, found.length
+        )
+    return replace(found, reference=index)
+
+
+def _clip(placements: Sequence[Placement], frames: int) -> Clip:
+    """The clip that resolved placements make; later ones overwrite earlier ones."""
+    edit, sources = [1.0] * frames, [None] * frames
+    for one in placements:
+        for step in range(one.length):
+            edit[one.target_start + step] = one.edit
+            sources[one.target_start + step] = (one.reference, one.reference_start + step)
+    return Clip(tuple(placements), tuple(edit), tuple(sources))
 
 
 def place(

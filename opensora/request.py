@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-from opensora import components, prompts, registry
+from opensora import components, prompts, refine, registry
 from opensora.conditioning import parse_mask_strategy
 from opensora.datasets.aspect import get_image_size, get_num_frames
 from opensora.errors import ConfigError
@@ -17,7 +19,7 @@ logger = logging.getLogger("opensora")
 SPATIAL_FACTOR = 8
 PARTS = ("text_encoder", "vae", "model")  # in the order in which they are read
 # Settings of the documents that this version cannot follow; their defaults ask for nothing.
-NOT_YET = ("llm_refine", "watermark", "prompt_generator")
+NOT_YET = ("prompt_generator",)
 
 
 class Request(NamedTuple):
@@ -29,6 +31,15 @@ class Request(NamedTuple):
     path: str  # without suffix
     reference_path: str | None = None  # images and videos, separated by ";"
     mask_strategy: str | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of the prompt as they were given, without loops and JSON."""
+        return prompts.split_segments(prompts.split_json(self.prompt)[0])[0]
+
+    def refined(self, settings: InferenceSettings) -> Request:
+        """The request in the words of `settings.refined`. Raises ConfigError if they say nothing."""
+        return self._replace(encoded=_read_prompt(self.prompt, settings)[0])
 
 
 class Size(NamedTuple):
@@ -54,6 +65,10 @@ def check_supported(settings: InferenceSettings) -> None:
     for part in PARTS:
         components.check(getattr(settings, part), part)
     registry.check_type("scheduler", settings.scheduler["type"], registry.SCHEDULERS)
+    if refine.is_wanted(settings):
+        refine.endpoint(settings)
+        if settings.text_encoder["type"] == "classes":
+            raise ConfigError("llm_refine rewrites words, but these prompts are numbers of classes; leave it out")
 
 
 def make_size(settings: InferenceSettings) -> Size:
@@ -75,10 +90,9 @@ def make_requests(settings: InferenceSettings) -> list[Request]:
     texts = settings.prompt or (prompts.load_prompts(settings.prompt_path) if settings.prompt_path else [])
     given = [_one_each(settings, name, len(texts)) for name in ("reference_path", "mask_strategy")]
     rows = list(enumerate(zip(texts, *given, strict=True)))
-    scores = {"aes": settings.aes, "flow": settings.flow, "camera_motion": settings.camera_motion}
     requests = []
     for index, (text, reference_path, mask_strategy) in rows[settings.start_index : settings.end_index]:
-        encoded, info = _read_prompt(text, scores)
+        encoded, info = _read_prompt(text, settings)
         if unused := [loop for loop in prompts.split_segments(encoded)[1] or () if loop >= settings.loop]:
             logger.warning("prompt %r has texts for loops %s, but --loop is %d", text, unused, settings.loop)
         conditions = {"reference_path": reference_path, "mask_strategy": mask_strategy, **info}
@@ -98,7 +112,7 @@ def _one_each(settings: InferenceSettings, name: str, count: int) -> Sequence[st
     return given or [None] * count
 
 
-def _read_prompt(text: str, scores: dict[str, Any]) -> tuple[str, dict[str, str]]:
+def _read_prompt(text: str, settings: InferenceSettings) -> tuple[str, dict[str, str]]:
     """The prompt as it is encoded, and what its JSON tail says. Raises ConfigError for one that says nothing."""
     if not text.strip():
         raise ConfigError("a prompt is empty; describe the video in it, or remove the blank line from the prompt file")
@@ -107,6 +121,16 @@ def _read_prompt(text: str, scores: dict[str, Any]) -> tuple[str, dict[str, str]
     except UnicodeEncodeError as error:
         raise ConfigError(f"prompt {text!r} is not UTF-8 text") from error
     words, info = prompts.split_json(text)
-    if not prompts.prepare(words).strip():
+    scores = {"aes": settings.aes, "flow": settings.flow, "camera_motion": settings.camera_motion}
+    prepare = partial(prompts.prepare, words, refine=partial(_refined, settings.refined))
+    if not refine.is_wanted(settings) and not prepare().strip():
         raise ConfigError(f"prompt {text!r} is empty once cleaned; describe the video in English words")
-    return prompts.prepare(words, **scores), info
+    return prepare(**scores), info
+
+
+def _refined(refined: dict[str, Any] | None, text: str) -> str:
+    """The text, or the one that was recorded in its place."""
+    answer = text if refined is None else refined.get(text)
+    if not isinstance(answer, str) or re.search("[\ud800-\udfff]", answer):
+        raise ConfigError(f"refined has no text for {text!r}; leave refined out to ask the language model again")
+    return answer

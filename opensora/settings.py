@@ -25,7 +25,7 @@ SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32"
 KINDS = {"int": {int}, "float": {int, float}, "bool": {bool}, "str": {str}, "dict": {dict}, "None": {type(None)}}
 # Settings of the documents that training cannot follow yet; their defaults ask for nothing.
 NOT_YET_IN_TRAINING = (
-    "wandb", "sp_size", "grad_checkpoint", "bucket_config", "mask_ratios", "discriminator", "use_image_identity_loss",
+    "wandb", "sp_size", "grad_checkpoint", "bucket_config", "discriminator", "use_image_identity_loss",
     "load_video_features", "load_text_features",
 )  # fmt: skip
 # Settings of the documents' other programs, and such as only matter beside one of the above: accepted and left out.
@@ -121,6 +121,9 @@ class InferenceSettings(_Settings):
     prompt_as_path: bool = setting(False, "name the results after their prompts", nargs=0)
     prompt_generator: str = setting("", "program that makes prompts")
     llm_refine: bool = setting(False, "let a language model refine the prompts")
+    llm_base_url: str | None = setting(None, "its server, such as http://localhost:8000/v1; else OPENAI_BASE_URL")
+    llm_model: str | None = setting(None, "its name; else OPENAI_MODEL")
+    refined: dict | None = None  # what it answered: text of a prompt -> the text in its place
     start_index: int = setting(0, "first prompt to use", least=0)
     end_index: int | None = setting(None, "the prompt to stop before")
     num_sample: int = setting(1, "results for each prompt", least=1)
@@ -143,7 +146,7 @@ class InferenceSettings(_Settings):
     keep: str | None = setting(None, "how much of its end to keep, in frames or as 1s")
     edit: str | None = setting(None, "video to repaint")
     strength: float | None = setting(None, "how much of it changes, 0 to 1", least=0)
-    watermark: bool = setting(False, "draw the watermark")
+    watermark: bool | str = setting(False, "write 'AI generated' on the frames; other texts as watermark='...'")
     preview: bool = setting(False, "also save a contact sheet of each video", nargs=0)
     verbose: int = setting(1, "0 hides the progress of sampling", least=0)
     outputs: str | None = setting(None, "folder of training runs")
@@ -153,6 +156,8 @@ class InferenceSettings(_Settings):
         for name, least in (("num_sampling_steps", 1), ("cfg_scale", 0)):
             if self.scheduler and self.scheduler.get(name) is not None:
                 _check_at_least(f"scheduler.{name}", self.scheduler[name], least)
+        if isinstance(self.watermark, str) and self.watermark.lower() in ("true", "false"):
+            raise ConfigError(f"watermark must be bool, or the text to write; it is {self.watermark!r}")
 
     @property
     def output_fps(self) -> float:

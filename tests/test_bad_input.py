@@ -28,6 +28,8 @@ OUTPUT = "new/folder"
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub_cache: Path) -> Path:
     monkeypatch.chdir(tmp_path)
+    for name in ("BASE_URL", "MODEL", "API_KEY"):
+        monkeypatch.delenv(f"OPENAI_{name}", raising=False)
     return tmp_path
 
 
@@ -116,8 +118,10 @@ NOT_YET = [
     (("--loop", "2", "--cfg-options", "scheduler={'type': 'dpm-solver'}"), "'dpm-solver' cannot keep given frames"),
     (("--loop", "2", "--cfg-options", "model={'type': 'DiT', 'from_pretrained': 'x'}"), "'DiT' cannot keep given"),
     (("--reference-path", "gone.png"), "gone.png"),
-    (("--llm-refine", "True"), "llm_refine is not supported yet"),
-    (("--watermark", "True"), "watermark is not supported yet"),
+    (("--llm-refine", "True"), "llm_refine asks a language model; say where and which: set OPENAI_BASE_URL"),
+    (("--watermark", "True", "--image-size", "16", "24"), "'AI generated' cannot be read on frames of 16x24;"),
+    (("--cfg-options", "watermark=猫"), "watermark '猫' cannot be drawn; write a text in Latin letters"),
+    (("--cfg-options", "watermark=' '"), "watermark ' ' cannot be drawn"),
     (("--prompt-generator", "x"), "prompt_generator is not supported yet"),
 ]
 

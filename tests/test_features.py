@@ -29,6 +29,7 @@ class Encoder:
         number = torch.tensor(indices, dtype=torch.float16)
         return {
             "latents": number[:, None, None, None, None].expand(-1, 2, 1, 2, 2).contiguous(),
+            "last": number[:, None, None, None].expand(-1, 2, 2, 2).contiguous(),
             "text": number[:, None, None].expand(-1, 3, 4).contiguous(),
             "mask": torch.ones(len(indices), 3, dtype=torch.int64),
         }

@@ -14,7 +14,6 @@ ASKED = {
     "sp_size": 2,
     "grad_checkpoint": True,
     "bucket_config": {"144p": {1: (1.0, 4)}},
-    "mask_ratios": {"random": 0.2},
     "discriminator": {"type": "N_Layer_discriminator_3D"},
     "use_image_identity_loss": True,
     "load_video_features": True,

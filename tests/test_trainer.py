@@ -125,13 +125,13 @@ class TestRun:
         assert rest.step == 10 and torch.equal(rest.model.weight, whole.model.weight)
 
     def test_zero_batches_refuse_to_start(self) -> None:
-        features = Features(torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(3, 1))
+        features = Features(*[torch.zeros(3, 1)] * 4)
         with pytest.raises(ConfigError, match="3 clips do not fill one batch of 4"):
             Batches(features, 4, 0, CPU)
 
     def test_batches_are_shuffled_epochs(self) -> None:
         column = torch.arange(7.0)[:, None]
-        batches = Batches(Features(column, column, column), 2, 0, CPU)
+        batches = Batches(Features(*[column] * 4), 2, 0, CPU)
         epochs = [[batches(step).latents.flatten().tolist() for step in range(e * 3, e * 3 + 3)] for e in range(2)]
         assert all(len({x for batch in epoch for x in batch}) == 6 for epoch in epochs) and epochs[0] != epochs[1]
         assert batches(1).latents.flatten().tolist() == epochs[0][1]

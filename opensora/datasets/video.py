@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from opensora.errors import MediaError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv")  # those documented; content tells the others
 DEFAULT_FPS = 24
 SIZE_KEY = "opensora_size"  # "HxW" before padding to even sides; present only where padding took place
 # Quality of x264: 0 is lossless, 23 its default. Its macroblock tree makes the bytes depend on uninitialised memory.
@@ -81,6 +82,32 @@ def iterate_video(path: str | Path, max_frames: int) -> Iterator[np.ndarray]:
     """The frames of `read_video` one by one, uint8 [H, W, 3], without a limit to their pixels in all."""
     with _opened(path, "a video") as container:
         yield from _decoded(container, path, max_frames)
+
+
+def read_span(
+    path: str | Path,
+    choose: Callable[[int], Sequence[int]],
+    convert: Callable[[np.ndarray], Any] = np.asarray,
+) -> tuple[list[Any], float]:
+    """Some frames of a video, each as `convert` makes it of uint8 [H, W, 3], and its frames per second on average.
+
+    `choose` gets the number of frames and returns the indices wanted, ascending. Only what lies between the key frame
+    before the first of them and the last is decoded, one frame held at a time. MediaError as from `read_video`.
+    """
+    with _opened(path, "a video") as container:
+        stream = _video_stream(container)
+        fps = float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
+        shown, keys = _timeline(container, path)
+        if not shown:
+            raise MediaError(f"{path}: holds no frames; the file is empty or cut off")
+        indices = list(choose(len(shown)))
+        if None not in shown and len(set(shown)) == len(shown):
+            times = [shown[index] for index in indices]
+            before = [key for key in keys if key <= times[0]]
+            if before and (found := _span_from_key(container, path, max(before), times, convert)) is not None:
+                return found, fps
+    with _opened(path, "a video") as container:
+        return _span_from_start(container, path, indices, convert), fps
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -206,25 +233,92 @@ def _check_frames(frames: np.ndarray, num_dims: int) -> np.ndarray:
 
 def _decoded(container: Any, path: str | Path, max_frames: int) -> Iterator[np.ndarray]:
     """The frames uint8 [H, W, 3] of an opened video; MediaError where `read_video` says so."""
+    for count, frame in enumerate(_frames(container, path), start=1):
+        if count > max_frames:
+            raise MediaError(f"{path}: holds more than {max_frames} frames, the limit here; make it shorter")
+        yield _upright(container, frame)
+
+
+def _frames(container: Any, path: str | Path, whole: bool = True) -> Iterator[Any]:
+    """The frames of PyAV from where the container stands; MediaError if they differ in size or the file is cut off.
+
+    Whether it is cut off can only be told if all of it is read: `whole`.
+    """
     stream, size, count, num_packets = _video_stream(container), None, 0, 0
     stream.codec_context.options = {"max_pixels": str(MAX_SIDE**2)}  # a frame may be larger than the header says
     for packet in container.demux(stream):
         num_packets += packet.size > 0 and not packet.is_corrupt
         for frame in packet.decode():
             count, size = count + 1, size or (frame.height, frame.width)
-            if count > max_frames:
-                raise MediaError(f"{path}: holds more than {max_frames} frames, the limit here; make it shorter")
             if size != (frame.height, frame.width):
                 raise MediaError(f"{path}: its frames differ in size; convert it to one size")
-            height, width = _true_size(container.metadata.get(SIZE_KEY), *size)
-            yield np.rot90(frame.to_ndarray(format="rgb24")[:height, :width], round(frame.rotation / 90))
+            yield frame
     if not count:
         raise MediaError(f"{path}: holds no frames; the file is empty or cut off")
-    if "mp4" in container.format.name and num_packets < stream.frames:
-        raise MediaError(f"{path}: is cut off; {num_packets} of its {stream.frames} frames are there")
+    if whole:
+        _check_whole(container, path, num_packets)
+
+
+def _upright(container: Any, frame: Any) -> np.ndarray:
+    """A frame of PyAV as uint8 [H, W, 3], without padding, turned as the file says."""
+    height, width = _true_size(container.metadata.get(SIZE_KEY), frame.height, frame.width)
+    return np.rot90(frame.to_ndarray(format="rgb24")[:height, :width], round(frame.rotation / 90))
+
+
+def _check_whole(container: Any, path: str | Path, num_packets: int) -> None:
+    """Raises MediaError if the file has fewer packets or bytes than its head says."""
+    expected = _video_stream(container).frames
+    if "mp4" in container.format.name and num_packets < expected:
+        raise MediaError(f"{path}: is cut off; {num_packets} of its {expected} frames are there")
     with open(path, "rb") as file:
         if os.path.getsize(path) < (declared := _declared_size(file.read(128))):
             raise MediaError(f"{path}: is cut off; it should have {declared} bytes")
+
+
+def _timeline(container: Any, path: str | Path) -> tuple[list[int | None], list[int]]:
+    """When each frame is shown, in order, and each key frame; nothing is decoded. MediaError for a file cut off."""
+    shown, keys, num_packets = [], [], 0
+    for packet in container.demux(_video_stream(container)):
+        if packet.size:
+            num_packets += not packet.is_corrupt
+            shown += [] if packet.is_discard else [packet.pts]
+            keys += [packet.pts] if packet.is_keyframe and packet.pts is not None else []
+    _check_whole(container, path, num_packets)
+    return (shown if None in shown else sorted(shown)), keys
+
+
+def _span_from_key(
+    container: Any, path: str | Path, key: int, times: list[int], convert: Callable[[np.ndarray], Any]
+) -> list[Any] | None:
+    """The frames shown at `times` (ascending), decoded from a key frame; None where that does not lead to them."""
+    import av
+
+    found: list[Any] = []
+    with suppress(MediaError, av.FFmpegError):  # the caller starts anew, and says what is wrong
+        container.seek(key, stream=_video_stream(container))
+        for frame in _frames(container, path, whole=False):
+            if frame.pts is None or frame.pts > times[len(found)]:
+                return None
+            if frame.pts == times[len(found)]:
+                if frame.is_corrupt:
+                    return None
+                found.append(convert(_upright(container, frame)))
+                if len(found) == len(times):
+                    return found
+    return None
+
+
+def _span_from_start(
+    container: Any, path: str | Path, indices: Sequence[int], convert: Callable[[np.ndarray], Any]
+) -> list[Any]:
+    """The frames at `indices` (ascending); all before them are decoded too."""
+    found: list[Any] = []
+    for index, frame in enumerate(_frames(container, path, whole=False)):
+        if index == indices[len(found)]:
+            found.append(convert(_upright(container, frame)))
+            if len(found) == len(indices):
+                return found
+    raise MediaError(f"{path}: frame {indices[len(found)]} cannot be decoded; the file is damaged")
 
 
 def _true_size(text: str | None, height: int, width: int) -> tuple[int, int]:

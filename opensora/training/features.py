@@ -24,9 +24,13 @@ SHARD = 500
 
 
 class Features(NamedTuple):
-    """Encoded clips: latents [N, C, T, H, W], text [N, L, C_text] and its mask [N, L]."""
+    """Encoded clips: latents [N, C, T, H, W], text [N, L, C_text] and its mask [N, L].
+
+    `last` [N, C, H, W] is the last frame of each clip, encoded as an image.
+    """
 
     latents: Tensor
+    last: Tensor
     text: Tensor
     mask: Tensor
 
@@ -47,9 +51,9 @@ def encode_once(folder: Path, num_clips: int, identity: dict[str, Any], encode: 
     for file in tqdm(missing, desc="encoding clips", unit="shard", disable=not missing):
         weights.save_file(encode(files[file]), file)
     shards = [weights.read_state_dict(file) for file in files]
-    latents, text, mask = (torch.cat([shard[name] for shard in shards]) for name in Features._fields)
-    length = int(mask.sum(dim=1).max())
-    return Features(latents, text[:, :length], mask[:, :length])
+    features = Features(*(torch.cat([shard[name] for shard in shards]) for name in Features._fields))
+    length = int(features.mask.sum(dim=1).max())
+    return features._replace(text=features.text[:, :length], mask=features.mask[:, :length])
 
 
 def _claim(folder: Path, identity: dict[str, Any]) -> None:

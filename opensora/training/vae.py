@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opensora import registry, weights
 from opensora.acceleration.device import keep_allocations_in_heap, pick_device, place
-from opensora.datasets.shape_clips import ShapeClips, shape_clips
+from opensora.datasets.shape_clips import MixedClips, shape_clips
 from opensora.errors import ConfigError
 from opensora.hub import locate, read_config_json
 from opensora.models.vae.posterior import DiagonalGaussian
@@ -90,9 +90,8 @@ def train_vae(settings: TrainSettings) -> Path:
     (model.spatial_vae if temporal else model.temporal_vae).requires_grad_(temporal and not freeze)
     model = place(model, device).train()
     data = shape_clips(settings.dataset, settings.batch_size or 1, settings.seed)
-    period = data.num_clips and data.num_clips // data.batch_size
-    videos = _mixed(settings, data, device, period)
-    loss = video_loss(model, settings, videos, period) if temporal else frame_loss(model, settings, videos)
+    videos = _mixed(settings, data, device)
+    loss = video_loss(model, settings, videos, data.period) if temporal else frame_loss(model, settings, videos)
     trainer = Trainer(settings, model, loss, device, settings.ckpt_every)
     folder = trainer.run()
     if trainer.step < trainer.total_steps:
@@ -115,12 +114,12 @@ def _build(section: dict[str, Any]) -> VideoAutoencoderPipeline:
     return model
 
 
-def _mixed(settings: TrainSettings, data: ShapeClips, device: torch.device, period: int | None) -> Videos:
-    """The clips of a step, with mixed_strategy at times only their first frames; they repeat after `period` steps."""
+def _mixed(settings: TrainSettings, data: MixedClips, device: torch.device) -> Videos:
+    """The clips of a step, with mixed_strategy at times only their first frames; they repeat as those of `data` do."""
     image_ratio = settings.mixed_image_ratio if settings.mixed_strategy == "mixed_video_image" else 0.0
 
     def videos(step: int) -> Tensor:
-        step = step % period if period else step
+        step = step % data.period if data.period else step
         x = data.videos(step).to(device)  # [B, 3, T, H, W]
         chance = torch.rand((), generator=step_generator(settings.seed + 1, step)).item()
         return x[:, :, :1] if chance < image_ratio else x
@@ -129,9 +128,9 @@ def _mixed(settings: TrainSettings, data: ShapeClips, device: torch.device, peri
 
 
 @torch.no_grad()
-def _normalise(model: VideoAutoencoderPipeline, data: ShapeClips, device: torch.device) -> None:
+def _normalise(model: VideoAutoencoderPipeline, data: MixedClips, device: torch.device) -> None:
     """Sets shift and scale to the mean and deviation of each latent channel over the first clips."""
-    batches = range(-(-STATISTICS_CLIPS // data.batch_size))
+    batches = range(-(-STATISTICS_CLIPS // data.sets[0].batch_size))
     z = torch.cat([model.encode(data.videos(step).to(device), sample=False).float() for step in batches])
     model.shift = z.mean(dim=(0, 2, 3, 4)).view(1, -1, 1, 1, 1)
     model.scale = z.std(dim=(0, 2, 3, 4)).view(1, -1, 1, 1, 1)

@@ -52,7 +52,7 @@ READ_AS = {
 }  # fmt: skip
 _OURS = {
     "trust_config", "cfg_options", "device", "offline", "vae_path", "text_encoder_path", "preview",
-    "image", "first_frame", "last_frame", "extend", "keep", "edit", "strength",
+    "image", "first_frame", "last_frame", "extend", "keep", "edit", "strength", "llm_base_url", "llm_model",
 }  # fmt: skip
 
 

@@ -92,8 +92,11 @@ class Networks:
     def forward(self, x: Tensor, timestep: Tensor, y: Tensor, x_mask: Tensor | None = None) -> Tensor:
         raise AssertionError("the stand-in sampler asks no model")
 
-    def sample(self, model: Any, noise: Tensor, cond: dict, null: dict | None, *, edit: Tensor, **_: Any) -> Tensor:
+    def sample(
+        self, model: Any, noise: Tensor, cond: dict, null: Any, *, edit: Tensor | None = None, **_: Any
+    ) -> Tensor:
         sizes = {name: value.tolist() for name, value in cond.items() if name != "y"}
+        edit = torch.ones(noise.shape[:3:2]) if edit is None else edit
         text = self.texts[int(cond["y"].flatten()[0])]
         self.calls.append({"prompt": text, "z": list(noise.shape), "mask": edit[0].tolist(), "sizes": sizes})
         return noise
@@ -109,6 +112,8 @@ def networks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
     parts |= {"fill_text_encoder": summary, "trained_sizes": []}
     for name, value in parts.items():
         monkeypatch.setattr(pipeline.components, name, lambda *_, value=value, **__: value)
+    for needs_modules in ("rehearse", "_remember"):
+        monkeypatch.setattr(VideoPipeline, needs_modules, lambda *_, **__: None)
     build = pipeline.registry.build
 
     def stand_in(section: dict) -> Any:

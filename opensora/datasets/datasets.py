@@ -1,0 +1,276 @@
+"""Videos and images of a table as training samples: a crop in time, at a size, with its caption.
+
+Which crop is a function of (seed, epoch, row). What cannot be read is skipped, never replaced: the sample is a
+`Broken`, `collate` sets it apart, and `Quarantine` counts it, names it in a list, and stops a run of too many.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from opensora.datasets.bucket import random_words
+from opensora.datasets.table import read_table
+from opensora.datasets.transforms import get_transform
+from opensora.datasets.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_image, read_image, read_span
+from opensora.errors import ConfigError, MediaError
+
+log = logging.getLogger(__name__)
+
+IMAGE_FPS = 120  # what models are told for an image
+CROPS = 4  # the stream of random numbers; bucket.py and samplers.py number theirs from 0
+LEAST_BROKEN = 1  # so many broken files never stop a run that has others
+
+
+class Broken(NamedTuple):
+    """A row that gives no sample, and why."""
+
+    row: int
+    path: str
+    reason: str
+
+
+def num_starts(total: int, num_frames: int, interval: int) -> int:
+    """At how many frames a crop may start in a video of `total` frames; 0 where it has fewer than `num_frames`."""
+    return 0 if total < num_frames else max(total - num_frames * interval, 0) + 1
+
+
+def frame_indices(total: int, num_frames: int, interval: int, start: int) -> list[int]:
+    """`num_frames` indices, evenly spread over the `num_frames * interval` frames (or all) from `start` on.
+
+    The first and the last frame of that crop are among them, so that they lie a little more than `interval` apart.
+    """
+    length = min(num_frames * interval, total)
+    return [start + step * (length - 1) // max(num_frames - 1, 1) for step in range(num_frames)]
+
+
+def to_levels(video: Tensor) -> Tensor:
+    """float32 in [-1, 1] of uint8; float32 stays as it is. For use on the device."""
+    return video if video.is_floating_point() else video.float().div(127.5).sub(1)
+
+
+class _TableDataset(Dataset):
+    """What both data sets share. `as_uint8` rounds to 8 bits, which are a quarter to move and to keep in memory."""
+
+    def __init__(self, data_path: str | Path | None, interval: int, transform: str, seed: int, as_uint8: bool) -> None:
+        if not isinstance(interval, int) or interval < 1:
+            raise ConfigError(f"dataset.frame_interval must be a positive whole number; it is {interval!r}")
+        self.table = read_table(data_path)
+        self.frame_interval, self.transform, self.seed, self.as_uint8 = interval, transform, seed, as_uint8
+        self.to_size = get_transform(transform)
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # worker processes that stay see it too
+
+    def set_epoch(self, epoch: int) -> None:
+        """Crops of the samples read from now on are those of this epoch."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: Any) -> dict[str, Any] | Broken:
+        try:
+            return self.read(index)
+        except MediaError as error:
+            row = self._row(index)
+            path = self.table.path[row]
+            return Broken(row, path, str(error).removeprefix(f"{path}: "))
+
+    def _row(self, index: Any) -> int:
+        return int(index)
+
+    def _clip(self, row: int, num_frames: int, size: tuple[int, int], start: int | None) -> tuple[Tensor, float]:
+        """A video's crop [3, num_frames, H, W] or an image [3, 1, H, W], and frames per second."""
+        path = self.table.path[row]
+        self._check(size)
+        if _is_image(path):
+            return self._sized(read_image(path), size), IMAGE_FPS
+
+        def choose(total: int) -> Sequence[int]:
+            starts = num_starts(total, num_frames, self.frame_interval)
+            if not starts:
+                raise MediaError(f"{path}: has {total} frames, fewer than the {num_frames} asked for")
+            first = self._random(row, starts) if start is None else start
+            return frame_indices(total, num_frames, self.frame_interval, first)
+
+        frames, fps = read_span(path, choose, lambda frame: self._sized(frame[None], size))
+        return torch.cat(frames, dim=1), fps
+
+    def _random(self, row: int, count: int) -> int:
+        """A number from 0 to below `count`."""
+        return int(random_words(1, self.seed, int(self._epoch), CROPS, row)[0] % np.uint64(count))
+
+    def _check(self, size: tuple[int, int]) -> None:
+        if self.transform == "center" and size[0] != size[1]:
+            problem = f"transform_name 'center' makes squares, not {size[0]}x{size[1]}"
+            raise ConfigError(f"dataset: {problem}; set transform_name='resize_crop'")
+
+    def _sized(self, frames: np.ndarray, size: tuple[int, int]) -> Tensor:
+        video = self.to_size(frames, size)
+        return video.add(1).mul(127.5).round().clamp(0, 255).byte() if self.as_uint8 else video
+
+    def _captioned(self, row: int, sample: dict[str, Any]) -> dict[str, Any]:
+        return sample if self.table.text is None else {**sample, "text": self.table.text[row]}
+
+
+class VideoTextDataset(_TableDataset):
+    """Samples of one size: `video` float32 [3, T, H, W] in [-1, 1], `fps` of the file, and `text` if there is any.
+
+    An image is repeated `num_frames` times. `image_size` is (H, W). Raises ConfigError for wrong settings or tables.
+    """
+
+    def __init__(
+        self,
+        data_path: str | Path | None = None,
+        num_frames: int = 16,
+        frame_interval: int = 1,
+        image_size: tuple[int, int] = (256, 256),
+        transform_name: str = "center",
+        *,
+        seed: int = 1024,
+        as_uint8: bool = False,
+    ) -> None:
+        super().__init__(data_path, frame_interval, transform_name, seed, as_uint8)
+        if not isinstance(num_frames, int) or num_frames < 1:
+            raise ConfigError(f"dataset.num_frames must be a positive whole number; it is {num_frames!r}")
+        self.num_frames, self.image_size = num_frames, _size(image_size)
+        self._check(self.image_size)
+
+    def read(self, index: int, start: int | None = None) -> dict[str, Any]:
+        """The sample of a row, from frame `start` on if given; MediaError if it cannot be read."""
+        row = self._row(index)
+        video, fps = self._clip(row, self.num_frames, self.image_size, start)
+        video = video.expand(-1, self.num_frames, -1, -1).contiguous()
+        return self._captioned(row, {"video": video, "fps": fps})
+
+
+class VariableVideoTextDataset(_TableDataset):
+    """Samples of the sizes that a bucket sampler asks for, by index `row-T-H-W`.
+
+    `video` is float32 [3, T, H, W] in [-1, 1]; `num_frames`, `height`, `width`, `ar` (H / W) and `fps` (divided by the
+    interval, rounded down; 120 for images) are what a model is told; `text` is there if the table has it. `num_frames`
+    and `image_size` have no effect, `dummy_text_feature` leaves texts out. Raises ConfigError for wrong settings.
+    """
+
+    def __init__(
+        self,
+        data_path: str | Path | None = None,
+        num_frames: int | None = None,
+        frame_interval: int = 1,
+        image_size: tuple[int | None, int | None] | None = None,
+        transform_name: str = "resize_crop",
+        dummy_text_feature: bool = False,
+        *,
+        seed: int = 1024,
+        as_uint8: bool = False,
+    ) -> None:
+        super().__init__(data_path, frame_interval, transform_name, seed, as_uint8)
+        self.with_text = not dummy_text_feature
+
+    def _row(self, index: str) -> int:
+        return _parsed(index)[0]
+
+    def read(self, index: str, start: int | None = None) -> dict[str, Any]:
+        """The sample of an index, from frame `start` on if given; MediaError if it cannot be read."""
+        row, num_frames, height, width = _parsed(index)
+        video, fps = self._clip(row, num_frames, (height, width), start)
+        if video.shape[1] != num_frames:
+            problem = f"is an image where the table says {num_frames} frames or more"
+            raise MediaError(f"{self.table.path[row]}: {problem}; write 1 in its column num_frames")
+        fps = fps if _is_image(self.table.path[row]) else fps // self.frame_interval
+        told = {"num_frames": num_frames, "height": height, "width": width, "ar": height / width, "fps": fps}
+        sample = {"video": video, **told}
+        return self._captioned(row, sample) if self.with_text else sample
+
+
+def collate(samples: Iterable[dict[str, Any] | Broken]) -> dict[str, Any]:
+    """A batch: tensors stacked, numbers as tensors [B], texts as a list, and the `broken` ones set apart.
+
+    If all samples are broken there is nothing else in it.
+    """
+    samples = list(samples)
+    whole = [sample for sample in samples if not isinstance(sample, Broken)]
+    batch: dict[str, Any] = {"broken": [sample for sample in samples if isinstance(sample, Broken)]}
+    for name in whole[0] if whole else ():
+        values = [sample[name] for sample in whole]
+        if isinstance(values[0], Tensor):
+            batch[name] = torch.stack(values)
+        elif isinstance(values[0], str):
+            batch[name] = values
+        else:
+            batch[name] = torch.from_numpy(np.array(values))
+    return batch
+
+
+class Quarantine:
+    """The broken files of a run: counted, each named once in a list, one JSON object a line.
+
+    `most` is the share of the table's rows that may be broken.
+    """
+
+    def __init__(self, path: str | Path, num_rows: int, most: float = 0.05) -> None:
+        self.path, self.num_rows = Path(path), num_rows
+        self.limit = min(max(LEAST_BROKEN, int(most * num_rows)), num_rows - 1)
+        self.rows: set[int] = set()
+        content = self.path.read_bytes() if self.path.exists() else b""
+        self.named = set(_named(content))
+        self.mended = "" if content.endswith(b"\n") or not content else "\n"  # a crash may have cut off its last line
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def add(self, broken: Iterable[Broken]) -> None:
+        """Takes up what `collate` set apart; MediaError once more rows are broken than may be."""
+        for one in broken:
+            self.rows.add(one.row)
+            self._name(one)
+        if len(self.rows) > self.limit:
+            problem = f"{len(self.rows)} of {self.num_rows} files cannot be read, over the limit of {self.limit}"
+            raise MediaError(f"{problem}; they are listed with reasons in {self.path}")
+
+    def _name(self, one: Broken) -> None:
+        if one.path in self.named:
+            return
+        self.named.add(one.path)
+        log.warning("%s is skipped: %s", one.path or f"row {one.row}", one.reason)
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(self.mended + json.dumps(one._asdict()) + "\n")
+            self.mended = ""
+        except OSError as error:
+            raise MediaError(f"{self.path}: cannot be written ({error.strerror}); free some space") from error
+
+
+def _named(content: bytes) -> Iterator[str]:
+    """The files in a list of broken ones; a line cut off by a crash names none."""
+    for line in content.splitlines():
+        with suppress(ValueError, LookupError, TypeError):
+            yield str(json.loads(line)["path"])
+
+
+def _is_image(path: str) -> bool:
+    """By suffix, as documented; a file of another suffix is recognised by its content."""
+    suffix = Path(path).suffix.lower()
+    return suffix in IMAGE_SUFFIXES or (suffix not in VIDEO_SUFFIXES and is_image(path))
+
+
+def _parsed(index: str) -> tuple[int, int, int, int]:
+    """(row, T, H, W) of `row-T-H-W`."""
+    parts = [int(part) for part in index.split("-")] if isinstance(index, str) else []
+    if len(parts) != 4 or min(parts[1:]) < 1:
+        raise ValueError(f"an index is row-T-H-W, as a bucket sampler gives it; not {index!r}")
+    return tuple(parts)
+
+
+def _size(size: Any) -> tuple[int, int]:
+    if isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size):
+        return tuple(size)
+    raise ConfigError(f"dataset.image_size must be (height, width) in pixels; it is {size!r}")

@@ -1,0 +1,309 @@
+"""What the stages of a generation cost: counted without numbers on the meta device, set to the pace of this machine.
+
+Weights are exact. Operations run on shapes alone; what they allocate, move and compute is added up, with the copies
+that convolutions make on a host processor. How long a unit of work takes is what earlier runs here took for it, or
+what a moment's trial takes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from opensora.weights import kept_in_float32
+
+PRODUCTS, CONVOLUTIONS, BANDWIDTH = 1e11, 5e10, 5e9  # operations and bytes a second at the nominal pace
+DISPATCH = 1e-5  # seconds that an operation takes however small it is
+RUNS_KEPT, LONG_ENOUGH = 64, 10.0  # earlier runs of a device; seconds below which a run says nothing about the pace
+
+
+class Cost(NamedTuple):
+    """Floating-point operations of matrix products and of convolutions, bytes moved, operations, bytes at the peak."""
+
+    products: float = 0
+    convolutions: float = 0
+    moved: float = 0
+    calls: int = 0
+    peak: int = 0  # without weights
+
+    def times(self, count: float) -> Cost:
+        """The cost of doing the same `count` times, one after the other."""
+        return Cost(*(value * count for value in self[:3]), int(self.calls * count), self.peak)
+
+    def then(self, other: Cost) -> Cost:
+        """The cost of both, one after the other."""
+        sums = (mine + others for mine, others in zip(self[:4], other[:4], strict=True))
+        return Cost(*sums, max(self.peak, other.peak))
+
+    @property
+    def nominal_seconds(self) -> float:
+        """Seconds at the nominal pace."""
+        return self.products / PRODUCTS + self.convolutions / CONVOLUTIONS + self.moved / BANDWIDTH
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up what runs under it on the meta device."""
+
+    def __init__(self, on_host: bool) -> None:
+        super().__init__()
+        self.on_host = on_host
+        self.products = self.convolutions = self.moved = 0.0
+        self.calls = self.alive = self.peak = 0
+        self.storages: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        inputs = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        known = {one.untyped_storage()._cdata for one in inputs}
+        made = [one for one in tree_leaves(out) if isinstance(one, Tensor)]
+        fresh = [one for one in made if one.untyped_storage()._cdata not in known]
+        for tensor in fresh:
+            self._add(tensor)
+        if fresh or func._schema.is_mutable:
+            self.calls += 1
+            self.moved += sum(map(_bytes, [*inputs, *made]))
+        self._count(func, args, kwargs or {}, out, inputs)
+        return out
+
+    def _count(self, func: Any, args: Any, kwargs: Any, out: Any, inputs: list[Tensor]) -> None:
+        packet = func._overloadpacket
+        if packet not in flop_registry:
+            return
+        count = flop_registry[packet](*args, **kwargs, out_val=out)
+        if packet is not torch.ops.aten.convolution:
+            self.products += count
+            return
+        self.convolutions += count
+        if self.on_host:  # its kernels want another layout: both sides are copied
+            self.peak = max(self.peak, self.alive + _bytes(inputs[0]) + _bytes(out))
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.storages:
+            self.storages[key] = weakref.ref(storage, partial(self._gone, key, size))
+            self.alive += size
+            self.peak = max(self.peak, self.alive)
+
+    def _gone(self, key: int, size: int, _: Any) -> None:
+        if self.storages.pop(key, None) is not None:
+            self.alive -= size
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention without its matrix of weights, as the kernels of all devices compute it."""
+
+    def __init__(self, counter: _Counter) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, key, value = args[:3]
+        batch, heads, length, width = query.shape
+        self.counter.products += 2 * batch * heads * length * key.shape[-2] * (width + value.shape[-1])
+        return query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+
+
+def count(function: Callable[[], Any], device: torch.device) -> Cost:
+    """The cost of calling a function that works on meta tensors, on `device`."""
+    counter = _Counter(is_host(device))
+    with torch.no_grad(), counter, _FusedAttention(counter):
+        function()
+    return Cost(counter.products, counter.convolutions, counter.moved, counter.calls, counter.peak)
+
+
+def is_host(device: torch.device) -> bool:
+    """Whether a device computes in the memory of this process."""
+    return device.type == torch.empty(0).device.type
+
+
+def shadow(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The parameters and buffers of a model without numbers, as inference in `dtype` holds them."""
+
+    def of(name: str, tensor: Tensor) -> Tensor:
+        wanted = dtype if tensor.is_floating_point() and not kept_in_float32(name) else tensor.dtype
+        return torch.empty(tensor.shape, dtype=wanted, device="meta")
+
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: of(name, tensor) for name, tensor in tensors}
+
+
+def weights(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of the parameters and buffers of a model in inference."""
+    return sum(map(_bytes, shadow(model, dtype).values()))
+
+
+class _Method(nn.Module):
+    """A method of a model as a module, so that it can run on other tensors."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        super().__init__()
+        self.model, self.name = model, name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.model, self.name)(*args, **kwargs)
+
+
+Work = Callable[[], Any]  # on meta tensors
+
+
+def _work(model: nn.Module, dtype: torch.dtype, device: torch.device, method: str, *args: Any, **kwargs: Any) -> Work:
+    for module in model.modules():
+        if hasattr(module, "fold_time"):
+            module.fold_time = is_host(device)
+    tensors = {f"model.{name}": tensor for name, tensor in shadow(model, dtype).items()}
+    return lambda: functional_call(_Method(model, method), tensors, args, kwargs, tie_weights=False)
+
+
+def step(
+    model: nn.Module, latent: tuple[int, ...], told: Mapping[str, Tensor], tokens: int, dtype: torch.dtype,
+    device: torch.device, batch: int = 2, frames_given: bool = False,
+) -> Work:  # fmt: skip
+    """One evaluation of a diffusion model on latents (T, H, W), with and without text. It raises what the model does.
+
+    `told` is its size conditioning, `tokens` the length of the text; `frames_given`: some frames are kept or edited.
+    """
+    config = model.config
+    told = {name: value.to("meta") for name, value in told.items()}
+    if str(config.get("condition", "text")).startswith("label"):
+        y = torch.empty(batch, dtype=torch.int64, device="meta")
+    else:
+        y = torch.empty(batch, 1, tokens, config["caption_channels"], dtype=dtype, device="meta")
+    if frames_given:
+        told["x_mask"] = torch.empty(batch, latent[0], dtype=torch.bool, device="meta")
+    x = torch.empty(batch, model.in_channels, *latent, device="meta")
+    return _work(model, dtype, device, "forward", x, torch.empty(batch, device="meta"), y, **told)
+
+
+def decoding(vae: nn.Module, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Cost:
+    """Making one clip (T, H, W) of its latents."""
+    z = torch.empty(1, vae.out_channels, *vae.get_latent_size(size), dtype=dtype, device="meta")
+    return count(_work(vae, dtype, device, "decode", z, num_frames=size[0]), device)
+
+
+def encoding(vae: nn.Module, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Cost:
+    """Making the latents of a video (T, H, W)."""
+    x = torch.empty(1, 3, *size, dtype=dtype, device="meta")
+    return count(_work(vae, dtype, device, "encode", x, sample=False), device)
+
+
+def reading_text(config: Any, parameters: int, tokens: int) -> Cost:
+    """Encoding one text with a T5 or CLIP of this transformers configuration, in float32."""
+    width = getattr(config, "d_model", None) or config.hidden_size
+    inner = getattr(config, "d_ff", None) or config.intermediate_size
+    heads = getattr(config, "num_heads", None) or config.num_attention_heads
+    peak = 4 * tokens * (3 * inner + 6 * width + 3 * heads * tokens)
+    blocks = parameters - width * config.vocab_size
+    return Cost(products=2.0 * tokens * blocks, moved=4.0 * blocks, calls=500, peak=peak)
+
+
+def seconds(cost: Cost, device: torch.device, stage: str) -> float:
+    """Seconds that a stage of this cost takes on this device."""
+    return cost.nominal_seconds * (_remembered(device).get(stage) or _trial(device)) + DISPATCH * cost.calls
+
+
+def remember(device: torch.device, stage: str, cost: Cost, taken: float) -> None:
+    """Notes how long a stage took on this device, if it was long enough to say something about its pace."""
+    if taken < LONG_ENOUGH:
+        return
+    runs = [run for run in _runs() if (run["device"], run["stage"]) != (name_of(device), stage)]
+    same = [run for run in _runs() if (run["device"], run["stage"]) == (name_of(device), stage)][1 - RUNS_KEPT :]
+    pace = max(taken - DISPATCH * cost.calls, 0.1 * taken) / max(cost.nominal_seconds, 1e-9)
+    text = json.dumps([*runs, *same, {"device": name_of(device), "stage": stage, "pace": pace}])
+    with suppress(OSError):
+        path = _file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def _remembered(device: torch.device) -> dict[str, float]:
+    """Stage -> the median pace of the runs of this device."""
+    paces: dict[str, list[float]] = {}
+    for run in _runs():
+        if run["device"] == name_of(device):
+            paces.setdefault(run["stage"], []).append(run["pace"])
+    return {stage: statistics.median(found) for stage, found in paces.items()}
+
+
+def _runs() -> list[dict[str, Any]]:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        runs = json.loads(_file().read_text(encoding="utf-8"))
+        return [{"device": str(run["device"]), "stage": str(run["stage"]), "pace": float(run["pace"])} for run in runs]
+    return []
+
+
+def _file() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "opensora", "paces.json").expanduser()
+
+
+def wait(device: torch.device) -> None:
+    """Returns when a device has done all that it was given."""
+    if not is_host(device):
+        torch.accelerator.synchronize()
+
+
+def name_of(device: torch.device) -> str:
+    """What a device is called in the record of runs: its kind, and how many threads compute where that matters."""
+    return f"{device.type}-{torch.get_num_threads()}" if is_host(device) else device.type
+
+
+@cache
+def _trial(device: torch.device) -> float:
+    """How much slower than the nominal pace this device is: matrix products and sums of some milliseconds."""
+    one = torch.ones(1024, 1024, device=device)
+    large = torch.ones(8, 1024, 1024, device=device)
+    work = Cost(products=4 * 2.0 * 1024**3, moved=4 * 3.0 * _bytes(large))
+    for _attempt in range(2):  # the first one pays for the start of threads and kernels
+        begin = time.perf_counter()
+        for _ in range(4):
+            one @ one
+            large + large
+        wait(device)
+        taken = time.perf_counter() - begin
+    return taken / work.nominal_seconds
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that a device has to give, None where nobody says."""
+    if not is_host(device):
+        ask = getattr(torch.accelerator, "get_memory_info", None)
+        return ask(device)[0] if ask else None
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    with suppress(ValueError, OSError, AttributeError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def resident() -> int:
+    """Bytes that this process occupies now; a guess where the system does not say."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+    return 600 * 2**20
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,389 @@
+"""What a request would do, before any weight is read: its frames, its size, and the memory and time it will take."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from opensora import components, estimate, refine
+from opensora.conditioning import Clip, Placement, parse_mask_strategy
+from opensora.errors import ConfigError, WeightsError
+from opensora.estimate import Cost
+from opensora.hub import checkpoint_files
+from opensora.models.text_encoder.classes import ClassIds
+from opensora.pipeline import VideoPipeline, count_tokens, output_folder
+from opensora.request import PARTS, SPATIAL_FACTOR, Request
+from opensora.settings import InferenceSettings
+
+GIB = 2**30
+LIBRARIES = 100 * 2**20  # of a host's memory, for what is loaded only once numbers are computed
+T5_XXL = {"parameters": 4_762_310_656, "tokens": 300}  # what is assumed of a text encoder that is not here
+NEAR = 3  # legal sizes shown below and above the one asked for
+
+
+class Stage(NamedTuple):
+    """One stage of the work: what of the weights it adds, the bytes it works in, and how long it takes."""
+
+    name: str
+    weights: int
+    files: int  # bytes of the weight files that stay mapped beside it, or are read for it
+    copied: bool  # whether the weights are copies in another format than the files'
+    cost: Cost
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A request that nothing is wrong with: what will be made, and what it takes."""
+
+    pipeline: VideoPipeline
+    parts: Mapping[str, Any]
+    requests: list[Request]
+    timelines: list[list[Clip]]
+    notes: list[str]
+    base: int  # bytes that the process occupies before the first stage
+    grid: tuple[int, int, int]  # frames, rows and columns of pixels that are worked on together
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """Text, autoencoder and model, and what they do, in order."""
+        return list(_stages(self.pipeline, self.parts, self.timelines, self.requests))
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of each result."""
+        loops, frames = self.pipeline.settings.loop, self.pipeline.size.num_frames
+        return loops * (frames - self.pipeline.overlap) + self.pipeline.overlap
+
+    @property
+    def memory(self) -> int:
+        """Bytes at the peak: of the process on a host, else of the device."""
+        if estimate.is_host(self.pipeline.device):
+            return self.base + peak_on_host(self.stages)
+        text, *others = self.stages
+        held = sum(stage.weights for stage in others)
+        return max(text.weights + text.cost.peak, held + max(stage.cost.peak for stage in others))
+
+    @property
+    def seconds(self) -> float:
+        """Seconds for all results, reading the weights apart."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def room(self) -> int | None:
+        """Bytes that the device has for this, None where nobody says."""
+        free = estimate.available(self.pipeline.device)
+        return None if free is None else free + (self.base if estimate.is_host(self.pipeline.device) else 0)
+
+    @property
+    def fits(self) -> bool:
+        return self.room is None or self.memory <= self.room
+
+    def __str__(self) -> str:
+        return "\n".join([*self._timeline(), "", *self._size(), *self._notes(), "", *self._costs()])
+
+    def _timeline(self) -> Iterator[str]:
+        pipeline, size = self.pipeline, self.pipeline.size
+        height, width = pipeline.made
+        kind = "image" if self.num_frames == 1 else f"{self.num_frames} frames at {pipeline.settings.output_fps:g} fps"
+        for request, clips in zip(self.requests, self.timelines, strict=True):
+            yield f"{request.path}: {kind}, {height}x{width}, from {_short(request.prompt)}"
+            given = _names(request)
+            if len(clips) > 1:
+                joined = f"{len(clips)} clips of {size.num_frames} frames, each taking over {pipeline.overlap}"
+                yield f"  {joined} from the one before"
+            for loop, clip in enumerate(clips):
+                yield f"  clip {loop}: {len(clip.edit)} latent frames"
+                yield from (f"    {line}" for line in describe(clip, given))
+
+    def _size(self) -> Iterator[str]:
+        size = self.pipeline.size
+        yield f"legal sizes near {size.height}x{size.width}: " + ", ".join(f"{h}x{w}" for h, w in near_sizes(self))
+        yield f"legal lengths near {size.num_frames}: " + ", ".join(map(str, near_lengths(self)))
+
+    def _notes(self) -> Iterator[str]:
+        if self.notes:
+            yield from ("", *(f"note: {note}" for note in self.notes))
+
+    def _costs(self) -> Iterator[str]:
+        yield f"{'stage':<12}{'weights':>10}{'work':>10}{'time':>10}"
+        for stage in self.stages:
+            yield f"{stage.name:<12}{_gib(stage.weights):>10}{_gib(stage.cost.peak):>10}{_time(stage.seconds):>10}"
+        room = "" if self.room is None else f" of {_gib(self.room)} free on {self.pipeline.device}"
+        yield f"peak {_gib(self.memory)}{room}, {_time(self.seconds)} beside reading the weights"
+        if not self.fits:
+            found = cheaper(self)
+            yield "it does not fit; " + (f"this does: {found}" if found else "nothing smaller was found that does")
+
+
+def make_plan(settings: InferenceSettings) -> Plan:
+    """What a request would do. Raises whatever generation would raise before it reads a weight.
+
+    Nothing is downloaded but references. Weights that would have to be are taken to be those of their type.
+    """
+    pipeline = VideoPipeline(settings)
+    if not pipeline.requests:
+        raise ConfigError("there is no prompt: give one, or --prompt-path with a file of prompts")
+    wanted = [request for request in pipeline.requests if not pipeline.exists(request)]
+    with output_folder(settings.save_dir):
+        parts, absent = build(pipeline)
+        asks = refine.is_wanted(settings)  # then nobody knows yet how long the texts will be
+        requests = pipeline.check(wanted, {**parts, "text_encoder": None} if asks else parts)
+    notes = ["the prompts will be refined by a language model first; it has not been asked"] if asks else []
+    notes += [f"{request.path} exists and is kept" for request in pipeline.requests if request not in wanted]
+    notes += [f"{part}: '{getattr(settings, part)['from_pretrained']}' would be downloaded" for part in absent]
+    timelines = [pipeline.timelines[request] for request in requests]
+    notes += [note for request in requests for note in _snapped(pipeline, request)]
+    grid = (parts["vae"].group[0], *(SPATIAL_FACTOR * side for side in parts["model"].patch_size[1:]))
+    base = estimate.resident() + LIBRARIES
+    return Plan(pipeline, parts, requests, timelines, list(dict.fromkeys(notes)), base, grid)
+
+
+def build(pipeline: VideoPipeline) -> tuple[dict[str, Any], list[str]]:
+    """The parts of a request without weights, and the names of those that are not here and would be downloaded."""
+    settings, paths, absent = pipeline.settings, {}, []
+    for part in PARTS:
+        try:
+            paths[part] = components.find(getattr(settings, part), part, offline=True)
+        except WeightsError as error:
+            if settings.offline or os.environ.get("HF_HUB_OFFLINE") or "(offline)" not in str(error):
+                raise  # it is no name of the hub, or nobody may ask there
+            absent.append(part)
+    if not absent:
+        return pipeline.build(), []
+    encoder = None
+    if "text_encoder" in paths:
+        encoder = components.build_text_encoder(settings.text_encoder, paths["text_encoder"], pipeline.dtype)
+    vae = components.build(settings.vae, paths.get("vae"))
+    size = {"input_size": tuple(vae.get_latent_size(pipeline.size))}
+    defaults = {"in_channels": vae.out_channels}
+    model = components.build(settings.model, paths.get("model"), defaults, size)
+    pipeline.paths = paths
+    return {"text_encoder": encoder, "vae": vae, "model": model}, absent
+
+
+def describe(clip: Clip, given: Sequence[str]) -> Iterator[str]:
+    """A line for each run of latent frames of a clip that are treated alike; `given` names its references."""
+
+    def kind(frame: int) -> tuple[str, Any, Any]:
+        edit, source = clip.edit[frame], clip.sources[frame]
+        if source is None:
+            return "generated", None, None
+        what = "kept" if edit == 0 else "generated, whatever is given" if edit >= 1 else f"edited from {edit:g} on"
+        return what, source[0], source[1] - frame
+
+    for (what, reference, shift), run in groupby(range(len(clip.edit)), kind):
+        frames = list(run)
+        line = f"{_range(frames[0], frames[-1])} {what}"
+        if reference is not None:
+            of = _range(frames[0] + shift, frames[-1] + shift)
+            known = len(given)
+            name = given[reference] if reference < known else f"clip {reference - known}"
+            line += f": {of} of {name}"
+        yield line
+
+
+def _range(first: int, last: int) -> str:
+    return f"{first}" if first == last else f"{first}-{last}"
+
+
+def _names(request: Request) -> list[str]:
+    return request.reference_path.split(";") if request.reference_path else []
+
+
+def _snapped(pipeline: VideoPipeline, request: Request) -> Iterator[str]:
+    """What is not done as it was asked for, because sizes and starts come in steps."""
+    settings, size = pipeline.settings, pipeline.size
+    if (size.height, size.width) != pipeline.made:
+        height, width = pipeline.made
+        yield f"{size.height}x{size.width} becomes {height}x{width}: sides are multiples of 8"
+    if settings.image_size is None:
+        yield f"{settings.resolution} at {settings.aspect_ratio} is {size.height}x{size.width}"
+    resolved = [one for clip in pipeline.timelines[request] for one in clip.placements]
+    for asked in parse_mask_strategy(request.mask_strategy):
+        for found in [one for one in resolved if _same(asked, one, len(_names(request)))][:1]:
+            resolved.remove(found)
+            yield from _moved(asked, found, pipeline, request)
+    for found in resolved:  # taken over from the clip before
+        length = settings.condition_frame_length
+        start = len(pipeline.timelines[request][0].edit) - length
+        if found.reference_start != start:
+            yield f"clip {found.loop} goes on from latent frame {found.reference_start} of the one before, not {start}"
+
+
+def _same(asked: Placement, found: Placement, count: int) -> bool:
+    """Whether `found` may be what became of a placement that names one of `count` references (or an earlier clip)."""
+    total = count + asked.loop
+    return (asked.loop, asked.reference % max(total, 1), asked.edit) == (found.loop, found.reference, found.edit)
+
+
+def _moved(asked: Placement, found: Placement, pipeline: VideoPipeline, request: Request) -> Iterator[str]:
+    frames = len(pipeline.timelines[request][0].edit)
+    start = asked.target_start % frames
+    if start != found.target_start:
+        what = f"target start {start} becomes {found.target_start}"
+        yield f"mask_strategy '{asked}': {what}, a multiple of {pipeline.align}"
+    if asked.reference_start >= 0 and asked.reference_start != found.reference_start:
+        what = f"reference start {asked.reference_start} becomes {found.reference_start}"
+        yield f"mask_strategy '{asked}': {what}, a multiple of {pipeline.align}"
+    if found.length < asked.length:
+        yield f"mask_strategy '{asked}': of {asked.length} latent frames {found.length} fit"
+
+
+def near_sizes(plan: Plan) -> list[tuple[int, int]]:
+    """Sizes (H, W) of about the shape asked for that nothing has to be cut or padded for, in rising order."""
+    _, *steps = plan.grid
+    height, width = plan.pipeline.size[1:]
+    middle = max(round(height / steps[0]), 1)
+    found = []
+    for rows in range(max(middle - NEAR, 1), middle + NEAR + 1):
+        columns = max(round(rows * steps[0] * width / height / steps[1]), 1)
+        found.append((rows * steps[0], columns * steps[1]))
+    return list(dict.fromkeys(found))
+
+
+def near_lengths(plan: Plan) -> list[int]:
+    """Numbers of frames that the autoencoder takes in whole groups, about the number asked for."""
+    group, frames = plan.grid[0], plan.pipeline.size.num_frames
+    middle = max(round(frames / group), 1)
+    found = [count * group for count in range(max(middle - NEAR, 1), middle + NEAR + 1)]
+    return sorted({1, *found})
+
+
+def _stages(
+    pipeline: VideoPipeline, parts: Mapping[str, Any], timelines: Sequence[Sequence[Clip]], requests: Sequence[Request]
+) -> Iterator[Stage]:
+    model, vae, settings = parts["model"], parts["vae"], pipeline.settings
+    device, dtype, size = pipeline.device, pipeline.dtype, pipeline.size
+    latent, clips = tuple(vae.get_latent_size(size)), [clip for one in timelines for clip in one]
+    tokens, text = _text_stage(pipeline, parts["text_encoder"], requests)
+    yield text
+    sizes = [(frames, *pipeline.made) for one in requests for frames in pipeline.count_frames(one.reference_path)]
+    sizes += [(size.num_frames, *pipeline.made)] * (settings.loop - 1) * len(requests)
+    work = Cost()
+    for one in sorted(set(sizes)):
+        work = work.then(estimate.encoding(vae, one, dtype, device).times(sizes.count(one)))
+    held = _held(max((frames for frames, *_ in sizes), default=0), pipeline)
+    yield _stage(pipeline, "encoding", vae, "vae", work._replace(peak=work.peak + held))
+    given = any(edit < 1 for clip in clips for edit in clip.edit)
+    batch = 1 if pipeline.scheduler.cfg_scale == 1 else 2
+    work = estimate.step(model, latent, pipeline.conditioning, tokens, dtype, device, batch, given)
+    step = estimate.count(work, device)
+    steps = (pipeline.scheduler.num_sampling_steps or 1) * len(clips)
+    yield _stage(pipeline, "sampling", model, "model", step.times(steps))
+    made = estimate.decoding(vae, size, dtype, device).times(len(clips))
+    made = made._replace(peak=made.peak + _held(size.num_frames, pipeline) // 4 * (settings.loop + 1))
+    yield Stage("decoding", 0, 0, False, made, estimate.seconds(made, device, "decoding"))
+
+
+def _held(frames: int, pipeline: VideoPipeline) -> int:
+    """Bytes of so many frames in float32."""
+    return 12 * frames * pipeline.made[0] * pipeline.made[1]
+
+
+def _stage(pipeline: VideoPipeline, name: str, model: Any, part: str, cost: Cost) -> Stage:
+    held = estimate.weights(model, pipeline.dtype)
+    files, copied = _files(pipeline, part, held)
+    return Stage(name, held, files, copied, cost, estimate.seconds(cost, pipeline.device, name))
+
+
+def _files(pipeline: VideoPipeline, part: str, held: int) -> tuple[int, bool]:
+    """Bytes of a part's weight files, and whether its weights will be copies of another format."""
+    path = pipeline.paths.get(part)
+    if path is None:
+        return held, False
+    size = sum(file.stat().st_size for file in checkpoint_files(path))
+    return size, size < 0.9 * held or 1.9 * held < size < 2.1 * held
+
+
+def _text_stage(pipeline: VideoPipeline, encoder: Any, requests: Sequence[Request]) -> tuple[int, Stage]:
+    """The longest text in tokens, and what encoding all of them takes."""
+    texts = list(dict.fromkeys(text for one in requests for text in pipeline.texts(one)))
+    if isinstance(encoder, ClassIds):
+        return 1, Stage("text", 0, 0, False, Cost(), 0.0)
+    if encoder is None:
+        held, tokens = 4 * T5_XXL["parameters"], T5_XXL["tokens"]
+        cost = Cost(products=2.0 * tokens * T5_XXL["parameters"], moved=held, calls=1000, peak=2**28).times(len(texts))
+        return tokens, Stage("text", held, held, False, cost, estimate.seconds(cost, pipeline.device, "text"))
+    lengths = [count_tokens(encoder, text) for text in texts]
+    config = getattr(encoder.model, "config", None) or encoder.model.text_model.config
+    parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
+    cost = Cost()
+    for length in lengths:
+        cost = cost.then(estimate.reading_text(config, parameters, length))
+    held = sum(one.numel() * one.element_size() for one in encoder.model.parameters())
+    files, copied = _files(pipeline, "text_encoder", held)
+    stage = Stage("text", held, files, copied, cost, estimate.seconds(cost, pipeline.device, "text"))
+    return max(lengths, default=1), stage
+
+
+def peak_on_host(stages: Sequence[Stage]) -> int:
+    """Bytes that the stages add to a process at their peak.
+
+    Weights in the format of their files stay where the files are mapped. Others are copied while the file is mapped
+    beside them. What was freed is used again and not given back.
+    """
+    text, *others = stages
+    heap = highest = 0
+
+    def note(mapped: int, used: int) -> None:
+        nonlocal heap, highest
+        heap = max(heap, used)
+        highest = max(highest, mapped + heap)
+
+    own = text.weights if text.copied else 0
+    note(text.files, own)
+    note(0 if text.copied else text.files, own + text.cost.peak)
+    mapped = own = 0
+    for stage in others:
+        own += stage.weights if stage.copied else 0
+        note(mapped + stage.files, own)
+        mapped += 0 if stage.copied else stage.files
+    for stage in others:
+        note(mapped, own + stage.cost.peak)
+    return highest
+
+
+def cheaper(plan: Plan) -> str | None:
+    """The setting nearest to the one asked for that fits, as flags, or None."""
+    settings, size = plan.pipeline.settings, plan.pipeline.size
+    trials: list[tuple[str, dict[str, Any]]] = []
+    if "micro_batch_size" in settings.vae or settings.vae["type"] == "OpenSoraVAE_V1_2":
+        trials.append(("--cfg-options vae.micro_batch_size=1", {"vae": {**settings.vae, "micro_batch_size": 1}}))
+    lengths = [count for count in reversed(near_lengths(plan)) if count < size.num_frames] if settings.loop == 1 else []
+    trials += [(f"--num-frames {count}", {"num_frames": count}) for count in lengths if count > 1]
+    steps = plan.grid[1:]
+    for part in (0.85, 0.7, 0.5, 0.35, 0.25):
+        pair = tuple(max(round(side * part / step), 1) * step for side, step in zip(size[1:], steps, strict=True))
+        trials.append((f"--image-size {pair[0]} {pair[1]}", {"image_size": pair}))
+    for text, changes in trials:
+        try:
+            if smaller_fits(plan, dataclasses.replace(settings, **changes)):
+                return text
+        except ConfigError:
+            continue
+    return None
+
+
+def smaller_fits(plan: Plan, settings: InferenceSettings) -> bool:
+    """Whether the same request with other settings fits."""
+    other = make_plan(settings)
+    return plan.room is None or other.memory - other.base + plan.base <= plan.room
+
+
+def _short(text: str, most: int = 60) -> str:
+    return repr(text if len(text) <= most else text[: most - 3] + "...")
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

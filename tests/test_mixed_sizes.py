@@ -1,0 +1,125 @@
+"""Training on clips of several sizes, with given frames."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from opensora.datasets.shape_clips import MixedClips, shape_clips
+from opensora.errors import ConfigError
+from opensora.settings import TrainSettings
+from opensora.training.diffusion import end_in_image, train
+from opensora.training.vae import train_vae
+from tests.tiny import TINY_STDIT3, TINY_VAE, make_tiny_t5, make_tiny_vae
+
+SIZES = [(17, 16, 24, 0.5), (34, 16, 24, 0.3), (1, 24, 16, 0.2)]
+
+
+def clips(sizes: Any = SIZES, **settings: Any) -> MixedClips:
+    return shape_clips(dict(type="ShapeClips", sizes=sizes, **settings), 10, 7)
+
+
+class TestMixedClips:
+    def test_batches_take_about_equally_long(self) -> None:
+        assert [one.batch_size for one in clips().sets] == [10, 5, 50]
+        assert [str(one) for one in clips().sets] == ["17x16x24", "34x16x24", "1x24x16"]
+
+    def test_size_is_a_function_of_the_step_in_the_shares_asked_for(self) -> None:
+        data = clips([(17, 8, 8, 5), (34, 8, 8, 3), (1, 8, 8, 2)])
+        picked = Counter(data.pick(step) for step in range(2000))
+        assert [data.pick(step) for step in range(50)] == [data.pick(step) for step in range(50)]
+        assert [picked[number] / 2000 for number in range(3)] == pytest.approx([0.5, 0.3, 0.2], abs=0.04)
+
+    def test_one_step_has_one_size(self) -> None:
+        data = clips()
+        for step in range(8):
+            one = data.sets[data.pick(step)]
+            assert data.videos(step).shape == (one.batch_size, 3, one.num_frames, *one.image_size)
+
+    def test_sizes_show_scenes_of_their_own(self) -> None:
+        first, second, _ = clips().sets
+        assert [first.clip(n).text for n in range(9)] != [second.clip(n).text for n in range(9)]
+
+    def test_videos_repeat_after_the_period(self) -> None:
+        data = clips(num_clips=50)
+        assert data.period == 5 + 10 + 1
+        assert torch.equal(data.videos(3), data.videos(19))
+        assert clips().period is None
+
+    def test_a_single_size_is_as_before(self) -> None:
+        data = shape_clips(dict(type="ShapeClips", num_frames=5, image_size=(16, 24), num_clips=9), 2, 3)
+        assert data.period == 4 and data.sets[0].batch_size == 2 and data.sets[0].seed == 3
+        assert torch.equal(data.videos(1), data.sets[0].videos(1))
+
+    @pytest.mark.parametrize(
+        "size", [(17, 16, 24), (17, 16, 24, 0), (17, 16, -8, 1), (17, 16, 24, "1"), 17, (17.0, 16, 24, 1)]
+    )
+    def test_wrong_sizes_are_refused(self, size: Any) -> None:
+        with pytest.raises(ConfigError, match=r"dataset.sizes lists \(num_frames, height, width, share\)"):
+            clips([SIZES[0], size])
+
+    def test_sizes_do_not_go_with_a_single_size(self) -> None:
+        with pytest.raises(ConfigError, match="dataset has sizes and also num_frames; leave one out"):
+            clips(num_frames=17)
+
+
+def test_a_lone_last_frame_is_given_as_an_image() -> None:
+    latents, last = torch.zeros(4, 2, 3, 1, 1), torch.ones(4, 2, 1, 1)
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 1, 0]], dtype=torch.bool)
+    ends = end_in_image(latents, last, mask)
+    assert ends[:, 0, 2].flatten().tolist() == [0, 1, 0, 1] and not ends[:, :, :2].any()
+    assert torch.equal(end_in_image(latents[:, :, :1], last, mask[:, :1]), latents[:, :, :1])
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> dict[str, Any]:
+    vae, t5 = make_tiny_vae(tmp_path / "vae"), make_tiny_t5(tmp_path / "t5")
+    return dict(
+        dataset=dict(type="ShapeClips", sizes=SIZES, num_clips=50, features=str(tmp_path / "features")),
+        model=dict(type="STDiT3", **TINY_STDIT3),
+        vae=dict(type="VideoAutoencoderPipeline", from_pretrained=str(vae)),
+        text_encoder=dict(type="t5", from_pretrained=str(t5), model_max_length=32),
+        scheduler=dict(type="rflow"),
+        mask_ratios={"image_head": 0.4, "image_tail": 0.2, "half_head": 0.2},
+        dtype="fp32", device="cpu", batch_size=4, lr=1e-2, log_every=1, max_steps=6,
+    )  # fmt: skip
+
+
+def test_the_model_lists_its_sizes_and_resumes_exactly(tmp_path: Path, parts: dict[str, Any]) -> None:
+    whole = train(TrainSettings(outputs=str(tmp_path / "whole"), **parts))
+    config = json.loads((whole / "config.json").read_text())
+    assert config["trained_sizes"] == [list(size[:3]) for size in SIZES]
+    folders = {path.name for path in (tmp_path / "features").iterdir()}
+    assert folders == {"17x16x24", "34x16x24", "1x24x16"}
+    outputs = str(tmp_path / "parts")
+    first = train(TrainSettings(outputs=outputs, **{**parts, "max_steps": 3}))
+    second = train(TrainSettings(outputs=outputs, load=str(first.parent / "000-STDiT3"), **parts))
+    found, expected = load_file(second / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_given_frames_change_what_is_learnt(tmp_path: Path, parts: dict[str, Any]) -> None:
+    masked = train(TrainSettings(outputs=str(tmp_path / "masked"), **parts))
+    free = train(TrainSettings(outputs=str(tmp_path / "free"), **{**parts, "mask_ratios": None}))
+    a, b = load_file(masked / "model.safetensors"), load_file(free / "model.safetensors")
+    assert any(not torch.equal(a[name], tensor) for name, tensor in b.items())
+
+
+def test_wrong_ratios_are_refused_before_any_work(tmp_path: Path, parts: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="mask_ratios: unknown type 'image_hed'; did you mean 'image_head'"):
+        train(TrainSettings(outputs=str(tmp_path / "runs"), **{**parts, "mask_ratios": {"image_hed": 0.4}}))
+    assert not (tmp_path / "features").exists() and not (tmp_path / "runs").exists()
+
+
+def test_the_autoencoder_trains_on_several_sizes(tmp_path: Path) -> None:
+    dataset = dict(type="ShapeClips", sizes=[(5, 16, 24, 1), (5, 24, 16, 1)], num_clips=8)
+    model = dict(type="VideoAutoencoderPipeline", freeze_vae_2d=True, **TINY_VAE)
+    settings: dict[str, Any] = dict(model=model, dataset=dataset, dtype="fp32", device="cpu", batch_size=2, max_steps=4)
+    made = train_vae(TrainSettings(outputs=str(tmp_path), perceptual_loss_weight=0.0, use_z_rec_loss=True, **settings))
+    assert (made / "model.safetensors").is_file()

@@ -1,0 +1,456 @@
+"""`opensora plan` says what generation then does, refuses what generation refuses, and knows the memory it takes."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from opensora import cli, components, estimate
+from opensora.cli import main
+from opensora.datasets.video import write_image, write_video
+from opensora.errors import OpenSoraError
+from opensora.pipeline import VideoPipeline
+from opensora.plan import cheaper, make_plan
+from opensora.settings import InferenceSettings
+from opensora.weights import save_pretrained
+from tests import zoo
+from tests.checkpoints import SAMPLE
+from tests.tiny import make_tiny_stdit3
+
+ROOT = Path(__file__).parents[1]
+REQUESTS = 1000
+CODE = 1000  # what tells the frames of one reference from those of the next
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    generator = np.random.default_rng(0)
+    write_image(generator.integers(0, 256, (32, 40, 3), dtype=np.uint8), "image.png")
+    write_image(generator.integers(0, 256, (4, 1200, 3), dtype=np.uint8), "thin.png")
+    for frames in (5, 34):
+        clip = generator.integers(0, 256, (frames, 16, 24, 3), dtype=np.uint8)
+        write_video(clip, f"clip{frames}.mp4", 24)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Weights of every kind that the random requests name."""
+    folder = tmp_path_factory.mktemp("parts")
+    made = zoo.make_parts(folder)
+    (folder / "models").mkdir()
+    made["STDiT3"] = make_tiny_stdit3(folder / "models" / "stdit3", model_max_length=40)
+    made["STDiT2"] = zoo.stdit2(folder / "models" / "stdit2")
+    made["STDiT"] = zoo.stdit(folder / "models" / "stdit.pth")
+    made["DiT"] = zoo.dit(folder / "models" / "dit.pt", "text")
+    return made
+
+
+def one_of(rng: random.Random, usual: Any, *others: Any, odds: float = 0.7) -> Any:
+    return usual if rng.random() < odds else rng.choice(others)
+
+
+def strategy(rng: random.Random) -> str:
+    groups = []
+    for _ in range(rng.randint(1, 3)):
+        numbers = [
+            one_of(rng, 0, 1, 2), one_of(rng, 0, 1, -1), one_of(rng, 0, -1, 1, -5, 6, 12), one_of(rng, 0, -1, 5, 7, -8),
+            one_of(rng, 1, 0, 2, 5, 10), one_of(rng, 0, 0.3, 1, 0.75),
+        ]  # fmt: skip
+        groups.append(",".join(map(str, numbers[: rng.randint(1, 6)])))
+    return ";".join(groups)
+
+
+def random_request(rng: random.Random, parts: dict[str, Path]) -> InferenceSettings:
+    """A request that makes sense more often than not."""
+    model, vae = one_of(rng, "STDiT3", "STDiT2", "STDiT", "DiT"), one_of(rng, "OpenSoraVAE_V1_2", "VideoAutoencoderKL")
+    small = zoo.SMALL if model != "STDiT3" else {}
+    section: dict[str, Any] = dict(type=model, from_pretrained=str(parts[model]), **small)
+    if model == "DiT":
+        section["condition"] = "text"
+    config: dict[str, Any] = dict(
+        model=section,
+        vae=dict(type=vae, from_pretrained=str(parts[vae])),
+        text_encoder=dict(type="clip" if model == "DiT" else "t5"),
+        scheduler=dict(type=one_of(rng, "rflow", "iddpm", "dpm-solver"), num_sampling_steps=2, cfg_scale=4.0),
+        num_frames=one_of(rng, 34, 1, 5, 16, 17, 20, 51),
+        image_size=(one_of(rng, 16, 8, 20, 32), one_of(rng, 24, 9, 16)),
+        loop=one_of(rng, 1, 2, 3),
+        condition_frame_length=one_of(rng, 5, 0, 1, 3, 10),
+        condition_frame_edit=one_of(rng, 0.0, 0.2, 1.0, 2.0),
+        align=one_of(rng, None, 5, 3),
+        multi_resolution=one_of(rng, None, "STDiT2", "PixArtMS", odds=0.8),
+        prompt=[one_of(rng, "a cat", "|0|rain|1|sun", "a very " + "long " * 60 + "text", odds=0.8)],
+        save_dir="out",
+        verbose=0,
+    )
+    config["text_encoder"]["from_pretrained"] = str(parts[config["text_encoder"]["type"]])
+    if rng.random() < 0.6:
+        media = ("image.png", "clip34.mp4", "clip5.mp4")
+        config["reference_path"] = [";".join(rng.choices(media, k=rng.randint(1, 2)))]
+        if rng.random() < 0.03:
+            config["reference_path"] = ["thin.png"]
+        config["mask_strategy"] = [strategy(rng)]
+    elif rng.random() < 0.1:
+        config["image"] = "image.png"
+    return InferenceSettings.from_config(config, "test")
+
+
+class StandIn:
+    """An autoencoder that only counts: latents say which call and which frame they come from."""
+
+    def __init__(self, vae: Any) -> None:
+        self.vae, self.calls = vae, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.vae, name)
+
+    def encode(self, x: torch.Tensor, sample: bool) -> torch.Tensor:
+        self.calls += 1
+        frames, *sides = self.vae.get_latent_size(x.shape[2:])
+        return (CODE * self.calls + torch.arange(frames))[None, None, :, None, None].expand(1, 4, -1, *sides)
+
+    def decode(self, z: torch.Tensor, num_frames: int) -> torch.Tensor:
+        return torch.zeros(1, 3, num_frames, *(8 * side for side in z.shape[3:]))
+
+
+def run(settings: InferenceSettings, monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple], int]:
+    """What each clip was given, as (edit, source) of its latent frames, and the frames of the result."""
+    pipeline, seen = VideoPipeline(settings), []
+
+    def fill(self: VideoPipeline, part: str, built: Any) -> Any:
+        if part == "vae":
+            return StandIn(built)
+        built.forward = lambda x, *_, **__: torch.zeros(len(x), built.out_channels, *x.shape[2:])
+        built.null_caption = lambda y: y
+        return built
+
+    def texts(self: VideoPipeline, encoder: Any, wanted: list[str]) -> dict[str, torch.Tensor]:
+        return {text: torch.zeros(1, 1, 4, encoder.output_dim) for text in wanted}
+
+    def sample(self: Any, model: Any, latents: torch.Tensor, *args: Any, edit: torch.Tensor, **options: Any) -> Any:
+        codes = latents[0, 0, :, 0, 0].round().long().tolist()
+        sources = [(code // CODE - 1, code % CODE) if code >= CODE // 2 else None for code in codes]
+        seen.append((tuple(edit[0].tolist()), tuple(sources)))
+        return original(self, model, latents, *args, edit=edit, **options)
+
+    kind = type(pipeline.scheduler)
+    original = kind.sample
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoPipeline, "fill", fill)
+        patch.setattr(VideoPipeline, "encode_texts", texts)
+        patch.setattr(kind, "sample", lambda self, model, latents, *args, **options: (
+            sample if "edit" in options else original)(self, model, latents, *args, **options))  # fmt: skip
+        (output,) = pipeline.generate()
+    return seen, len(output.frames)
+
+
+@pytest.mark.timeout(1200)
+def test_what_is_planned_is_done_and_what_is_refused_is_refused_at_once(
+    parts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, accepted, refusals, kinds = random.Random(0), 0, set(), set()
+    monkeypatch.setattr(components, "build_text_encoder", cached(components.build_text_encoder))
+    monkeypatch.setattr(components, "build", cached_autoencoders(components.build))
+    monkeypatch.setattr(estimate, "step", cached_steps(estimate.step))
+    monkeypatch.setattr("opensora.components.load_weights", None)
+    for number in range(REQUESTS):
+        settings = random_request(rng, parts)
+        try:
+            plan = make_plan(settings)
+        except OpenSoraError as error:
+            with pytest.raises(type(error)) as raised:
+                list(VideoPipeline(settings).generate())
+            assert str(raised.value) == str(error)
+            refusals.add(str(error)[:12])
+            continue
+        accepted += 1
+        seen, num_frames = run(settings, monkeypatch)
+        (clips,) = plan.timelines
+        expected = [(tuple(torch.tensor(clip.edit).tolist()), clip.sources) for clip in clips]
+        assert seen == expected, (number, settings)
+        assert num_frames == plan.num_frames
+        kinds |= {(edit == 0, edit < 1, source is None) for one in seen for edit, source in zip(*one, strict=True)}
+    assert REQUESTS / 4 < accepted < REQUESTS and len(refusals) > 8, (accepted, refusals)
+    assert {(True, True, False), (False, True, False), (False, False, True)} <= kinds  # kept, edited, generated
+
+
+def cached(build: Any) -> Any:
+    """Building a text encoder once for each path: its tokenizer takes longest of all."""
+
+    @cache
+    def built(kind: str, length: int | None, path: Path, dtype: torch.dtype) -> Any:
+        section = {"type": kind} | ({"model_max_length": length} if length else {})
+        return build(section, path, dtype)
+
+    return lambda section, path, dtype: built(section["type"], section.get("model_max_length"), path, dtype)
+
+
+def cached_autoencoders(build: Any) -> Any:
+    """Building an autoencoder once for each path."""
+
+    @cache
+    def built(kind: str, path: Path) -> Any:
+        return build({"type": kind}, path)
+
+    def either(section: dict[str, Any], path: Path, *more: Any) -> Any:
+        return built(section["type"], path) if not more else build(section, path, *more)
+
+    return either
+
+
+def cached_steps(step: Any) -> Any:
+    """Trying a model once for each kind, size and set of arguments."""
+    outcomes: dict[tuple, Exception | None] = {}
+
+    def tried(model: Any, latent: tuple[int, ...], told: dict[str, Any], *more: Any, **options: Any) -> Any:
+        def work() -> None:
+            key = (type(model), latent, tuple(told))
+            if key not in outcomes:
+                outcomes[key] = None
+                try:
+                    step(model, latent, told, *more, **options)()
+                except ValueError as error:
+                    outcomes[key] = error
+            if outcomes[key]:
+                raise outcomes[key]
+
+        return work
+
+    return tried
+
+
+def settings_for(parts: dict[str, Path], **changes: Any) -> InferenceSettings:
+    config: dict[str, Any] = dict(
+        model=dict(type="STDiT3", from_pretrained=str(parts["STDiT3"])),
+        vae=dict(type="OpenSoraVAE_V1_2", from_pretrained=str(parts["OpenSoraVAE_V1_2"])),
+        text_encoder=dict(type="t5", from_pretrained=str(parts["t5"])),
+        scheduler=dict(type="rflow", num_sampling_steps=2, cfg_scale=4.0),
+        num_frames=34, image_size=(16, 24), align=5, prompt=["a cat"], save_dir="out", verbose=0,
+    )  # fmt: skip
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        if key:
+            config[section][key] = value
+        else:
+            config[section] = value
+    return InferenceSettings.from_config(config, "test")
+
+
+def test_the_text_says_where_references_land(parts: dict[str, Path]) -> None:
+    given = dict(reference_path=["image.png;clip34.mp4"], mask_strategy=["0;0,1,4,-3,9,0.4"])
+    plan = make_plan(settings_for(parts, loop=2, image_size=(20, 24), **given))
+    text = str(plan)
+    for line in (
+        "out/sample_0000: 51 frames at 24 fps, 16x24, from 'a cat'",
+        "  2 clips of 34 frames, each taking over 17 from the one before",
+        "    0 kept: 0 of image.png",
+        "    1-4 generated",
+        "    5-9 edited from 0.4 on: 5-9 of clip34.mp4",
+        "    0-4 kept: 5-9 of clip 0",
+        "    5-9 generated",
+        "legal lengths near 34: 1, 17, 34, 51, 68, 85",
+        "note: 20x24 becomes 16x24: sides are multiples of 8",
+        "note: mask_strategy '0,1,4,-3,9,0.4': target start 7 becomes 5, a multiple of 5",
+        "note: mask_strategy '0,1,4,-3,9,0.4': reference start 4 becomes 5, a multiple of 5",
+        "note: mask_strategy '0,1,4,-3,9,0.4': of 9 latent frames 5 fit",
+    ):
+        assert line in text.splitlines(), line
+    assert "peak " in text and text.count("GiB") >= 8
+
+
+# What used to come to light only after minutes of work, or as a traceback: changes -> what is said.
+LATE: list[tuple[dict[str, Any], str]] = [
+    (dict(prompt=["a very " + "long " * 60 + "text"]), "tokens, but the model takes 40"),
+    (dict(prompt=["|0|rain|1|" + "long " * 60], loop=2), "tokens, but the model takes 40"),
+    (dict(scheduler__type="iddpm", model__pred_sigma=False), "learn_sigma needs 8 channels"),
+    (dict(multi_resolution="PixArtMS"), "STDiT3 needs fps, height, width"),
+    (dict(reference_path=["thin.png"], mask_strategy=["0"], image_size=(64, 64)), "thin.png"),
+    (dict(loop=2, reference_path=["clip34.mp4"], mask_strategy=["1,-1,7"], num_frames=17, condition_frame_length=5,
+          vae__type="VideoAutoencoderPipeline"), "take fewer"),
+    (dict(loop=2, reference_path=["clip34.mp4;image.png"], mask_strategy=["1,2,12"]), "lies outside its 10"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "problem"), LATE)
+def test_both_refuse_before_any_weight_is_read(
+    parts: dict[str, Path], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], problem: str
+) -> None:
+    monkeypatch.setattr("opensora.components.load_weights", None)
+    settings = settings_for(parts, **changes)
+    for job in (make_plan, lambda one: list(VideoPipeline(one).generate())):
+        with pytest.raises(OpenSoraError, match=problem):
+            job(settings)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(loop=2, reference_path=["image.png"], mask_strategy=["0"]),
+        dict(loop=2, reference_path=["clip34.mp4"], mask_strategy=["1,-1,0,5,5,0.3"]),
+        dict(scheduler__type="iddpm", reference_path=["clip5.mp4"], mask_strategy=["0,0,0,5,2"]),
+        dict(scheduler__type="dpm-solver", num_frames=1),
+    ],
+)
+def test_a_plan_comes_true_with_weights(parts: dict[str, Path], changes: dict[str, Any]) -> None:
+    settings = settings_for(parts, **changes)
+    plan = make_plan(settings)
+    (output,) = VideoPipeline(settings).generate()
+    assert len(output.frames) == plan.num_frames
+
+
+def test_weights_that_are_not_here(capsys: pytest.CaptureFixture, hub_cache: Path, monkeypatch: pytest.MonkeyPatch):
+    argv = ["plan", "x", "--model", SAMPLE, "--image-size", "32", "48", "--num-frames", "17"]
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("opensora.hub._unreachable", lambda repo: pytest.fail("the hub was asked"))
+    assert main([*argv, "--ckpt-path", "org/not-here"]) == 0
+    printed = capsys.readouterr().out
+    assert "note: model: 'org/not-here' would be downloaded" in printed and "4.50 GiB" in printed
+    for wrong in (("--ckpt-path", "org/not-here", "--offline"), ("--ckpt-path", "no/such/folder")):
+        assert main([*argv, *wrong]) == 1
+        assert "error: model: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("size", "room", "part"), [((96, 96), 0.6, "--num-frames"), ((256, 256), 0.35, "--image-size")]
+)
+def test_the_nearest_setting_that_fits(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], room: float, part: str
+) -> None:
+    frames = 68 if part == "--num-frames" else 17
+    embedded = Path(components.__file__).parents[1] / "configs/embedded/inference/sample.py"
+    argv = ["x", "--image-size", *map(str, size), "--num-frames", str(frames)]
+    plan = make_plan(settings_of_command(embedded, argv))
+    needed = plan.memory - plan.base
+    monkeypatch.setattr(estimate, "available", lambda device: int(room * needed))
+    assert not plan.fits and "it does not fit; this does: " in str(plan)
+    found = cheaper(plan)
+    assert found.startswith(part)
+    again = make_plan(settings_of_command(embedded, [*argv, *found.split()]))
+    assert again.memory - again.base <= room * needed
+
+
+def settings_of_command(config: Path, argv: list[str]) -> InferenceSettings:
+    return cli._request(cli._parser().parse_args(["plan", "--model", str(config), *argv]))
+
+
+def test_the_pace_of_earlier_runs_counts() -> None:
+    cost = estimate.Cost(products=1e12, moved=1e9, calls=10, peak=5)
+    guessed = estimate.seconds(cost, CPU, "sampling")
+    estimate.remember(CPU, "sampling", cost, 5.0)  # too short to tell
+    assert estimate.seconds(cost, CPU, "sampling") == guessed
+    for taken in (40.0, 80.0, 400.0):
+        estimate.remember(CPU, "sampling", cost, taken)
+    assert estimate.seconds(cost, CPU, "sampling") == pytest.approx(80, rel=0.01)
+    assert estimate.seconds(cost, CPU, "decoding") == guessed
+    Path(os.environ["XDG_CACHE_HOME"], "opensora", "paces.json").write_text("{broken")
+    assert estimate.seconds(cost, CPU, "sampling") == guessed
+
+
+def test_counting_is_exact_where_it_can_be() -> None:
+    layer = torch.nn.Linear(8, 16, device="meta")
+    cost = estimate.count(lambda: layer(torch.empty(4, 8, device="meta")).relu(), CPU)
+    assert cost.products == 2 * 4 * 8 * 16
+    assert cost.peak == 4 * 2 * 4 * 16  # the input of the layer is gone when the last result is made
+    assert cost.times(3)[:1] == (3 * cost.products,) and cost.times(3).peak == cost.peak
+    assert cost.then(cost.times(2))._replace(calls=0) == cost.times(3)._replace(calls=0)
+
+
+def test_memory_grows_with_the_length_to_its_end(parts: dict[str, Path]) -> None:
+    """Work in one part of the decoder peaks for short clips, what is held of the result for long ones."""
+    path = parts["OpenSoraVAE_V1_2"]
+    vae = components.build({"type": "OpenSoraVAE_V1_2", "from_pretrained": str(path)}, path)
+    costs = [estimate.decoding(vae, (17 * count, 32, 48), torch.float32, CPU) for count in (1, 2, 6)]
+    assert costs[2].convolutions == pytest.approx(6 * costs[0].convolutions, rel=0.05)
+    assert costs[2].peak - costs[1].peak > 4 * 17 * 4 * 3 * 32 * 48  # 4 chunks of frames in float32 at the least
+
+
+# ---- memory, against what a process of its own takes at its peak
+
+
+PEAK = (
+    "import sys\nfrom pathlib import Path\nfrom opensora.cli import main\n"
+    "assert main(['generate', *sys.argv[1:]]) == 0\n"
+    "status = Path('/proc/self/status').read_text().splitlines()\n"
+    "print('PEAK', next(line.split()[1] for line in status if line.startswith('VmHWM')))\n"
+)
+FIGURE = (
+    "import sys\nfrom opensora import cli\nfrom opensora.plan import make_plan\n"
+    "print('PEAK', make_plan(cli._request(cli._parser().parse_args(['plan', *sys.argv[1:]]))).memory // 1024)\n"
+)
+ONE_STEP = ("--num-sampling-steps", "1", "--verbose", "0")
+
+
+def peak(code: str, *argv: object) -> float:
+    """Bytes that a program prints for a request."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", code, "a red circle", *ONE_STEP, *map(str, argv)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    return 1024 * int(done.stdout.split("PEAK ")[1].split()[0])
+
+
+on_linux = pytest.mark.skipif(
+    not Path("/proc/self/status").exists() or not os.environ.get("OPENSORA_MEASURE"),
+    reason="a measurement: set OPENSORA_MEASURE; the peak is read from /proc",
+)
+
+
+@on_linux
+@pytest.mark.parametrize(
+    "argv",
+    [
+        (),
+        ("--num-frames", 34, "--image-size", 192, 192),
+        ("--num-frames", 1, "--image-size", 512, 512),
+        ("--num-frames", 17, "--image-size", 320, 320),
+    ],
+)
+def test_memory_of_the_embedded_model(argv: tuple) -> None:
+    assert peak(FIGURE, *argv) == pytest.approx(peak(PEAK, *argv), rel=0.15)
+
+
+@on_linux
+@pytest.mark.skipif(not os.environ.get("OPENSORA_LARGE_TESTS"), reason="takes 10 GB of disk and minutes")
+@pytest.mark.parametrize(
+    ("kind", "dtype", "config", "size"),
+    [
+        ("STDiT3-XL/2", torch.float32, "configs/opensora-v1-2/inference/sample.py", (17, 144, 256)),
+        ("STDiT-XL/2", torch.bfloat16, "configs/opensora/inference/16x256x256.py", (16, 128, 128)),
+    ],
+)
+def test_memory_of_large_models(
+    here: Path, parts: dict[str, Path], kind: str, dtype: torch.dtype, config: str, size: tuple[int, ...]
+) -> None:
+    vae = "OpenSoraVAE_V1_2" if kind.startswith("STDiT3") else "VideoAutoencoderKL"
+    section = {"type": kind, "caption_channels": 32, "input_size": (size[0], size[1] // 8, size[2] // 8)}
+    with torch.device("meta"):
+        model = components.registry.build(section)
+    state = {name: torch.zeros(tensor.shape, dtype=dtype) for name, tensor in model.state_dict().items()}
+    save_pretrained(state, here / "weights", {"model_type": kind, **model.config}, 2**40)
+    del state
+    argv = [
+        "--model",
+        ROOT / config,
+        "--num-frames",
+        size[0],
+        "--image-size",
+        *size[1:],
+        "--ckpt-path",
+        here / "weights",
+    ]
+    argv += ["--vae-path", parts[vae], "--text-encoder-path", parts["t5"], "--cfg-options", "vae.subfolder=None"]
+    assert peak(FIGURE, *argv) == pytest.approx(peak(PEAK, *argv), rel=0.15)
