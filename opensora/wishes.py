@@ -57,8 +57,8 @@ def conditions(settings: InferenceSettings, num_frames: int, latent_frames: int,
         placements.append(Placement(reference=len(references), **at))
         references.append(reference)
 
-    if first := settings.image or settings.first_frame:
-        give(first)
+    if first := settings.image or settings.first_frame:  # as a clip begins, where there is one: a still of one group
+        give(first if num_frames == 1 else f"{first}#hold={frames}")
     if settings.edit is not None:
         strength = 0.5 if settings.strength is None else settings.strength
         give(f"{settings.edit}#first={num_frames}", length=latent_frames, edit=strength)

@@ -115,10 +115,10 @@ def with_words(*argv: object, frames: int = 34) -> dict:
 @pytest.mark.parametrize(
     ("argv", "reference_path", "mask_strategy"),
     [
-        (("--image", "image.png"), "image.png", "0,0,0,0,1,0.0"),
+        (("--image", "image.png"), "image.png#hold=17", "0,0,0,0,1,0.0"),
         (
             ("--first-frame", "image.png", "--last-frame", "image.png"),
-            "image.png;image.png#hold=17",
+            "image.png#hold=17;image.png#hold=17",
             "0,0,0,0,1,0.0;0,1,-1,-1,1,0.0",
         ),
         (("--extend", "clip.mp4"), "clip.mp4#last=17", "0,0,0,0,5,0.0"),

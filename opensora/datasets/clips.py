@@ -79,9 +79,37 @@ def draw_scene(rng: np.random.Generator, height: int, width: int, held_out: bool
     return Scene(shape, colour, motion, background, radius, end_radius, (start[0], start[1]), (travel[0], travel[1]))
 
 
+def go_on(rng: np.random.Generator, scene: Scene, height: int, width: int, held_out: bool = False) -> Scene:
+    """What the object of `scene` does next, from where it ends: another motion, at half a clip's speed.
+
+    It goes no farther than the edge of the frame, so an object that has reached an edge may have to rest there.
+    """
+    unit = min(height, width) / 64
+    combinations = HELD_OUT if held_out else TRAINED
+    motions = [motion for shape, colour, motion in combinations if (shape, colour) == (scene.shape, scene.colour)]
+    motion = motions[rng.integers(len(motions))] if motions else "standing still"
+    _, direction, growth = MOTIONS[motion]
+    size, centre = np.array([width, height], dtype=float), np.array(scene.start) + scene.travel
+    room = np.minimum(centre, size - centre) - unit  # distance to the nearest edges
+    radius = scene.end_radius + growth * rng.uniform(4.5, 6.5) * unit
+    radius = max(min(radius, max(room.min(), scene.end_radius)), min(6.5 * unit, scene.end_radius))
+    low, high = scene.end_radius + unit, size - scene.end_radius - unit
+    travel = np.array(direction) * (high - low) * rng.uniform(0.65, 1.0) / 2
+    travel = np.clip(centre + travel, np.minimum(low, centre), np.maximum(high, centre)) - centre
+    start = (centre[0], centre[1])
+    return scene._replace(
+        motion=motion, radius=scene.end_radius, end_radius=radius, start=start, travel=(travel[0], travel[1])
+    )
+
+
 def render(scene: Scene, num_frames: int, height: int, width: int) -> np.ndarray:
     """The clip as uint8 [T, H, W, 3], edges anti-aliased over one pixel."""
     progress = np.linspace(0, 1, num_frames)[:, None, None]
+    return _render(scene, progress, height, width)
+
+
+def _render(scene: Scene, progress: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The frames at `progress` [T, 1, 1], 0 where the scene starts and 1 where it ends."""
     x = np.arange(width) + 0.5 - (scene.start[0] + progress * scene.travel[0])
     y = np.arange(height)[:, None] + 0.5 - (scene.start[1] + progress * scene.travel[1])
     radius = scene.radius + progress * (scene.end_radius - scene.radius)
@@ -113,7 +141,40 @@ def make_clip(seed: int, index: int, num_frames: int, height: int, width: int, h
     """Clip number `index` of the endless set `seed`; `held_out` draws only the combinations kept out of training."""
     rng = np.random.default_rng((seed, index, int(held_out)))
     scene = draw_scene(rng, height, width, held_out)
+    return Clip(render(scene, num_frames, height, width), _describe(rng, scene), scene)
+
+
+def make_continued_clip(
+    seed: int, index: int, num_frames: int, height: int, width: int, held_out: bool = False
+) -> Clip:
+    """Clip number `index` of a set whose clips go on: the scene and the caption are those of the second half.
+
+    In the first half the object moves as in a clip of that length or of twice the length; then, in half of the clips,
+    it goes on as it did, or it changes to another motion.
+    """
+    rng = np.random.default_rng((seed, index, int(held_out), 2))
+    half = num_frames // 2
+    scene = draw_scene(rng, height, width, held_out)
+    kind = rng.integers(4)
+    if kind < 2:
+        return Clip(render(scene, num_frames, height, width), _describe(rng, scene), scene)
+    last = half - 1 if kind == 2 else int(rng.integers(half - 1, num_frames))
+    steps = half - 1 if kind == 2 else num_frames - 1
+    progress = np.arange(last - half + 1, last + 1)[:, None, None] / steps
+    before = _render(scene, progress, height, width)
+    end = progress.max()
+    seen = scene._replace(
+        travel=(scene.travel[0] * end, scene.travel[1] * end),
+        end_radius=scene.radius + end * (scene.end_radius - scene.radius),
+    )
+    after = go_on(rng, seen, height, width, held_out)
+    progress = np.arange(1, num_frames - half + 1)[:, None, None] / (num_frames - half)
+    return Clip(np.concatenate([before, _render(after, progress, height, width)]), _describe(rng, after), after)
+
+
+def _describe(rng: np.random.Generator, scene: Scene) -> str:
+    """A caption in one of many phrasings, often the canonical one."""
     phrasing = PHRASINGS[rng.integers(len(PHRASINGS))] if rng.random() > 0.3 else CANONICAL
     phrases = MOTIONS[scene.motion][0]
     phrase = phrases[rng.integers(len(phrases))] if rng.random() > 0.4 else scene.motion
-    return Clip(render(scene, num_frames, height, width), caption(scene, phrasing, phrase), scene)
+    return caption(scene, phrasing, phrase)

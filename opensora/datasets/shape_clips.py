@@ -9,28 +9,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opensora.datasets.clips import Clip, make_clip
+from opensora.datasets.clips import Clip, make_clip, make_continued_clip
 from opensora.errors import ConfigError
 
 CHUNK, CHUNK_LATENTS = 17, 5  # frames that the video autoencoder takes at once, and what they become
 
 
 class ShapeClips:
-    """A set of rendered clips, endless unless num_clips is given; batch n holds clips n * batch_size and on."""
+    """A set of rendered clips, endless unless num_clips is given; batch n holds clips n * batch_size and on.
+
+    With `continued` the caption tells the second half of a clip, and the first half is what went before.
+    """
 
     def __init__(
-        self, num_frames: int, image_size: tuple[int, int], batch_size: int, seed: int = 0, num_clips: int | None = None
-    ) -> None:
+        self, num_frames: int, image_size: tuple[int, int], batch_size: int, seed: int = 0,
+        num_clips: int | None = None, continued: bool = False,
+    ) -> None:  # fmt: skip
+        self.continued = continued
         self.num_frames, self.image_size = num_frames, image_size
         self.batch_size, self.seed, self.num_clips = batch_size, seed, num_clips
 
     def __str__(self) -> str:
-        return "x".join(map(str, (self.num_frames, *self.image_size)))
+        return "x".join(map(str, (self.num_frames, *self.image_size))) + ("_continued" if self.continued else "")
 
     def clip(self, index: int) -> Clip:
         """Clip number `index`, counted round where the set has an end."""
         index = index % self.num_clips if self.num_clips else index
-        return make_clip(self.seed, index, self.num_frames, *self.image_size)
+        make = make_continued_clip if self.continued else make_clip
+        return make(self.seed, index, self.num_frames, *self.image_size)
 
     def videos(self, step: int) -> Tensor:
         """The clips of one step: [B, 3, T, H, W] float32 in [-1, 1]."""
@@ -69,7 +75,8 @@ def shape_clips(section: dict[str, Any] | None, batch_size: int, seed: int, *nee
     """The clips of a `dataset` section; raises ConfigError when it has another type, lacks a setting or is wrong.
 
     `sizes` lists (num_frames, height, width, share) for several sizes of clips, each with num_clips of its own;
-    `num_frames` and `image_size` describe a single one. `batch_size` and `seed` are those of the first size; the others
+    `num_frames` and `image_size` describe a single one. `continued` lists more, of clips that go on after their first
+    half. `batch_size` and `seed` are those of the first size; the others
     have seeds of their own, so that they show other scenes.
     """
     section = section or {}
@@ -83,12 +90,15 @@ def shape_clips(section: dict[str, Any] | None, batch_size: int, seed: int, *nee
     if absent := [name for name in needed if section.get(name) is None]:
         raise ConfigError(f"dataset needs {', '.join(absent)}")
     sizes = section.get("sizes") or [(section["num_frames"], *section["image_size"], 1)]
-    for size in sizes if isinstance(sizes, list | tuple) else [sizes]:
-        _check_size(size)
-    count = section.get("num_clips")
+    continued = section.get("continued") or []
+    for listed in (sizes, continued):
+        for size in listed if isinstance(listed, list | tuple) else [listed]:
+            _check_size(size)
+    count, whole = section.get("num_clips"), len(sizes)
+    sizes = [*sizes, *continued]
     sets = [
-        ShapeClips(size[0], (size[1], size[2]), _scaled(batch_size, size, sizes[0]), seed + number, count)
-        for number, size in enumerate(sizes)
+        ShapeClips(size[0], (size[1], size[2]), _scaled(batch_size, size, sizes[0]), seed + n, count, n >= whole)
+        for n, size in enumerate(sizes)
     ]
     return MixedClips(sets, [size[3] for size in sizes], seed)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from opensora import components, registry
 from opensora.acceleration.device import inference_dtype, keep_allocations_in_heap, pick_device
 from opensora.config import find_config, read_config
-from opensora.datasets.clips import Clip, make_clip
+from opensora.datasets.clips import CANONICAL, Clip, caption, make_clip
 from opensora.datasets.measure import measure
 from opensora.datasets.shape_clips import to_model
 from opensora.datasets.video import contact_sheet, tile, to_uint8, write_image
@@ -32,8 +32,9 @@ from opensora.utils.config_utils import run_program
 
 SIZES = ("17x64x64", "34x64x64", "1x64x64", "17x48x80", "34x48x80", "1x48x80", "17x80x48", "34x80x48", "1x80x48")
 CHUNK, CHUNK_LATENTS = 17, 5
-EDITS = (0.25, 0.5, 0.75, 1.0)
+EDITS = (0.0, 0.25, 0.5, 0.75, 1.0)
 EXAMPLES = 6
+LOOPS = 6
 Figures = dict[str, float]
 
 
@@ -133,7 +134,7 @@ def from_text(maker: Maker, clips: list[Clip]) -> tuple[Figures, list[np.ndarray
 def from_image(maker: Maker, clips: list[Clip]) -> tuple[Figures, list[np.ndarray]]:
     """The first frame is given as a picture."""
     first = [clip.video[:1] for clip in clips]
-    given, edit = _placed(maker, {0: maker.encode(first)})
+    given, edit = _placed(maker, {0: maker.encode(still(first))[:, :, :1]})
     made = maker.make([clip.text for clip in clips], given, edit)
     figures = kept("first", [video[:1] for video in made], first)
     return figures | at_end(clips, made) | right(clips, made), made
@@ -142,11 +143,17 @@ def from_image(maker: Maker, clips: list[Clip]) -> tuple[Figures, list[np.ndarra
 def between_images(maker: Maker, clips: list[Clip]) -> tuple[Figures, list[np.ndarray]]:
     """The first and the last frame are given as pictures."""
     first, last = [clip.video[:1] for clip in clips], [clip.video[-1:] for clip in clips]
-    given, edit = _placed(maker, {0: maker.encode(first), -1: maker.encode(last)})
+    ends = {0: maker.encode(still(first))[:, :, :1], -1: maker.encode(still(last))[:, :, -1:]}
+    given, edit = _placed(maker, ends)
     made = maker.make([clip.text for clip in clips], given, edit)
     figures = kept("first", [video[:1] for video in made], first)
     figures |= kept("last", [video[-1:] for video in made], last)
     return figures | right(clips, made), made
+
+
+def still(frames: list[np.ndarray]) -> list[np.ndarray]:
+    """Clips in which nothing moves, as `--image` and `--last-frame` encode a picture."""
+    return [np.repeat(frame, CHUNK, axis=0) for frame in frames]
 
 
 def extended(maker: Maker, clips: list[Clip]) -> tuple[Figures, list[np.ndarray]]:
@@ -159,14 +166,39 @@ def extended(maker: Maker, clips: list[Clip]) -> tuple[Figures, list[np.ndarray]
 
 
 def looped(maker: Maker, clips: list[Clip]) -> tuple[Figures, list[np.ndarray]]:
-    """A second clip goes on where the first one, made from text, ends."""
-    texts = [clip.text for clip in clips]
-    before = maker.make(texts)
-    given, edit = _placed(maker, {0: maker.encode(before)[:, :, -CHUNK_LATENTS:]})
-    after = maker.make(texts, given, edit)
-    made = [np.concatenate([a, b[CHUNK:]]) for a, b in zip(before, after, strict=True)]
-    figures = kept("carried", [b[:CHUNK] for b in after], [a[-CHUNK:] for a in before])
-    return figures | seams(made, maker.size[0]) | at_end(clips, made), made
+    """Six clips, each told a text of its own, each going on where the one before ends."""
+    motions = [segments(np.random.default_rng((maker.seed, index))) for index in range(len(clips))]
+    scenes = [[clip.scene._replace(motion=name) for name in names] for clip, names in zip(clips, motions, strict=True)]
+    texts = [[caption(scene, CANONICAL, scene.motion) for scene in row] for row in scenes]
+    parts = [maker.make([row[0] for row in texts])]
+    made, carried = [list(part) for part in parts[0]], []
+    for loop in range(1, LOOPS):
+        given, edit = _placed(maker, {0: maker.encode([video[-CHUNK:] for video in made])})
+        parts.append([video[CHUNK:] for video in maker.make([row[loop] for row in texts], given, edit)])
+        made = [np.concatenate(pair) for pair in zip(made, parts[-1], strict=True)]
+    figures = {}
+    wanted = [[Clip(video, "", row[loop]) for row in scenes] for loop, video in enumerate(parts)]
+    visible = np.array([right(want, part)["all"] for want, part in zip(wanted, parts, strict=True)])
+    colour = [right(want, part, "colour")["colour"] for want, part in zip(wanted, parts, strict=True)]
+    figures |= {"frames": len(made[0]), "segment": visible.mean(), "segment_least": visible.min()}
+    figures |= {"colour": float(np.mean(colour)), "colour_least": min(colour)}
+    for loop in range(1, LOOPS):
+        carried.append(seams(made, maker.size[0] + (loop - 1) * (maker.size[0] - CHUNK))["seam_median"])
+    return figures | {"seam_median": float(np.median(carried))} | at_end(wanted[-1], made), made
+
+
+def segments(rng: np.random.Generator) -> list[str]:
+    """A motion for each loop that has room where the ones before it end: along one line, or resting."""
+    there, back = (("moving right", "moving left"), ("moving down", "moving up"))[rng.integers(2)]
+    if rng.random() < 0.5:
+        there, back = back, there
+    names, position = [there], 0.82  # of the way that is open to it; a loop of half a clip's length goes half as far
+    while len(names) < LOOPS:
+        name, travel = ((there, 0.41), (back, -0.41), ("standing still", 0.0))[rng.choice(3, p=(0.4, 0.4, 0.2))]
+        if -0.02 <= position + travel <= 1.02:
+            names.append(name)
+            position += travel
+    return names
 
 
 def edited(maker: Maker, clips: list[Clip]) -> tuple[Figures, list[np.ndarray]]:

@@ -16,8 +16,8 @@ from opensora.training.state import checkpoints
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "embedded" / "train"
 EMBEDDED = ROOT / "opensora" / "embedded"
-TRAINED = ("text_encoder", "vae_2d", "vae_temporal", "stdit3")
-EXPORTED = {"text_encoder": "text_encoder", "vae": "vae_temporal", "stdit3": "stdit3"}  # name in the package -> stage
+TRAINED = ("text_encoder", "vae_2d", "vae_temporal", "stdit3", "stdit3_masks")
+EXPORTED = {"text_encoder": "text_encoder", "vae": "vae_temporal", "stdit3": "stdit3_masks"}  # in the package -> stage
 
 
 def plan(stage: str, outputs: Path, flags: Sequence[str], export_dtype: str) -> list[list[str]]:
@@ -30,16 +30,15 @@ def plan(stage: str, outputs: Path, flags: Sequence[str], export_dtype: str) -> 
         return []
     if stage == "text_encoder":
         return [["scripts/train_text_encoder.py", "--output", str(result[stage])]]
-    inputs: dict[str, list[str]] = {
-        "vae_2d": [],
-        "vae_temporal": ["--ckpt-path", str(result["vae_2d"])],
-        "stdit3": [
-            "--vae-path", str(result["vae_temporal"]), "--text-encoder-path", str(result["text_encoder"]),
-            "--cfg-options", f"dataset.features={str(outputs / 'features')!r}",
-        ],
-    }  # fmt: skip
-    script = "scripts/train.py" if stage == "stdit3" else "scripts/train_vae.py"
-    arguments = [str(CONFIGS / f"{stage}.py"), "--outputs", str(outputs / stage), *flags, *inputs[stage]]
+    encoders = ["--vae-path", str(result["vae_temporal"]), "--text-encoder-path", str(result["text_encoder"])]
+    before = {"vae_temporal": "vae_2d", "stdit3_masks": "stdit3"}  # stage -> where its weights come from
+    inputs = ["--ckpt-path", str(result[before[stage]])] if stage in before else []
+    script = "scripts/train_vae.py"
+    if stage.startswith("stdit3"):
+        script = "scripts/train.py"
+        features = outputs / stage.replace("stdit3", "features")
+        inputs += [*encoders, "--cfg-options", f"dataset.features={str(features)!r}"]
+    arguments = [str(CONFIGS / f"{stage}.py"), "--outputs", str(outputs / stage), *flags, *inputs]
     begun = [folder for folder in sorted((outputs / stage).glob("[0-9][0-9][0-9]*-*")) if checkpoints(folder)]
     return [[script, *arguments, *(["--load", str(begun[-1])] if begun else [])]]
 
