@@ -15,8 +15,8 @@ import numpy as np
 from opensora.datasets.bucket import REASONS, Buckets
 from opensora.datasets.samplers import BucketBatchSampler, Epoch
 from opensora.datasets.table import read_table
-from opensora.datasets.video import replacing
 from opensora.errors import ConfigError
+from opensora.files import replacing
 from opensora.settings import TrainSettings
 
 MOST_EXAMPLES = 3
@@ -66,7 +66,9 @@ def describe(sampler: BucketBatchSampler) -> str:
         lines.append(f"{starved.size} bucket(s) with {starved.sum()} rows have no batch; take smaller batches there")
     lines += ["", f"{len(plan)} batches, {len(sampler)} steps an epoch, {served} different rows served"]
     if over:
-        lines.append(f"{over} batches at the end are dropped, because they do not suffice for all ranks")
+        lines.append(
+            f"{over} batches at the end do not suffice for all ranks; training takes them first in the next epoch"
+        )
     if used.size > len(plan):
         lines.append(f"{used.size - len(plan)} batches are repeated at the end, so that all ranks have one")
     return "\n".join(lines)
@@ -75,8 +77,7 @@ def describe(sampler: BucketBatchSampler) -> str:
 def write(sampler: BucketBatchSampler, paths: Sequence[str], folder: str | Path, table: str | Path) -> list[Path]:
     """Writes the list of all rows and the picture, named after the table; returns their paths. Raises MediaError."""
     targets = [Path(folder) / f"{Path(table).stem}.buckets.{suffix}" for suffix in ("csv", "svg")]
-    with replacing(*targets) as [rows, picture]:
-        rows.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(*targets, make_folders=True) as [rows, picture]:
         write_rows(sampler, paths, rows)
         picture.write_text(picture_of(sampler), encoding="utf-8")
     return targets

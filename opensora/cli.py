@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from opensora import __version__
-from opensora.settings import InferenceSettings, TrainSettings
-from opensora.utils.config_utils import Parser, add_flags, run_program, settings_of
+from opensora.settings import InferenceSettings, SearchSettings, TrainSettings
+from opensora.utils.config_utils import Parser, add_flags, add_search, merge, run_program, settings_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,6 +30,11 @@ def _parser() -> Parser:
     plan = verbs.add_parser("plan", help="say what generate would do with the same arguments, without doing it")
     _add_request(plan)
     plan.set_defaults(run=_plan)
+
+    finish = verbs.add_parser("continue", help="finish what generate --draft or --steps-until began")
+    finish.add_argument("states", nargs="+", metavar="STATE", help="a .draft.safetensors file that generate wrote")
+    add_flags(finish, InferenceSettings)  # checked to be those of the draft
+    finish.set_defaults(run=_continue)
 
     replay = verbs.add_parser("replay", help="make an output again from its own recipe and compare")
     replay.add_argument("file", help="an mp4, png or recipe .json that opensora wrote")
@@ -52,6 +58,17 @@ def _parser() -> Parser:
     convert.add_argument("--force", action="store_true", help="replace what DST holds")
     convert.set_defaults(run=_convert)
 
+    train = verbs.add_parser("train", help="train a diffusion model, as scripts/train.py does")
+    train.add_argument("config", metavar="CONFIG", help="configuration file, or its name below configs/")
+    add_flags(train, TrainSettings)
+    train.set_defaults(run=_train)
+
+    table = verbs.add_parser("table", help="write a table of the videos in a folder, to train on")
+    table.add_argument("folder", metavar="FOLDER", help="folder with videos and images, each beside its text in a .txt")
+    table.add_argument("table", metavar="OUT.csv", help="table to write; it appears whole or not at all")
+    table.add_argument("--force", action="store_true", help="replace a table that is there")
+    table.set_defaults(run=_table)
+
     buckets = verbs.add_parser("buckets", help="say which rows of a table are trained at what size, or why not")
     buckets.add_argument("table", metavar="TABLE", help="table with the columns path, num_frames, height and width")
     buckets.add_argument("config", metavar="CONFIG", help="configuration of the training, with its bucket_config")
@@ -63,6 +80,10 @@ def _parser() -> Parser:
     buckets.add_argument("--trust-config", action="store_true", help="run the configuration as a program")
     buckets.add_argument("--cfg-options", nargs="+", metavar="KEY=VALUE", help="other settings")
     buckets.set_defaults(run=_buckets)
+
+    search = verbs.add_parser("search-bs", help="search the batch size of each bucket with training steps")
+    add_search(search)
+    search.set_defaults(run=_search)
 
     models = verbs.add_parser("models", help="list the models")
     models.set_defaults(run=_models)
@@ -91,8 +112,13 @@ def generate(settings: InferenceSettings) -> int:
     """Makes what the settings ask for and prints the path of each result."""
     from opensora.pipeline import VideoPipeline
 
-    for output in VideoPipeline(settings).generate():
-        for path in filter(None, (output.path, output.preview)):
+    return _tell(VideoPipeline(settings).generate())
+
+
+def _tell(outputs: Iterable[Any]) -> int:
+    """Prints the path of each file when it is there."""
+    for output in outputs:
+        for path in filter(None, (output.path, output.preview, output.state)):
             print(path, flush=True)
     return 0
 
@@ -102,6 +128,12 @@ def _plan(args: argparse.Namespace) -> int:
 
     print(make_plan(_request(args)))
     return 0
+
+
+def _continue(args: argparse.Namespace) -> int:
+    from opensora.replay import finish
+
+    return _tell(finish(args.states, lambda settings: merge(settings, args)))
 
 
 def _replay(args: argparse.Namespace) -> int:
@@ -131,6 +163,22 @@ def _convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def _train(args: argparse.Namespace) -> int:
+    from opensora.training.diffusion import train
+
+    print(train(settings_of(TrainSettings, args)))
+    return 0
+
+
+def _table(args: argparse.Namespace) -> int:
+    from opensora.video_table import make_table
+
+    made = make_table(args.folder, args.table, args.force)
+    left_out = f"; left out: {len(made.broken)}" if made.broken else ""
+    print(f"{args.table}: {made.num_rows} rows, {made.num_captions} of them with a text of their own{left_out}")
+    return 0
+
+
 def _buckets(args: argparse.Namespace) -> int:
     from opensora import bucket_report
 
@@ -142,6 +190,13 @@ def _buckets(args: argparse.Namespace) -> int:
     for path in bucket_report.write(sampler, paths, args.save_dir, args.table):
         print(path)
     sampler.require_steps()
+    return 0
+
+
+def _search(args: argparse.Namespace) -> int:
+    from opensora.training.search_report import search_batch_sizes
+
+    search_batch_sizes(settings_of(SearchSettings, args))
     return 0
 
 

@@ -11,6 +11,8 @@ import torch
 
 from opensora import registry
 from opensora.acceleration.device import place
+from opensora.acceleration.int8 import quantize
+from opensora.acceleration.parallel import Layout, shard
 from opensora.errors import ConfigError, OpenSoraError, WeightsError
 from opensora.hub import locate, one_line, read_config_json
 from opensora.models.text_encoder.clip import CLIP_DROPPED, CLIP_RENAMED, make_clip
@@ -27,6 +29,7 @@ TEXT_RULES = {
 }
 MAX_LENGTHS = {"t5": 300, "clip": 77}  # tokens, where a section does not say
 Section = Mapping[str, Any]
+ALONE = Layout()  # one rank
 
 
 def check(section: Section, what: str) -> None:
@@ -63,9 +66,13 @@ def build(section: Section, path: Path | None, defaults: Section | None = None, 
 
 
 def fill(model: Any, section: Section, path: Path, device: torch.device, dtype: torch.dtype) -> Summary:
-    """Gives a built model its weights and makes it ready for inference; returns what was read."""
+    """Gives a built model its weights and makes it ready for inference; returns what was read.
+
+    With `int8=True` in the section the linear layers of its blocks compute in 8 bits, which is an approximation.
+    """
     summary = load_weights(model, path, dtype=dtype, strict=section.get("strict", True))
-    place(model.eval().requires_grad_(False), device)
+    model = model.eval().requires_grad_(False)
+    place(quantize(model) if section.get("int8") else model, device)
     return summary
 
 
@@ -84,23 +91,31 @@ def build_text_encoder(section: Section, path: Path | None, dtype: torch.dtype) 
         raise WeightsError(f"{folder}: no usable {name} configuration and tokenizer ({one_line(error)})") from error
 
 
-def fill_text_encoder(encoder: Any, section: Section, path: Path, device: torch.device) -> Summary:
-    """Gives a built text encoder its weights; returns what was read."""
+def fill_text_encoder(
+    encoder: Any, section: Section, path: Path, device: torch.device, layout: Layout = ALONE
+) -> Summary:
+    """Gives a built text encoder its weights; returns what was read.
+
+    With `shardformer=True` in the section they are sharded over the ranks, which then have to encode at the same time.
+    """
     summary = load_weights(encoder.model, path, rules=TEXT_RULES[section["type"]])
-    encoder.model.to(device)
+    if section.get("shardformer"):
+        shard(encoder.model, layout)
+    place(encoder.model, device)
     return summary
 
 
 def load(
-    section: Section, what: str, device: torch.device, dtype: torch.dtype, offline: bool = False
-) -> tuple[Any, Summary]:
+    section: Section, what: str, device: torch.device, dtype: torch.dtype, offline: bool = False,
+    layout: Layout = ALONE,
+) -> tuple[Any, Summary]:  # fmt: skip
     """A "model", "vae" or "text_encoder" that stands for itself, ready for inference, and what was read."""
     path = find(section, what, offline)
     if path is None:
         raise ConfigError(f"{what} of type '{section['type']}' has no weights")
     if what == "text_encoder":
         encoder = build_text_encoder(section, path, dtype)
-        return encoder, fill_text_encoder(encoder, section, path, device)
+        return encoder, fill_text_encoder(encoder, section, path, device, layout)
     built = build(section, path)
     return built, fill(built, section, path, device, dtype)
 

@@ -27,6 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from opensora.acceleration.device import synchronize
+from opensora.errors import MediaError
+from opensora.files import replacing
 from opensora.weights import kept_in_float32
 
 PRODUCTS, CONVOLUTIONS, BANDWIDTH = 1e11, 5e10, 5e9  # operations and bytes a second at the nominal pace
@@ -67,6 +70,29 @@ class _Counter(TorchDispatchMode):
         self.products = self.convolutions = self.moved = 0.0
         self.calls = self.alive = self.peak = 0
         self.storages: dict[int, Any] = {}
+        self.known: dict[tuple, tuple] = {}  # a module and the shapes it is given -> what it costs, and what it gives
+
+    def call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What `forward` of a module gives; of the second time with inputs of these shapes on, without running it."""
+        inputs = tree_leaves((args, kwargs))
+        key = (id(module), *kwargs, *(_shape(one) if isinstance(one, Tensor) else repr(one) for one in inputs))
+        before, highest = (self.products, self.convolutions, self.moved, self.calls, self.alive), self.peak
+        if key in self.known:
+            spent, (size, stride, dtype) = self.known[key]
+            out = torch.empty_strided(size, stride, dtype=dtype, device="meta")
+            self.products, self.convolutions, self.moved, self.calls, self.peak = (
+                was + more for was, more in zip(before, spent, strict=True)
+            )
+            self.peak = max(self.peak, highest)
+            return out
+        self.peak = self.alive
+        out = forward(*args, **kwargs)
+        after = (self.products, self.convolutions, self.moved, self.calls, self.peak)
+        self.peak = max(self.peak, highest)
+        held = {one.untyped_storage()._cdata for one in inputs if isinstance(one, Tensor)}
+        if isinstance(out, Tensor) and out.untyped_storage()._cdata not in held:
+            self.known[key] = (tuple(now - was for now, was in zip(after, before, strict=True)), _shape(out))
+        return out
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -123,11 +149,21 @@ class _FusedAttention(TorchFunctionMode):
         return query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
 
 
-def count(function: Callable[[], Any], device: torch.device) -> Cost:
-    """The cost of calling a function that works on meta tensors, on `device`."""
+def count(function: Callable[[], Any], device: torch.device, model: nn.Module | None = None) -> Cost:
+    """The cost of calling a function that works on meta tensors, on `device`.
+
+    What parts of `model` do again on inputs of the same shapes is added up, not run.
+    """
     counter = _Counter(is_host(device))
-    with torch.no_grad(), counter, _FusedAttention(counter):
-        function()
+    parts = [part for part in model.modules() if any(part.children())] if model is not None else []
+    for part in parts:
+        part.forward = partial(counter.call, part, part.forward)
+    try:
+        with torch.no_grad(), counter, _FusedAttention(counter):
+            function()
+    finally:
+        for part in parts:
+            del part.forward
     return Cost(counter.products, counter.convolutions, counter.moved, counter.calls, counter.peak)
 
 
@@ -197,13 +233,13 @@ def step(
 def decoding(vae: nn.Module, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Cost:
     """Making one clip (T, H, W) of its latents."""
     z = torch.empty(1, vae.out_channels, *vae.get_latent_size(size), dtype=dtype, device="meta")
-    return count(_work(vae, dtype, device, "decode", z, num_frames=size[0]), device)
+    return count(_work(vae, dtype, device, "decode", z, num_frames=size[0]), device, vae)
 
 
 def encoding(vae: nn.Module, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Cost:
     """Making the latents of a video (T, H, W)."""
     x = torch.empty(1, 3, *size, dtype=dtype, device="meta")
-    return count(_work(vae, dtype, device, "encode", x, sample=False), device)
+    return count(_work(vae, dtype, device, "encode", x, sample=False), device, vae)
 
 
 def reading_text(config: Any, parameters: int, tokens: int) -> Cost:
@@ -229,12 +265,8 @@ def remember(device: torch.device, stage: str, cost: Cost, taken: float) -> None
     same = [run for run in _runs() if (run["device"], run["stage"]) == (name_of(device), stage)][1 - RUNS_KEPT :]
     pace = max(taken - DISPATCH * cost.calls, 0.1 * taken) / max(cost.nominal_seconds, 1e-9)
     text = json.dumps([*runs, *same, {"device": name_of(device), "stage": stage, "pace": pace}])
-    with suppress(OSError):
-        path = _file()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with suppress(MediaError), replacing(_file(), make_folders=True) as [temporary]:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
 
 
 def _remembered(device: torch.device) -> dict[str, float]:
@@ -259,8 +291,7 @@ def _file() -> Path:
 
 def wait(device: torch.device) -> None:
     """Returns when a device has done all that it was given."""
-    if not is_host(device):
-        torch.accelerator.synchronize()
+    synchronize(device)
 
 
 def name_of(device: torch.device) -> str:
@@ -303,6 +334,10 @@ def resident() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
     return 600 * 2**20
+
+
+def _shape(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -7,7 +7,7 @@ import inspect
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opensora import components, estimate, refine, registry, watermark, wishes
+from opensora import components, draft, estimate, refine, registry, tuning, watermark, wishes
+from opensora.acceleration import caching
 from opensora.acceleration.device import inference_dtype, keep_allocations_in_heap, pick_device
+from opensora.acceleration.parallel import one_voice, share, start, world_size
+from opensora.acceleration.sequence import check_divisible, sequence_parallel
 from opensora.conditioning import Clip, parse_mask_strategy, place, timeline
 from opensora.datasets import video
 from opensora.errors import ConfigError
@@ -25,9 +28,10 @@ from opensora.models.text_encoder.classes import ClassIds
 from opensora.models.text_encoder.t5 import T5Encoder
 from opensora.noise import initial_noise, noise_generator
 from opensora.prompts import text_of_loop
-from opensora.recipe import check_folder, make_recipe, write_output
-from opensora.references import check_references, read_references
+from opensora.recipe import Recipe, check_folder, make_recipe, write_output
+from opensora.references import check_references, content_hashes, read_references
 from opensora.request import PARTS, SPATIAL_FACTOR, Request, Size, check_supported, make_requests, make_size
+from opensora.schedulers.common import Pause
 from opensora.settings import InferenceSettings
 from opensora.weights import Summary
 
@@ -35,11 +39,15 @@ logger = logging.getLogger("opensora")
 
 
 class Output(NamedTuple):
-    """A result: where it lies, its frames uint8 [T, H, W, 3], and the preview's path if one was asked for."""
+    """A result: where it lies, its frames uint8 [T, H, W, 3], and the preview's path if one was asked for.
+
+    Of a draft this is what it looks like so far, and `state` the file from which it goes on.
+    """
 
     path: Path
     frames: np.ndarray
     preview: Path | None = None
+    state: Path | None = None
 
 
 class _Enough(Exception):
@@ -51,16 +59,21 @@ class VideoPipeline:
 
     What can be refused is refused on construction or, where the checkpoints' own configurations decide, before any
     weight is read. Every sample is denoised by itself, from noise keyed by (seed, number of the sample of its prompt,
-    loop): its bits do not depend on the batch size, on the other prompts or on its place among them.
+    loop): its bits do not depend on the batch size, on the other prompts or on its place among them. Under torchrun
+    each sample is denoised by all ranks together, and the main rank alone decodes and writes it.
     """
 
+    @one_voice()
     def __init__(self, settings: InferenceSettings) -> None:
         self.settings = settings
         check_supported(settings)
         self.size = make_size(settings)
         self.device = pick_device(settings.device)
+        self.layout = start(self.device, world_size())
         self.dtype = inference_dtype(self.device, settings.dtype)
         self.scheduler = registry.build(settings.scheduler)
+        self.cache = tuning.asked(settings)
+        self.stop = draft.steps_to_take(settings, self.scheduler)
         told = "PixArtMS" if settings.model["type"].startswith("PixArtMS") else "STDiT2"
         kind, size = settings.multi_resolution or told, self.size
         self.conditioning = size_conditioning(kind, 1, size[1:], size.num_frames, settings.fps, device=self.device)
@@ -69,8 +82,11 @@ class VideoPipeline:
         self.requests = make_requests(settings)
         _check_can_keep_frames(settings, self.scheduler, self.requests)
         self.align = settings.align
-        self.reference_frames = {one.reference_path: check_references(one.reference_path) for one in self.requests}
-        check_references(";".join(wishes.sources(settings)))
+        for path in dict.fromkeys([*(one.reference_path for one in self.requests), ";".join(wishes.sources(settings))]):
+            check_references(path, offline=settings.offline)
+        self.reference_hashes: dict[str | None, dict[str, str]] = {}
+        self.drafts: dict[str, draft.Draft] = {}  # path of a request -> from where it goes on
+        self.stopped: dict[str, Pause] = {}  # path of a request -> where it has stopped
         self.summaries: dict[str, Summary] = {}
         self.read_frames: dict[str | None, list[int]] = {}
         self.timelines: dict[Request, list[Clip]] = {}
@@ -84,23 +100,41 @@ class VideoPipeline:
         """
         if not self.requests:
             raise ConfigError("there is no prompt: give one, or --prompt-path with a file of prompts")
-        wanted = [request for request in self.requests if not self.exists(request)]
+        wanted = share([request for request in self.requests if not self.exists(request)], self.layout)
         if not wanted:
             return
-        with output_folder(self.settings.save_dir):
+        main = self.layout.is_main
+        with one_voice(), output_folder(self.settings.save_dir) if main else nullcontext():
             parts = self.build()
+            check_divisible(parts["model"], self.layout)
             wanted = self.check(self.refine(wanted), parts)
             asked = (self.size.height, self.size.width)
             if self.made != asked:
                 logger.info("frames of %dx%d are made for %dx%d: sides are multiples of 8", *self.made, *asked)
-            texts = self.encode_texts(parts.pop("text_encoder"), [text for one in wanted for text in self.texts(one)])
+            told = [*(text for one in wanted for text in self.texts(one)), *tuning.prompts(self.settings)]
+            texts = self.encode_texts(parts.pop("text_encoder"), told)
             vae, model = (self.fill(name, parts.pop(name)) for name in ("vae", "model"))
+            sequence_parallel(model, self.layout)
             _tell_untrained(self.size, components.trained_sizes(self.paths["model"]))
+            self._check_drafts(wanted, (vae.out_channels, *vae.get_latent_size(self.size)))
+            self.cache = tuning.tuned(self, model, (vae.out_channels, *vae.get_latent_size(self.size)), texts)
+            if self.stop:
+                logger.info("drafts stop after %d of %d steps", self.stop, self.scheduler.num_steps)
             for request in wanted:
                 with _memory_advice(self.size):
                     frames = self.make(model, vae, texts, request)
-                yield self._write(request, frames)
+                    if self.settings.cache_psnr and not self.cache.is_exact:
+                        self._compare(frames, model, vae, texts, request)
+                if main:
+                    yield self._write(request, frames)
             self._remember(model, vae, texts, len(wanted) * self.settings.loop)
+
+    def _check_drafts(self, requests: Sequence[Request], shape: tuple[int, ...]) -> None:
+        """Raises ConfigError or WeightsError for a draft that is not one of these requests, parts and references."""
+        for request in requests:
+            if begun := self.drafts.get(request.path):
+                draft.check_sampler(begun, self.scheduler.num_steps, shape)
+                draft.check_same(begun, self.recipe(request))
 
     def texts(self, request: Request) -> list[str]:
         """The text of each loop."""
@@ -124,7 +158,7 @@ class VideoPipeline:
         """The requests in the words of the language model, if one is to refine them; it is asked once for each text."""
         if refine.is_wanted(self.settings):
             where, texts = refine.endpoint(self.settings), [text for one in requests for text in one.texts]
-            refined = refine.refine_texts(texts, where)
+            refined = share(refine.refine_texts(texts, where) if self.layout.is_main else {}, self.layout)
             self.settings = dataclasses.replace(self.settings, refined=refined, llm_model=where[1])
         return [one.refined(self.settings) for one in requests] if self.settings.refined else list(requests)
 
@@ -132,7 +166,7 @@ class VideoPipeline:
         """What the model is told of each text: features [1, 1, L, C] at its real length, or a class [1]."""
         keep_allocations_in_heap()
         if path := self.paths["text_encoder"]:
-            filled = components.fill_text_encoder(encoder, self.settings.text_encoder, path, self.device)
+            filled = components.fill_text_encoder(encoder, self.settings.text_encoder, path, self.device, self.layout)
             self._tell_loaded("text_encoder", filled)
         told = {text: encoder.encode([text])[0].to(self.device) for text in dict.fromkeys(texts)}
         return {text: value.to(self.dtype) if value.is_floating_point() else value for text, value in told.items()}
@@ -197,7 +231,7 @@ class VideoPipeline:
         latent_frames = vae.get_latent_size(self.size)[0]
         given = wishes.conditions(self.settings, self.size.num_frames, latent_frames, vae.group)
         self.align = given.align
-        self.reference_frames[given.reference_path] = check_references(given.reference_path)
+        check_references(given.reference_path, offline=self.settings.offline)
         named = {"reference_path": given.reference_path, "mask_strategy": given.mask_strategy}
         return [request._replace(**named) for request in requests]
 
@@ -207,6 +241,7 @@ class VideoPipeline:
         self.overlap = overlapping_frames(vae, self.size.num_frames, settings) if settings.loop > 1 else 0
         carried = (settings.condition_frame_length, settings.condition_frame_edit)
         for request in requests:
+            self.reference_hashes[request.reference_path] = content_hashes(request.reference_path)
             counts = [vae.get_latent_size((n, None, None))[0] for n in self.count_frames(request.reference_path)]
             placements = parse_mask_strategy(request.mask_strategy)
             self.timelines[request] = timeline(placements, counts, frames, settings.loop, self.align, carried)
@@ -223,31 +258,61 @@ class VideoPipeline:
 
     @torch.no_grad()
     def make(self, model: Any, vae: Any, texts: Mapping[str, Tensor], request: Request) -> np.ndarray:
-        """The frames uint8 [T, H, W, 3] of a request: its loops joined, each of which continues the one before."""
+        """The frames uint8 [T, H, W, 3] of a request: its loops joined, each of which continues the one before.
+
+        A draft ends with the first of them. There are no frames but on the main rank.
+        """
         settings, seed, frames = self.settings, self.settings.seed, []
         references = [self.encode(vae, one) for one in read_references(request.reference_path, self.made)]
         shape = (vae.out_channels, *vae.get_latent_size(self.size))
         for loop, (text, given) in enumerate(zip(self.texts(request), self.timelines[request], strict=True)):
             noise = initial_noise(seed, request.sample, loop, shape)
             latents, edit = place(noise, references, given.placements, loop)
-            steps = noise_generator(seed, request.sample, loop)
-            clip = self.make_clip(model, vae, texts[text], latents, edit, steps)
-            frames.append(video.to_uint8(clip)[self.overlap if loop else 0 :])
+            steps, pause = noise_generator(seed, request.sample, loop), Pause()
+            if loop == 0:
+                begun = self.drafts.get(request.path)
+                pause = draft.go_on(begun, steps) if begun else Pause(self.stop)
+            clip = self.make_clip(model, vae, texts[text], latents, edit, steps, pause)
+            if clip is not None:
+                frames.append(video.to_uint8(clip)[self.overlap if loop else 0 :])
+            if self.stop:
+                self.stopped[request.path] = draft.stop(pause, steps)
+                break
             if loop + 1 < settings.loop:
-                references.append(self.encode(vae, clip))
-        return np.concatenate(frames)
+                references.append(share(None if clip is None else self.encode(vae, clip), self.layout))
+        return np.concatenate(frames or [np.empty(0, np.uint8)])
+
+    def _compare(self, frames: np.ndarray, *made_of: Any) -> None:
+        """Says how far frames lie from those without the approximations."""
+        cache, self.cache = self.cache, caching.Cache()
+        exact = self.make(*made_of)
+        self.cache = cache
+        if self.layout.is_main:
+            logger.info("PSNR against the uncached run: %.1f dB", tuning.psnr(frames, exact))
 
     def make_clip(
-        self, model: Any, vae: Any, text: Tensor, latents: Tensor, edit: Tensor, steps: torch.Generator
-    ) -> Tensor:
-        """One clip [3, T, H, W] in about [-1, 1] from noise and references [C, T', H, W] and their `edit` [T']."""
-        cond, size = {"y": text, **self.conditioning}, self.size._asdict()
-        null = None if self.scheduler.cfg_scale == 1 else {"y": model.null_caption(text)}
-        options = {"edit": edit[None], "source": [steps], "progress": self.settings.verbose > 0}
+        self, model: Any, vae: Any, text: Tensor, latents: Tensor, edit: Tensor, steps: torch.Generator,
+        pause: Pause | None = None,
+    ) -> Tensor | None:  # fmt: skip
+        """One clip [3, T, H, W] in about [-1, 1] from noise and references [C, T', H, W] and their `edit` [T'].
+
+        It is decoded by the main rank alone; the others have none.
+        """
+        options = {"edit": edit[None], "source": [steps], "progress": self.settings.verbose > 0 and self.layout.is_main}
+        options["pause"] = pause
         with self._timed("sampling"):
-            sampled = self.scheduler.sample(model, latents[None].to(self.device), cond, null, **size, **options)
+            sampled = self.denoise(model, latents[None].to(self.device), text, self.cache, **options)
+        if not self.layout.is_main:
+            return None
         with self._timed("decoding"):
             return vae.decode(sampled.to(self.dtype), num_frames=self.size.num_frames)[0].float()
+
+    def denoise(self, model: Any, noise: Tensor, text: Tensor, cache: caching.Cache, **options: Any) -> Tensor:
+        """Clean latents [1, C, T, H, W] of a text; `options` are those of the sampler and of `caching.sample`."""
+        cond = {"y": text, **self.conditioning}
+        null = None if self.scheduler.cfg_scale == 1 else {"y": model.null_caption(text)}
+        options |= self.size._asdict()
+        return caching.sample(self.scheduler, model, noise, cond, null, cache, **options)
 
     def encode(self, vae: Any, frames: Tensor) -> Tensor:
         """The latents [C, T', H, W] of frames [3, T, H, W] in [-1, 1]."""
@@ -262,11 +327,13 @@ class VideoPipeline:
 
     def _remember(self, model: Any, vae: Any, texts: Mapping[str, Tensor], clips: int) -> None:
         """Notes the pace of this device for later plans, after a run that was long enough to tell."""
-        if max(self.seconds.values()) < estimate.LONG_ENOUGH:
+        whole = not self.stop and not self.drafts and self.cache.is_exact and self.layout.world_size == 1
+        if not whole or max(self.seconds.values()) < estimate.LONG_ENOUGH:
             return
         latent, where = tuple(vae.get_latent_size(self.size)), (self.dtype, self.device)
         tokens = max(text.shape[2] if text.ndim == 4 else 1 for text in texts.values())
-        batch, steps = 1 if self.scheduler.cfg_scale == 1 else 2, self.scheduler.num_sampling_steps or 1
+        batch = 1 if self.scheduler.cfg_scale == 1 else 2
+        steps = self.scheduler.num_sampling_steps or self.scheduler.num_steps
         step = estimate.step(model, latent, self.conditioning, tokens, *where, batch)
         costs = {
             "sampling": estimate.count(step, self.device).times(steps),
@@ -284,7 +351,30 @@ class VideoPipeline:
         return exists
 
     def _write(self, request: Request, frames: np.ndarray) -> Output:
-        frames = watermark.draw(frames, self.settings.watermark)
+        frames, path = watermark.draw(frames, self.settings.watermark), request.path
+        recipe, preview, state = self.recipe(request), None, None
+        if self.stop:
+            whole = {**recipe, "settings": {**recipe["settings"], "draft": False, "steps_until": None}}
+            pause, num_steps = self.stopped.pop(path), self.scheduler.num_steps
+            state = draft.save(path, whole, pause, num_steps, str(self.device))
+            recipe["draft"], path = {"steps": self.stop, "of": num_steps}, f"{path}{draft.SUFFIX}"
+        media = write_output(frames, path, self.settings.output_fps, recipe)
+        if self.settings.preview:
+            preview = video.write_image(video.contact_sheet(frames), f"{path}.preview.png")
+        return Output(media, frames, preview, state)
+
+    def recipe(self, request: Request) -> Recipe:
+        """How the result of a request is made, once everything is loaded; that of a draft stays as it was then."""
+        begun = self.drafts.get(request.path)
+        settings = begun.recipe["settings"] if begun else self._settings_of(request)
+        return make_recipe(
+            request.prompt, self.texts(request), settings["seed"], request.sample, settings=settings,
+            weights={part: summary.sha256 for part, summary in self.summaries.items()},
+            references=self.reference_hashes[request.reference_path],
+        )  # fmt: skip
+
+    def _settings_of(self, request: Request) -> dict[str, Any]:
+        """Every setting that a result depends on, with its own conditions and refined texts alone."""
         settings = dataclasses.asdict(self.settings)
         settings |= {"align": self.align, **dict.fromkeys((*wishes.NAMES, "llm_base_url"))}
         settings["watermark"] = watermark.text_of(settings["watermark"]) or False
@@ -292,14 +382,7 @@ class VideoPipeline:
             settings["refined"] = {text: refined[text] for text in request.texts}
         for name in ("reference_path", "mask_strategy"):
             settings[name] = [getattr(request, name)] if getattr(request, name) else None
-        weights = {part: summary.sha256 for part, summary in self.summaries.items()}
-        recipe = make_recipe(
-            request.prompt, self.texts(request), settings["seed"], request.sample, settings=settings, weights=weights
-        )
-        path = write_output(frames, request.path, self.settings.output_fps, recipe)
-        if not self.settings.preview:
-            return Output(path, frames)
-        return Output(path, frames, video.write_image(video.contact_sheet(frames), f"{request.path}.preview.png"))
+        return tuning.recorded(settings, self.cache)
 
 
 def _check_can_keep_frames(settings: InferenceSettings, scheduler: Any, requests: Sequence[Request]) -> None:

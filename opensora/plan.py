@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -57,14 +58,23 @@ class Plan:
     def num_frames(self) -> int:
         """Frames of each result."""
         loops, frames = self.pipeline.settings.loop, self.pipeline.size.num_frames
-        return loops * (frames - self.pipeline.overlap) + self.pipeline.overlap
+        whole = loops * (frames - self.pipeline.overlap) + self.pipeline.overlap
+        return frames if self.pipeline.stop else whole
 
     @property
     def memory(self) -> int:
         """Bytes at the peak: of the process on a host, else of the device."""
+        return self._peak(self.stages)
+
+    @property
+    def least(self) -> int:
+        """Bytes that the weights take by themselves, whatever they make."""
+        return self._peak([stage._replace(cost=Cost()) for stage in self.stages])
+
+    def _peak(self, stages: Sequence[Stage]) -> int:
         if estimate.is_host(self.pipeline.device):
-            return self.base + peak_on_host(self.stages)
-        text, *others = self.stages
+            return self.base + peak_on_host(stages)
+        text, *others = stages
         held = sum(stage.weights for stage in others)
         return max(text.weights + text.cost.peak, held + max(stage.cost.peak for stage in others))
 
@@ -134,6 +144,9 @@ def make_plan(settings: InferenceSettings) -> Plan:
         asks = refine.is_wanted(settings)  # then nobody knows yet how long the texts will be
         requests = pipeline.check(wanted, {**parts, "text_encoder": None} if asks else parts)
     notes = ["the prompts will be refined by a language model first; it has not been asked"] if asks else []
+    if pipeline.stop:
+        part = " of the first clip" if settings.loop > 1 else ""
+        notes.append(f"stops after {pipeline.stop} of {pipeline.scheduler.num_steps} steps{part}, to be continued")
     notes += [f"{request.path} exists and is kept" for request in pipeline.requests if request not in wanted]
     notes += [f"{part}: '{getattr(settings, part)['from_pretrained']}' would be downloaded" for part in absent]
     timelines = [pipeline.timelines[request] for request in requests]
@@ -273,9 +286,11 @@ def _stages(
     batch = 1 if pipeline.scheduler.cfg_scale == 1 else 2
     work = estimate.step(model, latent, pipeline.conditioning, tokens, dtype, device, batch, given)
     step = estimate.count(work, device)
-    steps = (pipeline.scheduler.num_sampling_steps or 1) * len(clips)
-    yield _stage(pipeline, "sampling", model, "model", step.times(steps))
-    made = estimate.decoding(vae, size, dtype, device).times(len(clips))
+    num_clips, steps = len(clips), pipeline.scheduler.num_sampling_steps or pipeline.scheduler.num_steps
+    if pipeline.stop:
+        num_clips, steps = len(requests), steps * pipeline.stop / pipeline.scheduler.num_steps
+    yield _stage(pipeline, "sampling", model, "model", step.times(steps * num_clips))
+    made = estimate.decoding(vae, size, dtype, device).times(num_clips)
     made = made._replace(peak=made.peak + _held(size.num_frames, pipeline) // 4 * (settings.loop + 1))
     yield Stage("decoding", 0, 0, False, made, estimate.seconds(made, device, "decoding"))
 
@@ -351,27 +366,30 @@ def peak_on_host(stages: Sequence[Stage]) -> int:
 def cheaper(plan: Plan) -> str | None:
     """The setting nearest to the one asked for that fits, as flags, or None."""
     settings, size = plan.pipeline.settings, plan.pipeline.size
-    trials: list[tuple[str, dict[str, Any]]] = []
+    if plan.room is not None and plan.least > plan.room:
+        return None
+    fewer: list[tuple[str, dict[str, Any]]] = []  # what is worked on at once, then frames, then pixels
     if "micro_batch_size" in settings.vae or settings.vae["type"] == "OpenSoraVAE_V1_2":
-        trials.append(("--cfg-options vae.micro_batch_size=1", {"vae": {**settings.vae, "micro_batch_size": 1}}))
-    lengths = [count for count in reversed(near_lengths(plan)) if count < size.num_frames] if settings.loop == 1 else []
-    trials += [(f"--num-frames {count}", {"num_frames": count}) for count in lengths if count > 1]
-    steps = plan.grid[1:]
+        fewer.append(("--cfg-options vae.micro_batch_size=1", {"vae": {**settings.vae, "micro_batch_size": 1}}))
+    lengths = [count for count in reversed(near_lengths(plan)) if 1 < count < size.num_frames and settings.loop == 1]
+    shorter = [(f"--num-frames {count}", {"num_frames": count}) for count in lengths]
+    smaller, steps = [], plan.grid[1:]
     for part in (0.85, 0.7, 0.5, 0.35, 0.25):
         pair = tuple(max(round(side * part / step), 1) * step for side, step in zip(size[1:], steps, strict=True))
-        trials.append((f"--image-size {pair[0]} {pair[1]}", {"image_size": pair}))
-    for text, changes in trials:
-        try:
-            if smaller_fits(plan, dataclasses.replace(settings, **changes)):
-                return text
-        except ConfigError:
-            continue
+        smaller.append((f"--image-size {pair[0]} {pair[1]}", {"image_size": pair}))
+    for trials in (fewer, shorter, smaller):  # each takes less and less: the first that fits is found by halving
+        index = bisect_left(trials, True, key=lambda trial: fits_with(plan, trial[1]))
+        if index < len(trials):
+            return trials[index][0]
     return None
 
 
-def smaller_fits(plan: Plan, settings: InferenceSettings) -> bool:
-    """Whether the same request with other settings fits."""
-    other = make_plan(settings)
+def fits_with(plan: Plan, changes: Mapping[str, Any]) -> bool:
+    """Whether the same request with other settings can be made and fits."""
+    try:
+        other = make_plan(dataclasses.replace(plan.pipeline.settings, **changes))
+    except ConfigError:
+        return False
     return plan.room is None or other.memory - other.base + plan.base <= plan.room
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from opensora import __version__
-from opensora.datasets.video import encode_image, encode_video, read_metadata, replacing
+from opensora.datasets.video import encode_image, encode_video, read_metadata
 from opensora.errors import MediaError
+from opensora.files import replacing
 
 FORMAT = 1
 KEY = "opensora_recipe"  # of the metadata of the mp4 or png
@@ -22,19 +23,24 @@ Recipe = dict[str, Any]
 
 
 def make_recipe(
-    prompt: str, encoded_prompts: list[str], seed: int, sample_index: int, *, settings: dict, weights: dict[str, str]
-) -> Recipe:
+    prompt: str, encoded_prompts: list[str], seed: int, sample_index: int, *,
+    settings: dict, weights: dict[str, str], references: dict[str, str] | None = None,
+) -> Recipe:  # fmt: skip
     """The recipe of one output, without its pixels (`write_output` adds those).
 
     `encoded_prompts` holds the text given to the encoder, one per loop; `settings` every resolved setting, JSON-able;
-    `weights` a hash per component.
+    `weights` a hash per component, `references` one per file or URL.
     """
-    program = {"opensora": __version__, "torch": torch.__version__}
-    program |= {"python": platform.python_version(), "platform": platform.platform()}
     return {
-        "format": FORMAT, "program": program, "prompt": prompt, "encoded_prompts": encoded_prompts, "seed": seed,
-        "sample_index": sample_index, "settings": settings, "weights": weights,
+        "format": FORMAT, "program": program(), "prompt": prompt, "encoded_prompts": encoded_prompts, "seed": seed,
+        "sample_index": sample_index, "settings": settings, "weights": weights, "references": references or {},
     }  # fmt: skip
+
+
+def program() -> dict[str, str]:
+    """The versions of what runs here."""
+    versions = {"opensora": __version__, "torch": torch.__version__}
+    return {**versions, "python": platform.python_version(), "platform": platform.platform()}
 
 
 def frames_digest(frames: np.ndarray) -> str:

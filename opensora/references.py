@@ -27,6 +27,7 @@ from torch import Tensor
 from opensora.datasets.transforms import get_transform
 from opensora.datasets.video import is_image, iterate_video, read_image
 from opensora.errors import ConfigError, MediaError
+from opensora.files import why
 
 MAX_FRAMES = 4096  # of a reference
 MAX_PIXELS = 2**30  # of all its frames at the size that is made: 12 GiB
@@ -74,12 +75,31 @@ def read_reference(
         raise _named(source, path, error) from error
 
 
-def check_references(text: str | None, *, allow_private: bool = False) -> list[int | None]:
-    """The number of frames of each reference, None for a URL, which is not contacted.
+def check_references(text: str | None, *, allow_private: bool = False, offline: bool = False) -> list[int | None]:
+    """The number of frames of each reference, None for a URL, which is not contacted, and refused if `offline`.
 
     Files are decoded to their end, so that what `read_references` would refuse is refused before long work.
     """
+    if offline and (urls := [source for source in _split(text) if _URL.match(source)]):
+        raise ConfigError(f"reference {urls[0]!r} is a URL, but offline asks nobody; download it and give its path")
     return [_check(source, allow_private) for source in _split(text)]
+
+
+def content_hashes(text: str | None, *, allow_private: bool = False) -> dict[str, str]:
+    """The SHA-256 of the bytes of each file or URL that references name. Raises MediaError where there are none."""
+    files = dict.fromkeys(match[1] if (match := _PART.fullmatch(one)) else one for one in _split(text))
+    return {file: _content_hash(file, allow_private) for file in files}
+
+
+def _content_hash(source: str, allow_private: bool) -> str:
+    path, digest = fetch(source, None, allow_private) if _URL.match(source) else source, hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise MediaError(f"reference {source!r}: cannot be read ({why(error)}); give another") from error
+    return digest.hexdigest()
 
 
 def _split(text: str | None) -> list[str]:

@@ -57,12 +57,16 @@ TEXT_ENCODERS = {
     "clip": "opensora.models.text_encoder.clip:CLIPEncoder",
     "classes": "opensora.models.text_encoder.classes:ClassIds",
 }
-BUILDERS = {**MODELS, **AUTOENCODERS, **SCHEDULERS, **TEXT_ENCODERS}
+DATASETS = {
+    "VideoTextDataset": "opensora.datasets.datasets:VideoTextDataset",
+    "VariableVideoTextDataset": "opensora.datasets.datasets:VariableVideoTextDataset",
+}
+BUILDERS = {**MODELS, **AUTOENCODERS, **SCHEDULERS, **TEXT_ENCODERS, **DATASETS}
 
 # Keys of a section that say what to build, where its weights lie, or how the original accelerated it: no arguments.
 NO_ARGUMENTS = {
     "type", "strict", "from_pretrained", "subfolder", "local_files_only", "force_huggingface", "cache_dir",
-    "enable_flash_attn", "enable_layernorm_kernel", "enable_sequence_parallelism", "shardformer",
+    "enable_flash_attn", "enable_layernorm_kernel", "enable_sequence_parallelism", "shardformer", "int8",
 }  # fmt: skip
 
 

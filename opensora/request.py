@@ -66,6 +66,8 @@ def check_supported(settings: InferenceSettings) -> None:
         components.check(getattr(settings, part), part)
     registry.check_type("scheduler", settings.scheduler["type"], registry.SCHEDULERS)
     if refine.is_wanted(settings):
+        if settings.offline:
+            raise ConfigError("llm_refine asks a language model, but offline asks nobody; leave out one of the two")
         refine.endpoint(settings)
         if settings.text_encoder["type"] == "classes":
             raise ConfigError("llm_refine rewrites words, but these prompts are numbers of classes; leave it out")

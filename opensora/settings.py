@@ -19,13 +19,17 @@ CHOICES = {
     "dtype": ("bf16", "bfloat16", "fp16", "float16", "half", "fp32", "float32", "float64"),
     "plugin": ("zero2", "zero2-seq"),
     "lr_schedule": ("constant", "cosine"),
+    "method": ("model", "bisect", "grid"),
+    "on_bad_step": ("skip", "rollback", "stop"),
+    "cache": ("none", "auto", "table", "tea", "mag"),
     "mixed_strategy": ("mixed_video_image", "mixed_video_random"),
 }
 SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32"}
 KINDS = {"int": {int}, "float": {int, float}, "bool": {bool}, "str": {str}, "dict": {dict}, "None": {type(None)}}
-# Settings of the documents that training cannot follow yet; their defaults ask for nothing.
-NOT_YET_IN_TRAINING = (
-    "wandb", "sp_size", "grad_checkpoint", "bucket_config", "discriminator", "use_image_identity_loss",
+# Settings of the documents that training, or that of autoencoders, cannot follow; their defaults ask for nothing.
+NOT_YET_IN_TRAINING = ("discriminator", "use_image_identity_loss")
+NOT_YET_IN_VAE_TRAINING = (
+    *NOT_YET_IN_TRAINING, "sp_size", "grad_checkpoint", "bucket_config", "mask_ratios", "accumulation_steps",
     "load_video_features", "load_text_features",
 )  # fmt: skip
 # Settings of the documents' other programs, and such as only matter beside one of the above: accepted and left out.
@@ -47,9 +51,9 @@ LEGACY = {
 }  # fmt: skip
 
 
-def check_trainable(settings: TrainSettings) -> None:
+def check_trainable(settings: TrainSettings, unable: Sequence[str] = NOT_YET_IN_TRAINING) -> None:
     """Raises ConfigError when the settings ask for something that training would not do."""
-    for name in NOT_YET_IN_TRAINING:
+    for name in unable:
         if getattr(settings, name) != getattr(TrainSettings, name):
             raise ConfigError(f"{name} is not supported by training yet; leave it out")
 
@@ -74,7 +78,7 @@ class _Settings:
     dtype: str = setting("bf16", "bf16, fp16 or fp32")
     seed: int = setting(1024, "random seed")
     device: str | None = setting(None, "device to run on, such as cpu, cuda or mps")
-    offline: bool = setting(False, "never download anything", nargs=0)
+    offline: bool = setting(False, "never ask the network for anything", nargs=0)
     num_workers: int = setting(4, least=0)
     resolution: str | None = setting(None, "name of a size, such as 240p or 720p")
     image_size: tuple[int, int] | None = None
@@ -149,6 +153,15 @@ class InferenceSettings(_Settings):
     watermark: bool | str = setting(False, "write 'AI generated' on the frames; other texts as watermark='...'")
     preview: bool = setting(False, "also save a contact sheet of each video", nargs=0)
     verbose: int = setting(1, "0 hides the progress of sampling", least=0)
+    steps_until: int | None = setting(None, "stop after so many steps; opensora continue does the rest", least=1)
+    draft: bool = setting(False, "the same, after about a third of the steps", nargs=0)
+    cache: str = setting("none", "foretell some of the model's evaluations: none, auto, table, tea or mag")
+    max_error: float = setting(0.02, "most that --cache auto may change the latents, relative to their size", least=0)
+    cache_threshold: float | None = setting(None, "of tea and mag: how much change to let pass", least=0)
+    cache_prompts: Sequence[str] | None = setting(None, "prompts that --cache auto tries itself on")
+    cache_table: dict | None = None  # what is computed in each evaluation; recipes hold it
+    cache_psnr: bool = setting(False, "also make each result without cache and guidance interval, and compare", nargs=0)
+    guidance_interval: tuple[float, float] | None = setting(None, "part of the run with guidance, such as 0.1 0.8")
     outputs: str | None = setting(None, "folder of training runs")
 
     def __post_init__(self) -> None:
@@ -158,6 +171,13 @@ class InferenceSettings(_Settings):
                 _check_at_least(f"scheduler.{name}", self.scheduler[name], least)
         if isinstance(self.watermark, str) and self.watermark.lower() in ("true", "false"):
             raise ConfigError(f"watermark must be bool, or the text to write; it is {self.watermark!r}")
+        part = self.guidance_interval
+        if part is not None and not (_is_pair(part, int | float) and 0 <= part[0] < part[1] <= 1):
+            raise ConfigError(f"guidance_interval must be two rising numbers from 0 to 1; it is {part!r}")
+        if (self.draft or self.steps_until) and (self.cache != "none" or part is not None):
+            raise ConfigError("a draft cannot go on with a cache or a guidance_interval; leave them out")
+        if self.cache_prompts is not None and len(self.cache_prompts) < 2:
+            raise ConfigError("cache_prompts needs at least two prompts: one to learn from and one to try")
 
     @property
     def output_fps(self) -> float:
@@ -177,14 +197,23 @@ class TrainSettings(_Settings):
 
     outputs: str = setting("outputs", "folder of training runs")
     wandb: bool = setting(False, "log to Weights & Biases", nargs="?")
+    tensorboard: bool = setting(True, "write event files for tensorboard, if it is installed", nargs="?")
     load: str | None = setting(None, "checkpoint folder to resume from")
-    start_from_scratch: bool = setting(False, "load the weights of --load only, not its position in the data", nargs=0)
+    start_from_scratch: bool = setting(False, "take all of --load but its position in the data", nargs=0)
+    accept_changes: bool = setting(False, "go on from --load with other data or settings, and say which", nargs=0)
     epochs: int = setting(1000, least=1)
     max_steps: int | None = setting(None, least=1)
     max_minutes: float | None = setting(None, least=0)
     log_every: int = setting(1, least=1)
     ckpt_every: int = setting(0, least=0)
     keep_checkpoints: int = setting(2, least=1)
+    validate_every: int = setting(0, "steps between validations on clips that are held out; 0: none", least=0)
+    validation_samples: int = setting(16, "clips of each bucket that are held out for it", least=1)
+    sample_every: int = setting(0, "steps between videos of --sample-prompts; 0: none", least=0)
+    sample_prompts: Sequence[str] | None = setting(None, "prompts of these videos")
+    on_bad_step: str = setting("skip", "skip, rollback or stop when a step is not finite or its gradients jump")
+    max_bad_steps: int = setting(10, "stop after so many bad steps in a row", least=1)
+    spike_factor: float = setting(20.0, "gradients jump above so many times their median; 0: they may", least=0)
 
     lr: float = setting(1e-4, "learning rate", least=0)
     lr_schedule: str = "constant"
@@ -193,6 +222,7 @@ class TrainSettings(_Settings):
     adam_betas: tuple[float, float] = (0.9, 0.999)
     adam_eps: float = setting(1e-8, least=0)
     grad_clip: float = setting(0.0, least=0)
+    accumulation_steps: int = setting(1, "batches whose gradients are added up for one step", least=1)
     ema_decay: float = setting(0.9999, least=0)
     grad_checkpoint: bool = False
     compile: bool = False
@@ -226,6 +256,23 @@ class TrainSettings(_Settings):
             names = ("data_path", "num_frames", "frame_interval", "image_size")
             config["dataset"] = {"type": "VideoTextDataset", **{n: config.pop(n) for n in names if n in config}}
         return super().from_config(config, source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings(TrainSettings):
+    """One search for batch sizes: a training whose `bucket_config` has (guess, range), and what to aim at."""
+
+    base: tuple[str, str | int] | None = None
+    base_step_time: float | None = setting(None, "seconds that a step of each bucket should take")
+    method: str = setting("model", "model (few trials), bisect (as in 1.2) or grid (as in 1.1)")
+    untimed_steps: int = setting(5, "steps of a trial before the clock starts", least=0)
+    active_steps: int = setting(5, "steps of a trial that are timed", least=1)
+    output: str | None = setting(None, "configuration to write; default: search_bs.py in the folder of outputs")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.base_step_time is not None and not 0 < self.base_step_time < float("inf"):
+            raise ConfigError(f"base_step_time must be a number of seconds above 0; it is {self.base_step_time!r}")
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:

@@ -9,24 +9,27 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file as load_safetensors
 from safetensors.torch import save_file as save_safetensors
 from torch import Tensor, nn
 
 from opensora.errors import WeightsError
+from opensora.files import replacing
 from opensora.hub import INDEX, SUFFIXES, checkpoint_files, locate, one_line, read_config_json
 from opensora.weight_rules import DEFAULT_RULES, POSITIONS, Drop, Rule, TensorDict
 
 logger = logging.getLogger("opensora")
+_replacing = partial(replacing, make_folders=True, error=WeightsError, failures=(RuntimeError, SafetensorError))
 WRAPPERS = ("state_dict", "ema", "model", "module")
 KEPT_IN_FLOAT32 = ("rope.freqs", "*.rope.freqs", *POSITIONS, "shift", "scale")
 NOT_PARAMETERS = ("y_embedder.y_embedding", *POSITIONS, "shift", "scale")
@@ -244,13 +247,25 @@ def _fill(model: nn.Module, own: TensorDict, tensors: TensorDict, dtype: torch.d
     model.load_state_dict(replaced, strict=False, assign=True)
 
 
-def save_file(state_dict: TensorDict, path: str | os.PathLike[str]) -> None:
-    """Writes tensors to one .safetensors, .pt, .pth or .bin file; the file appears whole or not at all."""
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The texts that a .safetensors file holds beside its tensors. Raises WeightsError naming the file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path}: truncated, damaged or no safetensors file ({one_line(error)})") from error
+
+
+def save_file(state_dict: TensorDict, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors to one .safetensors, .pt, .pth or .bin file; the file appears whole or not at all.
+
+    A .safetensors file also takes texts as `metadata`.
+    """
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise WeightsError(f"{path}: cannot write this kind of file; known are {', '.join(SUFFIXES)}")
-    with _replacing(path) as temporary:
-        _write(state_dict, temporary)
+    with _replacing(path) as [temporary]:
+        _write(state_dict, temporary, metadata)
 
 
 def save_pretrained(
@@ -270,41 +285,21 @@ def save_pretrained(
     with ExitStack() as files:
         for name, document in documents.items():
             text = json.dumps(dict(document), indent=2) + "\n"
-            files.enter_context(_replacing(folder / name)).write_text(text, encoding="utf-8")
+            files.enter_context(_replacing(folder / name))[0].write_text(text, encoding="utf-8")
         for name, held in plan.filename_to_tensors.items():
-            _write({tensor: state_dict[tensor] for tensor in held}, files.enter_context(_replacing(folder / name)))
+            _write({tensor: state_dict[tensor] for tensor in held}, files.enter_context(_replacing(folder / name))[0])
     for file in folder.glob("model*.safetensors*"):
         ours = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", file.name)
         if ours and file.name not in documents and file.name not in plan.filename_to_tensors:
             file.unlink()
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` when the block ends well, and is removed when it does not."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors lets nobody else read its files
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise WeightsError(f"{path}: cannot be written ({one_line(error)})") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def _write(tensors: TensorDict, file: Path) -> None:
+def _write(tensors: TensorDict, file: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes copies, of which no two share memory and none drags a larger storage along."""
     options: dict[str, Any] = {"copy": True, "memory_format": torch.contiguous_format}
     copies = {name: tensor.detach().to("cpu", **options) for name, tensor in tensors.items()}
     if file.suffix == ".safetensors":
-        save_safetensors(copies, file, metadata={"format": "pt"})
+        save_safetensors(copies, file, metadata={"format": "pt", **(metadata or {})})
     else:
         torch.save(copies, file)
 

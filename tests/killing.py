@@ -1,40 +1,52 @@
 """Runs a training program and kills it (SIGKILL) again and again before letting it finish, resuming each time.
 
-python -m tests.killing SCRIPT CONFIG OUTPUTS SEED. Every run is a process of its own, forked so that the imports are
-paid once. Saves are slowed down so that kills fall into them too. Prints the moments of the kills, one a line.
+python -m tests.killing SCRIPT CONFIG OUTPUTS SEED [KILLS] [RANKS]. Every rank of every run is a process of its own,
+forked so that the imports are paid once. Saves are slowed down so that kills fall into them too. Prints the moments of
+the kills, one a line. `seen.RANK.jsonl` in OUTPUTS has a line for each batch: its step, its number in the step, the
+names of its samples and its loss, those of steps that were taken twice included.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import runpy
 import signal
+import socket
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from diffusers import AutoencoderKL  # noqa: F401 (imported before the first fork)
-from transformers import T5EncoderModel  # noqa: F401
+import torch._dynamo  # imported before the first fork, like the others
+import torch.distributed.fsdp  # noqa: F401
+from diffusers import AutoencoderKL  # noqa: F401
+from transformers import T5EncoderModel, T5TokenizerFast  # noqa: F401
 
+from opensora.models.text_encoder.cleaning import preprocess
 from opensora.training import diffusion, state, vae  # noqa: F401
+from opensora.training.throughput import StepCost
+from opensora.training.trainer import Trainer
 
 MOMENTS = ("start", "step", "save", "save", "step")
 
 
-def main(script: str, config: str, outputs: Path, seed: int) -> None:
+def main(script: str, config: str, outputs: Path, seed: int, kills: int = len(MOMENTS), ranks: int = 1) -> None:
     slow_down_saves()
+    record(outputs)
+    preprocess("imports what it needs")
+    StepCost.__call__ = lambda *_: (1, 0.0)  # a second for each new size
     rng = random.Random(seed)
-    outputs.mkdir()
-    moments = rng.sample(MOMENTS, len(MOMENTS))
-    for moment in moments:
-        child = start(script, config, outputs)
-        killed = wait_until(child, reached(moment, outputs, rng)) and kill(child, rng.uniform(0, 0.1))
+    outputs.mkdir(exist_ok=True)
+    for moment in rng.sample(MOMENTS * kills, kills):
+        children = start(script, config, outputs, ranks)
+        killed = wait_until(children, reached(moment, outputs, rng)) and kill(children, rng)
         print(f"killed: {moment}" if killed else "finished before the kill", flush=True)
-    child = start(script, config, outputs)
-    wait_until(child, lambda: False)
+    wait_until(start(script, config, outputs, ranks), lambda: False)
 
 
 def slow_down_saves() -> None:
@@ -48,28 +60,56 @@ def slow_down_saves() -> None:
     state._sync = slow_sync
 
 
+def record(outputs: Path) -> None:
+    backward = Trainer._backward
+
+    def recorded(self: Trainer, part: int, batch: Any) -> Any:
+        loss = backward(self, part, batch)
+        names = batch["names"] if isinstance(batch, dict) else []
+        number = part * self.feed.ranks + self.feed.rank
+        line = {"step": self.step, "batch": number, "names": names, "loss": loss.item()}
+        with (outputs / f"seen.{self.layout.rank}.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        return loss
+
+    Trainer._backward = recorded
+
+
 def newest_experiment(outputs: Path) -> Path | None:
     """The last experiment folder with a finished checkpoint."""
     folders = [folder for folder in sorted(outputs.glob("*-*")) if state.checkpoints(folder)]
     return folders[-1] if folders else None
 
 
-def start(script: str, config: str, outputs: Path) -> int:
-    """Starts the program in a new process, resuming where there is something to resume; returns its id."""
+def start(script: str, config: str, outputs: Path, ranks: int = 1, flags: Sequence[str] = ()) -> list[int]:
+    """Starts the program in new processes, resuming where there is something to resume; returns their ids."""
     experiment = newest_experiment(outputs)
-    sys.argv = [script, config, "--outputs", str(outputs), *(("--load", str(experiment)) if experiment else ())]
+    load = ("--load", str(experiment)) if experiment else ()
+    sys.argv = [script, config, "--outputs", str(outputs), *load, *flags]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [fork(script, outputs, {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
+
+
+def fork(script: str, outputs: Path, environment: dict[str, str]) -> int:
     if child := os.fork():
         return child
     status = 1
     try:
+        os.environ.update(environment)
         printed = os.open(outputs / "printed.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(printed, 1)
         os.dup2(printed, 2)
         runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
         status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
 
 
@@ -79,7 +119,7 @@ def reached(moment: str, outputs: Path, rng: random.Random) -> Callable[[], bool
         leftovers = unfinished(outputs)  # of earlier kills
         return lambda: bool(unfinished(outputs) - leftovers)
     if moment == "step":
-        begun, steps = logged(outputs), rng.randint(1, 2)
+        begun, steps = logged(outputs), rng.randint(1, 3)
         return lambda: logged(outputs) >= begun + steps
     deadline = time.monotonic() + rng.uniform(0, 0.5)
     return lambda: time.monotonic() > deadline
@@ -98,24 +138,31 @@ def logged(outputs: Path) -> int:
     return sum(path.read_text().count("\n") for path in outputs.glob("*-*/log.jsonl"))
 
 
-def wait_until(child: int, condition: Callable[[], bool]) -> bool:
-    """True once the condition holds, False when the child ends before; its failure is a failure here."""
+def wait_until(children: list[int], condition: Callable[[], bool]) -> bool:
+    """True once the condition holds, False when all children have ended before; a failure of one is one here."""
+    running = set(children)
     while not condition():
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
+        for child in list(running):
+            ended, status = os.waitpid(child, os.WNOHANG)
             if status:
                 raise RuntimeError(f"the program failed with status {os.waitstatus_to_exitcode(status)}")
+            running.discard(ended)
+        if not running:
             return False
         time.sleep(0.002)
     return True
 
 
-def kill(child: int, delay: float) -> bool:
-    time.sleep(delay)
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status)
+def kill(children: list[int], rng: random.Random) -> bool:
+    """Kills all ranks, in any order; whether one of them was still at work."""
+    time.sleep(rng.uniform(0, 0.1))
+    statuses = []
+    for child in rng.sample(children, len(children)):
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(child, signal.SIGKILL)
+            statuses.append(os.waitpid(child, 0)[1])
+    return any(os.WIFSIGNALED(status) for status in statuses)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), *map(int, sys.argv[4:]))

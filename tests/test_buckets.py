@@ -250,7 +250,7 @@ def test_report(tmp_path):
     assert "epoch 0, seed 1024, 3 rank(s)" in text
     assert f"{sum(plan.num_rows)} of 101 rows have a bucket" in text
     assert f"{len(plan)} batches, {len(plan) // 3} steps an epoch, {len(set(rows_of(served(columns, 3))))} " in text
-    assert f"{len(plan) % 3} batches at the end are dropped" in text or len(plan) % 3 == 0
+    assert f"{len(plan) % 3} batches at the end do not suffice" in text or len(plan) % 3 == 0
     for bucket, rows, size, batches in zip(
         plan.buckets, plan.num_rows, plan.batch_sizes, plan.num_batches, strict=True
     ):
@@ -351,3 +351,14 @@ def test_command_refuses_what_it_cannot_use(
         files[0].write_text(content)
     assert run(files, tmp_path, *flags) == 1
     assert problem in capsys.readouterr().err
+
+
+def test_rows_are_placed_together_as_they_are_one_by_one(monkeypatch: pytest.MonkeyPatch):
+    columns = table(1000)
+    whole = Buckets(CONFIG).place(*columns, seed=5, epoch=2)
+    monkeypatch.setattr("opensora.datasets.bucket.CHUNK", 7)
+    parts = Buckets(CONFIG).place(*columns, seed=5, epoch=2)
+    for name in ("entry", "ratio", "fate"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(parts, name))
+    assert len(np.unique(whole.entry)) > 3
+    np.testing.assert_array_equal(random_words(20, 5, 2, 0)[13:], random_words(7, 5, 2, 0, start=13))

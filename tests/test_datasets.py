@@ -25,6 +25,7 @@ from opensora.datasets.datasets import (
     to_levels,
 )
 from opensora.datasets.table import Texts, read_table
+from opensora.datasets.transforms import resize_crop
 from opensora.errors import ConfigError, MediaError
 
 LENGTH = 40
@@ -137,7 +138,7 @@ def test_parquet_without_its_package(tmp_path, monkeypatch):
 
 def test_columns_taken_from_parquet(tmp_path, monkeypatch):
     """With a stand-in for the package: only the columns that are used are read."""
-    columns = {"aes": [1.0], "text": [None], "path": ["a.mp4"], "width": [48]}
+    columns = all_columns = {"aes": [1.0], "text": [None], "path": ["a.mp4"], "width": [48]}
 
     class ParquetFile:
         schema_arrow = SimpleNamespace(names=list(columns))
@@ -145,8 +146,9 @@ def test_columns_taken_from_parquet(tmp_path, monkeypatch):
         def __init__(self, file):
             assert file.read() == b"PAR1"
 
-        def read(self, names):
-            return SimpleNamespace(to_pydict=lambda: {name: columns[name] for name in names})
+        def iter_batches(self, size, columns):
+            held = {name: all_columns[name] for name in columns}
+            yield SimpleNamespace(column=lambda name: SimpleNamespace(to_pylist=lambda: held[name]))
 
     package = SimpleNamespace(ArrowException=ArithmeticError, parquet=SimpleNamespace(ParquetFile=ParquetFile))
     monkeypatch.setitem(sys.modules, "pyarrow", package)
@@ -438,3 +440,16 @@ def test_quarantine_that_cannot_be_written(tmp_path):
     quarantine = Quarantine(tmp_path / "no folder" / "broken.jsonl", 10)
     with pytest.raises(MediaError, match="cannot be written"):
         quarantine.add([Broken(0, "a.mp4", "is cut off")])
+
+
+@pytest.mark.parametrize(("height", "width"), [(720, 1280), (719, 481), (33, 570), (64, 48)])
+@pytest.mark.parametrize("size", [(24, 43), (43, 24), (16, 16), (1, 1)])
+def test_picking_pixels_is_scaling_the_picture(height: int, width: int, size: tuple[int, int]) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
+    scale = max(size[0] / height, size[1] / width)
+    scaled = [max(round(side * scale), least) for side, least in zip((height, width), size, strict=True)]
+    levels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
+    whole = torch.nn.functional.interpolate(levels, scaled, mode="bilinear")
+    top, left = ((have - want) // 2 for have, want in zip(scaled, size, strict=True))
+    expected = whole[..., top : top + size[0], left : left + size[1]].transpose(0, 1)
+    torch.testing.assert_close(resize_crop(frames, size), expected, atol=2e-6, rtol=0)

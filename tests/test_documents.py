@@ -1,16 +1,20 @@
 """Every command of the documents is understood as it stands, and does its job with tiny stand-ins for the weights.
 
 A block of commands starts in a folder of its own that holds what the documents name: weights, prompts, pictures, an
-earlier training run. A program that has no row in `SMALLER` fails the test.
+earlier training run. The blocks of a document in `IN_ORDER` go on from one another. A program that has no row in
+`SMALLER` fails the test.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,6 +35,7 @@ from tests.tiny import make_tiny_t5, make_tiny_vae
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 DOCUMENTS += sorted(ROOT.glob("configs/**/README.md"))
+IN_ORDER = ("docs/training.md",)
 
 # What makes the environment and looks at the repository as a whole: `.ci/run` runs these, in these words.
 RUN_BY_CI = (
@@ -45,16 +50,44 @@ RUN_BY_CI = (
 
 # Program -> what is appended to its commands, so that they finish at once. Settings after --cfg-options come last.
 INFERENCE = ("--cfg-options", "image_size=(32, 48)", "scheduler.num_sampling_steps=2")
+PLANNING = ("--cfg-options", "image_size=(32, 48)")
+FEWER = {"--steps-until": "1"}  # flags with a number that has to fit these
+FEWER_STEPS = {"max_steps=400": "max_steps=4", "max_steps=600": "max_steps=6"}  # of a run that goes on
 TRAINING = ("--batch-size", "1", "--dtype", "fp32", "--cfg-options", "dataset.num_clips=2", "max_steps=2")
 SMALL_CLIPS = ("dataset.image_size=(16, 16)", "dataset.num_frames=5", "dataset.sizes=None")
 SMALL_FRAMES = ("model.vae_2d.block_out_channels=(8, 8, 8, 8)", "model.vae_2d.norm_num_groups=4")
 SMALL_TIME = ("model.vae_temporal.filters=8", "model.vae_temporal.num_groups=4")
+SMALL_MODEL = tuple(f"model.{k}={v}" for k, v in zoo.SMALL.items())
+SEARCH = (
+    "--dtype", "fp32", "--base-step-time", "60",
+    "--cfg-options", "bucket_config={'144p': {1: (1, 1)}, '240p': {1: (1, 1)}}", "untimed_steps=0", "active_steps=1",
+    *SMALL_MODEL,
+)  # fmt: skip
+FINETUNING = (
+    "--cfg-options", "batch_size=1", "num_workers=0", "max_steps=2", "log_every=1", "ckpt_every=2", "validate_every=2",
+    "sample_every=2", "scheduler.num_sampling_steps=2",
+)  # fmt: skip
+EXTRACTION = ("--dtype", "fp32", "--cfg-options", "num_workers=0")
+SMALL_BUCKETS = "bucket_config={'144p': {1: (1.0, 1), 17: (1.0, 1)}}"
+# Configuration -> what is appended to the settings of its commands, unless they search for just that.
+SETTINGS_OF = {
+    "embedded/train/finetune_buckets": SMALL_BUCKETS,
+    "configs/opensora-v1-2/misc/extract.py": SMALL_BUCKETS,
+}
 SMALLER = {
     "opensora generate": INFERENCE,
+    "opensora plan": PLANNING,
+    "opensora continue": (),
     "opensora replay": (),
     "opensora inspect": (),
     "opensora convert": (),
     "opensora models": (),
+    "opensora table": (),
+    "opensora buckets": (),
+    "opensora train": FINETUNING,
+    "torchrun scripts/train.py": ("--cfg-options", "batch_size=1", "num_workers=0", "max_steps=1", "validate_every=0"),
+    "demo_open_sora.py": INFERENCE,
+    "benchmark_open_sora.py": ("--warmup-count", "0", "--eval-count", "1", *INFERENCE),
     "scripts/inference.py": INFERENCE,
     "scripts/inference-long.py": INFERENCE,
     "scripts/train_text_encoder.py": ("--steps", "1"),
@@ -63,6 +96,9 @@ SMALLER = {
     "scripts/misc/export.py": (),
     "scripts/misc/reproduce_embedded.py": ("--outputs", "outputs/fresh"),
     "scripts/misc/eval_conditioning.py": ("--num", "1", "--sizes", "17x16x24", "--jobs", "text"),
+    "scripts/misc/extract_feat.py": EXTRACTION,
+    "scripts/misc/search_bs.py": SEARCH,
+    "opensora search-bs": SEARCH,
     "scripts/misc/eval_embedded.py": ("--num-prompts", "2", "--from-scenes", "--reconstruction", "1"),
 }
 
@@ -83,6 +119,7 @@ WEIGHTS = {
     "Latte-XL-2-256x256-ucf101.pt": lambda file: zoo.latte(file, "label_101"),
     "latte-text.pt": lambda file: zoo.latte(file, "text"),
 }
+TORCHRUN = {"--standalone": 1, "--nproc_per_node": 2}  # its flags in the documents, and how many words each takes
 PROMPTS = ("a red circle moving right on a black background", "a lighthouse in the rain", "a boat on a lake at dawn")
 CLIP_FRAMES = 51
 
@@ -119,6 +156,15 @@ def blocks() -> Iterator[Block]:
             yield Block(f"{document.relative_to(ROOT).as_posix()}:{line}", split(match[1]))
 
 
+def jobs() -> Iterator[Block]:
+    """The blocks, those of a document in `IN_ORDER` as a single one."""
+    for place in IN_ORDER:
+        own = [block for block in BLOCKS if block.place.startswith(f"{place}:")]
+        assert own, f"{place} has no commands"
+        yield Block(place, [command for block in own for command in block.commands])
+    yield from (block for block in BLOCKS if block.place.rpartition(":")[0] not in IN_ORDER)
+
+
 BLOCKS = list(blocks())
 BY_CI = [shlex.split(command) for command in RUN_BY_CI]
 COMMANDS = [
@@ -131,9 +177,22 @@ COMMANDS = [
 
 def program_of(command: Sequence[str]) -> tuple[str, list[str]]:
     """The row of `SMALLER` that a command has, and its arguments. AssertionError when it has none."""
+    if command[0] == "torchrun":
+        return _under_torchrun(command)
     name = command[1] if command[0] == "python" else " ".join(command[:2])
     assert name in SMALLER, f"no test knows how to run {shlex.join(command)!r}"
     return name, list(command[2:])
+
+
+def _under_torchrun(command: Sequence[str]) -> tuple[str, list[str]]:
+    """The same for a program that is started on several ranks."""
+    flags, words = [], list(command[1:])
+    while words and words[0] in TORCHRUN:
+        flags += words[: TORCHRUN[words[0]]]
+        words = words[TORCHRUN[words[0]] :]
+    name, known = " ".join(["torchrun", *words[:1]]), ["--standalone", "--nproc_per_node", "2"]
+    assert name in SMALLER and flags == known, f"no test knows how to run {shlex.join(command)!r}"
+    return name, words[1:]
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
@@ -142,6 +201,8 @@ def run(name: str, arguments: Sequence[str]) -> int:
         return cli.main([name.removeprefix("opensora "), *arguments])
     if name == "scripts/misc/reproduce_embedded.py":
         return reproduce(arguments)
+    if name.startswith("torchrun "):
+        return run_on_two(name.removeprefix("torchrun "), arguments)
     before, sys.argv = sys.argv, [name, *arguments]
     try:
         runpy.run_path(str(ROOT / name), run_name="__main__")
@@ -152,10 +213,24 @@ def run(name: str, arguments: Sequence[str]) -> int:
     return 0
 
 
+def run_on_two(script: str, arguments: Sequence[str]) -> int:
+    """The exit code of a program on two ranks, which tell what they have to say to this process's stderr."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, env=environment)
+    print(ended.stdout)
+    print(ended.stderr, file=sys.stderr)
+    return ended.returncode
+
+
 def run_small(name: str, arguments: Sequence[str]) -> int:
     """The same with what `SMALLER` appends; settings go to those that the command has."""
     *flags, options = [list(part) for part in _cut(SMALLER[name])]
     given, given_options = _cut(arguments)
+    given = [FEWER.get(before, word) for before, word in zip(["", *given], given, strict=False)]
+    if SMALLER[name] is not SEARCH:
+        options += [SETTINGS_OF[word] for word in given if word in SETTINGS_OF]
+    options += [FEWER_STEPS[option] for option in given_options if option in FEWER_STEPS]
     return run(name, [*given, *flags[0], *(["--cfg-options", *given_options, *options] if options else [])])
 
 
@@ -201,12 +276,28 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_video(clip, folder / "clip.mp4", 24)
     write_image(clip[0], folder / "first.png")
     write_image(clip[-1], folder / "last.png")
+    write_video(make_clip(0, 0, 17, 144, 256).video, folder / "wave.mp4", 24)
+    make_own_videos(folder / "my-videos")
+    (folder / "videos.csv").write_text("path,text,num_frames,height,width\nwave.mp4,a wave,17,144,256\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert run_small("scripts/train_vae.py", ["configs/embedded/train/vae_2d.py"]) == 0
         assert run_small("scripts/train_vae.py", ["configs/embedded/train/vae_temporal.py"]) == 0
         assert run_small("scripts/train.py", ["configs/embedded/train/stdit3.py"]) == 0
     return folder
+
+
+def make_own_videos(folder: Path) -> None:
+    """What somebody might have: clips with and without texts, some pictures, and a file that is no video."""
+    folder.mkdir()
+    for number in range(10):
+        clip = make_clip(1, number, 20, 144, 256)
+        write_video(clip.video, folder / f"clip_{number}.mp4", 24)
+        if number:
+            (folder / f"clip_{number}.txt").write_text(f"{clip.text}\n")
+    for number in range(4):
+        write_image(make_clip(2, number, 1, 144, 256).video[0], folder / f"a_picture_{number}.png")
+    (folder / "broken.mp4").write_bytes(b"not a video")
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +314,9 @@ def here(prepared: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     use_cache(hub, monkeypatch)
     large = {name: {**registry.VARIANTS.get(name, {}), **zoo.SMALL} for name in registry.MODELS if "/" in name}
     monkeypatch.setattr(registry, "VARIANTS", large)
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("opensora.refine.refine_texts", lambda texts, where: {text: text for text in texts})
     return folder
 
 
@@ -232,7 +326,7 @@ def check_request(settings: InferenceSettings) -> int:
     assert pipeline.requests
     vae = components.build(settings.vae, components.find(settings.vae, "vae"))
     model = SimpleNamespace(patch_size=(1, 2, 2))  # its checkpoint may be what a command before this one writes
-    pipeline.check_conditions(pipeline.requests, model, vae)
+    pipeline.check_conditions(pipeline.with_conditions(pipeline.requests, vae), model, vae)
     return 0
 
 
@@ -248,7 +342,9 @@ def test_is_understood_as_it_stands(command: list[str], here: Path, monkeypatch:
     monkeypatch.setattr("opensora.cli.generate", check_request)
     monkeypatch.setattr("opensora.training.diffusion.train", check_training)
     monkeypatch.setattr("opensora.training.vae.train_vae", check_training)
-    if name in ("scripts/inference.py", "scripts/inference-long.py", "scripts/train.py", "scripts/train_vae.py"):
+    programs = ("scripts/inference.py", "scripts/inference-long.py", "scripts/train.py", "scripts/train_vae.py")
+    name = name.removeprefix("torchrun ")
+    if name in (*programs, "demo_open_sora.py"):
         assert run(name, arguments) == 0
     elif name == "opensora generate":
         assert cli.main(command[1:]) == 0
@@ -256,7 +352,8 @@ def test_is_understood_as_it_stands(command: list[str], here: Path, monkeypatch:
         assert cli._parser().parse_args(command[1:]).run
 
 
-@pytest.mark.parametrize("block", [pytest.param(block, id=block.place) for block in BLOCKS])
+@pytest.mark.timeout(900)  # for a document as a whole, on a machine that has other things to do
+@pytest.mark.parametrize("block", [pytest.param(block, id=block.place) for block in jobs()])
 def test_does_its_job_on_stand_ins(block: Block, here: Path, capsys: pytest.CaptureFixture) -> None:
     for command in block.commands:
         if command in BY_CI:
@@ -268,6 +365,20 @@ def test_does_its_job_on_stand_ins(block: Block, here: Path, capsys: pytest.Capt
         if SMALLER[name] is INFERENCE:
             made = [Path(line) for line in printed.splitlines()]
             assert made and all(path.stat().st_size for path in made)
+    if block.place == "docs/training.md":
+        check_runs(here / "outputs")
+
+
+def check_runs(outputs: Path) -> None:
+    """What the runs of docs/training.md leave, in the files that it names."""
+    first = outputs / "finetune/000-STDiT3"
+    lines = [json.loads(line) for line in (first / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "validation/17x64x64/t0.95" in line] == [2, 4, 6]
+    assert (first / "latest").resolve().name.endswith("global_step6")
+    assert len(list((first / "samples").glob("step0000002-*.mp4"))) == 1
+    for name in ("finetune", "finetune_buckets", "encoded", "two", "together", "temporal"):
+        assert (outputs / name / "ema/model.safetensors").is_file(), name
 
 
 def test_commands_are_taken_apart() -> None:
@@ -285,7 +396,17 @@ def test_every_document_is_read() -> None:
     assert len(BLOCKS) == sum(found.count("bash") for found in fences.values())
 
 
-@pytest.mark.parametrize("command", ["make all", "opensora paint x", "python scripts/other.py", "python -m other"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "make all",
+        "opensora paint x",
+        "python scripts/other.py",
+        "python -m other",
+        "torchrun --standalone --nproc_per_node 2 scripts/other.py",
+        "torchrun",
+    ],
+)
 def test_unknown_programs_fail(command: str) -> None:
     with pytest.raises(AssertionError, match="no test knows how to run"):
         program_of(command.split())

@@ -148,7 +148,7 @@ class TestReproduce:
         make_tiny_t5(outputs / "text_encoder" / "ema")
         write_miniature_configs(tmp_path)
         assert reproduce.main(["--outputs", str(outputs), "--device", "cpu", "--dtype", "fp32"]) == 0
-        assert ran == ["scripts/train_vae.py"] * 2 + ["scripts/train.py"] + ["scripts/misc/export.py"] * 3
+        assert ran == ["scripts/train_vae.py"] * 2 + ["scripts/train.py"] * 2 + ["scripts/misc/export.py"] * 3
         vae = load_file(embedded / "vae" / "model.safetensors")
         assert vae["shift"].dtype == torch.float32 and vae["shift"].shape == (1, 4, 1, 1, 1)
         components.load(dict(type="STDiT3", from_pretrained=str(embedded / "stdit3")), "model", CPU, torch.float32)
@@ -169,12 +169,13 @@ def write_miniature_configs(folder: Path) -> None:
         use_z_rec_loss=True,
         **short,
     )
-    write_config(
-        folder / "stdit3.py",
-        dataset=clips | dict(num_clips=4, features="to be set"),
-        model=dict(type="STDiT3", **TINY_STDIT3),
-        vae=dict(type="VideoAutoencoderPipeline"),
-        text_encoder=dict(type="t5", model_max_length=32),
-        scheduler=dict(type="rflow"),
-        **short,
-    )
+    for name in ("stdit3", "stdit3_masks"):
+        write_config(
+            folder / f"{name}.py",
+            dataset=clips | dict(num_clips=4, features="to be set"),
+            model=dict(type="STDiT3", **TINY_STDIT3),
+            vae=dict(type="VideoAutoencoderPipeline"),
+            text_encoder=dict(type="t5", model_max_length=32),
+            scheduler=dict(type="rflow"),
+            **short,
+        )

@@ -21,10 +21,13 @@ LAYERS = {
     "opensora.plan": 3,
     "opensora.request": 3,
     "opensora.replay": 3,
+    "opensora.tuning": 3,
+    "opensora.benchmark": 3,
     "opensora.training": 3,
     "opensora.acceleration": 2,
     "opensora.components": 2,
     "opensora.convert": 2,
+    "opensora.draft": 2,
     "opensora.bucket_report": 2,
     "opensora.conditioning": 2,
     "opensora.wishes": 2,
@@ -35,6 +38,7 @@ LAYERS = {
     "opensora.references": 2,
     "opensora.refine": 2,
     "opensora.registry": 2,
+    "opensora.video_table": 2,
     "opensora.weight_rules": 2,
     "opensora.weights": 2,
     "opensora.watermark": 1,
@@ -45,6 +49,7 @@ LAYERS = {
     "opensora.catalog": 0,
     "opensora.config": 0,
     "opensora.errors": 0,
+    "opensora.files": 0,
     "opensora.noise": 0,
     "opensora.settings": 0,
 }
@@ -57,7 +62,10 @@ CHECKPOINTS = {"safetensors", "torch.load", "torch.save", "huggingface_hub"}
 MEDIA = {"av", "PIL"}
 DEVICES = {"cpu", "cuda", "mps", "npu", "xpu"}
 COMMAND_LINE = {"argparse", "sys.argv", "click", "typer"}
-SLOW = {"PIL", "av", "bs4", "diffusers", "ftfy", "huggingface_hub", "mmengine", "sentencepiece", "transformers"}
+SLOW = {
+    "PIL", "av", "bs4", "diffusers", "ftfy", "huggingface_hub", "mmengine", "sentencepiece", "transformers",
+    "tensorboard", "torch.utils.tensorboard", "wandb",
+}  # fmt: skip
 NEVER = {"apex", "colossalai", "cv2", "decord", "flash_attn", "torchvision", "xformers"}
 
 # (what it uses, where) -> why it may
@@ -71,9 +79,11 @@ EXCEPTIONS = {
     ("torch.load", "opensora.training.state"): "an optimizer's state, written by the same module, is no model",
     ("torch.save", "opensora.training.state"): "the same, and ema.pt as the documents name it",
     ("PIL", "opensora.datasets.transforms"): "images are scaled by Pillow's own filter; no file is opened",
+    ("safetensors", "opensora.datasets.encoded"): "reads single samples out of features, which are no checkpoint",
     ("safetensors", "scripts.train_text_encoder"): "writes the encoder it trained",
     ("PIL", "opensora.watermark"): "writes a text into frames; no file is opened",
     ("PIL", "scripts.misc.eval_embedded"): "writes captions into a picture",
+    ("PIL", "opensora.training.tracking"): "tensorboard plays GIFs only; they are made in memory",
 }
 
 

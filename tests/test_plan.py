@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from opensora import cli, components, estimate
+from opensora import cli, components, estimate, registry
 from opensora.cli import main
 from opensora.datasets.video import write_image, write_video
 from opensora.errors import OpenSoraError
@@ -325,7 +325,7 @@ def test_weights_that_are_not_here(capsys: pytest.CaptureFixture, hub_cache: Pat
 
 
 @pytest.mark.parametrize(
-    ("size", "room", "part"), [((96, 96), 0.6, "--num-frames"), ((256, 256), 0.35, "--image-size")]
+    ("size", "room", "part"), [((256, 256), 0.87, "--num-frames"), ((512, 512), 0.62, "--image-size")]
 )
 def test_the_nearest_setting_that_fits(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], room: float, part: str
@@ -341,6 +341,32 @@ def test_the_nearest_setting_that_fits(
     assert found.startswith(part)
     again = make_plan(settings_of_command(embedded, [*argv, *found.split()]))
     assert again.memory - again.base <= room * needed
+
+
+def test_nothing_is_tried_where_the_weights_alone_do_not_fit(
+    parts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(settings_for(parts))
+    assert plan.base < plan.least <= plan.memory
+    monkeypatch.setattr("opensora.plan.make_plan", lambda settings: pytest.fail("tried"))
+    monkeypatch.setattr(estimate, "available", lambda device: plan.least - plan.base - 1)
+    assert cheaper(plan) is None and "nothing smaller was found" in str(plan)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("OpenSoraVAE_V1_2", (40, 64, 96)), ("VideoAutoencoderKL", (9, 64, 96))])
+def test_what_is_done_again_costs_what_it_did(kind: str, size: tuple[int, int, int]) -> None:
+    """Counting it once and adding it up gives the very figures of running all of it."""
+    with torch.device("meta"):
+        vae = registry.build({"type": kind, "micro_batch_size": 2})
+    counted = estimate.decoding(vae, size, torch.bfloat16, CPU), estimate.encoding(vae, size, torch.bfloat16, CPU)
+    z = torch.empty(1, vae.out_channels, *vae.get_latent_size(size), dtype=torch.bfloat16, device="meta")
+    x = torch.empty(1, 3, *size, dtype=torch.bfloat16, device="meta")
+    work = (
+        estimate._work(vae, torch.bfloat16, CPU, "decode", z, num_frames=size[0]),
+        estimate._work(vae, torch.bfloat16, CPU, "encode", x, sample=False),
+    )
+    assert counted == tuple(estimate.count(one, CPU) for one in work)
+    assert "forward" not in vars(vae)
 
 
 def settings_of_command(config: Path, argv: list[str]) -> InferenceSettings:

@@ -17,7 +17,7 @@ DOCUMENTS = sorted(
     file for pattern in ("*.md", "docs/**/*.md", "configs/**/*.md", "scripts/**/*.md") for file in ROOT.glob(pattern)
 )
 TEXT_SUFFIXES = {".md", ".py", ".toml", ".txt"}
-MOST_MODEL_LINES = 3_000
+MOST_MODEL_LINES = 3_200
 MOST_EMBEDDED_BYTES = 40_000_000
 
 # A folder of somebody's machine, where to download packages from, and marks of unfinished work.

@@ -18,7 +18,7 @@ import torch
 from opensora import references
 from opensora.datasets.video import write_image, write_video
 from opensora.errors import ConfigError, MediaError, OpenSoraError
-from opensora.references import check_references, fetch, read_reference, read_references
+from opensora.references import check_references, content_hashes, fetch, read_reference, read_references
 
 pytestmark = pytest.mark.timeout(60)
 SIZE = (16, 24)
@@ -378,6 +378,28 @@ def test_urls_refused_unseen(url, tmp_path, only_this_machine):
     with pytest.raises(ConfigError, match="reference"):
         check_references(url)
     assert only_this_machine == []
+
+
+def test_offline_asks_nobody(names, only_this_machine):
+    asked = names()
+    for url in ("https://example.org/a.png", "http://8.8.8.8/a.mp4#first=17"):
+        with pytest.raises(ConfigError, match="is a URL, but offline asks nobody; download it and give its path"):
+            check_references(f"a.png;{url}", offline=True)
+    assert check_references("", offline=True) == check_references(None, offline=True) == []
+    assert asked == only_this_machine == []
+
+
+def test_content_hashes(tmp_path, server, monkeypatch):
+    still = tmp_path / "a.png"
+    write_image(FRAMES[0], still)
+    digest = hashlib.sha256(still.read_bytes()).hexdigest()
+    assert content_hashes(f"{still}#hold=17;{still}") == {str(still): digest}
+    assert content_hashes(None) == content_hashes("") == {}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    url = f"{server.url}/picture.png"
+    assert content_hashes(url, allow_private=True) == {url: hashlib.sha256(server.content).hexdigest()}
+    with pytest.raises(MediaError, match=r"reference '.*b.png': cannot be read .*No such file"):
+        content_hashes(str(tmp_path / "b.png"))
 
 
 def test_check_contacts_nobody(names, only_this_machine):

@@ -293,6 +293,12 @@ def test_a_key_that_is_none_is_not_shown(server, monkeypatch, key):
     assert "cr" not in str(error.value).replace("character", "")
 
 
+def test_offline_asks_no_language_model(here, server, capsys):
+    assert run_script(SAMPLE, *ASK, "--prompt", "a", "--llm-base-url", server.url, "--llm-model", "m", "--offline") == 1
+    assert "llm_refine asks a language model, but offline asks nobody" in capsys.readouterr().err
+    assert not server.asked and not Path("made").exists()
+
+
 def test_the_key_has_no_flag(server):
     with pytest.raises(SystemExit):
         parse_inference_args([SAMPLE, "--llm-api-key", "x"])

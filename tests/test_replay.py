@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from opensora.cli import main
-from opensora.datasets.video import read_image, read_video, write_video
+from opensora.datasets.video import read_image, read_video, write_image, write_video
 from opensora.recipe import read_recipe
 from opensora.weights import read_state_dict, save_file
 from tests.checkpoints import SAMPLE, run_script, snapshot, tree
@@ -70,6 +72,21 @@ def test_a_changed_weight_is_reported(here, own_weights, capsys):
     capsys.readouterr()
     assert main(["replay", "made/sample_0000.mp4", "--save-dir", "again"]) == 1
     assert capsys.readouterr().out.splitlines()[1] == "different: other model weights"
+
+
+def test_a_changed_reference_is_refused(here, capsys):
+    write_image(np.full((16, 24, 3), 9, np.uint8), here / "a.png")
+    argv = ("--prompt", "a cat", "--reference-path", "a.png", "--mask-strategy", "0", "--save-dir", "made")
+    assert run_script(SAMPLE, *SMALL, *argv) == 0
+    digest = hashlib.sha256((here / "a.png").read_bytes()).hexdigest()
+    assert read_recipe("made/sample_0000.mp4")["references"] == {"a.png": digest}
+    assert main(["replay", "made/sample_0000.mp4", "--save-dir", "again"]) == 0
+    write_image(np.full((16, 24, 3), 8, np.uint8), here / "a.png")
+    before = tree(here)
+    capsys.readouterr()
+    assert main(["replay", "made/sample_0000.mp4", "--save-dir", "other"]) == 1
+    assert f"reference 'a.png' is not what it was, sha256 {digest[:12]} then, " in capsys.readouterr().err
+    assert tree(here) == before
 
 
 def test_another_version_is_reported(here, own_weights, capsys):

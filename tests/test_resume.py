@@ -21,6 +21,7 @@ SCHEDULE = dict(
     dtype="fp32", seed=3, batch_size=2, max_steps=13, ckpt_every=3, log_every=2, lr=1e-2, lr_schedule="cosine",
     warmup_steps=2, grad_clip=1.0, ema_decay=0.9,
 )  # fmt: skip
+TIMINGS = {"step_s", "clips_per_s", "tokens_per_s", "data_wait", "mfu"}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
@@ -73,7 +74,7 @@ def results(outputs: Path) -> dict[str, Any]:
     optimizer = torch.load(last / "optimizer" / "optimizer.pt", weights_only=True)["optimizer"]
     moments = {f"{i}.{name}": value for i, part in optimizer["state"].items() for name, value in part.items()}
     return {
-        "log": [{name: value for name, value in line.items() if name != "steps_per_s"} for line in log],
+        "log": [{name: value for name, value in line.items() if name not in TIMINGS} for line in log],
         "position": json.loads((last / "running_states.json").read_text()),
         "groups": optimizer["param_groups"],
         "checkpoints": [path.name for path in checkpoints(experiment)],

@@ -14,18 +14,22 @@ from torch import Tensor, nn
 from opensora.errors import ConfigError, OpenSoraError, WeightsError
 from opensora.settings import TrainSettings
 from opensora.training import state
-from opensora.training.diffusion import Batches, train
+from opensora.training.clip_features import Batches
+from opensora.training.diffusion import train
 from opensora.training.features import Features
+from opensora.training.fingerprint import compare, fingerprint
 from opensora.training.trainer import Trainer, step_generator
 from opensora.training.vae import train_vae
 from tests.tiny import TINY_VAE
 
 CPU = torch.device("cpu")
+TIMINGS = {"step_s", "clips_per_s", "tokens_per_s", "data_wait", "mfu"}
 
 
 def trainer(
-    outputs: Path, nan_at: int | None = None, interrupt_at: int | None = None, epoch: int = 5, **changes: Any
-) -> Trainer:
+    outputs: Path, nan_at: int | None = None, interrupt_at: int | None = None, epoch: int = 5,
+    prints: dict[str, str] | None = None, **changes: Any,
+) -> Trainer:  # fmt: skip
     """A run of 10 steps that fits a layer to noise; optionally its loss breaks down, or Ctrl-C comes, at a step."""
     settings = dict(dtype="fp32", seed=1, lr=0.1, max_steps=10, log_every=1, ckpt_every=2, ema_decay=0.5)
     torch.manual_seed(0)
@@ -38,12 +42,12 @@ def trainer(
         return (model(x) - 2 * x).float().square().mean() * (math.nan if step == nan_at else 1)
 
     return Trainer(TrainSettings(model={"type": "Linear/1"}, outputs=str(outputs), **{**settings, **changes}),
-                   model, loss, CPU, epoch)  # fmt: skip
+                   model, loss, CPU, epoch, prints=prints)  # fmt: skip
 
 
 def log(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "steps_per_s"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
 
 
 def names(folder: Path) -> list[str]:
@@ -127,11 +131,11 @@ class TestRun:
     def test_zero_batches_refuse_to_start(self) -> None:
         features = Features(*[torch.zeros(3, 1)] * 4)
         with pytest.raises(ConfigError, match="3 clips do not fill one batch of 4"):
-            Batches(features, 4, 0, CPU)
+            Batches(features, 4, 0)
 
     def test_batches_are_shuffled_epochs(self) -> None:
         column = torch.arange(7.0)[:, None]
-        batches = Batches(Features(*[column] * 4), 2, 0, CPU)
+        batches = Batches(Features(*[column] * 4), 2, 0)
         epochs = [[batches(step).latents.flatten().tolist() for step in range(e * 3, e * 3 + 3)] for e in range(2)]
         assert all(len({x for batch in epoch for x in batch}) == 6 for epoch in epochs) and epochs[0] != epochs[1]
         assert batches(1).latents.flatten().tolist() == epochs[0][1]
@@ -178,7 +182,7 @@ class TestResume:
         assert torch.equal(run.model.weight, whole.model.weight)
 
     def test_fp16_goes_on_from_fp32(self, tmp_path: Path, whole: Trainer) -> None:
-        run = trainer(tmp_path, load=str(whole.folder), dtype="fp16", max_steps=12)
+        run = trainer(tmp_path, load=str(whole.folder), dtype="fp16", max_steps=12, accept_changes=True)
         run.run()
         assert run.step == 12
 
@@ -213,19 +217,112 @@ class TestResume:
             trainer(tmp_path, load=str(whole.folder))
 
 
+class TestAccumulation:
+    def batches(self, outputs: Path, size: int, **changes: Any) -> Trainer:
+        """A run whose batch n is rows n * size and on of a fixed table."""
+        torch.manual_seed(0)
+        model, table = nn.Linear(4, 4), torch.randn(48, 4)
+
+        def loss(number: int, generator: torch.Generator) -> Tensor:
+            x = table[number * size : (number + 1) * size]
+            return (model(x) - 2 * x).square().mean()
+
+        asked = dict(dtype="fp32", lr=0.1, ckpt_every=0, log_every=2, max_steps=6, grad_clip=0.5)
+        return Trainer(TrainSettings(model={"type": "Linear"}, outputs=str(outputs), **{**asked, **changes}),
+                       model, loss, CPU, 48 // size)  # fmt: skip
+
+    def test_changes_nothing(self, tmp_path: Path) -> None:
+        whole, parts = self.batches(tmp_path / "a", 8), self.batches(tmp_path / "b", 2, accumulation_steps=4)
+        whole.run(), parts.run()
+        torch.testing.assert_close(parts.model.weight, whole.model.weight)
+        for a, b in zip(log(parts.folder), log(whole.folder), strict=True):
+            assert a == pytest.approx(b, rel=1e-5)
+
+    def test_resumes(self, tmp_path: Path) -> None:
+        whole = self.batches(tmp_path / "a", 2, accumulation_steps=3)
+        whole.run()
+        first = self.batches(tmp_path / "b", 2, accumulation_steps=3, max_steps=3)
+        first.run()
+        rest = self.batches(tmp_path / "b", 2, accumulation_steps=3, load=str(first.folder))
+        assert rest.feed.place == (0, 9)
+        rest.run()
+        assert torch.equal(rest.model.weight, whole.model.weight) and log(rest.folder) == log(whole.folder)
+
+    def test_each_batch_draws_its_own_numbers(self) -> None:
+        keys = ((1, 2, 0), (1, 2, 1), (1, 21, 0), (1, 2, 11))
+        assert len({step_generator(*key).initial_seed() for key in keys}) == 4
+        assert step_generator(1, 2, 0).initial_seed() == step_generator(1, 2).initial_seed()
+
+
+class TestChanges:
+    """A run that goes on with other data or settings."""
+
+    def test_is_refused_and_says_what_changed(self, tmp_path: Path) -> None:
+        first = trainer(tmp_path, max_steps=2)
+        first.prints = {"lr": "0.1", "the table": "one"}
+        first.run()
+        changed = {"load": str(first.folder), "prints": {"lr": "0.2", "the table": "one", "seed": "3"}}
+        with pytest.raises(ConfigError, match=r"lr was 0.1 and is 0.2; seed was not set and is 3; .* --accept-changes"):
+            trainer(tmp_path, **changed)
+        assert trainer(tmp_path, accept_changes=True, **changed).step == 2
+        assert trainer(tmp_path, start_from_scratch=True, **changed).step == 0
+        assert trainer(tmp_path, load=str(first.folder), prints=first.prints).step == 2
+
+    def test_settings_that_decide_numbers_count(self) -> None:
+        model = {"type": "STDiT3", "from_pretrained": "here", "depth": 2}
+        one = TrainSettings(model=model, lr=1e-3, dataset={"type": "T", "data_path": "a", "frame_interval": 2})
+        moved = TrainSettings(
+            model={**model, "from_pretrained": "there"}, lr=1e-3, log_every=5, outputs="elsewhere", epochs=3,
+            dataset={"type": "T", "data_path": "b", "frame_interval": 2},
+        )  # fmt: skip
+        assert fingerprint(one) == fingerprint(moved)
+        other = TrainSettings(model={**model, "depth": 3}, lr=2e-3, bucket_config={"144p": {1: (1.0, 2)}})
+        found = compare(fingerprint(one), fingerprint(other), accept=True)
+        assert [change.split(" was")[0] for change in found] == [
+            "bucket_config.144p.1", "dataset.frame_interval", "dataset.type", "lr", "model.depth",
+        ]  # fmt: skip
+
+    def test_the_length_counts_where_the_rate_depends_on_it(self) -> None:
+        def prints(**settings: Any) -> dict[str, str]:
+            return fingerprint(TrainSettings(model={"type": "STDiT3"}, **settings))
+
+        assert prints(max_steps=5) == prints(max_steps=6)
+        assert prints(max_steps=5, lr_schedule="cosine") != prints(max_steps=6, lr_schedule="cosine")
+
+
 class TestTrouble:
-    @pytest.mark.parametrize("log_every", [1, 100])
-    def test_broken_loss_stops_and_leaves_the_last_good_checkpoint(self, tmp_path: Path, log_every: int) -> None:
-        run = trainer(tmp_path, nan_at=5, log_every=log_every)
-        with pytest.raises(OpenSoraError, match=r"not finite at step 6; resume with --load .*global_step4, with a low"):
+    def test_broken_loss_stops_and_leaves_the_last_good_checkpoint(self, tmp_path: Path) -> None:
+        run = trainer(tmp_path, nan_at=5, on_bad_step="stop")
+        with pytest.raises(OpenSoraError, match=r"step 5: the loss is not finite .* --load"):
             run.run()
         assert names(run.folder) == ["epoch0-global_step2", "epoch0-global_step4"]
         again = trainer(tmp_path, load=str(run.folder))
         assert all(p.isfinite().all() for p in again.model.parameters())
 
-    def test_broken_from_the_start(self, tmp_path: Path) -> None:
-        with pytest.raises(OpenSoraError, match="the loss is not finite at step 1; start again, with"):
-            trainer(tmp_path, nan_at=0).run()
+    def test_a_bad_step_is_skipped(self, tmp_path: Path) -> None:
+        run, steps = trainer(tmp_path, nan_at=5), []
+        run.optimizer.register_step_pre_hook(lambda *_: steps.append(run.step))
+        run.run()
+        assert steps == [0, 1, 2, 3, 4, 6, 7, 8, 9] and all(p.isfinite().all() for p in run.model.parameters())
+        lines = [line for line in log(run.folder) if "bad_step" not in line]
+        assert [line["step"] for line in lines if "loss" not in line] == [6]
+        assert [line["step"] for line in log(run.folder) if "bad_step" in line] == [5]
+
+    def test_a_bad_step_rolls_back(self, tmp_path: Path) -> None:
+        """The weights of step 4 meet the data of step 6."""
+        run, before = trainer(tmp_path, nan_at=5, on_bad_step="rollback"), {}
+        run.watches.append(lambda run: before.setdefault(run.step, run.model.weight.detach().clone()))
+        run.run()
+        assert torch.equal(before[6], before[4]) and not torch.equal(before[5], before[4]) and run.step == 10
+
+    def test_broken_weights_are_not_saved(self, tmp_path: Path) -> None:
+        run = trainer(tmp_path, max_steps=3, ckpt_every=2)
+        run.watches.append(lambda run: run.step == 3 and run.model.weight.data.fill_(math.nan))
+        with pytest.raises(
+            OpenSoraError, match=r"the weights are not finite at step 3; resume with --load .*step2 and"
+        ):
+            run.run()
+        assert names(run.folder) == ["epoch0-global_step2"]
 
     def test_interrupt_while_training(self, tmp_path: Path) -> None:
         run = trainer(tmp_path, interrupt_at=5)
@@ -248,13 +345,12 @@ class TestTrouble:
         monkeypatch.setattr(state, "_sync", sync)
         with pytest.raises(raised):
             run.run()
-        assert sorted(path.name for path in run.folder.iterdir()) == ["epoch0-global_step2", "log.jsonl"]
+        assert sorted(path.name for path in run.folder.iterdir()) == ["epoch0-global_step2", "latest", "log.jsonl"]
 
     @pytest.mark.parametrize(
         ("dataset", "words"),
         [
             (None, "dataset type 'None' cannot be trained on yet; use 'ShapeClips'"),
-            (dict(type="VideoTextDataset"), "dataset type 'VideoTextDataset' cannot"),
             (dict(type="ShapeClips", num_frames=5), "dataset needs image_size"),
         ],
     )

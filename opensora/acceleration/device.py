@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
+import platform
+import sys
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from opensora.errors import ConfigError
+from opensora.acceleration.layout import channels_last
+from opensora.acceleration.linear import use_onednn
+from opensora.acceleration.upsample import fuse_upsampling
+from opensora.errors import ConfigError, did_you_mean
 
+# Kind of device -> the package that brings it, where PyTorch itself does not.
+PACKAGES = {"cpu": None, "cuda": None, "mps": None, "xpu": None, "npu": "torch_npu", "gcu": "torch_gcu"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "float64": torch.float64}
 
 
@@ -19,12 +27,75 @@ def pick_device(name: str | None = None) -> torch.device:
     if name is None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
+    _import_backend(name.partition(":")[0])
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device '{name}' cannot be used here; this machine has '{pick_device().type}'") from error
+    except (RuntimeError, AssertionError, NotImplementedError, AttributeError) as error:
+        raise ConfigError(_missing(name)) from error
     return device
+
+
+def _import_backend(kind: str) -> None:
+    """Imports the package of a kind of device that PyTorch does not know by itself. Raises ConfigError."""
+    package = PACKAGES.get(kind)
+    if package is None:
+        return
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise ConfigError(f"device '{kind}': {package} needs '{error.name}', which is not installed") from error
+        remedy = "install the one that was built for this version of PyTorch, or use --device cpu"
+        version = torch.__version__
+        raise ConfigError(f"device '{kind}' needs the package {package}; {remedy} (PyTorch {version})") from error
+    except Exception as error:  # a package for another version, or without its driver, raises anything
+        reason = " ".join(str(error).split())[:150]
+        raise ConfigError(f"device '{kind}': {package} is installed but cannot be used ({reason})") from error
+
+
+def _missing(name: str) -> str:
+    kind, here = name.partition(":")[0], pick_device().type
+    text = f"device '{name}' cannot be used here; this machine has '{here}'"
+    if kind not in PACKAGES:
+        return f"{text}; known are {', '.join(PACKAGES)}{did_you_mean(kind, PACKAGES)}"
+    if kind != here and kind != "cpu" and PACKAGES[kind] is None:
+        return f"{text}; it needs a PyTorch that was built for {kind}, its driver and the device itself"
+    return text
+
+
+def synchronize(device: torch.device) -> None:
+    """Returns when a device has done all that it was given."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Starts a new peak, where a device keeps accounts."""
+    module = None if device.type == "cpu" else torch.get_device_module(device)
+    if hasattr(module, "reset_peak_memory_stats"):
+        module.reset_peak_memory_stats()
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that were allocated at once on a device, of this process on a host; None where nobody says."""
+    if device.type == "cpu":
+        with contextlib.suppress(ImportError):
+            import resource
+
+            unit = 1 if sys.platform == "darwin" else 1024
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return None
+    module = torch.get_device_module(device)
+    return int(module.max_memory_allocated()) if hasattr(module, "max_memory_allocated") else None
+
+
+def name_of(device: torch.device) -> str:
+    """A device in words: its own name, or how many threads compute."""
+    if device.type == "cpu":
+        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    ask = getattr(torch.get_device_module(device), "get_device_name", None)
+    return str(ask()) if ask else device.type
 
 
 def inference_dtype(device: torch.device, dtype: str) -> torch.dtype:
@@ -51,7 +122,12 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
     for module in model.modules():
         if hasattr(module, "fold_time"):
             module.fold_time = device.type == "cpu"
-    return model.to(device)
+    if device.type == "cpu":
+        use_onednn(model)
+    model = model.to(device)
+    channels_last(model, folded=device.type == "cpu")
+    fuse_upsampling(model)
+    return model
 
 
 def keep_allocations_in_heap() -> None:

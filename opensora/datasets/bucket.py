@@ -21,6 +21,7 @@ from opensora.errors import ConfigError
 
 Column = Sequence[float] | np.ndarray
 MOST_RATIOS = 64  # above the number of ratios of any resolution
+CHUNK = 2**18  # rows placed together: what they need fits into a processor's cache
 DRAWS = 0  # what a stream of random numbers is for; the samplers number theirs from 1
 
 
@@ -105,32 +106,43 @@ class Buckets:
         A row enters a resolution with at least 0.8 of its pixels. An image takes the entry for 1 frame; a video the
         longest with `T >= num_frames * frame_interval`. A row that fits and is not kept goes to the next resolution.
         """
-        frames, height, width = (_whole_numbers(column) for column in (num_frames, height, width))
-        known = (frames > 0) & (height > 0) & (width > 0)
+        columns = [np.asarray(column) for column in (num_frames, height, width)]
+        count = len(columns[0])
+        entry, ratio, fate = np.empty(count, np.int16), np.empty(count, np.int16), np.empty(count, np.int8)
+        for start in range(0, count, CHUNK):
+            rows = slice(start, start + CHUNK)
+            sizes = [_whole_numbers(column[rows]) for column in columns]
+            entry[rows], fate[rows] = self._enter(*sizes, start, (int(seed), epoch, DRAWS), frame_interval)
+            ratio[rows] = self._ratios(entry[rows], *sizes[1:])
+        return Placement(self.entries, entry, ratio, fate)
+
+    def _enter(
+        self, frames: np.ndarray, height: np.ndarray, width: np.ndarray, start: int, key: tuple[int, ...], interval: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The entry and the fate of the rows from `start` on."""
+        known, pixels, image = (frames > 0) & (height > 0) & (width > 0), height * width, frames == 1
         entry = np.full(len(frames), -1, np.int16)
         fate = np.where(known, Fate.TOO_SMALL, Fate.UNKNOWN_SIZE).astype(np.int8)
         for resolution, numbered in groupby(enumerate(self.entries), lambda pair: pair[1].resolution):
-            inside = known & (entry < 0) & (5 * height * width >= 4 * NUM_PIXELS[resolution])
-            _reached(fate, inside & (frames == 1), Fate.NO_IMAGES)
-            _reached(fate, inside & (frames > 1), Fate.TOO_SHORT)
+            inside = known & (entry < 0) & (5 * pixels >= 4 * NUM_PIXELS[resolution])
+            _reached(fate, inside & image, Fate.NO_IMAGES)
+            _reached(fate, inside & ~image, Fate.TOO_SHORT)
             for index, asked in numbered:
-                least = asked.num_frames * frame_interval
-                fits = inside & ((frames == 1) if asked.num_frames == 1 else (frames >= least))
+                fits = inside & (image if asked.num_frames == 1 else frames >= asked.num_frames * interval)
                 never = asked.keep * asked.keep_frames == 0
                 _reached(fate, fits, Fate.KEEP_IS_ZERO if never else Fate.NOT_DRAWN)
-                key = (len(frames), int(seed), epoch, DRAWS, index)
-                fits &= _happens(asked.keep_frames, *key, 0)
-                kept = fits & _happens(asked.keep, *key, 1)
+                fits &= _happens(asked.keep_frames, len(frames), start, *key, index, 0)
+                kept = fits & _happens(asked.keep, len(frames), start, *key, index, 1)
                 entry[kept], fate[kept] = index, Fate.PLACED
                 inside &= ~fits
-        return Placement(self.entries, entry, self._ratios(entry, height, width), fate)
+        return entry, fate
 
     def _ratios(self, entry: np.ndarray, height: np.ndarray, width: np.ndarray) -> np.ndarray:
         """The position of the nearest ratio in the table of each row's resolution, -1 for a row without an entry."""
         ratio = np.full(len(entry), -1, np.int16)
         for resolution in {asked.resolution for asked in self.entries}:
-            own = [index for index, asked in enumerate(self.entries) if asked.resolution == resolution]
-            rows = np.flatnonzero(np.isin(entry, own))
+            own = [asked.resolution == resolution for asked in self.entries]
+            rows = np.flatnonzero(np.array([*own, False])[entry])  # -1 finds the last
             ratio[rows] = _nearest(height[rows] / width[rows], [float(key) for key in SIZES[resolution]])
         return ratio
 
@@ -151,32 +163,34 @@ class Placement:
     def groups(self) -> tuple[list[Bucket], np.ndarray, np.ndarray, np.ndarray]:
         """(buckets [G] by their first row, batch sizes [G], placed rows [P] ascending, the bucket of each [P])."""
         rows = np.flatnonzero(self.entry >= 0)
-        codes = self.entry[rows].astype(np.int64) * MOST_RATIOS + self.ratio[rows]
-        found, first, group = np.unique(codes, return_index=True, return_inverse=True)
-        order = np.argsort(first)
-        batch_sizes = [self.entries[code // MOST_RATIOS].batch_size for code in found[order]]
-        buckets = [self._bucket(int(code)) for code in found[order]]
-        return buckets, np.array(batch_sizes, np.int64), rows, np.argsort(order)[group]
+        codes = self.entry[rows] * np.int32(MOST_RATIOS) + self.ratio[rows]
+        first = np.full(len(self.entries) * MOST_RATIOS, len(rows))
+        first[codes[::-1]] = np.arange(len(rows) - 1, -1, -1)  # the last value for an index is the one that stays
+        found = np.argsort(first, kind="stable")[: np.count_nonzero(first < len(rows))]
+        number = np.zeros(len(first), np.int16 if len(first) < 2**15 else np.int32)  # 16 bits sort fastest
+        number[found] = np.arange(len(found))
+        batch_sizes = [self.entries[code // MOST_RATIOS].batch_size for code in found]
+        return [self._bucket(int(code)) for code in found], np.array(batch_sizes, np.int64), rows, number[codes]
 
     def _bucket(self, code: int) -> Bucket:
         asked = self.entries[code // MOST_RATIOS]
         return Bucket(asked.resolution, asked.num_frames, list(SIZES[asked.resolution])[code % MOST_RATIOS])
 
 
-def random_words(count: int, seed: int, epoch: int, purpose: int, *key: int) -> np.ndarray:
-    """uint64 [count]; the first ones do not depend on `count`, nor any on the version of NumPy."""
+def random_words(count: int, seed: int, epoch: int, purpose: int, *key: int, start: int = 0) -> np.ndarray:
+    """uint64 [count] from number `start` on; none depends on `count`, nor on the version of NumPy."""
     words = [seed % 2**32, (seed >> 32) % 2**32, epoch, purpose, *key]
-    return np.random.PCG64(np.random.SeedSequence(words)).random_raw(count)
+    return np.random.PCG64(np.random.SeedSequence(words)).advance(start).random_raw(count)
 
 
-def _happens(probability: float, count: int, *key: int) -> np.ndarray | bool:
+def _happens(probability: float, count: int, start: int, *key: int) -> np.ndarray | bool:
     if probability <= 0 or probability >= 1:
         return probability >= 1
-    return (random_words(count, *key) >> np.uint64(11)) * 2.0**-53 < probability
+    return (random_words(count, *key, start=start) >> np.uint64(11)) * 2.0**-53 < probability
 
 
 def _reached(fate: np.ndarray, rows: np.ndarray, how_far: Fate) -> None:
-    fate[rows] = np.maximum(fate[rows], how_far)
+    np.maximum(fate, rows * np.int8(how_far), out=fate)
 
 
 def _nearest(ratios: np.ndarray, keys: list[float]) -> np.ndarray:

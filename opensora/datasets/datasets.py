@@ -6,12 +6,13 @@ Which crop is a function of (seed, epoch, row). What cannot be read is skipped, 
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from opensora.datasets.table import read_table
 from opensora.datasets.transforms import get_transform
 from opensora.datasets.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_image, read_image, read_span
 from opensora.errors import ConfigError, MediaError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +76,16 @@ class _TableDataset(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Crops of the samples read from now on are those of this epoch."""
         self._epoch.fill_(epoch)
+
+    def at(self, epoch: int) -> Self:
+        """The same data set with the crops of an epoch, for threads that read several epochs at once."""
+        other = copy.copy(self)
+        other._epoch = torch.tensor(epoch)
+        return other
+
+    def name(self, index: Any) -> str:
+        """The file of a sample."""
+        return self.table.path[self._row(index)]
 
     def __len__(self) -> int:
         return len(self.table)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice, zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,15 +21,19 @@ from opensora.datasets.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from opensora.errors import ConfigError, did_you_mean
 
 TEXTS, NUMBERS = ("path", "text"), ("num_frames", "height", "width")
+CHUNK = 2**11  # rows read together: their texts take many times the memory of the arrays they become, and fit a cache
 
 
 class Texts(Sequence[str]):
     """Texts in two arrays: processes that are forked share them, while lists of objects get copied by and by."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-        self.ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
-        self.data = np.frombuffer(b"".join(encoded), np.uint8)
+        data, lengths, texts = bytearray(), array("q"), iter(texts)
+        while part := [text.encode("utf-8", "surrogatepass") for text in islice(texts, CHUNK)]:
+            data += b"".join(part)
+            lengths.extend(map(len, part))
+        self.ends = np.cumsum(np.frombuffer(lengths, np.int64) if lengths else [], dtype=np.int64)
+        self.data = np.frombuffer(data, np.uint8)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -67,50 +74,81 @@ def read_table(path: str | Path | None) -> Table:
     source, suffix = str(path), Path(path).suffix.lower()
     if suffix not in (".csv", ".parquet"):
         raise ConfigError(f"{source}: a table is a .csv or .parquet file; convert it")
+    columns: dict[str, list[Any]] = {}
     try:
-        columns = _read_csv(source) if suffix == ".csv" else _read_parquet(source)
+        for name, cells in _read_csv(source) if suffix == ".csv" else _read_parquet(source):
+            columns.setdefault(name, []).append(Texts(cells) if name in TEXTS else _numbers(cells))
     except OSError as error:
         raise ConfigError(f"{source}: cannot be read ({error.strerror or error}); check data_path") from error
-    if not columns["path"]:
+    if not columns:
         raise ConfigError(f"{source}: has no rows; give a table with at least one")
-    texts = {
-        name: Texts("" if cell is None else str(cell) for cell in columns[name]) for name in TEXTS if name in columns
-    }
-    numbers = {name: np.array([_number(cell) for cell in columns[name]]) for name in NUMBERS if name in columns}
-    return Table(source, **texts, **numbers)
+    return Table(
+        source, **{name: (_joined if name in TEXTS else np.concatenate)(columns.pop(name)) for name in [*columns]}
+    )
+
+
+def _joined(parts: Sequence[Texts]) -> Texts:
+    """Texts one after another."""
+    whole = Texts(())
+    lengths = np.concatenate([np.diff(part.ends, prepend=0) for part in parts])
+    whole.ends, whole.data = np.cumsum(lengths), np.concatenate([part.data for part in parts])
+    return whole
+
+
+def _numbers(cells: Sequence[Any]) -> np.ndarray:
+    """float64 [N], NaN for what is no finite number."""
+    try:
+        numbers = np.fromiter(map(float, cells), np.float64, len(cells))
+    except (TypeError, ValueError):
+        numbers = np.fromiter(map(_number, cells), np.float64, len(cells))
+    numbers[~np.isfinite(numbers)] = math.nan
+    return numbers
 
 
 def _number(cell: object) -> float:
-    """NaN for what is no finite number."""
+    """NaN for what is no number."""
     try:
-        number = float(cell)
+        return float(cell)
     except (TypeError, ValueError):
         return math.nan
-    return number if math.isfinite(number) else math.nan
 
 
-def _read_csv(source: str) -> dict[str, list]:
+def _read_csv(source: str) -> Iterator[tuple[str, Sequence[str]]]:
+    """Columns that a table has a use for, some thousand rows of each at a time."""
     try:
         with open(source, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
-            rows = [row for row in reader if row]
+            rows = (row for row in reader if row)
+            first = next(rows, ["path"])
+            names, header = _names(first, source)
+            wanted = {name: names.index(name) for name in (*TEXTS, *NUMBERS) if name in names}
+            rows = rows if header else chain([first], rows)
+            while part := list(islice(rows, CHUNK)):
+                if max(map(len, part)) > len(names):
+                    raise _too_long(part, names, source)
+                cells = list(zip_longest(*part, fillvalue=""))
+                cells += [("",) * len(part)] * (len(names) - len(cells))
+                yield from ((name, cells[number]) for name, number in wanted.items())
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except csv.Error as error:
         raise ConfigError(f"{source}: line {reader.line_num}: {error}; check its quotes") from error
-    names = [name.strip() for name in rows[0]] if rows else ["path"]
+
+
+def _names(first: list[str], source: str) -> tuple[list[str], bool]:
+    """The names of the columns, and whether the first row has them."""
+    names = [name.strip() for name in first]
     if "path" in names:
-        rows = rows[1:]
-    elif Path(names[0]).suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) or Path(names[0]).is_file():
-        names = list(TEXTS)  # the first row of a table of 1.0
-    else:
-        raise _no_path(names, source)
-    for row in rows:
-        if len(row) > len(names):
-            problem = f"has {len(row)} cells, more than the {len(names)} columns ({', '.join(names)})"
-            raise ConfigError(f"{source}: the row of {row[0]!r} {problem}; put texts with commas in quotes")
-    wanted = {name: names.index(name) for name in (*TEXTS, *NUMBERS) if name in names}
-    return {name: [row[i] if i < len(row) else "" for row in rows] for name, i in wanted.items()}
+        return names, True
+    if Path(names[0]).suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) or Path(names[0]).is_file():
+        return list(TEXTS), False  # a table of 1.0
+    raise _no_path(names, source)
+
+
+def _too_long(rows: Sequence[list[str]], names: Sequence[str], source: str) -> ConfigError:
+    row = next(row for row in rows if len(row) > len(names))
+    problem = f"has {len(row)} cells, more than the {len(names)} columns ({', '.join(names)})"
+    return ConfigError(f"{source}: the row of {row[0]!r} {problem}; put texts with commas in quotes")
 
 
 def _no_path(names: list[str], source: str) -> ConfigError:
@@ -119,7 +157,8 @@ def _no_path(names: list[str], source: str) -> ConfigError:
     return ConfigError(f"{source}: {problem}; {f'rename {near[0]!r}' if near else 'name one so'}")
 
 
-def _read_parquet(source: str) -> dict[str, list]:
+def _read_parquet(source: str) -> Iterator[tuple[str, Sequence[Any]]]:
+    """As `_read_csv`."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -130,6 +169,10 @@ def _read_parquet(source: str) -> dict[str, list]:
             names = content.schema_arrow.names
             if "path" not in names:
                 raise _no_path(names, source)
-            return content.read([name for name in (*TEXTS, *NUMBERS) if name in names]).to_pydict()
+            wanted = [name for name in (*TEXTS, *NUMBERS) if name in names]
+            for batch in content.iter_batches(CHUNK, columns=wanted):
+                for name in wanted:
+                    cells = batch.column(name).to_pylist()
+                    yield name, ["" if cell is None else str(cell) for cell in cells] if name in TEXTS else cells
     except ArrowException as error:
         raise ConfigError(f"{source}: cannot be read as Parquet ({error}); save it anew") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ def resize_crop(frames: np.ndarray, size: tuple[int, int]) -> Tensor:
     scaled = (size[0], round(width * by_height)) if by_height > by_width else (round(height * by_width), size[1])
     if frames.ndim == 3:
         return _crop(_levels(_resize_image(frames, scaled, "BICUBIC")), size, round)
+    if 2 * size[0] * size[1] <= height * width:
+        return torch.stack([_resized_middle(frame, scaled, size) for frame in frames], dim=1)
     return _crop(interpolate(_levels(frames), scaled, mode="bilinear"), size, math.floor)
 
 
@@ -76,6 +79,34 @@ def _resize_image(image: np.ndarray, size: tuple[int, int], filter_name: str) ->
     from PIL import Image
 
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling[filter_name]))
+
+
+def _resized_middle(frame: np.ndarray, scaled: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """float32 [3, H, W]: the middle of `size` of a frame scaled to `scaled`, as `interpolate` and `_crop` make it.
+
+    Only the pixels that have a part in it are touched: faster where that is not most of them.
+    """
+    rows, down = _taps(frame.shape[0], scaled[0], size[0])
+    columns, right = _taps(frame.shape[1], scaled[1], size[1])
+    picked = torch.from_numpy(frame.take(rows, axis=0)).index_select(1, torch.from_numpy(columns))
+    levels = picked.view(2, size[0], 2, 3 * size[1]).float().div_(255)
+    right = right.repeat_interleave(3)
+    lines = (levels[:, :, 0] * (1 - right)).add_(levels[:, :, 1] * right)  # [2, H, 3 W]
+    middle = (lines[0] * (1 - down[:, None])).add_(lines[1] * down[:, None])
+    return middle.sub_(0.5).div_(0.5).view(*size, 3).permute(2, 0, 1)
+
+
+@lru_cache(maxsize=256)
+def _taps(have: int, scaled: int, want: int) -> tuple[np.ndarray, Tensor]:
+    """What the middle `want` of `scaled` pixels are made of: two of `have` each, [2 * want], and the second's weight.
+
+    Places are rounded to float32 where `interpolate` rounds them.
+    """
+    first = (scaled - want) // 2
+    step = np.float64(np.float32(have) / np.float32(scaled))
+    places = np.maximum((step * (np.arange(first, first + want) + 0.5) - 0.5).astype(np.float32), 0)
+    low = np.minimum(places.astype(np.int64), have - 1)
+    return np.concatenate((low, np.minimum(low + 1, have - 1))), torch.from_numpy(places - low.astype(np.float32))
 
 
 def _levels(frames: np.ndarray) -> Tensor:

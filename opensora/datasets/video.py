@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from opensora.errors import MediaError
+from opensora.files import replacing, why
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv")  # those documented; content tells the others
@@ -165,31 +166,6 @@ def tile(images: Sequence[np.ndarray], columns: int, gap: int = 4) -> np.ndarray
     return np.pad(np.vstack(rows), ((0, gap), (0, gap), (0, 0)), constant_values=40)
 
 
-@contextmanager
-def replacing(*paths: str | Path) -> Iterator[list[Path]]:
-    """Temporary paths to write to, renamed to `paths` when the block ends: all or none, even after Ctrl-C.
-
-    Raises MediaError where the operating system refuses (full disk, no permission).
-    """
-    pairs = [(path.with_name(f".{os.getpid()}.{path.name}"), path) for path in map(Path, paths)]
-    try:
-        yield [temporary for temporary, _ in pairs]
-        try:
-            for temporary, final in pairs:
-                os.replace(temporary, final)
-        except BaseException:
-            for temporary, final in pairs:
-                if not temporary.exists():
-                    final.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise MediaError(f"{pairs[0][1]}: cannot be written ({_reason(error)})") from error
-    finally:
-        for temporary, _ in pairs:
-            with suppress(OSError):
-                temporary.unlink()
-
-
 def encode_video(frames: np.ndarray, path: Path, fps: float, metadata: dict[str, str] | None = None) -> None:
     """`write_video` to a path of its own, for use within `replacing`: not atomic, OSError where writing fails."""
     import av
@@ -212,7 +188,7 @@ def encode_video(frames: np.ndarray, path: Path, fps: float, metadata: dict[str,
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode())
     except av.FFmpegError as error:
-        raise OSError(error.errno, _reason(error)) from error
+        raise OSError(error.errno, why(error)) from error
 
 
 def encode_image(frame: np.ndarray, path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -239,15 +215,20 @@ def _decoded(container: Any, path: str | Path, max_frames: int) -> Iterator[np.n
         yield _upright(container, frame)
 
 
-def _frames(container: Any, path: str | Path, whole: bool = True) -> Iterator[Any]:
+def _frames(
+    container: Any, path: str | Path, whole: bool = True, wanted: Collection[int] | None = None
+) -> Iterator[Any]:
     """The frames of PyAV from where the container stands; MediaError if they differ in size or the file is cut off.
 
-    Whether it is cut off can only be told if all of it is read: `whole`.
+    Whether it is cut off can only be told if all of it is read: `whole`. Frames shown at other times than the `wanted`
+    may be missing where no other frame needs them.
     """
     stream, size, count, num_packets = _video_stream(container), None, 0, 0
     stream.codec_context.options = {"max_pixels": str(MAX_SIDE**2)}  # a frame may be larger than the header says
     for packet in container.demux(stream):
         num_packets += packet.size > 0 and not packet.is_corrupt
+        if wanted is not None:
+            stream.codec_context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in wanted else "NONREF"
         for frame in packet.decode():
             count, size = count + 1, size or (frame.height, frame.width)
             if size != (frame.height, frame.width):
@@ -296,7 +277,7 @@ def _span_from_key(
     found: list[Any] = []
     with suppress(MediaError, av.FFmpegError):  # the caller starts anew, and says what is wrong
         container.seek(key, stream=_video_stream(container))
-        for frame in _frames(container, path, whole=False):
+        for frame in _frames(container, path, whole=False, wanted=frozenset(times)):
             if frame.pts is None or frame.pts > times[len(found)]:
                 return None
             if frame.pts == times[len(found)]:
@@ -363,9 +344,5 @@ def _opened(path: str | Path, what: str) -> Iterator[Any]:
         raise
     except Exception as error:  # decoders raise anything for a file made to break them
         unknown = f"it is none of {', '.join(IMAGE_FORMATS)}" if isinstance(error, UnidentifiedImageError) else ""
-        reason, remedy = unknown or _reason(error), f"save it anew as {'PNG' if image else 'MP4'}"
+        reason, remedy = unknown or why(error), f"save it anew as {'PNG' if image else 'MP4'}"
         raise MediaError(f"{path}: cannot be read as {what} ({reason}); {remedy}") from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())[:200]

@@ -6,6 +6,7 @@ Axes: latents [B, C, T, H, W], frame masks and values [B, T].
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +18,30 @@ from opensora.errors import ConfigError, did_you_mean
 Number = float | Tensor | None  # one value, or one per sample [B]; None where no transform asks for it
 Progress = bool | Callable[[int, int], None]  # a bar, or what is called with (steps done, steps)
 NoiseSource = Sequence[torch.Generator] | Callable[[], Tensor]  # one generator per sample, or what gives the numbers
+
+
+@dataclass
+class Pause:
+    """Sampling in two parts: it begins after `done` steps with the `tensors` left then, and stops after `until` steps.
+
+    Where it has stopped, `done` and `tensors` are all that going on takes, but for `source`, which goes on as it is,
+    and what `sample` gives are the clean latents that its last step predicts. Without `until` it runs to the end.
+    """
+
+    until: int | None = None
+    done: int = 0
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def take(self, name: str, initial: Tensor) -> Tensor:
+        """What was left under a name, or `initial` at the start."""
+        return self.tensors[name].to(initial) if self.done else initial
+
+    def leave(self, num_steps: int, x: Tensor, clean: Tensor, **others: Tensor) -> Tensor:
+        """`x` after the last of `num_steps`; before it `clean`, with `x` and `others` kept to go on from."""
+        if self.done == num_steps:
+            return x
+        self.tensors = {"x": x, **others}
+        return clean
 
 
 def check(settings: Any, positive: Sequence[str], **choices: Collection[str]) -> None:
@@ -64,9 +89,12 @@ def draw(source: NoiseSource, x: Tensor, rows: Tensor | None = None) -> Tensor:
     return noise
 
 
-def counted(num_steps: int, progress: Progress = False) -> Iterator[int]:
-    """0, 1, ... `num_steps` - 1; each is reported to `progress` when it has been worked off."""
-    for step in tqdm(range(num_steps), desc="sampling", unit="step", disable=progress is not True):
+def counted(num_steps: int, progress: Progress, pause: Pause) -> Iterator[int]:
+    """0, 1, ... `num_steps` - 1, or the part of `pause`; each is reported to `progress` when it has been worked off."""
+    todo = range(pause.done, min(pause.until or num_steps, num_steps))
+    bar = {"desc": "sampling", "unit": "step", "total": num_steps, "initial": pause.done}
+    for step in tqdm(todo, **bar, disable=progress is not True):
         yield step
+        pause.done = step + 1
         if callable(progress):
             progress(step + 1, num_steps)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from opensora.errors import ConfigError
 from opensora.schedulers import common
-from opensora.schedulers.common import NoiseSource, Number, Progress
+from opensora.schedulers.common import NoiseSource, Number, Pause, Progress
 from opensora.schedulers.diffusion import linear_betas
 from opensora.schedulers.guidance import Denoiser, guided
 
@@ -64,18 +64,25 @@ class DPM_SOLVER:
         if self.order not in (1, 2, 3):
             raise ConfigError(f"scheduler: order is {self.order}; it must be 1, 2 or 3")
 
+    @property
+    def num_steps(self) -> int:
+        """Steps that `progress` counts, and that `pause` can stop between."""
+        count = self.num_sampling_steps
+        return count if self.method == "multistep" else len(step_sizes(count, self.order))
+
     @torch.no_grad()
     def sample(
         self, model: Denoiser, noise: Tensor, cond: Mapping[str, Any], null: Mapping[str, Any] | None = None, *,
         height: Number = None, width: Number = None, num_frames: Number = None, guidance_scale: float | None = None,
         edit: Tensor | None = None, source: NoiseSource | None = None, progress: Progress = False,
+        pause: Pause | None = None,
     ) -> Tensor:  # fmt: skip
         """Clean latents [B, C, T, H, W], float32, from `noise` of that shape.
 
         `model(x, timestep, **cond)` gets timestep [B]; `cond` and `null` are described at `guidance.guided`.
         `guidance_scale` overrides `cfg_scale`; sizes and `source` do not matter. `progress` shows a bar, or is called
-        with (steps done, steps). Raises ConfigError when `edit` [B, T] is not 1 everywhere: the solver learns from
-        several steps, and a frame cannot join in between.
+        with (steps done, steps); `pause` is described at `common.Pause`. Raises ConfigError when `edit` [B, T] is not
+        1 everywhere: the solver learns from several steps, and a frame cannot join in between.
         """
         if common.edited(edit, noise) is not None:
             raise ConfigError("dpm-solver cannot keep or edit frames; use rflow or iddpm, or no reference and mask")
@@ -87,7 +94,7 @@ class DPM_SOLVER:
             return (x - path.sigma[point] * denoise(x, timestep)) / path.alpha[point]
 
         solve = multistep if self.method == "multistep" else singlestep
-        return solve(data, noise.float(), path, self.order, progress)
+        return solve(data, noise.float(), path, self.order, progress, pause)
 
 
 def path_at(times: list[float]) -> Path:
@@ -112,14 +119,17 @@ def spaced_times(num_steps: int, skip_type: str = "time_uniform") -> list[float]
     return (np.linspace(first ** (1 / power), last ** (1 / power), num_steps + 1) ** power).tolist()
 
 
-def multistep(data: Predictor, x: Tensor, path: Path, order: int, progress: Progress = False) -> Tensor:
+def multistep(
+    data: Predictor, x: Tensor, path: Path, order: int, progress: Progress = False, pause: Pause | None = None
+) -> Tensor:
     """`x` at the end of `path`, each step from up to `order` predictions of clean latents at the latest points.
 
     The order rises to `order` over the first steps; in a run of few steps it falls to 1 over the last (algorithm 2 of
     the paper, and the third order of DPM-Solver's, arXiv:2206.00927, in its terms).
     """
-    lam, num_steps, known = path.lam, len(path.time) - 1, []
-    for i in common.counted(num_steps, progress):
+    pause, lam, num_steps = pause or Pause(), path.lam, len(path.time) - 1
+    x, known = pause.take("x", x), [pause.take(f"known{n}", x) for n in range(min(order, pause.done))]
+    for i in common.counted(num_steps, progress, pause):
         known = [data(x, i), *known[: order - 1]]  # latest first
         used, h = min(len(known), num_steps - i if num_steps < FEW_STEPS else order), lam[i + 1] - lam[i]
         # Divided differences of the predictions, in units of this step.
@@ -130,20 +140,20 @@ def multistep(data: Predictor, x: Tensor, path: Path, order: int, progress: Prog
             x = _advance(path, x, i, i + 1, known[0], rate, curve)
         else:
             x = _advance(path, x, i, i + 1, known[0], *rates)
-    return x
+    return pause.leave(num_steps, x, known[0], **{f"known{n}": one for n, one in enumerate(known)})
 
 
-def singlestep(data: Predictor, x: Tensor, path: Path, order: int, progress: Progress = False) -> Tensor:
+def singlestep(
+    data: Predictor, x: Tensor, path: Path, order: int, progress: Progress = False, pause: Pause | None = None
+) -> Tensor:
     """`x` at the end of `path`, in steps over `order` of its intervals, evaluated at the points within.
 
     What is left over is one step of lower order; a run of third order ends on a step of order 2 or 1 in any case
     (DPM-Solver, Lu et al. 2022, arXiv:2206.00927, algorithms 1 and 2 and "DPM-Solver-fast", for clean latents).
     """
-    total, i = len(path.time) - 1, 0
-    sizes = [order] * (total // order) + [total % order] * (total % order > 0)
-    if order == 3 and total % 3 == 0:
-        sizes[-1:] = [2, 1]
-    for step in common.counted(len(sizes), progress):
+    pause, sizes = pause or Pause(), step_sizes(len(path.time) - 1, order)
+    x, i = pause.take("x", x), sum(sizes[: pause.done])
+    for step in common.counted(len(sizes), progress, pause):
         end, first, rate, curve = i + sizes[step], data(x, i), None, None
         for point in range(i + 1, end):
             share = (path.lam[point] - path.lam[i]) / (path.lam[end] - path.lam[i])
@@ -151,7 +161,15 @@ def singlestep(data: Predictor, x: Tensor, path: Path, order: int, progress: Pro
             rate = (data(inner, point) - first) / share
             curve = 0.0 if sizes[step] == 3 else None
         x, i = _advance(path, x, i, end, first, rate, curve), end
-    return x
+    return pause.leave(len(sizes), x, first)
+
+
+def step_sizes(num_evaluations: int, order: int) -> list[int]:
+    """How many intervals each step of `singlestep` takes."""
+    sizes = [order] * (num_evaluations // order) + [num_evaluations % order] * (num_evaluations % order > 0)
+    if order == 3 and num_evaluations % 3 == 0:
+        sizes[-1:] = [2, 1]
+    return sizes
 
 
 def _advance(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,26 +22,34 @@ def guided(
     its arguments, tensors with the batch first; `null` holds those that differ without the prompt, usually just
     `y`, so the text mask in `cond` serves both halves. Both run as one batch [cond, uncond] where every pair of tensors
     has one shape, else as two. At scale exactly 1 only the conditional branch runs and `null` may be None. `frames` are
-    per-step arguments such as `x_mask`. Raises ValueError when guidance is asked for without `null`.
+    per-step arguments such as `x_mask`. What does not change from step to step, a model may compute once: its
+    `prepare(**arguments)`, if it has one, gives the arguments that it is called with. A model whose `halves_apart` is
+    True gets the halves one after the other, which takes less memory. Raises ValueError when guidance is asked for
+    without `null`.
     """
 
     def predict(arguments: Mapping[str, Any], x: Tensor, timestep: Tensor, **frames: Tensor) -> Tensor:
         out = model(x, timestep, **arguments, **frames)
         return (out[:, : x.shape[1]] if channels is None else out).to(x.dtype)
 
+    prepare = cache(lambda: [getattr(model, "prepare", dict)(**one) for one in told])
+    told = [cond]
     if scale == 1:
-        return partial(predict, cond)
+        return lambda x, timestep, **frames: predict(*prepare(), x, timestep, **frames)
     if null is None:
         raise ValueError(f"guidance scale {scale} needs the unconditional arguments; pass null, or use scale 1")
     uncond = {**cond, **null}
-    both = _joined(cond, uncond)
+    both = None if getattr(model, "halves_apart", False) else _joined(cond, uncond)
+    told = [cond, uncond] if both is None else [both]
 
     def velocity(x: Tensor, timestep: Tensor, **frames: Tensor) -> Tensor:
         if both is None:
-            with_text, without = predict(cond, x, timestep, **frames), predict(uncond, x, timestep, **frames)
+            with_text, without = (predict(one, x, timestep, **frames) for one in prepare())
         else:
             twice = {name: torch.cat([value, value]) for name, value in frames.items()}
-            with_text, without = predict(both, torch.cat([x, x]), torch.cat([timestep, timestep]), **twice).chunk(2)
+            with_text, without = predict(*prepare(), torch.cat([x, x]), torch.cat([timestep, timestep]), **twice).chunk(
+                2
+            )
         out = without + scale * (with_text - without)
         return out if channels is None else torch.cat([out[:, :channels], with_text[:, channels:]], dim=1)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from opensora.errors import ConfigError
 from opensora.schedulers import common
-from opensora.schedulers.common import NoiseSource, Number, Progress, per_frame, per_sample
+from opensora.schedulers.common import NoiseSource, Number, Pause, Progress, per_frame, per_sample
 from opensora.schedulers.diffusion import NOISE_SCHEDULES, Diffusion, look_up, space_timesteps
 from opensora.schedulers.guidance import Denoiser, guided
 
@@ -77,11 +77,17 @@ class IDDPM:
         kept = space_timesteps(self.diffusion_steps, sections)
         return Diffusion(NOISE_SCHEDULES[self.noise_schedule](self.diffusion_steps), kept, TABLES[self.tables])
 
+    @property
+    def num_steps(self) -> int:
+        """Steps that `progress` counts, and that `pause` can stop between."""
+        return len(self.process)
+
     @torch.no_grad()
     def sample(
         self, model: Denoiser, noise: Tensor, cond: Mapping[str, Any], null: Mapping[str, Any] | None = None, *,
         height: Number = None, width: Number = None, num_frames: Number = None, guidance_scale: float | None = None,
         edit: Tensor | None = None, source: NoiseSource | None = None, progress: Progress = False,
+        pause: Pause | None = None,
     ) -> Tensor:  # fmt: skip
         """Clean latents [B, C, T, H, W], float32, from `noise` of that shape.
 
@@ -89,7 +95,7 @@ class IDDPM:
         `guidance_scale` overrides `cfg_scale`; `height`, `width` and `num_frames` do not matter. `source` is needed: a
         generator per sample (then results do not depend on the batch), or a callable, for a tensor of the latents'
         shape in each step, and one before it when frames are edited. `progress` shows a bar, or is called with (steps
-        done, steps).
+        done, steps); `pause` is described at `common.Pause`.
 
         `edit` [B, T] holds frames of `noise` that are in truth clean: 1 generates a frame, any other value m leaves it
         alone until step int(m N), noises it to that step, and generates from there. So a frame with 0 is kept but for
@@ -106,15 +112,18 @@ class IDDPM:
             raise ConfigError(f"scheduler: cfg_channel is {channels}, but latents have {noise.shape[1]} channels")
         scale = self.cfg_scale if guidance_scale is None else guidance_scale
         denoise = guided(model, cond, null, scale, channels)
-        x, num_steps = noise.float(), len(self.process)
+        pause, num_steps = pause or Pause(), self.num_steps
+        x = pause.take("x", noise.float())
         edit = common.edited(edit, x)
         starts = None if edit is None else (edit * num_steps).long()
-        for step in common.counted(num_steps, progress):
-            x = self.step(denoise, x, num_steps - 1 - step, source, starts)
-        return x
+        for step in common.counted(num_steps, progress, pause):
+            x, clean = self.step(denoise, x, num_steps - 1 - step, source, starts)
+        return pause.leave(num_steps, x, clean)
 
-    def step(self, denoise: Denoiser, x: Tensor, index: int, source: NoiseSource, starts: Tensor | None) -> Tensor:
-        """`x` at step `index` - 1 from `x` at step `index`.
+    def step(
+        self, denoise: Denoiser, x: Tensor, index: int, source: NoiseSource, starts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`x` at step `index` - 1 from `x` at step `index`, and the clean latents that the model sees in it.
 
         `denoise(x, timestep)` gives all channels of the model. A frame is left alone as long as `index` is above its
         entry of `starts` (int64 [B, T]), and noised first where both are equal.
@@ -131,7 +140,10 @@ class IDDPM:
             moved = ancestral_step(predicted, t, noise)
         else:
             moved = ddim_step(self.process, x, predicted.x_start, t, noise, self.ddim_eta)
-        return moved if starts is None else torch.where(per_frame(starts >= index), moved, x)
+        if starts is None:
+            return moved, predicted.x_start
+        started = per_frame(starts >= index)
+        return torch.where(started, moved, x), torch.where(started, predicted.x_start, x)
 
     def predict(self, output: Tensor, x: Tensor, t: Tensor, clip: bool = False) -> Prediction:
         """What the model's `output` for `x` at `t` means; `clip` keeps clean latents in -1..1 (DDPM, algorithm 2)."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opensora.errors import ConfigError
 from opensora.schedulers import common
-from opensora.schedulers.common import NoiseSource, Number, Progress, per_frame, per_sample
+from opensora.schedulers.common import NoiseSource, Number, Pause, Progress, per_frame, per_sample
 from opensora.schedulers.guidance import Denoiser, guided
 
 CHUNK, CHUNK_LATENTS = 17, 5  # pixel frames that the video autoencoder takes at once, and what they become
@@ -50,15 +50,21 @@ class RFLOW:
             remedy = "set use_discrete_timesteps=False or sample_method='uniform'"
             raise ConfigError(f"scheduler: sample_method 'logit-normal' draws continuous times; {remedy}")
 
+    @property
+    def num_steps(self) -> int:
+        """Steps that `progress` counts, and that `pause` can stop between."""
+        return self.num_sampling_steps
+
     def sample(
         self, model: Denoiser, noise: Tensor, cond: Mapping[str, Any], null: Mapping[str, Any] | None = None, *,
         height: Number = None, width: Number = None, num_frames: Number = None, guidance_scale: float | None = None,
         edit: Tensor | None = None, source: NoiseSource | None = None, progress: Progress = False,
+        pause: Pause | None = None,
     ) -> Tensor:  # fmt: skip
         """Clean latents [B, C, T, H, W], float32, from `noise` of that shape.
 
         `model(x, timestep, **cond)` gets timestep [B]; `cond` and `null` are described at `guidance.guided`; `edit`,
-        `source` and `progress` at `euler`. `guidance_scale` overrides `cfg_scale`.
+        `source` and `progress` at `euler`, `pause` at `common.Pause`. `guidance_scale` overrides `cfg_scale`.
         """
         times = sampling_times(self.num_sampling_steps, self.num_timesteps, self.use_discrete_timesteps)
         times = self._transform(times[:, None], (height, width, num_frames))  # [N + 1, 1 or B]
@@ -67,7 +73,7 @@ class RFLOW:
         def velocity(x: Tensor, time: Tensor, **frames: Tensor) -> Tensor:
             return denoise(x, time * self.num_timesteps, **frames)
 
-        return euler(velocity, noise, times, edit, source, progress)
+        return euler(velocity, noise, times, edit, source, progress, pause)
 
     def training_times(
         self, draw: Tensor, height: Number = None, width: Number = None, num_frames: Number = None
@@ -131,6 +137,7 @@ def add_noise(x: Tensor, noise: Tensor, time: Tensor) -> Tensor:
 def euler(
     velocity: Denoiser, noise: Tensor, times: Tensor,
     edit: Tensor | None = None, source: NoiseSource | None = None, progress: Progress = False,
+    pause: Pause | None = None,
 ) -> Tensor:  # fmt: skip
     """Clean latents [B, C, T, H, W], float32: Euler's method from `times[0]` to `times[-1]`.
 
@@ -141,26 +148,31 @@ def euler(
     is told which frames are active: `velocity(x, time, x_mask=active)`, bool [B, T]. Each step draws one tensor of the
     latents' shape from `source`: a generator per sample (then results do not depend on the batch), or a callable.
     Without `edit`, or when it is 1 everywhere, no mask is passed and nothing is drawn, which is exact. `progress` shows
-    a bar, or is called with (steps done, steps). Raises ValueError when `edit` needs random numbers from no `source`.
+    a bar, or is called with (steps done, steps); `pause` is described at `common.Pause`. Raises ValueError when `edit`
+    needs random numbers from no `source`.
     """
-    x = noise.float()
+    pause = pause or Pause()
+    x, kept = pause.take("x", noise.float()), {}
     times, num_steps = times.to(x.device), len(times) - 1
     edit = common.edited(edit, x)
     if edit is not None:
         if source is None:
             raise ValueError("frames are kept or edited, which draws noise; pass one generator per sample as source")
-        clean = edit < 1
-    for step in common.counted(num_steps, progress):
+        kept["given"] = pause.take("given", edit < 1)
+    for step in common.counted(num_steps, progress, pause):
         time, following = (times[i].expand(len(x)) for i in (step, step + 1))
-        stride = per_sample(time - following)
+        stride, ahead = per_sample(time - following), per_sample(following)
         if edit is None:
-            x = x + velocity(x, time) * stride
+            v = velocity(x, time)
+            x = x + v * stride
         else:
             active = edit >= time[:, None]
-            x = torch.where(per_frame(active & clean), add_noise(x, common.draw(source, x), time), x)
-            clean = clean & ~active
-            x = torch.where(per_frame(active), x + velocity(x, time, x_mask=active) * stride, x)
-    return x
+            x = torch.where(per_frame(active & kept["given"]), add_noise(x, common.draw(source, x), time), x)
+            kept["given"] = kept["given"] & ~active
+            v = velocity(x, time, x_mask=active)
+            x = torch.where(per_frame(active), x + v * stride, x)
+            ahead = ahead * per_frame(active)
+    return pause.leave(num_steps, x, x + v * ahead, **kept)
 
 
 def timestep_transform(

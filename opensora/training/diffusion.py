@@ -1,115 +1,213 @@
-"""Training of a diffusion transformer on pre-encoded clips with the rectified-flow loss."""
+"""Training of a diffusion model: its parts put together, and the loss of a step."""
 
 from __future__ import annotations
 
-from functools import partial
+import inspect
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from opensora import components, registry, weights
-from opensora.acceleration.device import keep_allocations_in_heap, pick_device, place, training_context
-from opensora.datasets.shape_clips import MixedClips, ShapeClips, shape_clips, to_model
+from opensora.acceleration.device import DTYPES, keep_allocations_in_heap, pick_device, place
+from opensora.acceleration.parallel import Layout, barrier, one_voice, start
+from opensora.acceleration.parallelize import parallelize
+from opensora.acceleration.whole import whole
+from opensora.datasets.datasets import Quarantine
+from opensora.datasets.shape_clips import shape_clips
 from opensora.errors import ConfigError
-from opensora.models.sizes import size_conditioning
-from opensora.models.text_encoder.cleaning import preprocess
+from opensora.hub import locate
+from opensora.models.layers.transformer import FixedPositions
 from opensora.settings import TrainSettings, check_trainable
-from opensora.training.features import Features, encode_once
+from opensora.training import encoded
+from opensora.training.clip_features import ClipSource, encode_clips, held_clips
+from opensora.training.data import Feed, Source
+from opensora.training.examples import Encoders, Examples
+from opensora.training.fingerprint import content_of, fingerprint
 from opensora.training.masks import MaskRatios
-from opensora.training.trainer import Loss, Trainer
+from opensora.training.sources import table_source
+from opensora.training.throughput import StepCost
+from opensora.training.trainer import Trainer
+from opensora.training.watching import held_out, watches
 
-ENCODE_BATCH = 20
+logger = logging.getLogger("opensora")
+Size = tuple[int, int, int]
+Prepare = Callable[[Any, torch.Generator], Examples]
 
 
+class Data(NamedTuple):
+    """What a run learns from.
+
+    prepare: makes examples on the device of what the source reads
+    sizes: (T, H, W) of the clips in frames and pixels, where they are known in advance
+    keywords: of a model that fits the encoders
+    contents: what identifies the data and the encoders
+    held: clips that are never trained on, and the bucket of each batch of them
+    """
+
+    source: Source
+    prepare: Prepare
+    sizes: list[Size]
+    keywords: dict[str, Any]
+    contents: dict[str, str]
+    encoders: Encoders | None = None
+    held: Sequence[tuple[str, Examples]] = ()
+    reads_files: bool = False
+
+
+@one_voice()
 def train(settings: TrainSettings) -> Path:
     """Trains as the settings say; returns the last checkpoint, or the averaged model's folder once all is done."""
     check_trainable(settings)
-    if settings.scheduler is None or settings.batch_size is None:
-        raise ConfigError("training a diffusion model needs a scheduler and a batch_size")
-    ratios = None if settings.mask_ratios is None else MaskRatios(settings.mask_ratios)
+    scheduler, ratios = check_training(settings)
     keep_allocations_in_heap()
     device = pick_device(settings.device)
-    clips, features = _features(settings, device)
-    torch.manual_seed(settings.seed)
-    model = registry.build(settings.model)
-    if source := settings.model.get("from_pretrained"):
-        print(weights.load_weights(model, source))
-    model = place(model, device).train()
-    if settings.compile:
-        compile_blocks(model)
-    losses = [
-        flow_loss(model, settings, ratios, one, Batches(encoded, one.batch_size, settings.seed, device))
-        for one, encoded in zip(clips.sets, features, strict=True)
-    ]
+    layout = start(device, settings.sp_size)
+    data = make_data(settings, device, layout)
+    model = build_model(settings, data, device)
+    parallelize(model, layout, DTYPES[settings.dtype], settings.grad_checkpoint, settings.compile)
+    feed = Feed(data.source, layout.data_rank, layout.data_size, settings.num_workers if data.reads_files else 0)
+    loss, cost = DiffusionLoss(model, scheduler, ratios, data.prepare), StepCost(model, settings.model["type"])
 
-    def loss(step: int, generator: torch.Generator) -> Tensor:
-        return losses[clips.pick(step)](step, generator)
+    def work() -> tuple[float, ...]:
+        latents, cond = loss.examples.latents, loss.examples.cond
+        return len(latents), *cost(latents, {**cond, "y": _rounded(cond["y"])})
 
-    model.config = {**model.config, "trained_sizes": [[one.num_frames, *one.image_size] for one in clips.sets]}
-    trainer = Trainer(settings, model, loss, device, clips.period or 1)
+    trainer = Trainer(settings, model, loss, device, feed, layout, fingerprint(settings, **data.contents), work)
+    if data.reads_files:
+        own = f".{layout.rank}" if layout.rank else ""
+        data.prepare.name_broken(Quarantine(trainer.folder / f"quarantine{own}.jsonl", len(data.source.dataset)))
+    if data.encoders is not None:
+        size = data.sizes[0] if data.sizes else data.source.batches(0)[0][1]  # of the samples
+        trainer.watches += watches(settings, model, scheduler, data.held, data.encoders, size, layout)
     folder = trainer.run()
-    if trainer.step < trainer.total_steps:
-        return folder
-    final = Path(settings.outputs) / "ema"
-    config = {"model_type": settings.model["type"], **model.config}
-    weights.save_pretrained(trainer.ema.state_dict(), final, config)
-    return final
+    return finish(settings, model, trainer, layout) if trainer.finished else folder
 
 
-class Batches:
-    """Batch n of the endless sequence of shuffled epochs, as a function of n."""
-
-    def __init__(self, features: Features, batch_size: int, seed: int, device: torch.device) -> None:
-        self.features, self.batch_size, self.seed, self.device = features, batch_size, seed, device
-        self.per_epoch = len(features.latents) // batch_size
-        if self.per_epoch == 0:
-            clips = len(features.latents)
-            raise ConfigError(f"{clips} clips do not fill one batch of {batch_size}: there would be no training step")
-
-    def __call__(self, step: int) -> Features:
-        epoch, position = divmod(step, self.per_epoch)
-        generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-        order = torch.randperm(len(self.features.latents), generator=generator)
-        rows = order[position * self.batch_size : (position + 1) * self.batch_size]
-        return Features(*(tensor[rows].to(self.device) for tensor in self.features))
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """Compiles each kind of block once, for any size: they take nearly all the time, and the whole takes minutes."""
-    for name, blocks in model.named_children():
-        if name.endswith("blocks") and isinstance(blocks, nn.ModuleList):
-            for block in blocks:
-                block.compile(dynamic=True)
-
-
-def flow_loss(
-    model: nn.Module, settings: TrainSettings, ratios: MaskRatios | None, clips: ShapeClips, batches: Batches
-) -> Loss:
-    """The rectified-flow loss of a step's batch of `clips`, which have one size.
-
-    Text is dropped with the model's class_dropout_prob; frames are given as often as `ratios` say.
-    """
+def check_training(settings: TrainSettings) -> tuple[Any, MaskRatios | None]:
+    """The scheduler and the frame masks of the settings. Raises ConfigError for what cannot be trained."""
+    if settings.scheduler is None:
+        raise ConfigError("training a diffusion model needs a scheduler")
     scheduler = registry.build(settings.scheduler)
-    height, width = clips.image_size
-    fps = settings.dataset.get("fps", 24)
-    size = {"height": height, "width": width, "num_frames": clips.num_frames}
-    told = size_conditioning("STDiT2", 1, clips.image_size, clips.num_frames, fps, device=batches.device)
+    if not hasattr(scheduler, "training_loss"):
+        name = settings.scheduler["type"]
+        raise ConfigError(f"scheduler '{name}' only samples; train with rflow, iddpm or iddpm-speed")
+    registry.check_type("model", settings.model["type"], registry.MODELS)
+    ratios = None if settings.mask_ratios is None else MaskRatios(settings.mask_ratios)
+    if ratios and "x_mask" not in inspect.signature(registry.builder(settings.model["type"]).forward).parameters:
+        name = settings.model["type"]
+        raise ConfigError(f"model '{name}' cannot be given frames; leave mask_ratios out, or train an STDiT")
+    return scheduler, ratios
 
-    def loss(step: int, generator: torch.Generator) -> Tensor:
-        batch = batches(step)
-        text = batch.text.float()[:, None]  # [B, 1, L, C_text]
-        drop = torch.rand(len(text), generator=generator) < model.class_dropout_prob
-        text = torch.where(drop.to(text.device)[:, None, None, None], model.null_caption(text), text)
-        latents = batch.latents.float()
+
+def make_data(settings: TrainSettings, device: torch.device, layout: Layout) -> Data:
+    """The data that the settings name, and the frozen encoders for it. Raises ConfigError if there is none to train on.
+
+    Latents of rendered clips are made here, if they are not there yet.
+    """
+    section = settings.dataset or {}
+    if section.get("type") in registry.DATASETS:
+        if settings.load_text_features or settings.load_video_features or section.get("dummy_text_feature"):
+            problem = "a table gives videos and captions, no encoded features"
+            raise ConfigError(f"{problem}; train on those with dataset = dict(type='EncodedDataset', data_path=FOLDER)")
+        source = table_source(settings, layout.data_size)
+        encoders = Encoders(settings, device, layout)
+        contents = {"the table": content_of(source.dataset.table.source), **encoders.contents}
+        sizes = [source.batches(0).size] if section["type"] == "VideoTextDataset" else []
+        held = held_out(source, encoders, settings.seed)
+        return Data(source, encoders, sizes, encoders.keywords(sizes), contents, encoders, held, reads_files=True)
+    if section.get("type") in encoded.TYPES:
+        source = encoded.EncodedSource(settings, layout.data_size)
+        if settings.validate_every or settings.sample_every:
+            logger.warning("validate_every and sample_every have no effect with encoded features")
+        return Data(source, _placed_on(device), [], source.keywords(), source.contents())
+    if settings.batch_size is None:
+        raise ConfigError("training on rendered clips needs a batch_size")
+    clips = shape_clips(section, settings.batch_size, section.get("seed", 0), "features", "num_clips")
+    encoders = Encoders(settings, device, layout)
+    source = _first_on_main(layout, lambda: ClipSource(clips, encode_clips(clips, settings, encoders), settings))
+    sizes = [(one.num_frames, *one.image_size) for one in clips.sets]
+    held, keywords = held_clips(clips, settings, encoders), encoders.keywords(sizes)
+    return Data(source, _placed_on(device), sizes, keywords, encoders.contents, encoders, held)
+
+
+def _placed_on(device: torch.device) -> Prepare:
+    return lambda batch, _: batch.to(device)
+
+
+def _first_on_main(layout: Layout, make: Callable[[], Any]) -> Any:
+    """What `make` gives: on the main rank first, which writes the files that all read."""
+    made = make() if layout.is_main else None
+    barrier(layout)
+    return made if layout.is_main else make()
+
+
+def build_model(settings: TrainSettings, data: Data, device: torch.device) -> nn.Module:
+    """The model to train, with the same initial values on all ranks, or the weights that it starts from.
+
+    Raises ConfigError when a model of one size is to be trained on several.
+    """
+    section, keywords = settings.model, dict(data.keywords)
+    fixed = issubclass(registry.builder(section["type"]), FixedPositions)
+    forced = {name: keywords.pop(name) for name in ("input_size",) if name in keywords and fixed}
+    if fixed and not forced:
+        raise ConfigError(f"model '{section['type']}' is built for one size; train STDiT2 or STDiT3 on several")
+    keywords.pop("input_size", None)
+    if data.encoders is None:
+        forced["skip_y_embedder"] = False  # features are those of the text encoder
+    where = {"what": "model", "offline": settings.offline}
+    path = locate(section["from_pretrained"], **where) if section.get("from_pretrained") else None
+    torch.manual_seed(settings.seed)
+    model = components.build({**section, "strict": False}, path, keywords, forced)
+    if path:
+        logger.info("%s", weights.load_weights(model, path, strict=section.get("strict", False)))
+    if data.sizes:
+        model.config = {**model.config, "trained_sizes": [list(size) for size in data.sizes]}
+    return place(model, device).train()
+
+
+def _rounded(y: Tensor) -> Tensor:
+    """The shape of `y` for counting, with its text a multiple of 64 tokens: few different ones are to be counted."""
+    shape = list(y.shape)
+    if len(shape) == 4 and shape[2] > 1:
+        shape[2] = -(-shape[2] // 64) * 64
+    return torch.empty(shape, device="meta")
+
+
+class DiffusionLoss:
+    """The scheduler's loss of each sample of a batch, [B].
+
+    Text is dropped with the model's class_dropout_prob; frames are given as often as `ratios` say. `examples` are those
+    of the last batch.
+    """
+
+    def __init__(self, model: nn.Module, scheduler: Any, ratios: MaskRatios | None, prepare: Prepare) -> None:
+        self.model, self.scheduler, self.ratios, self.prepare = model, scheduler, ratios, prepare
+        self.examples: Examples | None = None
+
+    def __call__(self, batch: Any, generator: torch.Generator) -> Tensor:
+        examples = self.examples = self.prepare(batch, generator)
+        latents, y = examples.latents, drop_text(self.model, examples.cond["y"], generator)
         given = None
-        if ratios is not None:
-            given = ratios.draw(len(latents), latents.shape[2], generator).to(latents.device)
-            latents = end_in_image(latents, batch.last.float(), given)
-        cond = {name: value.expand(len(text)) for name, value in told.items()} | {"y": text, "mask": batch.mask}
-        return scheduler.training_loss(model, latents, cond, **size, mask=given, generator=generator).mean()
+        if self.ratios is not None:
+            given = self.ratios.draw(len(latents), latents.shape[2], generator).to(latents.device)
+            latents = latents if examples.last is None else end_in_image(latents, examples.last, given)
+        frames, height, width = examples.size
+        size = {"height": height, "width": width, "num_frames": frames}
+        cond = {**examples.cond, "y": y}
+        losses = self.scheduler.training_loss(self.model, latents, cond, **size, mask=given, generator=generator)
+        return losses * examples.weight
 
-    return loss
+
+def drop_text(model: nn.Module, y: Tensor, generator: torch.Generator) -> Tensor:
+    """`y` [B, ...], some of it replaced by the unconditional text, for classifier-free guidance."""
+    drop = torch.rand(len(y), generator=generator) < model.class_dropout_prob
+    if not drop.any():
+        return y
+    return torch.where(drop.to(y.device).view(-1, *(1,) * (y.ndim - 1)), model.null_caption(y), y)
 
 
 def end_in_image(latents: Tensor, last: Tensor, mask: Tensor) -> Tensor:
@@ -124,46 +222,11 @@ def end_in_image(latents: Tensor, last: Tensor, mask: Tensor) -> Tensor:
     return torch.cat((latents[:, :, :-1], end[:, :, None]), dim=2)
 
 
-def _features(settings: TrainSettings, device: torch.device) -> tuple[MixedClips, list[Features]]:
-    """The clips of the settings, and the latents and text of each size, encoded by the frozen encoders.
-
-    With several sizes the features of each lie in a folder of their own, named after it.
-    """
-    dataset = settings.dataset or {}
-    clips = shape_clips(dataset, settings.batch_size, dataset.get("seed", 0), "features", "num_clips")
-    for name in ("vae", "text_encoder"):
-        if getattr(settings, name) is None:
-            raise ConfigError(f"training a diffusion model needs a section {name}")
-    how = (device, torch.float32, settings.offline)
-    vae, vae_summary = components.load(settings.vae, "vae", *how)
-    text_encoder, text_summary = components.load(settings.text_encoder, "text_encoder", *how)
-    folder = Path(dataset["features"])
-
-    def encode(one: ShapeClips, indices: range) -> dict[str, Tensor]:
-        made = [one.clip(index) for index in indices]
-        videos = to_model([clip.video for clip in made])
-        with torch.no_grad(), training_context(device, settings.dtype):
-            parts = [vae.encode(part.to(device), sample=False).cpu() for part in videos.split(ENCODE_BATCH)]
-            last = vae.encode(videos[:, :, -1:].to(device), sample=False).cpu()
-        text, mask = text_encoder.encode([preprocess(clip.text) for clip in made])
-        room = text_encoder.model_max_length - mask.shape[1]
-        return {
-            "latents": torch.cat(parts).half(),
-            "last": last[:, :, 0].half(),
-            "text": nn.functional.pad(text[:, 0].half().cpu(), (0, 0, 0, room)),
-            "mask": nn.functional.pad(mask.cpu(), (0, room)),
-        }
-
-    def features(one: ShapeClips) -> Features:
-        identity = {
-            "clips": {"frames": one.num_frames, "image_size": one.image_size, "seed": one.seed},
-            "vae": vae_summary.sha256,
-            "text_encoder": text_summary.sha256,
-            "model_max_length": text_encoder.model_max_length,
-            "dtype": settings.dtype,
-            "tensors": Features._fields,
-        }
-        where = folder / str(one) if dataset.get("sizes") else folder
-        return encode_once(where, dataset["num_clips"], identity, partial(encode, one))
-
-    return clips, [features(one) for one in clips.sets]
+def finish(settings: TrainSettings, model: nn.Module, trainer: Trainer, layout: Layout) -> Path:
+    """Writes the averaged model into `outputs/ema`, as it is used for inference."""
+    final = Path(settings.outputs) / "ema"
+    averaged = whole(trainer.ema.state_dict(), layout)
+    if layout.is_main:
+        weights.save_pretrained(averaged, final, {"model_type": settings.model["type"], **model.config})
+    barrier(layout)
+    return final

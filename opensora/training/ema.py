@@ -5,20 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from opensora.acceleration.parallel import local
+from opensora.acceleration.whole import fill
 from opensora.errors import WeightsError
 
 
 class EMA:
     """shadow <- decay * shadow + (1 - decay) * parameter after every step, for trainable parameters but `pos_embed`.
 
-    Every other tensor of the model's state dict stays as it was at the start.
+    Every other tensor of the model's state dict stays as it was at the start. Each rank averages its own shards.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.shadow = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         followed = {name: p for name, p in model.named_parameters() if p.requires_grad and name != "pos_embed"}
-        self.parameters, self.averaged = list(followed.values()), [self.shadow[name] for name in followed]
+        self.parameters = [local(parameter) for parameter in followed.values()]
+        self.averaged = [local(self.shadow[name]) for name in followed]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -29,10 +32,9 @@ class EMA:
         """A complete state dict of the model, its trainable parameters averaged."""
         return dict(self.shadow)
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes everything back from `state_dict()`. Raises WeightsError when a tensor is missing."""
+        """Takes everything back from `state_dict()`, made whole. Raises WeightsError when a tensor is missing."""
         if absent := sorted(self.shadow.keys() - state.keys()):
             raise WeightsError(f"the averaged weights lack {len(absent)} tensors of the model, such as {absent[0]}")
         for name, tensor in self.shadow.items():
-            tensor.copy_(state[name])
+            fill(tensor, state[name])

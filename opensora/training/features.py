@@ -44,7 +44,7 @@ def encode_once(folder: Path, num_clips: int, identity: dict[str, Any], encode: 
     `encode(indices)` gives one shard's tensors by the names in Features; text is cut to the longest one's length.
     Raises ConfigError when the folder was made with another `identity`.
     """
-    _claim(folder, identity)
+    claim(folder, identity)
     clips = [range(start, min(start + SHARD, num_clips)) for start in range(0, num_clips, SHARD)]
     files = {folder / f"clips_{part.start:07d}-{part.stop:07d}.safetensors": part for part in clips}
     missing = [file for file in files if not file.is_file()]
@@ -56,10 +56,15 @@ def encode_once(folder: Path, num_clips: int, identity: dict[str, Any], encode: 
     return features._replace(text=features.text[:, :length], mask=features.mask[:, :length])
 
 
-def _claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Writes what a new folder holds; checks that any other holds the same."""
+def claim(folder: Path, identity: dict[str, Any], write: bool = True) -> None:
+    """Writes what a new folder holds; raises ConfigError if one that is there holds something else.
+
+    Of several ranks one should `write`.
+    """
     described, text = folder / "features.json", json.dumps(identity, indent=1)
     if not described.is_file():
+        if not write:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(described, text)
     found, wanted = read_json(described), json.loads(text)

@@ -1,79 +1,117 @@
-"""The training loop, the same for autoencoders and diffusion models.
+"""The training loop, the same for autoencoders and diffusion models, on one rank or many.
 
-Everything random in step n is drawn from a generator keyed by (seed, n), and the data of step n is a function of n.
-The position of a run is therefore one integer, and a resumed run repeats the uninterrupted one bit for bit.
+Everything random in a step is drawn from generators keyed by (seed, step, batch of the step), and the data of a step
+is a function of its place. A run can therefore be resumed anywhere, and repeats the uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import math
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from opensora.acceleration.device import training_context
+from opensora.acceleration.parallel import Layout, clip_grad_norm, local, mean, share
 from opensora.errors import OpenSoraError
 from opensora.settings import TrainSettings
 from opensora.training import state
+from opensora.training.data import Feed, Numbered, Place
 from opensora.training.ema import EMA
+from opensora.training.fingerprint import compare
+from opensora.training.guard import Guard
+from opensora.training.throughput import Throughput
+from opensora.training.tracking import Tracker, copy_log
 
-Loss = Callable[[int, torch.Generator], Tensor]
+logger = logging.getLogger("opensora")
+Loss = Callable[[Any, torch.Generator], Tensor]  # what the feed gives -> the loss of each sample [B], or of all
+Watch = Callable[["Trainer"], None]
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """The source of everything random in one training step, on the CPU."""
-    digest = hashlib.blake2b(f"train/{seed}/{step}".encode(), digest_size=4).digest()
+def step_generator(seed: int, step: int, batch: int = 0) -> torch.Generator:
+    """The source of everything random in one batch of a training step, on the CPU."""
+    key = f"train/{seed}/{step}" + (f"/{batch}" if batch else "")
+    digest = hashlib.blake2b(key.encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 class Trainer:
-    """Trains `model` on `loss(step, generator) -> scalar Tensor` as the settings say.
+    """Trains `model`, which is ready for its ranks, on `loss(batch, generator) -> scalar Tensor` as the settings say.
 
-    `steps_per_epoch` only names positions (epoch E, step within it).
+    A number instead of a `feed` means batches that are nothing but their number, so many to an epoch. `prints` is the
+    fingerprint that a resumed run is compared with; `work()` tells the clips, tokens and operations of the last batch.
+    `watches` are called after every step.
     """
 
     def __init__(
-        self, settings: TrainSettings, model: nn.Module, loss: Loss, device: torch.device, steps_per_epoch: int
-    ) -> None:
+        self, settings: TrainSettings, model: nn.Module, loss: Loss, device: torch.device, feed: Feed | int,
+        layout: Layout | None = None, prints: dict[str, str] | None = None,
+        work: Callable[[], tuple[float, ...]] = lambda: (1,),
+    ) -> None:  # fmt: skip
         self.settings, self.model, self.loss, self.device = settings, model, loss, device
-        self.steps_per_epoch = max(steps_per_epoch, 1)
+        self.layout, self.prints, self.work = layout or Layout(), prints or {}, work
+        self.feed = Feed(Numbered(feed)) if isinstance(feed, int) else feed
+        self.batches = settings.accumulation_steps * self.feed.ranks  # of a step
+        self.steps_per_epoch = max(self.feed.source.count(0) // self.batches, 1)
         self.total_steps = settings.max_steps or settings.epochs * self.steps_per_epoch
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         adam = dict(betas=settings.adam_betas, eps=settings.adam_eps, weight_decay=settings.weight_decay, fused=True)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, **adam)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "fp16")
         self.ema = EMA(model, settings.ema_decay)
+        self.writer = state.Writer()
         self.step = 0
         self.losses: list[Tensor] = []  # of the steps since the last line of the log
         self.saved: Path | None = None  # the checkpoint of the present position
+        self.watches: list[Watch] = []
+        self.guard = Guard(model, settings, self.layout, lambda line: self.tracker.step(line))
+        self.throughput = Throughput(device, settings.dtype, self.layout)
         self.folder = self._open()
+        self.tracker = Tracker(self.folder, settings, self.layout.is_main, self.step)
 
     def _open(self) -> Path:
         """The experiment folder: the one that `load` points into, with its state restored, or a new one.
 
         A run that does not go on where the newest checkpoint of its folder ends gets a new folder too.
         """
-        new = partial(state.experiment_folder, self.settings.outputs, self.settings.model["type"])
         if self.settings.load is None:
-            return new()
-        checkpoint = state.find_checkpoint(self.settings.load).resolve()
-        position = state.load(checkpoint, self.model, self.ema, self.optimizer, self.scaler)
+            return self._new_folder()
+        checkpoint = share(state.find_checkpoint(self.settings.load).resolve(), self.layout)
+        position = state.read_position(checkpoint)
+        if not self.settings.start_from_scratch and "fingerprint" in position:
+            for change in compare(position["fingerprint"], self.prints, self.settings.accept_changes):
+                logger.warning("going on although %s", change)
+        state.load(checkpoint, self.model, self.ema, self.optimizer, self.scaler)
         if self.settings.start_from_scratch:
-            return new()
-        self.step = position["global_step"]
+            return self._new_folder()
+        self.step, self.saved = position["global_step"], checkpoint
+        self.feed.go_to(Place(position["epoch"], position.get("index", position["step"] * self.batches)))
         self.losses = [torch.tensor(loss, device=self.device) for loss in position.get("losses", ())]
-        self.saved = checkpoint
-        old = checkpoint.parent
-        folder = old if state.checkpoints(old)[-1:] == [checkpoint] else new()
-        _copy_log(old / "log.jsonl", folder / "log.jsonl", self.step)
+        if "guard" in position:
+            self.guard.load_state_dict(position["guard"])
+        newest = share(state.checkpoints(checkpoint.parent)[-1:] == [checkpoint], self.layout)
+        folder = checkpoint.parent if newest else self._new_folder()
+        if self.layout.is_main:
+            copy_log(checkpoint.parent / "log.jsonl", folder / "log.jsonl", self.step)
         return folder
+
+    def _new_folder(self) -> Path:
+        made = self.layout.is_main and state.experiment_folder(self.settings.outputs, self.settings.model["type"])
+        return share(made, self.layout)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done."""
+        if self.settings.max_steps:
+            return self.step >= self.settings.max_steps
+        return self.feed.place.epoch >= self.settings.epochs
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then constant or half a cosine down to zero at the last step."""
@@ -90,72 +128,116 @@ class Trainer:
 
         Raises OpenSoraError when the loss or the weights are no longer finite; the checkpoints before that stay.
         """
-        started, first = time.monotonic(), self.step
-        deadline = started + 60 * self.settings.max_minutes if self.settings.max_minutes else math.inf
-        with tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, mininterval=5) as bar:
-            while self.step < self.total_steps and time.monotonic() < deadline:
-                loss, norm = self.train_step()
-                self.losses.append(loss)
+        started = time.monotonic()
+        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", mininterval=5, disable=self.layout.rank > 0)
+        try:
+            while not self.finished and not self._out_of_time(started):
+                norm = self.train_step()
                 self.step += 1
                 self.saved = None
                 bar.update()
                 if self.step % self.settings.log_every == 0:
-                    rate = (self.step - first) / (time.monotonic() - started)
-                    bar.set_postfix(loss=f"{self._log(norm, rate):.4f}")
+                    bar.set_postfix(loss=f"{self._log(norm):.4f}")
+                self._watch()
                 if self.settings.ckpt_every and self.step % self.settings.ckpt_every == 0:
                     self.saved = self.save()
-        self.saved = self.saved or self.save()
+            self.saved = self.saved or self.save()
+        finally:
+            bar.close()
+            self.feed.close()
+            self.tracker.close()
+            self.writer.wait()
         return self.saved
 
-    def train_step(self) -> tuple[Tensor, Tensor]:
-        """One optimizer step; returns the loss and the gradient norm, both still on the device."""
+    def train_step(self) -> Tensor:
+        """One optimizer step, unless the guard forbids it; returns the gradient norm."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        with training_context(self.device, self.settings.dtype):
-            loss = self.loss(self.step, step_generator(self.settings.seed, self.step))
-        self.scaler.scale(loss).backward()
+        batches = [next(self.feed) for _ in range(self.settings.accumulation_steps)]
+        loss = torch.stack([self._backward(part, batch) for part, batch in enumerate(batches)]).mean()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip or math.inf)
-        self.scaler.step(self.optimizer)
+        norm = clip_grad_norm(self.parameters, self.settings.grad_clip or math.inf)
+        verdict = self.guard.check(loss, norm, _names(batches), self.step, lambda: self._again(batches))
+        if verdict == "go":
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update()
-        return loss.detach(), norm
+        if verdict == "go":
+            self.ema.update()
+            self.losses.append(loss)
+        elif verdict == "roll back":
+            self._roll_back()
+        return norm
+
+    def _backward(self, part: int, batch: Any) -> Tensor:
+        """Adds the gradients of this rank's batch number `part` of the step; returns its loss."""
+        loss = self._loss(part, batch).mean()
+        self.scaler.scale(loss / self.settings.accumulation_steps).backward()
+        self.throughput.add(*self.work())
+        return loss.detach()
+
+    def _loss(self, part: int, batch: Any) -> Tensor:
+        number = part * self.feed.ranks + self.feed.rank
+        with training_context(self.device, self.settings.dtype):
+            return self.loss(batch, step_generator(self.settings.seed, self.step, number))
+
+    def _again(self, batches: list[Any]) -> Tensor:
+        """The losses of a step's batches, computed once more: of each sample, if there are such."""
+        losses = [self._loss(part, batch) for part, batch in enumerate(batches)]
+        return torch.cat(losses) if losses[0].ndim else torch.stack(losses).mean()
+
+    def _roll_back(self) -> None:
+        """Takes weights and optimizer from the last checkpoint, if there is one; the data goes on."""
+        self.writer.wait()
+        if good := share(state.checkpoints(self.folder)[-1:], self.layout):
+            state.load(good[0], self.model, self.ema, self.optimizer, self.scaler)
+
+    def _watch(self) -> None:
+        began = time.perf_counter()
+        for watch in self.watches:
+            watch(self)
+        self.throughput.pause(time.perf_counter() - began)
 
     def save(self) -> Path:
-        """Writes a checkpoint of the present position; broken weights are refused."""
-        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.parameters]))
-        if not norms.isfinite().all():
+        """Takes a checkpoint of the present position, to be written in the background; broken weights are refused."""
+        norms = torch.stack(torch._foreach_norm([local(p.detach()) for p in self.parameters]))
+        if not mean(norms, self.layout).isfinite().all():
             raise self._broken("the weights are")
-        epoch, step = divmod(self.step, self.steps_per_epoch)
-        position = dict(epoch=epoch, step=step, global_step=self.step, batch_size=self.settings.batch_size)
-        if self.losses:
+        place = self.feed.place
+        position = dict(epoch=place.epoch, step=place.index // self.batches, global_step=self.step)
+        position |= dict(batch_size=self.settings.batch_size, index=place.index, fingerprint=self.prints)
+        position["guard"] = self.guard.state_dict()
+        if self.losses:  # from here on their means, as in a run that is resumed here
+            self.losses = list(mean(torch.stack(self.losses), self.layout))
             position["losses"] = torch.stack(self.losses).tolist()
-        config = {"model_type": self.settings.model["type"], **getattr(self.model, "config", {})}
-        keep = self.settings.keep_checkpoints
-        return state.save(self.folder, self.model, config, self.ema, self.optimizer, self.scaler, position, keep)
+        self.writer.wait()
+        taken = state.snapshot(self.model, self.ema, self.optimizer, self.scaler, self.layout)
+        if taken is not None:
+            config = {"model_type": self.settings.model["type"], **getattr(self.model, "config", {})}
+            self.writer.write(self.folder, taken, config, position, self.settings.keep_checkpoints)
+        return state.checkpoint_folder(self.folder, position)
 
-    def _log(self, norm: Tensor, rate: float) -> float:
-        """Appends the mean loss since the last line to log.jsonl, and returns it."""
-        loss = torch.stack(self.losses).mean().item()
-        if not math.isfinite(loss):
-            raise self._broken("the loss is")
+    def _log(self, norm: Tensor) -> float:
+        """Writes a line of the log with the mean loss since the last one, and returns that: NaN without a good step."""
+        loss = mean(torch.stack(self.losses), self.layout).mean().item() if self.losses else math.nan
+        line = {"step": self.step, "loss": loss} if self.losses else {"step": self.step}
         self.losses = []
-        line = {"step": self.step, "loss": loss, "lr": self.learning_rate(self.step - 1)}
-        line |= {"grad_norm": norm.item(), "steps_per_s": round(rate, 3)}
-        with (self.folder / "log.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        line |= {"lr": self.learning_rate(self.step - 1), "grad_norm": norm.item()}
+        self.tracker.step({**line, **self.throughput.line(self.feed.waited)})
         return loss
 
+    def _out_of_time(self, started: float) -> bool:
+        minutes = self.settings.max_minutes
+        return bool(minutes) and share(time.monotonic() >= started + 60 * minutes, self.layout)
+
     def _broken(self, what: str) -> OpenSoraError:
+        self.writer.wait()
         good = state.checkpoints(self.folder)
-        again = f"resume with --load {good[-1]}" if good else "start again"
+        again = f"resume with --load {good[-1]} and --accept-changes" if good else "start again"
         return OpenSoraError(f"{what} not finite at step {self.step}; {again}, with a lower lr or grad_clip")
 
 
-def _copy_log(old: Path, new: Path, step: int) -> None:
-    """Copies the log without the lines of steps that a resumed run will take again; both paths may be one file."""
-    if old.is_file():
-        # A line that is cut off is the last one, of a run that was killed while writing it.
-        lines = [line for line in old.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        state.replace_text(new, "".join(line for line in lines if json.loads(line)["step"] <= step))
+def _names(batches: list[Any]) -> list[str]:
+    """Of the samples of a step's batches, where they have names."""
+    found = [batch["names"] if isinstance(batch, dict) else getattr(batch, "names", ()) for batch in batches]
+    return [name for names in found for name in names]

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from opensora import registry, weights
 from opensora.acceleration.device import keep_allocations_in_heap, pick_device, place
+from opensora.acceleration.parallel import world_size
 from opensora.datasets.shape_clips import MixedClips, shape_clips
 from opensora.errors import ConfigError
 from opensora.hub import locate, read_config_json
 from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.models.vae.vae import SPATIAL_SCALE, VideoAutoencoderPipeline
-from opensora.settings import TrainSettings, check_trainable
+from opensora.settings import NOT_YET_IN_VAE_TRAINING, TrainSettings, check_trainable
+from opensora.training.fingerprint import fingerprint
 from opensora.training.trainer import Loss, Trainer, step_generator
 
 Videos = Callable[[int], Tensor]  # step -> [B, 3, T, H, W] in [-1, 1]
@@ -78,7 +80,9 @@ def train_vae(settings: TrainSettings) -> Path:
     The per-frame part is trained alone unless use_z_rec_loss or use_real_rec_loss ask for the temporal one; after
     that one, shift and scale are set so that latents have mean 0 and deviation 1, unless they were set before.
     """
-    check_trainable(settings)
+    check_trainable(settings, NOT_YET_IN_VAE_TRAINING)
+    if world_size() > 1:
+        raise ConfigError("an autoencoder is trained on one rank; start it without torchrun")
     if settings.perceptual_loss_weight:
         raise ConfigError("perceptual_loss_weight needs the weights of a perceptual network; set it to 0")
     keep_allocations_in_heap()
@@ -92,9 +96,9 @@ def train_vae(settings: TrainSettings) -> Path:
     data = shape_clips(settings.dataset, settings.batch_size or 1, settings.seed)
     videos = _mixed(settings, data, device)
     loss = video_loss(model, settings, videos, data.period) if temporal else frame_loss(model, settings, videos)
-    trainer = Trainer(settings, model, loss, device, settings.ckpt_every)
+    trainer = Trainer(settings, model, loss, device, settings.ckpt_every, prints=fingerprint(settings))
     folder = trainer.run()
-    if trainer.step < trainer.total_steps:
+    if not trainer.finished:
         return folder
     model.load_state_dict(trainer.ema.state_dict())
     if temporal and model.shift.ndim == 0:  # a later stage keeps the latents as they are

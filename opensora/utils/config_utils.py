@@ -6,15 +6,17 @@ import argparse
 import ast
 import copy
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import Field, fields
 from typing import Any, NoReturn
 
 from opensora.config import find_config, read_config
 from opensora.errors import ConfigError, OpenSoraError
-from opensora.settings import InferenceSettings, Settings, TrainSettings
+from opensora.settings import InferenceSettings, SearchSettings, Settings, TrainSettings
 
 logger = logging.getLogger("opensora")
 
@@ -49,10 +51,13 @@ COPIES = {
 READ_AS = {
     "int": {"type": int}, "float": {"type": float}, "str": {"type": str}, "bool": {"type": boolean},
     "Sequence[str]": {"type": str, "nargs": "+"}, "tuple[int, int]": {"type": int, "nargs": 2},
+    "tuple[float, float]": {"type": float, "nargs": 2},
 }  # fmt: skip
 _OURS = {
     "trust_config", "cfg_options", "device", "offline", "vae_path", "text_encoder_path", "preview",
     "image", "first_frame", "last_frame", "extend", "keep", "edit", "strength", "llm_base_url", "llm_model",
+    "steps_until", "draft", "cache", "max_error", "cache_threshold", "cache_prompts", "cache_psnr",
+    "guidance_interval",
 }  # fmt: skip
 
 
@@ -93,6 +98,20 @@ def training_parser() -> Parser:
     return parser
 
 
+def search_parser() -> Parser:
+    """The command line of scripts/misc/search_bs.py."""
+    parser = Parser(description="Search the batch size of each bucket.")
+    add_search(parser)
+    return parser
+
+
+def add_search(parser: argparse.ArgumentParser) -> None:
+    """Adds all arguments of a search to `parser`, which should be a `Parser`."""
+    parser.add_argument("config", help="configuration file, or its name below configs/")
+    add_flags(parser, SearchSettings)
+    parser.add_argument("-o", dest="output", help="the same as --output")
+
+
 def add_flags(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
     """Adds every flag of these settings but the configuration; `parser` should be a `Parser`."""
     for field in fields(kind):
@@ -129,10 +148,18 @@ def parse_train_args(argv: Sequence[str] | None = None) -> TrainSettings:
     return settings_of(TrainSettings, training_parser().parse_args(argv))
 
 
+def parse_search_args(argv: Sequence[str] | None = None) -> SearchSettings:
+    """The settings of a search's command line. Raises ConfigError; argparse exits with 2 on a wrong flag."""
+    return settings_of(SearchSettings, search_parser().parse_args(argv))
+
+
 def settings_of(kind: type[Settings], args: argparse.Namespace) -> Settings:
     """The settings of parsed flags over the file `args.config`. Raises ConfigError."""
     path = find_config(args.config)
-    return kind.from_config(merge(read_config(path, trust=args.trust_config), args), path.name)
+    merged = merge(read_config(path, trust=args.trust_config), args)
+    if kind is InferenceSettings:
+        _tell_what_wins(merged, _given(args))
+    return kind.from_config(merged, path.name)
 
 
 def merge(config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -141,8 +168,8 @@ def merge(config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     Raises ConfigError when a flag belongs into a section that the configuration does not have.
     """
     merged = copy.deepcopy(config)
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    settings = {field.name for field in (*fields(InferenceSettings), *fields(TrainSettings))}
+    given = _given(args)
+    settings = {field.name for field in (*fields(InferenceSettings), *fields(SearchSettings))}
     merged |= {name: value for name, value in given.items() if name in settings}
     if "prompt_path" in given and "prompt" not in given:
         merged.pop("prompt", None)  # the prompts of the file, which would win
@@ -154,9 +181,11 @@ def merge(config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         _place(merged, COPIES[name], given[name])
     for option in args.cfg_options or []:
         _override(merged, option)
-    if hasattr(args, "image_size"):
-        _tell_what_wins(merged, given)
     return merged
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(args).items() if value is not None}
 
 
 def _place(config: dict[str, Any], target: str, value: Any) -> bool:
@@ -203,7 +232,8 @@ def run_program(program: Callable[[], Any]) -> int:
     for library in ("httpx", "httpx2", "transformers", "diffusers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        result = program()
+        with _one_voice():
+            result = program()
     except OpenSoraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -211,3 +241,12 @@ def run_program(program: Callable[[], Any]) -> int:
         print("interrupted; nothing half-written was left", file=sys.stderr)
         return 130
     return result if isinstance(result, int) else 0
+
+
+def _one_voice() -> AbstractContextManager[None]:
+    """Of several ranks that fail, one tells why; a single process needs none of torch for that."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return nullcontext()
+    from opensora.acceleration.parallel import one_voice
+
+    return one_voice()

@@ -126,7 +126,7 @@ def check_p_sample_mask(facts: dict, tensors: dict[str, torch.Tensor]) -> None:
             def denoise(x, timestep, model=model, **frames):
                 return model(x, timestep, tensors["y"], **frames)
 
-            out = iddpm.step(denoise, tensors["x"], index, lambda draws=draws: next(draws), starts)
+            out, _ = iddpm.step(denoise, tensors["x"], index, lambda draws=draws: next(draws), starts)
             close(out, recorded["sample"], **tolerance)
             close(model.seen[0][0], recorded["model_x"], **tolerance)
             assert torch.equal(model.seen[0][2], recorded["x_mask"])

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Rotation = tuple[Tensor, Tensor]  # cos, sin: [L, D] each, float32
+Pair = tuple[Tensor, Tensor]  # keys, values: [N, M, H, D] each
+MOST_HEADS = 2**15  # that one call takes: kernels count them in 16 bits
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -14,6 +16,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Te
 
     q [N, L, H, D]; k, v [N, M, H, D]; keep [N, M] bool is True for real tokens (None: all are real).
     """
+    if q.shape[2] > MOST_HEADS:
+        parts = zip(*(x.split(MOST_HEADS, dim=2) for x in (q, k, v)), strict=True)
+        return torch.cat([attention(*part, keep) for part in parts], dim=-1)
     mask = None if keep is None else keep[:, None, None, :]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [N, H, L, D]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
@@ -30,11 +35,11 @@ def rotation_table(freqs: Tensor, length: int) -> Rotation:
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """x [N, L, H, D] turned by its position: pair (a, b) -> (a cos - b sin, b cos + a sin), computed in float32."""
-    cos, sin = (table[:, None, :] for table in rotation)  # [L, 1, D]
+    """x [N, L, ..., D] turned by its position: pair (a, b) -> (a cos - b sin, b cos + a sin), computed in float32."""
+    cos, sin = (table.unflatten(0, (-1, *(1,) * (x.ndim - 3))) for table in rotation)  # [L, 1, ..., D]
     pairs = x.float().unflatten(-1, (-1, 2))
     turned = torch.stack((-pairs[..., 1], pairs[..., 0]), dim=-1).flatten(-2)
-    return (x.float() * cos + turned * sin).to(x.dtype)
+    return torch.addcmul(x.float() * cos, turned, sin).to(x.dtype)
 
 
 class RotaryFrequencies(nn.Module):
@@ -49,7 +54,7 @@ class RotaryFrequencies(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, the quotient in float32 (Zhang & Sennrich 2019)."""
+    """x / rms(x) * weight over the last axis, the quotient in float32 inside (Zhang & Sennrich 2019)."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -57,12 +62,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
 
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention over x [N, L, C], with optional q/k RMS norm and rotary positions.
 
+    Of x [N, L, S, C], S sequences are attended to side by side, as if they were heads: nothing has to be moved for it.
     qk_norm_legacy rotates before it normalises (the order of Open-Sora 1.1.0).
     """
 
@@ -77,6 +83,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if x.shape[1] == 1 and not torch.is_grad_enabled():  # a single token attends to itself
+            return self.proj(self.compress(v))
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in (q, self.compress(k), self.compress(v)))
         if rotation is None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -84,7 +92,7 @@ class SelfAttention(nn.Module):
             q, k = self.q_norm(rotate(q, rotation)), self.k_norm(rotate(k, rotation))
         else:
             q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
-        return self.proj(attention(q, k, v))
+        return self.proj(attention(*(part.flatten(2, -2) for part in (q, k, v))).view(x.shape))
 
     def compress(self, x: Tensor) -> Tensor:
         """Keys or values [N, L, C] as [N, M, C]; here M = L. A place for models that attend to fewer."""
@@ -92,7 +100,10 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Tokens x [B, N, C] attend to the text y [B, M, C]; keep [B, M] bool is True for real text tokens."""
+    """Tokens x [B, N, C] attend to the text y [B, M, C]; keep [B, M] bool is True for real text tokens.
+
+    The text may have been read before: its keys and values depend on nothing else, so they serve for all steps.
+    """
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -101,10 +112,13 @@ class CrossAttention(nn.Module):
         self.kv_linear = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, y: Tensor, keep: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor | Pair, keep: Tensor | None = None) -> Tensor:
         q = self.q_linear(x).unflatten(-1, (self.num_heads, -1))
-        k, v = self.kv_linear(y).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
-        return self.proj(attention(q, k, v, keep))
+        return self.proj(attention(q, *(self.read(y) if isinstance(y, Tensor) else y), keep))
+
+    def read(self, y: Tensor) -> Pair:
+        """Keys and values of the text."""
+        return self.kv_linear(y).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
 
 
 def unpack_text(packed: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from opensora.models.layers.attention import CrossAttention, Rotation, SelfAttention
+from opensora.models.layers.attention import CrossAttention, Pair, Rotation, SelfAttention
 from opensora.models.layers.embeddings import Mlp
 
 EPS = 1e-6
@@ -36,7 +36,7 @@ class Modulation(NamedTuple):
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x * (1 + scale) + shift (adaLN, Peebles & Xie 2022)."""
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:
@@ -45,9 +45,9 @@ def layer_norm(dim: int) -> nn.LayerNorm:
 
 
 def along(axis: Axis, module: nn.Module, x: Tensor, rotation: Rotation | None = None) -> Tensor:
-    """`module` over x [B, T, S, C] as sequences of patches, [B * T, S, C]; of frames, [B * S, T, C]; or of both."""
+    """`module` over x [B, T, S, C] as sequences of patches, [B * T, S, C]; of frames, [B, T, S, C]; or of both."""
     if axis == "time":
-        return along("space", module, x.transpose(1, 2), rotation).transpose(1, 2)
+        return module(x, rotation)
     first = 0 if axis == "space" else 1
     return module(x.flatten(first, first + 1), rotation).view(x.shape)
 
@@ -66,12 +66,12 @@ class Block(nn.Module):
     def attend(self, x: Tensor, rows: tuple[Tensor, ...], rotation: Rotation | None = None) -> Tensor:
         """x plus its gated self-attention; of `rows`, the first three serve."""
         shift, scale, gate = rows[:3]
-        return x + gate * along(self.axis, self.attn, modulate(self.norm1(x), shift, scale), rotation)
+        return torch.addcmul(x, gate, along(self.axis, self.attn, modulate(self.norm1(x), shift, scale), rotation))
 
     def feed(self, x: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
         """x plus its gated MLP; of `rows`, the last three serve."""
         shift, scale, gate = rows[-3:]
-        return x + gate * self.mlp(modulate(self.norm2(x), shift, scale))
+        return torch.addcmul(x, gate, self.mlp(modulate(self.norm2(x), shift, scale)))
 
 
 class TextBlock(Block):
@@ -86,13 +86,13 @@ class TextBlock(Block):
         self.cross_attn = CrossAttention(dim, attn.num_heads)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, y: Tensor, keep: Tensor | None, rotation: Rotation | None = None
+        self, x: Tensor, modulation: Tensor, y: Tensor | Pair, keep: Tensor | None, rotation: Rotation | None = None
     ) -> Tensor:
         rows = rows_of(self.scale_shift_table + modulation)
         return self.feed(self.read(self.attend(x, rows, rotation), y, keep), rows)
 
-    def read(self, x: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
-        """x plus its cross-attention to the text y [B, L, C], of which `keep` [B, L] tokens are real."""
+    def read(self, x: Tensor, y: Tensor | Pair, keep: Tensor | None) -> Tensor:
+        """x plus its cross-attention to the text y [B, L, C] (or its keys and values); `keep` [B, L] are real."""
         return x + self.cross_attn(x.flatten(1, 2), y, keep).view_as(x)
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from opensora.models.layers.blocks import FinalLayer, Frames, Modulation
+from opensora.models.layers.attention import Pair
+from opensora.models.layers.blocks import FinalLayer, Frames, Modulation, TextBlock
 from opensora.models.layers.embeddings import (
     CaptionEmbedder,
     PatchEmbed3D,
@@ -81,6 +82,13 @@ class PatchTransformer(nn.Module):
         return self.y_embedder.null_like(y)
 
 
+class Text(NamedTuple):
+    """A text that has been read, which takes the place of its features in a forward pass."""
+
+    pairs: tuple[Pair, ...]  # keys and values for each block
+    keep: Tensor | None  # [B, L] bool, real tokens (None: all)
+
+
 class TextTransformer(PatchTransformer):
     """The PixArt-alpha line: text by cross-attention, one modulation for all blocks (adaLN-single)."""
 
@@ -106,6 +114,27 @@ class TextTransformer(PatchTransformer):
     def rows(self, block: nn.Module, t: Tensor) -> Tensor:
         """The rows [B, 1, n, C] that `block` makes of the time embedding t [B, C]."""
         return block(t).unflatten(-1, (-1, self.hidden_size))[:, None]
+
+    def prepare(self, y: Tensor, mask: Tensor | None = None, **others: Any) -> dict[str, Any]:
+        """Arguments of `forward` that mean the same, the text read once for all steps: each block's keys and values.
+
+        They stay as they are where the model is still to be trained.
+        """
+        if any(parameter.requires_grad for parameter in self.parameters()):
+            return {"y": y, "mask": mask, **others}
+        y, keep = self.caption(y, mask, len(y))
+        return {"y": Text(tuple(block.cross_attn.read(y) for block in self.text_blocks()), keep), **others}
+
+    def text_blocks(self) -> list[TextBlock]:
+        """All blocks, in the order in which tokens pass through them."""
+        return list(self.blocks)
+
+    def texts(self, y: Tensor | Text, mask: Tensor | None, batch_size: int) -> tuple[Sequence[Any], Tensor | None]:
+        """What each block is told of the text, and which of its tokens are real [B, L] (None: all)."""
+        if isinstance(y, Text):
+            return y
+        y, keep = self.caption(y, mask, batch_size)
+        return [y] * len(self.text_blocks()), keep
 
     def caption(self, y: Tensor, mask: Tensor | None, batch_size: int) -> tuple[Tensor, Tensor | None]:
         """Projected text [B, L, C] of y [B, 1, L, C_text], and which of its tokens are real [B, L] (None: all)."""

@@ -11,7 +11,7 @@ from opensora.models.layers.arguments import arguments_of
 from opensora.models.layers.attention import SelfAttention
 from opensora.models.layers.blocks import TextBlock
 from opensora.models.layers.embeddings import Size3, SizeEmbedder
-from opensora.models.layers.transformer import FixedPositions, TextTransformer
+from opensora.models.layers.transformer import FixedPositions, Text, TextTransformer
 
 
 class PixArt(FixedPositions, TextTransformer):
@@ -60,7 +60,7 @@ class PixArt(FixedPositions, TextTransformer):
         return 0
 
     def forward(
-        self, x: Tensor, timestep: Tensor, y: Tensor, mask: Tensor | None = None,
+        self, x: Tensor, timestep: Tensor, y: Tensor | Text, mask: Tensor | None = None,
         data_info: dict[str, Tensor] | None = None, **sizes: Any,
     ) -> Tensor:  # fmt: skip
         """Noise and variance of x [B, C, T, H, W]: [B, C_out, T, H, W] float32.
@@ -69,10 +69,10 @@ class PixArt(FixedPositions, TextTransformer):
         ar [b, 1], in `data_info` or as keywords of their own.
         """
         modulation = self.modulation(timestep, self.size_condition(data_info or sizes, len(x)), None)
-        tokens, (y, keep) = self.tokens(x) + self.pos_embed.to(self.dtype)[:, None], self.caption(y, mask, len(x))
+        tokens, (texts, keep) = self.tokens(x) + self.pos_embed.to(self.dtype)[:, None], self.texts(y, mask, len(x))
         if not self.config["no_temporal_pos_emb"]:
             tokens = tokens + self.pos_embed_temporal.to(self.dtype)[:, :, None]
-        for block in self.blocks:
+        for block, y in zip(self.blocks, texts, strict=True):
             tokens = block(tokens, modulation.blocks, y, keep)
         return self.unembed(tokens, modulation, x.shape[2:])
 

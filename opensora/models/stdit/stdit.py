@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from opensora.models.layers.arguments import arguments_of
-from opensora.models.layers.attention import SelfAttention
+from opensora.models.layers.attention import Pair, SelfAttention
 from opensora.models.layers.blocks import Modulation, TextBlock, along, rows_of
 from opensora.models.layers.embeddings import Size3
-from opensora.models.layers.transformer import FixedPositions, TextTransformer
+from opensora.models.layers.transformer import FixedPositions, Text, TextTransformer
 
 
 class STDiTBlock(TextBlock):
@@ -21,13 +22,13 @@ class STDiTBlock(TextBlock):
         self.attn_temp = SelfAttention(dim, num_heads)
 
     def forward(
-        self, x: Tensor, modulation: Modulation, y: Tensor, keep: Tensor | None, positions: Tensor | None = None
+        self, x: Tensor, modulation: Modulation, y: Tensor | Pair, keep: Tensor | None, positions: Tensor | None = None
     ) -> Tensor:
         """`positions` [1, T, 1, C] of the frames, if this block adds them; given frames keep the generated's gate."""
         rows = rows_of(self.scale_shift_table + modulation.blocks)
         x = self.attend(x, rows)
         gate = rows_of(self.scale_shift_table + modulation.generated)[2]
-        x = x + gate * along("time", self.attn_temp, x if positions is None else x + positions)
+        x = torch.addcmul(x, gate, along("time", self.attn_temp, x if positions is None else x + positions))
         return self.feed(self.read(x, y, keep), rows)
 
 
@@ -64,13 +65,13 @@ class STDiT(FixedPositions, TextTransformer):
         }
 
     def forward(
-        self, x: Tensor, timestep: Tensor, y: Tensor,
+        self, x: Tensor, timestep: Tensor, y: Tensor | Text,
         mask: Tensor | None = None, x_mask: Tensor | None = None, **_: Any,
     ) -> Tensor:  # fmt: skip
         """Noise and variance of x [B, C, T, H, W]: [B, C_out, T, H, W] float32; arguments as for STDiT3."""
         modulation = self.modulation(timestep, 0, x_mask)
-        tokens, (y, keep) = self.tokens(x) + self.pos_embed.to(self.dtype)[:, None], self.caption(y, mask, len(x))
-        for index, block in enumerate(self.blocks):
+        tokens, (texts, keep) = self.tokens(x) + self.pos_embed.to(self.dtype)[:, None], self.texts(y, mask, len(x))
+        for index, (block, y) in enumerate(zip(self.blocks, texts, strict=True)):
             frames = self.pos_embed_temporal.to(self.dtype)[:, :, None] if index == 0 else None
             tokens = block(tokens, modulation, y, keep, frames)
         return self.unembed(tokens, modulation, x.shape[2:])

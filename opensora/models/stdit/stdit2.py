@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from opensora.models.layers.arguments import arguments_of
-from opensora.models.layers.attention import RotaryFrequencies, Rotation, SelfAttention, rotation_table
+from opensora.models.layers.attention import Pair, RotaryFrequencies, Rotation, SelfAttention, rotation_table
 from opensora.models.layers.blocks import TextBlock, along, layer_norm, modulate, rows_of
 from opensora.models.layers.embeddings import Size3, SizeEmbedder
-from opensora.models.layers.transformer import SizedTransformer
+from opensora.models.layers.transformer import SizedTransformer, Text
 
 
 class STDiT2Block(TextBlock):
@@ -24,13 +24,14 @@ class STDiT2Block(TextBlock):
         self.scale_shift_table_temporal = nn.Parameter(torch.randn(3, dim) / dim**0.5)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, temporal: Tensor, y: Tensor, keep: Tensor | None, rotation: Rotation
-    ) -> Tensor:
+        self, x: Tensor, modulation: Tensor, temporal: Tensor, y: Tensor | Pair, keep: Tensor | None,
+        rotation: Rotation,
+    ) -> Tensor:  # fmt: skip
         """`modulation` [B, T or 1, 6, C] is the spatial one, `temporal` [B, T or 1, 3, C] that of the frames."""
         rows = rows_of(self.scale_shift_table + modulation)
         x = self.attend(x, rows)
         shift, scale, gate = rows_of(self.scale_shift_table_temporal + temporal)
-        x = x + gate * along("time", self.attn_temp, modulate(self.norm_temp(x), shift, scale), rotation)
+        x = torch.addcmul(x, gate, along("time", self.attn_temp, modulate(self.norm_temp(x), shift, scale), rotation))
         return self.feed(self.read(x, y, keep), rows)
 
 
@@ -69,7 +70,7 @@ class STDiT2(SizedTransformer):
             nn.init.zeros_(block.attn_temp.proj.weight)
 
     def forward(
-        self, x: Tensor, timestep: Tensor, y: Tensor, mask: Tensor | None = None, x_mask: Tensor | None = None,
+        self, x: Tensor, timestep: Tensor, y: Tensor | Text, mask: Tensor | None = None, x_mask: Tensor | None = None,
         num_frames: Tensor | None = None, height: Tensor | None = None, width: Tensor | None = None,
         ar: Tensor | None = None, fps: Tensor | None = None, **_: Any,
     ) -> Tensor:  # fmt: skip
@@ -85,9 +86,9 @@ class STDiT2(SizedTransformer):
         if x_mask is not None:
             given = self.rows(self.t_block_temp, self.t_embedder(torch.zeros_like(timestep)) + pace)
             temporal = torch.where(x_mask[..., None, None], temporal, given)
-        tokens, (y, keep) = self.tokens(x, height, width), self.caption(y, mask, len(x))
+        tokens, (texts, keep) = self.tokens(x, height, width), self.texts(y, mask, len(x))
         rotation = rotation_table(self.rope.freqs, tokens.shape[1])
-        for block in self.blocks:
+        for block, y in zip(self.blocks, texts, strict=True):
             tokens = block(tokens, modulation.blocks, temporal, y, keep, rotation)
         plain = modulation._replace(final=self.t_embedder(timestep))  # without the size, which given frames keep
         return self.unembed(tokens, plain, x.shape[2:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from opensora.models.layers.arguments import arguments_of
 from opensora.models.layers.attention import RotaryFrequencies, SelfAttention, rotation_table, unpack_text
 from opensora.models.layers.blocks import Axis, Modulation, TextBlock
 from opensora.models.layers.embeddings import Size3, SizeEmbedder
-from opensora.models.layers.transformer import SizedTransformer
+from opensora.models.layers.transformer import SizedTransformer, Text
 
 
 class STDiT3(SizedTransformer):
@@ -62,18 +63,19 @@ class STDiT3(SizedTransformer):
                 nn.init.zeros_(layer.weight)
 
     def forward(
-        self, x: Tensor, timestep: Tensor, y: Tensor, mask: Tensor | None = None, x_mask: Tensor | None = None,
+        self, x: Tensor, timestep: Tensor, y: Tensor | Text, mask: Tensor | None = None, x_mask: Tensor | None = None,
         fps: Tensor | None = None, height: Tensor | None = None, width: Tensor | None = None, **_: Any,
     ) -> Tensor:  # fmt: skip
         """Velocity (and variance) of x: [B, C_out, T, H, W] float32.
 
         x [B, C, T, H, W] latents; timestep [B] in 0..1000; y [B, 1, L, C_text] text features (packed [1, sum, C] with
-        skip_y_embedder); mask [b, L], 1 for real text tokens (or the lengths [b]); x_mask [B, T'] bool, False frames
-        are given and modulated at timestep 0; fps, height, width [b] in frames per second and pixels. Rows b < B are
-        tiled. Other size arguments of the family (num_frames, ar) are accepted and have no effect.
+        skip_y_embedder; or what `prepare` has made of them and the mask); mask [b, L], 1 for real text tokens (or the
+        lengths [b]); x_mask [B, T'] bool, False frames are given and modulated at timestep 0; fps, height, width [b]
+        in frames per second and pixels. Rows b < B are tiled. Other size arguments of the family (num_frames, ar) are
+        accepted and have no effect.
         """
         tokens, modulation = self.embed(x, timestep, x_mask, fps, height, width)
-        tokens = self.transform(tokens, modulation, *self.caption(y, mask, len(x)))
+        tokens = self.transform(tokens, modulation, *self.texts(y, mask, len(x)))
         return self.unembed(tokens, modulation, x.shape[2:])
 
     def embed(
@@ -93,10 +95,13 @@ class STDiT3(SizedTransformer):
         lengths = mask if mask.ndim == 1 else mask.sum(dim=1)
         return unpack_text(y.to(self.dtype), lengths.tolist())
 
-    def transform(self, tokens: Tensor, modulation: Modulation, y: Tensor, keep: Tensor | None) -> Tensor:
-        """The tokens [B, T', S, C] after all blocks, spatial before temporal."""
+    def transform(self, tokens: Tensor, modulation: Modulation, texts: Sequence[Any], keep: Tensor | None) -> Tensor:
+        """The tokens [B, T', S, C] after all blocks, each of which has its entry in `texts`."""
         rotation = rotation_table(self.rope.freqs, tokens.shape[1])
-        for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
-            tokens = spatial(tokens, modulation.blocks, y, keep)
-            tokens = temporal(tokens, modulation.blocks, y, keep, rotation)
+        for block, y in zip(self.text_blocks(), texts, strict=True):
+            tokens = block(tokens, modulation.blocks, y, keep, rotation if block.axis == "time" else None)
         return tokens
+
+    def text_blocks(self) -> list[TextBlock]:
+        """Spatial before temporal."""
+        return [block for pair in zip(self.spatial_blocks, self.temporal_blocks, strict=True) for block in pair]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.models.vae.vae_temporal import VAE_Temporal, VAE_Temporal_SD
 
 SPATIAL_FACTOR = 8
+MOST_PIXELS = 2**16  # of the frames that are decoded together: small ones in a batch, large ones by themselves
 SPATIAL_SCALE = 0.18215  # applied whatever the autoencoder's own scaling factor, as the published weights expect
 # Patterns of names in diffusers' files, old attention layers included, and what takes their place when loading.
 FRAMES_RENAMED = (
@@ -77,11 +78,15 @@ class FrameAutoencoder(nn.Module):
         """Mean and log variance [N, 2 C, H / 8, W / 8] of frames [N, 3, H, W]."""
         return self.module.quant_conv(self.module.encoder(frames))
 
-    def _by_frames(self, function: Any, x: Tensor) -> Tensor:
-        """`function` over the frames of x [B, C, T, H, W] (all of sample 0 first), micro_batch_size at a time."""
+    def decoded(self, z: Tensor, **_: Any) -> Iterator[Tensor]:
+        """`decode` in pieces [B, 3, n, H * 8, W * 8], one after the other, so that they need not all be held."""
+        yield self.decode(z)
+
+    def _by_frames(self, function: Any, x: Tensor, at_once: int | None = None) -> Tensor:
+        """`function` over the frames of x [B, C, T, H, W] (all of sample 0 first), so many at a time."""
         batch = x.shape[0]
         frames = x.transpose(1, 2).flatten(0, 1)  # [B * T, C, H, W]
-        parts = [function(part) for part in frames.split(self.micro_batch_size or len(frames))]
+        parts = [function(part) for part in frames.split(at_once or self.micro_batch_size or len(frames))]
         return torch.cat(parts).unflatten(0, (batch, -1)).transpose(1, 2)
 
 
@@ -102,7 +107,14 @@ class VideoAutoencoderKL(FrameAutoencoder):
 
     def decode(self, z: Tensor, **_: Any) -> Tensor:
         """Video [B, 3, T, H * 8, W * 8], about in [-1, 1], of scaled latents z [B, C, T, H, W]."""
-        return self._by_frames(self.decode_frames, z)
+        return self._by_frames(self.decode_frames, z, self._at_once(z))
+
+    def decoded(self, z: Tensor, **_: Any) -> Iterator[Tensor]:
+        yield from map(self.decode, z.split(self._at_once(z), dim=2))
+
+    def _at_once(self, z: Tensor) -> int:
+        most = max(1, MOST_PIXELS // (z.shape[3] * z.shape[4] * SPATIAL_FACTOR**2))
+        return min(self.micro_batch_size or most, most)
 
     def decode_frames(self, z: Tensor) -> Tensor:
         """Frames [N, 3, H * 8, W * 8] of scaled latents [N, C, H, W]."""
@@ -185,6 +197,16 @@ class VideoAutoencoderPipeline(nn.Module):
 
     def decode(self, z: Tensor, num_frames: int) -> Any:
         """Video [B, 3, num_frames, H * 8, W * 8] of a normalised latent z; with cal_loss: (video, spatial latent)."""
+        x_z = self.decode_time(z, num_frames)
+        video = self.spatial_vae.decode(x_z)
+        return (video, x_z) if self.cal_loss else video
+
+    def decoded(self, z: Tensor, num_frames: int) -> Iterator[Tensor]:
+        """The video of a normalised latent in pieces [B, 3, n, H * 8, W * 8], so that they need not all be held."""
+        yield from self.spatial_vae.decoded(self.decode_time(z, num_frames))
+
+    def decode_time(self, z: Tensor, num_frames: int) -> Tensor:
+        """The spatial latent [B, C, num_frames, H, W] of a latent, which is normalised unless cal_loss."""
         if not self.cal_loss:
             z = z * self.scale.to(z.dtype) + self.shift.to(z.dtype)
         size = self.micro_frame_size or num_frames
@@ -192,9 +214,7 @@ class VideoAutoencoderPipeline(nn.Module):
             self.temporal_vae.decode(chunk, num_frames=min(size, num_frames - i * size))
             for i, chunk in enumerate(z.split(self.micro_latent_frames or z.shape[2], dim=2))
         ]
-        x_z = torch.cat(parts, dim=2)
-        video = self.spatial_vae.decode(x_z)
-        return (video, x_z) if self.cal_loss else video
+        return torch.cat(parts, dim=2)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, DiagonalGaussian, Tensor, Tensor]:
         """(video, decoded spatial latent, posterior, latent, spatial latent) of x: what the losses compare."""

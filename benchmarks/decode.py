@@ -1,0 +1,63 @@
+"""Decoding a clip with the published autoencoder of Open-Sora 1.2, random weights: plain against the fast path.
+
+python -m benchmarks.decode [--size 96 160] [--frames 17] [--repeats 3] [--threads N] [--output results]
+
+Plainly a clip is decoded as a whole; the fast path gives its frames one after the other, as uint8. Products are
+counted in the plain formulation; the fast path computes fewer (none over padding in time, 4/9 of those that follow a
+doubling), so its share may exceed what is left of the bound.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import common, plain
+from opensora.acceleration.device import place
+from opensora.datasets.video import to_uint8
+from opensora.models.vae.vae import OpenSoraVAE_V1_2, VideoAutoencoderPipeline
+
+TINY = dict(
+    vae_2d=dict(block_out_channels=(32, 32, 32, 32), layers_per_block=1),
+    vae_temporal=dict(filters=32, num_res_blocks=1, temporal_downsample=(False, True, True)),
+)
+
+
+def build(**config: Any) -> tuple[VideoAutoencoderPipeline, VideoAutoencoderPipeline]:
+    """The autoencoder as the package runs it, and as it was built, with one set of weights."""
+    torch.manual_seed(0)
+    fast, slow = (OpenSoraVAE_V1_2(**config).eval().requires_grad_(False) for _ in range(2))
+    fast.load_state_dict(slow.state_dict())
+    return place(fast, torch.device("cpu")), slow
+
+
+def streamed(vae: VideoAutoencoderPipeline, z: Tensor, num_frames: int) -> list[Any]:
+    """The pieces of a clip, each uint8 before the next is made."""
+    return [to_uint8(piece[0]) for piece in vae.decoded(z, num_frames)]
+
+
+@torch.no_grad()
+def main() -> None:
+    given = common.arguments(__doc__, repeats=3, size=[96, 160], frames=17, tiny=0)
+    fast, slow = build(**(TINY if given.tiny else {}))
+    z = torch.randn(1, 4, *fast.get_latent_size((given.frames, *given.size)))
+    error = common.relative_error(fast.decode(z, given.frames), plain.decode(slow, z, given.frames))
+    sides = {
+        "plain": common.as_usual(lambda: to_uint8(plain.decode(slow, z, given.frames)[0])),
+        "plain, memory kept": lambda: to_uint8(plain.decode(slow, z, given.frames)[0]),
+        "fast": lambda: streamed(fast, z, given.frames),
+    }
+    times = common.race(sides, given.repeats)
+    flops = common.convolution_flops(slow, sides["plain"])
+    report = {
+        "size": [given.frames, *given.size], "times": times, "faster": common.ratios(times), "relative_error": error,
+        "products": common.bound(flops, common.peak_flops(), times),
+    }  # fmt: skip
+    report["summary"] = {**report["faster"], "error": error, "share": report["products"]["share"]}
+    common.save("decode", report, {"decode": {side: t["seconds"] for side, t in times.items()}}, given.output)
+
+
+if __name__ == "__main__":
+    main()

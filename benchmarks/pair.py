@@ -1,0 +1,106 @@
+"""One spatial and one temporal block of STDiT3-XL/2: the plain formulation against the fast path, same weights.
+
+python -m benchmarks.pair [--sizes 144p-2s] [--tokens 120] [--repeats 5] [--threads N] [--output results]
+
+A step of one request: both halves of guidance, text of so many real tokens (packed, as published; read before by the
+fast path). `int8` is the fast path with linear layers in 8 bits. `share` is the part of each side's time that its
+matrix products would take at the best pace that this machine shows for any product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks import common, plain
+from opensora.acceleration.device import place
+from opensora.acceleration.int8 import quantize
+from opensora.models.layers.transformer import Text
+from opensora.models.stdit.stdit3 import STDiT3
+
+SIZES = {  # frames of latents, patches of a frame
+    "tiny": (3, 12), "144p-image": (1, 144), "144p-2s": (15, 144), "240p-2s": (15, 405), "360p-2s": (15, 920),
+    "480p-2s": (15, 1590), "720p-2s": (15, 3600),
+}  # fmt: skip
+HALVES = 2
+
+
+def build(hidden_size: int = 1152, num_heads: int = 16) -> tuple[STDiT3, plain.PlainSTDiT3]:
+    """The fast and the plain model of one pair of blocks, neither on a device yet."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=hidden_size, num_heads=num_heads, depth=1, caption_channels=8, model_max_length=300)
+    fast = STDiT3(**sizes)
+    for parameter in fast.parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)  # what starts at zero has an effect here
+    slow = plain.PlainSTDiT3(fast.config)
+    slow.load_state_dict(fast.state_dict())
+    return fast, slow
+
+
+def inputs(fast: STDiT3, size: tuple[int, int], tokens: int, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Tokens, text and time embeddings of a step."""
+    dim, (frames, patches) = fast.hidden_size, size
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(HALVES, frames, patches, dim, generator=generator).to(device, fast.dtype)
+    y = torch.randn(HALVES, tokens, dim, generator=generator).to(device, fast.dtype)
+    return {"x": x, "y": y, "timestep": torch.full((HALVES,), 500.0, device=device)}
+
+
+def read(fast: STDiT3, y: torch.Tensor) -> Text:
+    """The text's keys and values, which a request computes once."""
+    return Text(tuple(block.cross_attn.read(y) for block in fast.text_blocks()), None)
+
+
+def fast_step(fast: STDiT3, x: torch.Tensor, texts: Any, timestep: torch.Tensor) -> torch.Tensor:
+    """The tokens after the pair; `texts` has the text of each block, read or not."""
+    return fast.transform(x, fast.modulation(timestep, 0, None), texts, None)
+
+
+def plain_step(slow: plain.PlainSTDiT3, x: torch.Tensor, y: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """The same, of tokens [B, T * S, C], all of them under a mask of ones."""
+    mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    t, t0 = (slow.t_block(slow.t_embedder(one)) for one in (timestep, torch.zeros_like(timestep)))
+    out = slow.transform(x.flatten(1, 2), y.flatten(0, 1)[None], [y.shape[1]] * len(y), t, t0, mask)
+    return out.view(x.shape)
+
+
+def measure(fast: STDiT3, slow: plain.PlainSTDiT3, size: tuple[int, int], tokens: int, repeats: int) -> dict[str, Any]:
+    """Times, ratios, errors and the bound of one size."""
+    told = inputs(fast, size, tokens)
+    x, y, timestep = told.values()
+    small = quantize(build(fast.hidden_size, fast.config["num_heads"])[0].requires_grad_(False))
+    small = place(small, torch.device("cpu"))
+    pairs, small_pairs = read(fast, y).pairs, read(small, y).pairs
+    sides = {
+        "plain": common.as_usual(lambda: plain_step(slow, x, y, timestep)),
+        "plain, memory kept": lambda: plain_step(slow, x, y, timestep),
+        "fast": lambda: fast_step(fast, x, pairs, timestep),
+        "int8": lambda: fast_step(small, x, small_pairs, timestep),
+    }
+    expected = sides["plain"]()
+    errors = {name: common.relative_error(sides[name](), expected) for name in ("fast", "int8")}
+    errors["int8 of what the pair adds"] = common.relative_error(sides["int8"]() - x, expected - x)
+    times = common.race(sides, repeats)
+    flops = common.linear_flops(fast, sides["fast"])
+    limit = common.bound(flops, common.peak_flops(), times)
+    return {"times": times, "faster": common.ratios(times), "relative_error": errors, "products": limit}
+
+
+@torch.no_grad()
+def main() -> None:
+    given = common.arguments(__doc__, sizes=["144p-2s"], tokens=120, hidden=1152, heads=16)
+    fast, slow = build(given.hidden, given.heads)
+    place(fast.requires_grad_(False), torch.device("cpu"))
+    found = {
+        name: measure(fast, slow, size, given.tokens, given.repeats)
+        for name, size in common.sizes_of(given.sizes, SIZES).items()
+    }
+    summary = {name: {**one["faster"], "error": one["relative_error"]} for name, one in found.items()}
+    bars = {name: {side: t["seconds"] for side, t in one["times"].items()} for name, one in found.items()}
+    common.save("pair", {"tokens": given.tokens, "sizes": found, "summary": summary}, bars, given.output)
+
+
+if __name__ == "__main__":
+    main()

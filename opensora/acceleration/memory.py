@@ -1,0 +1,102 @@
+"""How much memory a device has and uses, and whether an error means that there was not enough."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
+CGROUP = Path("/sys/fs/cgroup")  # of a container, with its own limit
+SHARE = 0.9  # of the free memory of a host that a process may take
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory, of an accelerator or of the host, did not suffice."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
+
+
+class MemoryMeter:
+    """The peak of an accelerator's memory; without an accelerator, or where it cannot tell, the peak is not known."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.module = device, _accounts(device)
+        if self.module is not None:
+            free, self.total = self.module.mem_get_info(device)
+            self.room = free + self.module.memory_reserved(device)  # other processes have the rest
+
+    def reset(self) -> None:
+        """Gives back what nothing uses, and starts a new peak."""
+        gc.collect()
+        if self.module is not None:
+            self.module.empty_cache()
+            self.module.reset_peak_memory_stats(self.device)
+
+    def peak(self) -> float | None:
+        """The most that was allocated at once, as a share of what this process can have."""
+        return None if self.module is None else self.module.max_memory_allocated(self.device) / self.room
+
+    def wait(self) -> None:
+        """Returns when the device has done all that it was given."""
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize()
+
+    def __str__(self) -> str:
+        """The device in words."""
+        if self.module is None:
+            return f"{self.device.type.upper()}, {torch.get_num_threads()} thread(s)"
+        name = self.module.get_device_name(self.device) if hasattr(self.module, "get_device_name") else self.device.type
+        return f"{name}, {self.total / 2**30:.0f} GiB"
+
+
+def _accounts(device: torch.device) -> ModuleType | None:
+    """The module of a device that keeps accounts of its memory."""
+    if device.type == "cpu":
+        return None
+    module = torch.get_device_module(device)
+    needed = ("mem_get_info", "memory_reserved", "max_memory_allocated", "reset_peak_memory_stats", "empty_cache")
+    return module if all(hasattr(module, name) for name in needed) else None
+
+
+@contextlib.contextmanager
+def bounded_host_memory(room: int | None = None) -> Iterator[None]:
+    """Within it a process gets an error for what exceeds the free memory, instead of being killed; on Linux only.
+
+    `room` is the number of bytes it may take beyond what it has; most of the free memory if it is not given.
+    """
+    try:
+        import resource
+
+        used = _kilobytes(Path("/proc/self/status"), "VmData") * 1024
+        room = int(SHARE * _free()) if room is None else room
+        before = resource.getrlimit(resource.RLIMIT_DATA)
+        most = used + room if before[1] == resource.RLIM_INFINITY else min(used + room, before[1])
+        resource.setrlimit(resource.RLIMIT_DATA, (most, before[1]))
+    except (ImportError, OSError, ValueError, KeyError):  # no such system
+        yield
+        return
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _free() -> int:
+    """Bytes of the host's memory, or of the container's, that are not taken."""
+    free = _kilobytes(Path("/proc/meminfo"), "MemAvailable") * 1024
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
+    return max(free, 0)
+
+
+def _kilobytes(file: Path, key: str) -> int:
+    """A line `key:  123 kB` of a file. Raises KeyError if there is none."""
+    lines = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)
+    return int(lines[key].split()[0])

@@ -1,0 +1,205 @@
+"""How the ranks of a run are laid out, what they tell one another, and parameters sharded over them (FSDP2).
+
+Ranks lie in a grid, data x sequence: those of a row share one batch, of which each computes other tokens. Parameters,
+gradients and the optimizer's state are sharded over all ranks, and every gradient is the mean over all of them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from opensora.errors import ConfigError
+from opensora.weights import kept_in_float32
+
+if TYPE_CHECKING:  # imported where they are used: they take as long as all of torch
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The place of this process among the ranks of a run; ranks of one sequence follow one another."""
+
+    rank: int = 0
+    world_size: int = 1
+    sequence_size: int = 1
+    mesh: DeviceMesh | None = None  # of dimensions ("data", "sequence"); None for a single process
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the data this rank computes."""
+        return self.rank // self.sequence_size
+
+    @property
+    def data_size(self) -> int:
+        """The number of shares."""
+        return self.world_size // self.sequence_size
+
+    @property
+    def sequence_rank(self) -> int:
+        """Which tokens of its batch this rank computes."""
+        return self.rank % self.sequence_size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that writes and tells."""
+        return self.rank == 0
+
+
+def world_size() -> int:
+    """The number of ranks that torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(device: torch.device, sp_size: int = 1) -> Layout:
+    """The layout of the ranks that torchrun has started, `sp_size` to a sequence; they are connected on the first call.
+
+    Other ranks than the first log errors only. Raises ConfigError when the ranks or the devices do not fit.
+    """
+    ranks, rank = world_size(), int(os.environ.get("RANK", 0))
+    if ranks % sp_size:
+        remedy = f"start a multiple of {sp_size} with torchrun --nproc_per_node, or change sp_size"
+        raise ConfigError(f"sp_size {sp_size} does not divide the number of ranks, {ranks}; {remedy}")
+    if ranks == 1:
+        return Layout()
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if not dist.is_initialized():
+        _own_device(device)
+        dist.init_process_group(dist.get_default_backend_for_device(device), rank=rank, world_size=ranks)
+        atexit.register(stop)
+    if rank:
+        logging.getLogger("opensora").setLevel(logging.ERROR)
+    mesh = init_device_mesh(device.type, (ranks // sp_size, sp_size), mesh_dim_names=("data", "sequence"))
+    return Layout(rank, ranks, sp_size, mesh)
+
+
+def _own_device(device: torch.device) -> None:
+    """Makes the device of this rank on its machine the current one, where a machine has several."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or accelerator.type != device.type:
+        return
+    local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.accelerator.device_count()
+    if local >= there:
+        raise ConfigError(f"rank {local} of this machine has no device; start {there} with --nproc_per_node {there}")
+    torch.accelerator.set_device_index(local)
+
+
+def stop(layout: Layout | None = None) -> None:
+    """Ends what connects the ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier(layout: Layout) -> None:
+    """Waits until all ranks are here."""
+    if layout.world_size > 1:
+        dist.barrier()
+
+
+def share(value: T, layout: Layout) -> T:
+    """The main rank's `value`, on every rank; any object that can be pickled. What other ranks pass is ignored."""
+    if layout.world_size == 1:
+        return value
+    box = [value if layout.is_main else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: T, layout: Layout) -> list[T]:
+    """The values of all ranks in their order, on every rank."""
+    if layout.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * layout.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def mean(tensor: Tensor, layout: Layout) -> Tensor:
+    """`tensor` averaged over the ranks; ranks of one sequence hold the same, so it is the mean over the data."""
+    if layout.world_size == 1:
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total / layout.world_size
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Lets one rank alone tell of what ended the run: the first that fails raises, the others leave with exit code 1.
+
+    A rank that fails takes the others with it: they lose their connection or are ended by torchrun.
+    """
+    try:
+        yield
+    except Exception:
+        if world_size() > 1 and not _is_first():
+            time.sleep(1)  # the message comes before torchrun ends the rank that has it
+            raise SystemExit(1) from None
+        raise
+
+
+def _is_first() -> bool:
+    """Whether no other rank has failed before, by the store that all ranks share."""
+    rank, connected = os.environ["RANK"], dist.is_initialized()
+    try:
+        store = dist.distributed_c10d._get_default_store() if connected else next(dist.rendezvous("env://"))[0]
+        return store.compare_set("opensora/failed", "", rank).decode() == rank
+    except Exception:  # the store went with the rank that failed first
+        return False
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a transformer, those of each list (`blocks`, `spatial_blocks`, T5's `block`) in their order."""
+    lists = (part for name, part in model.named_modules() if name.endswith(("block", "blocks")))
+    return [block for part in lists if isinstance(part, nn.ModuleList) for block in part]
+
+
+def shard(model: nn.Module, layout: Layout, dtype: torch.dtype | None = None) -> None:
+    """Shards the parameters over all ranks, block by block and then the rest; nothing is done for one rank.
+
+    Every rank must hold the same values before. Parameters keep their type. With `dtype` they are computed with in that
+    type where the device is an accelerator, and their gradients are summed in float32. Parameters `kept_in_float32`
+    stay whole. Nothing stays gathered after its use, so that a changed parameter never has a stale copy.
+    """
+    if layout.mesh is None:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    device = layout.mesh.device_type
+    mesh = init_device_mesh(device, (layout.world_size,))
+    mixed = dtype is not None and device != torch.empty(0).device.type
+    policy = MixedPrecisionPolicy(*((dtype, torch.float32) if mixed else ()), cast_forward_inputs=False)
+    whole = {parameter for name, parameter in model.named_parameters() if kept_in_float32(name)}
+    options = {"mesh": mesh, "reshard_after_forward": True, "mp_policy": policy, "ignored_params": whole}
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody writes into outputs
+    for part in (*blocks_of(model), model):
+        fully_shard(part, **options)
+    if hasattr(model, "prepare"):
+        model.prepare = dict  # parameters are gathered in a pass through the model alone: nothing is computed before
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies on this rank, sharing its memory; all of it, where it is not sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float = math.inf) -> Tensor:
+    """The norm of all gradients, over all ranks; they are scaled down to `max_norm` where it is larger."""
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

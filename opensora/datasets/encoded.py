@@ -1,0 +1,308 @@
+"""Latents and texts that were encoded beforehand by `scripts/misc/extract_feat.py`, as a data set for training.
+
+    dataset = EncodedDataset(folder)
+    sampler = EncodedBatchSampler(dataset, seed=seed, rank=rank, world_size=world_size)
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_encoded)
+
+or, for the batch at a place (epoch, index), `encoded_batches(dataset, epoch, seed=seed)[index]`: a list of indices.
+
+A batch has one size. Epoch `e` serves crop `e % num_crops` of every row, in the batches and the order that the bucket
+sampler makes of the table itself with the same seed, batch sizes and columns; only broken rows are missing. The place
+in an epoch is one integer: `sampler.state_dict(steps)`, `load_state_dict`, `set_epoch` as of the bucket sampler.
+`dataset.require(vae=..., text_encoder=...)` refuses features of other weights. `TextFeatures(folder)[row]` gives the
+texts alone, for videos that are read from their files.
+
+The folder holds `features.json` (what was encoded, and how), `plan.json` (the shards there should be), and the shards:
+
+    latents/crop0/240p_51f_0.56/ROW-ROW.safetensors   latents [M, C, T, h, w], last [M, C, h, w], row [M], fps [M]
+    text/ROW.safetensors                              text [sum of L, C], length [N], row [N]
+
+Shards are mapped into memory, and only the samples that are asked for are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from opensora.datasets.bucket import Bucket, Buckets
+from opensora.datasets.samplers import BucketBatchSampler, Epoch, lay_out
+from opensora.errors import ConfigError
+
+IDENTITY, PLAN = "features.json", "plan.json"
+COMMAND = "scripts/misc/extract_feat.py"
+MOST_OPEN = 128  # shards mapped at a time
+
+
+def caption_key(text: str) -> np.ndarray:
+    """16 bytes that tell captions apart."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return np.frombuffer(digest, np.uint8)
+
+
+class Shards:
+    """The files of a features folder: checked to be complete, opened when they are needed, `MOST_OPEN` at a time."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.identity, self.plan = (_read_json(self.folder / name) for name in (IDENTITY, PLAN))
+        planned = [part["file"] for part in (*self.plan["latents"], *self.plan["text"])]
+        missing = [name for name in planned if not (self.folder / name).is_file()]
+        if missing:
+            problem = f"{len(missing)} of {len(planned)} shards are not there yet (the first is {missing[0]})"
+            raise ConfigError(f"{self.folder}: {problem}; run {COMMAND} again, which encodes those alone")
+        self._forget()
+
+    def _forget(self) -> None:
+        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._turn = Lock()  # threads that read ahead share the open shards
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_turn")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def require(self, **expected: Any) -> None:
+        """Raises ConfigError unless the folder was made with these; `vae`, `text_encoder`: SHA-256 of their weights."""
+        for name, value in expected.items():
+            if self.identity.get(name) != value:
+                problem = f"was encoded with {name} {self.identity.get(name)}, and the run has {value}"
+                raise ConfigError(f"{self.folder} {problem}; encode it anew with {COMMAND}, into another folder")
+
+    def __getitem__(self, name: str) -> Any:
+        """The opened shard."""
+        with self._turn:
+            if name not in self._open:
+                if len(self._open) >= MOST_OPEN:
+                    self._open.popitem(last=False)
+                self._open[name] = open_shard(self.folder / name)
+            self._open.move_to_end(name)
+            return self._open[name]
+
+
+class TextFeatures:
+    """Texts by the row of the table: (features [L, C], mask [L] of ones) without padding. `rows` has them all."""
+
+    def __init__(self, folder: str | Path, shards: Shards | None = None) -> None:
+        self.shards = shards or Shards(folder)
+        self._names = [part["file"] for part in self.shards.plan["text"]]
+        if not self._names:
+            problem = "holds no text features (save_text_features was off)"
+            raise ConfigError(f"{folder} {problem}; set load_text_features=False, or encode the texts too")
+        heads = [(number, *self._head(name)) for number, name in enumerate(self._names)]
+        self.rows = np.concatenate([rows for _, rows, _ in heads])
+        self._shard = np.concatenate([np.full(len(rows), number, np.int32) for number, rows, _ in heads])
+        self._stop = np.concatenate([np.cumsum(lengths) for _, _, lengths in heads])
+        self._length = np.concatenate([lengths for _, _, lengths in heads])
+
+    def _head(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        shard = self.shards[name]
+        return shard.get_tensor("row").numpy(), shard.get_tensor("length").numpy()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        place = int(np.searchsorted(self.rows, row))
+        if place == len(self.rows) or self.rows[place] != row:
+            raise ConfigError(f"{self.shards.folder}: has no text of row {row}; run {COMMAND} again with this table")
+        stop, length = int(self._stop[place]), int(self._length[place])
+        text = self.shards[self._names[self._shard[place]]].get_slice("text")[stop - length : stop].clone()
+        return text, torch.ones(length, dtype=torch.int64)
+
+    def check(self, captions: Sequence[str]) -> None:
+        """Raises ConfigError if the captions of a table are not those that were encoded."""
+        for name in self._names:
+            rows, keys = (self.shards[name].get_tensor(part).numpy() for part in ("row", "key"))
+            for row, key in zip(rows, keys, strict=True):
+                if row >= len(captions) or not np.array_equal(caption_key(captions[row]), key):
+                    problem = f"the caption of row {row} is not the one that was encoded"
+                    raise ConfigError(f"{self.shards.folder}: {problem}; run {COMMAND} with replace_stale=True")
+
+
+class EncodedDataset(Dataset):
+    """Encoded clips: `latents` [C, T', h, w], `last` [C, h, w], `text` [L, C], `mask` [L], and what a model is told.
+
+    The latter: `num_frames`, `height`, `width` in frames and pixels, `ar` (height / width), `fps`; `id` is the row of
+    the table. `last` is the last frame, encoded as an image, where there is one. `sizes` are the (T, H, W) of all
+    groups, `group` [N] the group of each sample, `crop` and `row` [N] where it comes from. `with_text` False leaves
+    texts out. Raises ConfigError for a folder that is no whole set of features.
+    """
+
+    def __init__(self, folder: str | Path, with_text: bool = True) -> None:
+        self.shards = Shards(folder)
+        self.folder, self.identity, self.require = self.shards.folder, self.shards.identity, self.shards.require
+        parts = self.shards.plan["latents"]
+        if not parts:
+            raise ConfigError(f"{folder} holds no video features; set load_video_features=False, or encode them too")
+        self.num_rows, self.num_crops = self.shards.plan["num_rows"], self.shards.plan["num_crops"]
+        self._names = [part["file"] for part in parts]
+        keys = [(tuple(part["bucket"]), tuple(part["size"]), part["batch_size"]) for part in parts]
+        groups = list(dict.fromkeys(keys))
+        self.buckets = [Bucket(*bucket) for bucket, _, _ in groups]
+        self.sizes = [size for _, size, _ in groups]
+        self.batch_sizes = [batch_size for _, _, batch_size in groups]
+        heads = [[self.shards[name].get_tensor(key).numpy() for key in ("row", "fps")] for name in self._names]
+        counts = [len(rows) for rows, _ in heads]
+        self.row, self.fps = (np.concatenate(column) for column in zip(*heads, strict=True))
+        self.crop = np.repeat([part["crop"] for part in parts], counts)
+        self.group = np.repeat([groups.index(key) for key in keys], counts)
+        self._shard = np.repeat(np.arange(len(parts)), counts)
+        self._place = np.concatenate([np.arange(count) for count in counts])
+        self.texts = TextFeatures(folder, self.shards) if with_text else None
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        shard, place = self.shards[self._names[self._shard[index]]], int(self._place[index])
+        latents = shard.get_slice("latents")[place].clone()  # no view of the whole file
+        num_frames, height, width = self.sizes[self.group[index]]
+        sample: dict[str, Any] = {"latents": latents}
+        if num_frames == 1:
+            sample["last"] = latents[:, -1].clone()
+        elif "last" in shard.keys():  # noqa: SIM118 (a file, no dict)
+            sample["last"] = shard.get_slice("last")[place].clone()
+        if self.texts is not None:
+            sample["text"], sample["mask"] = self.texts[int(self.row[index])]
+        told = {"num_frames": num_frames, "height": height, "width": width, "ar": height / width}
+        return {**sample, **told, "fps": float(self.fps[index]), "id": int(self.row[index])}
+
+
+def collate_encoded(samples: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch of samples of one size: tensors stacked, numbers as tensors [B], text padded with zeros to the longest.
+
+    `text` is [B, L, C] and `mask` [B, L], 1 for a real token.
+    """
+    samples, batch = list(samples), {}
+    for name, value in samples[0].items():
+        values = [sample[name] for sample in samples]
+        if name in ("text", "mask"):
+            batch[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
+        else:
+            batch[name] = torch.stack(values) if isinstance(value, Tensor) else torch.tensor(values)
+    return batch
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """What was encoded of one crop, as `lay_out` asks for it; `entry` [rows of the table] is -1 for a row without."""
+
+    entry: np.ndarray
+    buckets: Sequence[Bucket]
+    batch_sizes: Sequence[int]
+
+    def groups(self) -> tuple[list[Bucket], np.ndarray, np.ndarray, np.ndarray]:
+        """As of a Placement: (buckets by their first row, batch sizes, rows ascending, the bucket of each)."""
+        rows = np.flatnonzero(self.entry >= 0)
+        found, first, group = np.unique(self.entry[rows], return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        buckets = [self.buckets[number] for number in found[order]]
+        return buckets, np.array(self.batch_sizes, np.int64)[found[order]], rows, np.argsort(order)[group]
+
+
+class EncodedBatches(Sequence[list[int]]):
+    """The batches of one epoch, each as indices into the data set; `plan` has them in rows of the table."""
+
+    def __init__(self, plan: Epoch, item_of: np.ndarray) -> None:
+        self.plan, self._item_of = plan, item_of
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> list[int]:
+        return self._item_of[self.plan[index][1]].tolist()
+
+
+def encoded_batches(
+    dataset: EncodedDataset, epoch: int, *, seed: int = 1024, batch_size: int | Mapping[str, Any] | None = None,
+    shuffle: bool = True, drop_last: bool = True, without: Sequence[int] = (),
+) -> EncodedBatches:  # fmt: skip
+    """The batches of an epoch in the order that all ranks share, a function of (seed, epoch).
+
+    `batch_size` is one for all sizes, or a bucket_config, or None: the batch sizes of the extraction. Rows of the
+    table that are in `without` are left out.
+    """
+    items = np.flatnonzero(dataset.crop == epoch % dataset.num_crops)
+    entry, item_of = np.full(dataset.num_rows, -1, np.int64), np.zeros(dataset.num_rows, np.int64)
+    entry[dataset.row[items]], item_of[dataset.row[items]] = dataset.group[items], items
+    entry[np.asarray(without, np.int64)] = -1
+    placed = _Placed(entry, dataset.buckets, _batch_sizes(dataset, batch_size))
+    return EncodedBatches(lay_out(placed, seed, epoch, shuffle=shuffle, drop_last=drop_last), item_of)
+
+
+class EncodedBatchSampler(BucketBatchSampler):
+    """`encoded_batches` for one rank, with a place in the epoch that is one integer."""
+
+    def __init__(
+        self, dataset: EncodedDataset, batch_size: int | Mapping[str, Any] | None = None, *, seed: int = 1024,
+        shuffle: bool = True, drop_last: bool = True, rank: int = 0, world_size: int = 1,
+    ) -> None:  # fmt: skip
+        self.dataset, self.batch_size = dataset, batch_size
+        self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
+        self.rank, self.world_size = rank, world_size
+        self._batches: tuple[tuple[int, int], EncodedBatches] | None = None
+
+    @property
+    def batches(self) -> EncodedBatches:
+        """Those of the whole epoch."""
+        key = (self.seed, self.epoch)
+        if self._batches is None or self._batches[0] != key:
+            how = {"seed": self.seed, "shuffle": self.shuffle, "drop_last": self.drop_last}
+            self._batches = key, encoded_batches(self.dataset, self.epoch, batch_size=self.batch_size, **how)
+        return self._batches[1]
+
+    @property
+    def plan(self) -> Epoch:
+        """The whole epoch in rows of the table, the same on all ranks and for all numbers of ranks."""
+        return self.batches.plan
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = self.batches
+        for index in self.dealt().tolist():
+            yield batches[index]
+
+
+def _batch_sizes(dataset: EncodedDataset, batch_size: int | Mapping[str, Any] | None) -> list[int]:
+    """One for each group of the data set."""
+    if batch_size is None:
+        return dataset.batch_sizes
+    if isinstance(batch_size, int):
+        return [batch_size] * len(dataset.sizes)
+    entries = {(entry.resolution, entry.num_frames): entry.batch_size for entry in Buckets(dict(batch_size)).entries}
+    for bucket in dataset.buckets:
+        if not entries.get(bucket[:2]):
+            problem = f"has features of {bucket}, and bucket_config no batch size for them"
+            raise ConfigError(f"{dataset.folder} {problem}; add it, or encode into another folder")
+    return [entries[bucket[:2]] for bucket in dataset.buckets]
+
+
+def open_shard(path: Path) -> Any:
+    """A shard mapped into memory; ConfigError if it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path}: is damaged ({error}); remove it and run {COMMAND} again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        problem = f"is no folder of encoded features ({path.name} cannot be read)"
+        raise ConfigError(f"{path.parent} {problem}; make one with {COMMAND}") from error

@@ -1,0 +1,171 @@
+"""The shards of a features folder: which ones a table asks for, and whether those that are there still fit it.
+
+What is planned is a function of (table, settings) alone, so that ranks divide it without a word to one another and
+an interrupted run goes on with what is missing. Rows added at the end of a table change the last shards of a kind
+only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from opensora.datasets.bucket import Bucket, Buckets, Fate
+from opensora.datasets.encoded import caption_key, open_shard
+from opensora.datasets.table import Table
+from opensora.errors import ConfigError
+
+FIXED = "fixed"  # the resolution of samples that have one size, whatever their own
+SAMPLE, PARTS = 2**16, 3  # bytes of each of the parts of a file that tell its content
+
+
+class LatentShard(NamedTuple):
+    """Rows of one crop and one size; `size` is (T, H, W), `batch_size` how many are encoded and trained together."""
+
+    file: str
+    crop: int
+    bucket: Bucket
+    size: tuple[int, int, int]
+    batch_size: int
+    rows: np.ndarray
+
+    @property
+    def num_pixels(self) -> int:
+        """Of all frames of all samples."""
+        return len(self.rows) * int(np.prod(self.size))
+
+
+class TextShard(NamedTuple):
+    """Rows whose captions lie in one file."""
+
+    file: str
+    rows: np.ndarray
+
+
+class Group(NamedTuple):
+    """Rows [P], ascending, that are encoded at one size."""
+
+    bucket: Bucket
+    size: tuple[int, int, int]
+    batch_size: int
+    rows: np.ndarray
+
+
+def fixed_group(rows: np.ndarray, size: tuple[int, int, int], batch_size: int) -> Group:
+    """All rows at one size."""
+    return Group(Bucket(FIXED, size[0], f"{size[1]}x{size[2]}"), size, batch_size, rows)
+
+
+def bucket_groups(
+    table: Table, rows: np.ndarray, config: dict, *, seed: int, crop: int, frame_interval: int
+) -> tuple[list[Group], np.ndarray]:
+    """The groups of the rows that epoch `crop` of a training run would serve, and rows that any epoch might."""
+    placement = Buckets(config).place(*table.sizes(), seed=seed, epoch=crop, frame_interval=frame_interval)
+    buckets, batch_sizes, placed, group = placement.groups()
+    chosen = np.isin(placed, rows)
+    groups = [
+        Group(bucket, bucket.size, int(batch_size), placed[chosen & (group == number)])
+        for number, (bucket, batch_size) in enumerate(zip(buckets, batch_sizes, strict=True))
+    ]
+    possible = rows[placement.fate[rows] >= Fate.NOT_DRAWN]
+    return [one for one in groups if len(one.rows)], possible
+
+
+def latent_shards(groups: Sequence[Group], crop: int, most: Callable[[tuple[int, int, int]], int]) -> list[LatentShard]:
+    """Shards of at most `most(size)` samples each, those of a group in the order of their rows."""
+    shards = []
+    for bucket, size, batch_size, rows in groups:
+        folder = f"latents/crop{crop}/{bucket.resolution}_{bucket.num_frames}f_{bucket.ratio}"
+        for part in _parts(rows, most(size)):
+            name = f"{folder}/{part[0]:09d}-{part[-1]:09d}.safetensors"
+            shards.append(LatentShard(name, crop, bucket, size, batch_size, part))
+    return shards
+
+
+def text_shards(rows: np.ndarray, most: int) -> list[TextShard]:
+    """A shard for the chosen rows of every `most` rows of the table."""
+    bins = rows // most
+    return [
+        TextShard(f"text/{number * most:09d}.safetensors", rows[bins == number]) for number in np.unique(bins).tolist()
+    ]
+
+
+def file_stamps(paths: Sequence[str]) -> np.ndarray:
+    """(bytes, time of the last change in ns) of files [N, 2]; -1 for what is not there."""
+    stamps = np.full((len(paths), 2), -1, np.int64)
+    for number, path in enumerate(paths):
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):
+            continue
+        stamps[number] = status.st_size, status.st_mtime_ns
+    return stamps
+
+
+def content_key(path: str) -> np.ndarray:
+    """16 bytes that tell contents of files apart: of its length, its beginning, middle and end; zeros if unreadable.
+
+    A video's index of frames lies in its beginning or end, so that a file made anew differs there.
+    """
+    try:
+        with open(path, "rb") as file:
+            length = os.fstat(file.fileno()).st_size
+            digest = hashlib.blake2b(str(length).encode(), digest_size=16)
+            for part in range(PARTS):
+                file.seek(max(length - SAMPLE, 0) * part // (PARTS - 1))
+                digest.update(file.read(SAMPLE))
+    except (OSError, ValueError):
+        return np.zeros(16, np.uint8)
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+def missing(folder: Path, shards: Sequence[LatentShard | TextShard], table: Table, replace_stale: bool) -> list:
+    """The shards that have to be encoded: not there, or stale and to be replaced.
+
+    Raises ConfigError for a stale one otherwise: its videos, its captions or its rows are no longer those of the table.
+    """
+    stale: list[tuple[LatentShard | TextShard, str]] = []
+    absent = []
+    for shard in shards:
+        reason = _why_stale(folder / shard.file, shard, table) if (folder / shard.file).is_file() else ""
+        if reason is None:
+            continue
+        absent.append(shard)
+        stale += [(shard, reason)] if reason else []
+    if stale and not replace_stale:
+        problem = f"{len(stale)} shards are stale, the first because {stale[0][1]}"
+        remedy = "encode these again with replace_stale=True, or name another --save-dir"
+        raise ConfigError(f"{folder}: {problem}; {remedy}")
+    return absent
+
+
+def _why_stale(path: Path, shard: LatentShard | TextShard, table: Table) -> str | None:
+    """What has changed since a shard was written; empty where rows were added, None where all is as it was."""
+    held = open_shard(path)
+    keys = held.get_tensor("key").numpy()
+    if isinstance(shard, TextShard):
+        return _why_text_is_stale(held.get_tensor("row").numpy(), keys, shard.rows, table)
+    if not np.array_equal(held.get_tensor("planned").numpy(), shard.rows):
+        return f"{shard.file} holds other rows than the table asks for now"
+    paths = [table.path[int(row)] for row in shard.rows]
+    touched = (file_stamps(paths) != held.get_tensor("stamp").numpy()).any(axis=1)
+    for number in np.flatnonzero(touched):
+        if not np.array_equal(content_key(paths[number]), keys[number]):
+            return f"{paths[number]} has changed since it was encoded"
+    return None
+
+
+def _why_text_is_stale(held: np.ndarray, keys: np.ndarray, wanted: np.ndarray, table: Table) -> str | None:
+    for row, key in zip(held.tolist(), keys, strict=True):
+        if row >= len(table) or not np.array_equal(caption_key(table.text[row]), key):
+            return f"the caption of row {row} has changed since it was encoded"
+    return None if np.isin(wanted, held).all() else ""
+
+
+def _parts(rows: np.ndarray, most: int) -> Iterator[np.ndarray]:
+    return (rows[start : start + most] for start in range(0, len(rows), most))

@@ -1,0 +1,60 @@
+"""What shows during a run whether it learns: validation on clips that are held out, and videos of fixed prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from opensora.acceleration.parallel import Layout
+from opensora.models.text_encoder.cleaning import preprocess
+from opensora.settings import TrainSettings
+from opensora.training.examples import Encoders, Examples, told_of
+from opensora.training.sources import TableSource, read_batch
+from opensora.training.trainer import Trainer, Watch, step_generator
+from opensora.training.validation import Prompt, Samples, Validation, report
+
+Size = tuple[int, int, int]
+FPS = 24
+
+
+def held_out(source: TableSource, encoders: Encoders, seed: int) -> list[tuple[str, Examples]]:
+    """The bucket and the clips of each batch that is held out, encoded, in memory."""
+    host, dataset = torch.empty(0).device, source.dataset.at(0)
+    found = []
+    for number, (name, keys, size) in enumerate(source.held):
+        batch = read_batch(dataset, keys, size)
+        found.append((name, encoders(batch, step_generator(seed, -1, number)).to(host)))
+    return found
+
+
+def watches(
+    settings: TrainSettings, model: nn.Module, scheduler: Any, held: list[tuple[str, Examples]], encoders: Encoders,
+    size: Size, layout: Layout,
+) -> list[Watch]:  # fmt: skip
+    """What the settings ask for, to be called after every step."""
+    wanted: list[Watch] = []
+    if settings.validate_every and held:
+        validation = Validation(model, scheduler, settings, held, layout)
+        wanted.append(lambda trainer: validation.due(trainer.step) and _validate(trainer, validation))
+    if settings.sample_every and settings.sample_prompts:
+        prompts = [_prompt(settings, text, encoders, size) for text in settings.sample_prompts]
+        samples = Samples(model, scheduler, encoders.vae, settings, prompts, layout)
+        wanted.append(lambda trainer: samples.due(trainer.step) and _sample(trainer, samples))
+    return wanted
+
+
+def _validate(trainer: Trainer, validation: Validation) -> None:
+    trainer.tracker.step({"step": trainer.step, **report(validation.losses(trainer.ema))})
+
+
+def _sample(trainer: Trainer, samples: Samples) -> None:
+    for name, frames, fps in samples.make(trainer.ema):
+        trainer.tracker.video(name, frames, fps, trainer.step)
+
+
+def _prompt(settings: TrainSettings, text: str, encoders: Encoders, size: Size) -> Prompt:
+    y, mask = encoders.text.encode([preprocess(text)])
+    cond = {"y": y, **({} if mask is None else {"mask": mask}), **told_of(settings.model["type"], 1, size, FPS)}
+    return Prompt(text, cond, size, FPS)

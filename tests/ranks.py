@@ -1,0 +1,56 @@
+"""Runs a function under several ranks: processes of their own, connected by gloo over loopback through a file."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = 250  # seconds, for all that the ranks do
+PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor", "torch.multiprocessing.spawn", "opensora.registry"]
+
+
+def run(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
+    """What `function(*args)`, of the top level of a module, returns on each rank. Raises what a rank has met.
+
+    They are forks of a server that has imported torch once, and has never done anything else.
+    """
+    with TemporaryDirectory() as folder:
+        deadline = time.monotonic() + timeout
+        get_context("forkserver").set_forkserver_preload(PRELOADED)
+        how = {"join": False, "start_method": "forkserver"}
+        context = mp.start_processes(_rank, (ranks, folder, function, args), ranks, **how)
+        try:
+            while not context.join(max(deadline - time.monotonic(), 0.1), grace_period=5):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{ranks} ranks did not end in {timeout} seconds")
+        except mp.ProcessRaisedException as error:
+            told = [path.read_text() for path in Path(folder).glob("error*")]
+            raise AssertionError("\n".join(told) or str(error)) from None
+        finally:
+            for process in context.processes:
+                process.kill()
+        return [torch.load(Path(folder) / f"result{rank}", weights_only=False) for rank in range(ranks)]
+
+
+def _rank(rank: int, ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+        result = function(*args)
+        torch.save(result, Path(folder) / f"result{rank}")
+        dist.destroy_process_group()
+    except BaseException:
+        (Path(folder) / f"error{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
+        raise

@@ -1,0 +1,387 @@
+"""Evaluations that are foretold: what they cost, how far they may lead astray, and that a recipe repeats them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from opensora import cli, registry, tuning
+from opensora.acceleration import caching, calibration
+from opensora.acceleration.caching import Cache, Table, mag_table
+from opensora.acceleration.calibration import Profile, _Signal, calibrate, candidates, cheapest, predicted_error
+from opensora.config import find_config, read_config
+from opensora.errors import ConfigError
+from opensora.recipe import read_recipe
+from opensora.replay import replay
+from opensora.settings import InferenceSettings
+from tests.tiny import TINY_STDIT3
+
+SHAPE, STEPS, SCALE = (1, 4, 2, 4, 4), 12, 3.0
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "rflow": {"num_sampling_steps": STEPS, "cfg_scale": SCALE},
+    "iddpm": {"num_sampling_steps": STEPS, "cfg_scale": SCALE, "cfg_channel": 3},
+    "dpm-solver": {"num_sampling_steps": STEPS, "cfg_scale": SCALE},
+    "singlestep": {"num_sampling_steps": STEPS, "cfg_scale": SCALE, "method": "singlestep", "order": 3},
+}
+
+
+def make_scheduler(name: str) -> Any:
+    return registry.build({"type": "dpm-solver" if name == "singlestep" else name, **SCHEDULERS[name]})
+
+
+class Model:
+    """A smooth denoiser that pulls towards what it is told; counts its rows, and gives a variance on demand."""
+
+    def __init__(self, variance: bool = False) -> None:
+        self.rows, self.variance = 0, variance
+
+    def __call__(self, x: Tensor, timestep: Tensor, y: Tensor, **_: Any) -> Tensor:
+        self.rows += len(x)
+        time = (timestep / 1000)[:, None, None, None, None]
+        target = y[:, :, None, None, None] * (1 + 0.3 * torch.sin(3 * time))
+        out = target - 0.5 * torch.tanh(x) * (1 + time)
+        return torch.cat([out, 0.1 * out], dim=1) if self.variance else out
+
+
+def told(number: int) -> dict[str, Tensor]:
+    return {"y": torch.randn(1, 4, generator=torch.Generator().manual_seed(number))}
+
+
+def run(
+    scheduler: Any, model: Any, number: int, cache: Cache, observe: Any = None, counter: list[int] | None = None
+) -> Tensor:
+    generator = torch.Generator().manual_seed(100 + number)
+    noise = torch.randn(SHAPE, generator=generator)
+    null = {"y": torch.zeros(1, 4)}
+    return caching.sample(
+        scheduler, model, noise, told(number), null, cache, observe, counter, source=[generator]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_computing_everything_changes_no_bit(name: str) -> None:
+    scheduler, model = make_scheduler(name), Model(variance=name == "iddpm")
+    exact = run(scheduler, model, 0, Cache())
+    rows, counter = model.rows, []
+    assert torch.equal(run(scheduler, model, 0, Cache("table", Table.plain("2" * STEPS)), counter=counter), exact)
+    assert counter == [2] * STEPS
+    assert model.rows == 2 * rows
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_model_is_asked_for_what_the_table_says(name: str) -> None:
+    scheduler, model = make_scheduler(name), Model(variance=name == "iddpm")
+    table = Table.plain("210" * (STEPS // 3))
+    run(scheduler, model, 0, Cache("table", table))
+    assert model.rows == table.cost == STEPS
+
+
+def test_halves_that_differ_in_shape_are_told_apart() -> None:
+    scheduler, model = make_scheduler("rflow"), Model()
+    noise, counter = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)), []
+    cond, null = {"y": torch.ones(1, 4), "extra": torch.ones(2)}, {"y": torch.zeros(1, 4), "extra": torch.ones(3)}
+    exact = scheduler.sample(model, noise, cond, null)
+    cache = Cache("table", Table.plain("2" * STEPS))
+    assert torch.equal(caching.sample(scheduler, model, noise, cond, null, cache, counter=counter), exact)
+    made = caching.sample(scheduler, model, noise, cond, null, Cache("table", Table.plain("2" + "10" * 5 + "1")))
+    assert 0 < calibration.relative_error(made, exact) < 0.3
+
+
+def test_without_guidance_there_is_one_half() -> None:
+    scheduler, model = registry.build({"type": "rflow", "num_sampling_steps": STEPS, "cfg_scale": 1.0}), Model()
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    exact = caching.sample(scheduler, model, noise, told(0), None, Cache())
+    assert model.rows == STEPS
+    cache = Cache("table", Table.plain("1100" * (STEPS // 4)))
+    made = caching.sample(scheduler, model, noise, told(0), None, cache)
+    assert model.rows == STEPS + STEPS // 2
+    assert 0 < calibration.relative_error(made, exact) < 0.3
+
+
+def test_other_given_frames_are_computed_anew() -> None:
+    scheduler, model = make_scheduler("rflow"), Model()
+    noise, source = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)), lambda: torch.zeros(SHAPE)
+    edit, null, counter = torch.tensor([[0.5, 1.0]]), {"y": torch.zeros(1, 4)}, []
+    cache = Cache("table", Table.plain("2" + "0" * (STEPS - 1)))
+    caching.sample(scheduler, model, noise, told(0), null, cache, counter=counter, edit=edit, source=source)
+    joins = STEPS // 2  # the time at which the frame is generated, too
+    assert counter == [2] + [0] * (joins - 1) + [2] + [0] * (STEPS - joins - 1)
+
+
+def test_guidance_in_a_part_of_the_run() -> None:
+    scheduler, model, counter = make_scheduler("rflow"), Model(), []
+    made = run(scheduler, model, 0, Cache(interval=(0.25, 0.75)), counter=counter)
+    assert counter == [1] * 3 + [2] * 6 + [1] * 3
+    plain = registry.build({"type": "rflow", "num_sampling_steps": STEPS, "cfg_scale": 1.0})
+    assert not torch.equal(made, run(scheduler, model, 0, Cache()))
+    nearly_none = run(scheduler, model, 0, Cache(interval=(0.99, 1.0)))
+    assert torch.equal(nearly_none, run(plain, model, 0, Cache()))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_effects_say_what_a_prediction_does(name: str) -> None:
+    """Against runs of the whole sampler in which one prediction is changed."""
+    scheduler = make_scheduler(name)
+    effects = caching.effects(scheduler, 4, {}, STEPS)
+    assert len(effects) == STEPS == caching.count_evaluations(scheduler, 4, {})
+
+    def sampled(changed: int | None) -> Tensor:
+        index = itertools.count()
+
+        def fixed(x: Tensor, timestep: Tensor) -> Tensor:
+            value = torch.full_like(x, 1.5 if next(index) == changed else 0.5)
+            return torch.cat([value, torch.zeros_like(x)], dim=1) if name == "iddpm" else value
+
+        source = [torch.Generator().manual_seed(1)]
+        return scheduler.sample(fixed, torch.zeros(1, 4, 1, 1, 1), {}, None, guidance_scale=1.0, source=source)
+
+    for changed in (0, STEPS // 2, STEPS - 1):
+        moved = (sampled(changed) - sampled(None)).flatten()[0].item()
+        assert moved == pytest.approx(effects[changed], rel=1e-3, abs=1e-5)
+
+
+def profile_of(signal: Tensor) -> Profile:
+    """A profile of one signal [N, D] without guidance."""
+    count = len(signal)
+    gram = np.zeros((2 * count, 2 * count))
+    gram[:count, :count] = (signal.double() @ signal.double().T).numpy()
+    return Profile(gram, np.full(count, 1 / count), np.zeros(count, bool))
+
+
+def test_the_best_choice_is_the_best_of_all_choices() -> None:
+    count = 8
+    profile = profile_of(torch.randn(count, 20, generator=torch.Generator().manual_seed(3)).cumsum(0))
+    signal = _Signal(profile, "text")
+
+    def cost(positions: tuple[int, ...]) -> float:
+        ends, total = [*positions[1:], count], 0.0
+        for place, (latest, end) in enumerate(zip(positions, ends, strict=True)):
+            before = positions[place - 1] if place else None
+            left = np.zeros(count)
+            for k in range(latest + 1, end):
+                weights = signal.fit(latest, before, k)
+                left[k] -= profile.effects[k]
+                left[latest] += profile.effects[k] * weights[0]
+                if before is not None:
+                    left[before] += profile.effects[k] * weights[1]
+            total += left @ profile.gram[:count, :count] @ left
+        return total
+
+    best = {len(found): cost(tuple(found)) for found in signal.best(list(range(count)))}
+    assert sorted(best) == list(range(1, count + 1))
+    for number in range(1, count + 1):
+        every = ((0, *rest) for rest in itertools.combinations(range(1, count), number - 1))
+        assert best[number] == pytest.approx(min(map(cost, every)), rel=1e-6, abs=1e-12)
+
+
+def test_a_signal_that_runs_straight_is_foretold_without_error() -> None:
+    line = torch.arange(9.0)[:, None] * torch.tensor([[1.0, -2.0, 0.5]]) + torch.tensor([[3.0, 1.0, 2.0]])
+    signal = _Signal(profile_of(line), "text")
+    positions = [0, 1, 5]
+    weights = signal.weights(positions)
+    table = Table("110001000", weights, weights)
+    assert predicted_error(profile_of(line), table) < 1e-3
+    assert weights[2] == pytest.approx((2, -1), abs=1e-3)
+    assert predicted_error(profile_of(line), Table.plain("110001000")) > 0.1
+
+
+def test_predicted_errors_are_those_of_a_model_that_ignores_the_past() -> None:
+    scheduler = make_scheduler("rflow")
+
+    def model(x: Tensor, timestep: Tensor, y: Tensor) -> Tensor:
+        time = (timestep / 1000)[:, None, None, None, None]
+        return (y[:, :, None, None, None] * torch.sin(4 * time)).expand_as(x) + time**2
+
+    effects = caching.effects(scheduler, 4, {}, STEPS)
+    profile = calibration.make_profile(
+        lambda n, cache, observe: run(scheduler, model, n, cache, observe), effects, SCALE, [0]
+    )
+    tables = candidates(profile)
+    assert len(tables) > 4
+    exact = run(scheduler, model, 0, Cache())
+    for table in tables:
+        error = calibration.relative_error(run(scheduler, model, 0, Cache("table", table)), exact)
+        assert error == pytest.approx(predicted_error(profile, table), rel=1e-2, abs=1e-5)
+    errors = [predicted_error(profile, table) for table in tables]
+    assert errors == sorted(errors, reverse=True)
+    assert [table.cost for table in tables] == sorted(table.cost for table in tables)
+
+
+@pytest.mark.parametrize("name", ["rflow", "iddpm", "dpm-solver"])
+@pytest.mark.parametrize("interval", [None, (0.2, 0.7)], ids=["", "interval"])
+def test_calibration_keeps_to_the_error_on_other_prompts(name: str, interval: Any) -> None:
+    scheduler, model = make_scheduler(name), Model(variance=name == "iddpm")
+    effects = caching.effects(scheduler, 4, {}, STEPS)
+
+    def sample(number: int, cache: Cache, observe: Any = None) -> Tensor:
+        return run(scheduler, model, number, cache, observe)
+
+    most = 0.05
+    found = calibrate(sample, effects, SCALE, 6, most, interval)
+    assert found.table is not None and max(found.errors) <= most
+    whole = []
+    run(scheduler, model, 0, Cache(interval=interval), counter=whole)
+    assert found.table.cost < 0.75 * sum(whole)
+    cache, exact = Cache("table", found.table, interval=interval), Cache(interval=interval)
+    errors = [calibration.relative_error(sample(n, cache), sample(n, exact)) for n in range(50, 70)]
+    assert sum(error <= most for error in errors) >= 19
+
+
+def test_nothing_is_left_out_where_nothing_may_go_wrong() -> None:
+    assert cheapest([Table.plain("20"), Table.plain("21")], lambda table: [0.1], 0.05).table is None
+    found = cheapest([Table.plain("20"), Table.plain("21")], lambda table: [0.1 / table.cost**2], 0.02)
+    assert found.table == Table.plain("21")
+
+
+def test_published_rules() -> None:
+    table = mag_table(30)
+    assert table.halves[:6] == "2" * 6
+    assert 30 < table.cost < 60
+    assert mag_table(30, 0.12).cost < table.cost < mag_table(30, 0.005).cost
+    assert mag_table(30, 0.0, [0.9] * 29).cost == 60 and mag_table(30, 0.0, [1.0] * 29).cost == 36
+    assert "0000" not in mag_table(60, 10.0).halves
+    assert len(mag_table(100).halves) == 100
+    assert caching.polynomial((2.0, 0.0, 1.0), 3.0) == 19
+
+
+def test_tea_follows_the_input_of_the_first_attention() -> None:
+    from opensora.models.stdit.stdit3 import STDiT3
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = STDiT3(**TINY_STDIT3).eval().requires_grad_(False)
+        for parameter in model.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
+    x, time = torch.randn(2, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([500.0, 500.0])
+    size = {"height": torch.tensor([32.0]), "width": torch.tensor([32.0]), "fps": torch.tensor([24.0])}
+    seen: list[Tensor] = []
+    hook = model.spatial_blocks[0].attn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(x, time, torch.randn(2, 1, 5, 32), **size)
+    hook.remove()
+    found = caching.first_input(model, x, time, size, {})
+    assert torch.allclose(found.flatten(0, 1), seen[0], atol=1e-5)
+
+    scheduler = make_scheduler("rflow")
+    noise, cond = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), {"y": torch.ones(1, 1, 5, 32)}
+    costs = []
+    for threshold in (0.0, 0.1, 0.3, 100.0):
+        counter: list[int] = []
+        cache = Cache("tea", threshold=threshold)
+        caching.sample(
+            scheduler, model, noise, {**cond, **size}, {"y": model.null_caption(cond["y"])}, cache, counter=counter
+        )
+        assert counter[0] == counter[-1] == 2 and set(counter) <= {0, 2}
+        costs.append(sum(counter))
+    assert costs[0] == 2 * STEPS and costs == sorted(costs, reverse=True) and costs[-1] == 4
+    with pytest.raises(ConfigError, match="STDiT3"):
+        run(scheduler, Model(), 0, Cache("tea"))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"halves": "2"}, "no table"),
+        ({"halves": "02", "text": [[1, 0]] * 2, "guidance": [[1, 0]] * 2}, "begin"),
+        ({"halves": "20", "text": [[1, 0]], "guidance": [[1, 0]] * 2}, "one entry"),
+        ({"halves": "2x", "text": [[1, 0]] * 2, "guidance": [[1, 0]] * 2}, "begin"),
+        ({"halves": "20", "text": [[1, 0], ["a", 0]], "guidance": [[1, 0]] * 2}, "no table"),
+        ({"halves": "20", "text": [[1, 0], [float("nan"), 0]], "guidance": [[1, 0]] * 2}, "finite"),
+    ],
+)
+def test_tables_that_are_none_are_refused(table: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Table.of(table)
+
+
+def test_a_table_is_what_it_was_written_as() -> None:
+    table = Table("210", ((1.0, 0.0), (0.5, 0.25), (2.0, -1.0)), ((1.0, 0.0),) * 3)
+    assert Table.of(table.asdict()) == table
+    with pytest.raises(ConfigError, match="3 evaluations, but the sampler makes 12"):
+        run(make_scheduler("rflow"), Model(), 0, Cache("table", table))
+
+
+def settings_with(**more: Any) -> InferenceSettings:
+    file = find_config("embedded")
+    return InferenceSettings.from_config({**read_config(file), "prompt": ["a red circle"], **more}, file.name)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"cache": "teaa"}, "cache 'teaa' is not known"),
+        ({"cache": "auto", "max_error": -1.0}, "max_error"),
+        ({"cache": "auto", "draft": True}, "draft"),
+        ({"guidance_interval": (0.5, 0.2)}, "guidance_interval"),
+        ({"cache": "auto", "cache_prompts": ["one"]}, "cache_prompts"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings_with(**more)
+
+
+def test_a_table_has_to_be_given() -> None:
+    with pytest.raises(ConfigError, match="cache_table"):
+        tuning.asked(settings_with(cache="table"))
+
+
+SMALL = ["--image-size", "16", "24", "--num-frames", "5", "--verbose", "0"]
+
+
+def test_calibrated_generation_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """Calibrates once, says how far it is from the uncached run, and a recipe needs no calibration."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    argv = ["generate", "a red circle", *SMALL, "--num-sampling-steps", "8", "--cache", "auto", "--max-error", "0.2"]
+    argv += ["--cache-prompts", "a blue square", "a green circle", "a red triangle"]
+    caplog.set_level("INFO", "opensora")
+    assert cli.main([*argv, "--save-dir", str(tmp_path / "one"), "--cache-psnr"]) == 0
+    assert "calibrating" in caplog.text and "dB" in caplog.text
+    caplog.clear()
+    assert cli.main([*argv, "--save-dir", str(tmp_path / "two")]) == 0
+    assert "calibrating" not in caplog.text
+    first, second = (read_recipe(tmp_path / name / "sample_0000.mp4") for name in ("one", "two"))
+    assert first["output"]["sha256"] == second["output"]["sha256"]
+    assert first["settings"]["cache"] == "table"
+    halves = first["settings"]["cache_table"]["halves"]
+    assert len(halves) == 8 and sum(map(int, halves)) < 16
+    monkeypatch.setattr("opensora.acceleration.calibration.calibrate", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    assert replay(tmp_path / "one" / "sample_0000.mp4", tmp_path / "again").identical
+    exact = tmp_path / "exact"
+    assert cli.main(["generate", "a red circle", *SMALL, "--num-sampling-steps", "8", "--save-dir", str(exact)]) == 0
+    assert read_recipe(exact / "sample_0000.mp4")["output"]["sha256"] != first["output"]["sha256"]
+
+
+@pytest.mark.parametrize("flags", [("--cache", "tea"), ("--cache", "mag"), ("--guidance-interval", "0.2", "0.8")])
+def test_other_approximations_repeat(flags: tuple[str, ...], tmp_path: Path) -> None:
+    argv = ["generate", "a red circle", *SMALL, "--num-sampling-steps", "6", *flags]
+    assert cli.main([*argv, "--save-dir", str(tmp_path / "one")]) == 0
+    assert replay(tmp_path / "one" / "sample_0000.mp4", tmp_path / "again").identical
+
+
+def test_the_benchmark_compares_all_methods(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from benchmarks import caching as benchmark
+
+    argv = ["--num-prompts", "1", "--calibration-prompts", "2", "--steps", "4", "--save-dir", str(tmp_path)]
+    assert benchmark.main(argv) == 0
+    rows = {row["method"]: row for row in json.loads((tmp_path / "caching.json").read_text())["methods"]}
+    assert rows["none"]["halves"] == 8 and rows["none"]["error_most"] == 0
+    assert rows["half the steps"]["times_fewer"] == 2 and rows["half the steps"]["psnr_mean"] < 60
+    assert any(name.startswith("auto") for name in rows)
+    assert (tmp_path / "caching.png").stat().st_size > 1000
+    assert "meets the bars" in capsys.readouterr().out
+
+
+def test_psnr() -> None:
+    frames = np.zeros((2, 4, 4, 3), np.uint8)
+    assert tuning.psnr(frames, frames) == float("inf")
+    assert tuning.psnr(frames + 255, frames) == 0
+    assert tuning.psnr(frames + 10, frames) == pytest.approx(28.13, abs=0.01)

@@ -1,0 +1,114 @@
+"""Devices by name: those of PyTorch, those that a package brings, and what is said where one is missing."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from opensora.acceleration import device as devices
+from opensora.acceleration.device import PACKAGES, pick_device
+from opensora.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+HOST = torch.device("cpu")
+
+PROGRAM = """
+import json, sys
+import tests.fake_torch_gcu as fake
+sys.modules["torch_gcu"] = fake
+import benchmark_open_sora, demo_open_sora, opensora.benchmark
+opensora.benchmark.peak_flops = lambda device, dtype: 1e12  # a trial for a large device takes a host too long
+folder, device = sys.argv[1], sys.argv[2]
+common = ["--device", device, "--image-size", "16", "24", "--num-frames", "5", "--num-sampling-steps", "2"]
+common += ["--dtype", "fp32", "--verbose", "0", "--save-dir", folder, "--prompt", "a red circle"]
+assert demo_open_sora.main(common) == 0
+report = ["--warmup-count", "0", "--eval-count", "1", "--benchmark-save-path", folder + "/report.json"]
+assert benchmark_open_sora.main([*common, *report]) == 0
+print(json.dumps(fake.CALLS))
+"""
+
+
+def test_the_host_is_always_there() -> None:
+    assert pick_device("cpu") == HOST
+    assert pick_device().type in PACKAGES
+
+
+@pytest.mark.parametrize("name", ["npu", "gcu:0"])
+def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, f"torch_{name[:3]}", None)
+    with pytest.raises(ConfigError, match=f"needs the package torch_{name[:3]}; install .* or use --device cpu"):
+        pick_device(name)
+
+
+def test_a_package_that_is_broken_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "torch_npu.py").write_text("raise OSError('libascend.so: cannot open shared object file')")
+    with pytest.raises(ConfigError, match=r"torch_npu is installed but cannot be used \(libascend.so"):
+        pick_device("npu")
+    (tmp_path / "torch_gcu.py").write_text("import a_package_that_nobody_has")
+    with pytest.raises(ConfigError, match="torch_gcu needs 'a_package_that_nobody_has', which is not installed"):
+        pick_device("gcu")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+@pytest.mark.parametrize("name", ["cuda", "mps", "xpu"])
+def test_what_this_pytorch_lacks_is_said(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"device '{name}' cannot be used here.*built for {name}, its driver"):
+        pick_device(name)
+
+
+def test_unknown_names_are_told_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"known are cpu, cuda, .*did you mean 'cuda'"):
+        pick_device("cudda")
+
+
+def test_the_host_has_accounts() -> None:
+    devices.synchronize(HOST)
+    devices.reset_peak_memory(HOST)
+    assert devices.peak_memory(HOST) > 50 * 2**20
+    assert "threads" in devices.name_of(HOST)
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], Path, Path]:
+    """What was asked of a made-up "gcu" while both programs ran on it, their outputs, and those on the host."""
+    folders, calls = [], {}
+    for device in ("gcu", "cpu"):
+        folders.append(tmp_path_factory.mktemp(device))
+        command = [sys.executable, "-c", PROGRAM, str(folders[-1]), device]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stderr[-3000:]
+        calls[device] = json.loads(done.stdout.splitlines()[-1])
+    assert "placed" not in calls["cpu"]
+    return calls["gcu"], *folders
+
+
+def test_a_backend_from_outside_runs_everything(simulated: tuple[dict[str, int], Path, Path]) -> None:
+    calls, there, here = simulated
+    assert calls["placed"] > 20
+    assert calls["synchronize"] > 0 and calls["max_memory_allocated"] > 0
+    from opensora.datasets.video import read_video
+
+    ours, theirs = (read_video(folder / "sample_0000.mp4")[0].astype(int) for folder in (here, there))
+    assert ours.shape == theirs.shape == (5, 16, 24, 3)
+    assert abs(ours - theirs).max() <= 3  # other formulations of the same
+
+
+def test_its_report_names_it(simulated: tuple[dict[str, int], Path, Path]) -> None:
+    report = json.loads((simulated[1] / "report.json").read_text())
+    assert report["device"] == "gcu" and report["device_name"] == "made-up GCU"
+    assert report["peak_memory_bytes"] == 12 * 2**20
+
+
+def test_programs_at_the_root_name_no_device() -> None:
+    """What test_layering holds for the package."""
+    for file in ("benchmark_open_sora.py", "demo_open_sora.py"):
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        assert not texts & set(PACKAGES)

@@ -1,0 +1,259 @@
+"""Each part of the fast path against what it takes the place of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from opensora import components
+from opensora.acceleration import linear
+from opensora.acceleration.device import place
+from opensora.acceleration.int8 import Int8Linear, quantize
+from opensora.acceleration.layout import channels_last
+from opensora.acceleration.linear import OneDnnLinear, use_onednn
+from opensora.acceleration.upsample import Doubled
+from opensora.models.layers import attention as attention_module
+from opensora.models.layers.attention import SelfAttention, attention, rotation_table
+from opensora.models.vae.vae import VideoAutoencoderPipeline
+from opensora.models.vae.vae_temporal import CausalConv3d
+from opensora.schedulers.rf import RFLOW
+from tests.test_plain import error, inputs, models
+from tests.tiny import TINY_VAE
+
+CPU = torch.device("cpu")
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="PyTorch is built without oneDNN")
+
+
+def twins(bias: bool = True) -> tuple[nn.Linear, nn.Linear]:
+    """A linear layer, and the same one by oneDNN."""
+    plain, fast = (nn.Linear(24, 40, bias=bias) for _ in range(2))
+    fast.load_state_dict(plain.state_dict())
+    use_onednn(nn.Sequential(fast))
+    return plain, fast
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_and_their_gradients_by_onednn(bias, monkeypatch):
+    plain, fast = twins(bias)
+    calls, product = [], linear.product
+    monkeypatch.setattr(linear, "product", lambda *args: calls.append(1) or product(*args))
+    x = torch.randn(2, 5, 3, 24).transpose(1, 2)
+    found = []
+    for layer in (plain, fast):
+        given = x.clone().requires_grad_()
+        out = layer(given)
+        out.square().sum().backward()
+        found.append([out, given.grad, *(p.grad for p in layer.parameters())])
+    assert all(error(b, a) < 1e-6 for a, b in zip(*found, strict=True))
+    assert len(calls) == 3  # itself, and two gradients
+    with torch.no_grad():
+        assert error(fast(x), plain(x)) < 1e-6
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+
+
+@needs_onednn
+def test_frozen_weights_get_no_gradient_by_onednn():
+    _, fast = twins()
+    fast.requires_grad_(False)
+    x = torch.randn(9, 24, requires_grad=True)
+    fast(x).sum().backward()
+    assert error(x.grad, fast.weight.sum(dim=0).expand(9, -1)) < 1e-6 and fast.weight.grad is None
+
+
+@needs_onednn
+@pytest.mark.parametrize("what", ["float64", "few rows", "autocast", "meta"])
+def test_what_onednn_is_not_asked_to_do(what, monkeypatch):
+    plain, fast = twins()
+    monkeypatch.setattr(linear, "product", lambda *_: pytest.fail("not for oneDNN"))
+    x = torch.randn(2 if what == "few rows" else 9, 24)
+    if what == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            assert fast(x).dtype == torch.bfloat16
+    elif what == "float64":
+        assert torch.equal(fast.double()(x.double()), plain.double()(x.double()))
+    elif what == "meta":
+        assert fast.to("meta")(x.to("meta")).shape == (9, 40)
+    else:
+        assert torch.equal(fast(x), plain(x))
+
+
+def test_place_chooses_for_a_cpu():
+    model = nn.Sequential(nn.Linear(4, 4), CausalConv3d(2, 2), nn.Conv2d(4, 4, 3))
+    place(model.requires_grad_(False), CPU)
+    assert isinstance(model[0], OneDnnLinear) == HAS_ONEDNN
+    assert model[1].fold_time
+    assert model[2].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_weights_in_training_stay_where_they_are():
+    conv = nn.Conv2d(4, 4, 3)
+    channels_last(nn.Sequential(conv))
+    assert conv.weight.is_contiguous()
+
+
+def test_group_norm_of_many_pixels_is_accurate_whatever_the_layout():
+    norm = nn.GroupNorm(4, 16).requires_grad_(False)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x = torch.randn(2, 16, 200, 300) + 0.5
+    true = F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double())
+    channels_last(nn.Sequential(norm))
+    made = norm(x.to(memory_format=torch.channels_last))
+    assert error(norm(x), true) < 2e-7 and error(made, true) < 2e-7
+    assert made.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(1, 1), (5, 8)])
+def test_doubling_and_convolving_in_one(size, layout):
+    conv = nn.Conv2d(6, 10, 3, padding=1).requires_grad_(False)
+    x = torch.randn(2, 6, *size).to(memory_format=layout)
+    doubled = Doubled(conv)
+    assert error(doubled(x), conv(F.interpolate(x, scale_factor=2.0))) < 1e-6
+    conv.weight.mul_(2)
+    assert error(doubled(x), conv(F.interpolate(x, scale_factor=2.0))) < 1e-6
+
+
+def test_doubling_takes_place_in_the_autoencoder(monkeypatch):
+    vae = VideoAutoencoderPipeline(**TINY_VAE).eval().requires_grad_(False)
+    place(vae, CPU)
+    called, forward = [], Doubled.__call__
+    monkeypatch.setattr(Doubled, "__call__", lambda self, *args: called.append(1) or forward(self, *args))
+    vae.spatial_vae.decode(torch.randn(1, 4, 1, 2, 2))
+    assert len(called) == 3
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "frames"),
+    [*((k, 1, t) for k in (1, 3) for t in (1, 2, 3, 5)), (3, 2, 2), (3, 2, 4), (3, 2, 8)],
+)
+def test_time_folded_into_2d_convolutions(kernel, stride, frames):
+    conv = CausalConv3d(4, 6, kernel, stride)
+    x, grads = torch.randn(2, 4, frames, 3, 5), []
+    outs = []
+    for conv.fold_time in (False, True):
+        conv.zero_grad()
+        outs.append(conv(x))
+        outs[-1].square().sum().backward()
+        grads.append(conv.conv.weight.grad)
+    assert error(outs[1], outs[0]) < 1e-6 and error(grads[1], grads[0]) < 1e-6
+    conv.requires_grad_(False)
+    for folded in (True, False):
+        channels_last(conv, folded)
+        assert error(conv(x), outs[0]) < 1e-6
+
+
+def test_attention_along_frames_moves_nothing_and_is_the_same():
+    attend = SelfAttention(16, 2, qk_norm=True)
+    x, rotation = torch.randn(2, 5, 3, 16), rotation_table(torch.tensor([1.0, 0.5, 0.2, 0.1]), 5)
+    columns = x.transpose(1, 2).flatten(0, 1)
+    expected = attend(columns, rotation).unflatten(0, (2, 3)).transpose(1, 2)
+    assert error(attend(x, rotation), expected) < 1e-6
+
+
+def test_a_single_token_attends_to_itself(monkeypatch):
+    attend = SelfAttention(16, 2, qk_norm=True)
+    x, rotation = torch.randn(2, 1, 3, 16), rotation_table(torch.ones(4), 1)
+    expected = attend(x, rotation)
+    monkeypatch.setattr(attention_module, "attention", lambda *_: pytest.fail("there is nothing to compare"))
+    with torch.no_grad():
+        assert error(attend(x, rotation), expected) < 1e-6
+
+
+def test_more_heads_than_kernels_count(monkeypatch):
+    q, k, v = (torch.randn(2, 4, 7, 8) for _ in range(3))
+    expected = attention(q, k, v)
+    monkeypatch.setattr(attention_module, "MOST_HEADS", 3)
+    assert error(attention(q, k, v), expected) < 1e-6
+
+
+class Told:
+    """A denoiser that notes what it is called with."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.prepared, self.calls = model, 0, []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def prepare(self, **arguments: Any) -> dict[str, Any]:
+        self.prepared += 1
+        return self.model.prepare(**arguments)
+
+    def __call__(self, x: Tensor, timestep: Tensor, **arguments: Any) -> Tensor:
+        self.calls.append((len(x), arguments))
+        return self.model(x, timestep, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("scale", "apart", "batches", "prepared"),
+    [(4.0, False, [2] * 3, 1), (4.0, True, [1] * 6, 2), (1.0, False, [1] * 3, 1)],
+)
+def test_text_is_read_once_a_request(scale, apart, batches, prepared):
+    fast, _ = models(pred_sigma=False)
+    told = inputs((3, 6, 8), False)
+    cond = {"y": told["y"][:1, :, :5], **{name: told[name] for name in ("fps", "height", "width")}}
+    denoiser = Told(fast)
+    denoiser.halves_apart = apart
+    reads = []
+    for block in fast.text_blocks():
+        block.cross_attn.kv_linear.register_forward_hook(lambda *_: reads.append(1))
+    scheduler = RFLOW(num_sampling_steps=3, cfg_scale=scale)
+    null = None if scale == 1 else {"y": fast.null_caption(cond["y"])}
+    made = scheduler.sample(denoiser, told["x"][:1], cond, null)
+    assert [batch for batch, _ in denoiser.calls] == batches
+    assert denoiser.prepared == prepared and len(reads) == prepared * len(fast.text_blocks())
+    assert all("x_mask" not in arguments for _, arguments in denoiser.calls)
+    slowly = scheduler.sample(lambda x, t, **a: fast(x, t, **a), told["x"][:1], cond, null)
+    assert error(made, slowly) < 1e-5
+
+
+def test_a_model_in_training_reads_its_text_in_every_pass():
+    fast, _ = models()
+    told = inputs((3, 6, 8), False)
+    fast.requires_grad_(True)
+    assert fast.prepare(**told)["y"] is told["y"]
+
+
+def test_large_frames_are_decoded_one_by_one(monkeypatch):
+    vae = place(VideoAutoencoderPipeline(**TINY_VAE).eval().requires_grad_(False), CPU)
+    z = torch.randn(1, 4, 5, 2, 2)
+    whole = vae.decode(z, 17)
+    assert [piece.shape[2] for piece in vae.decoded(z, 17)] == [4, 4, 4, 4, 1]  # its micro_batch_size
+    monkeypatch.setattr("opensora.models.vae.vae.MOST_PIXELS", 1)
+    pieces = list(vae.decoded(z, 17))
+    assert [piece.shape[2] for piece in pieces] == [1] * 17
+    assert error(torch.cat(pieces, dim=2), whole) < 1e-5
+
+
+def test_linear_layers_in_8_bits():
+    layer = nn.Linear(256, 384)
+    x = torch.randn(3, 20, 256) * torch.logspace(-3, 3, 20)[:, None]  # each token has a scale of its own
+    with torch.no_grad():
+        for row, expected in zip(Int8Linear(layer)(x).flatten(0, 1), layer(x).flatten(0, 1), strict=True):
+            assert error(row, expected) < 0.02
+        assert Int8Linear(layer)(x[0, :1]).shape == (1, 384)
+
+
+def test_a_section_asks_for_8_bits():
+    section = {"type": "STDiT3", "from_pretrained": "embedded:stdit3"}
+    found = []
+    for options in ({}, {"int8": True}):
+        model, _ = components.load({**section, **options}, "model", CPU, torch.float32)
+        found.append(sum(isinstance(module, Int8Linear) for module in model.modules()))
+    assert found == [0, 7 * 12]
+
+
+def test_quantizing_keeps_modulation_and_ends():
+    fast, _ = models(hidden_size=128, num_heads=4)
+    told = inputs((3, 6, 8), False)
+    exact = fast(**told)
+    quantize(fast)
+    small = {name for name, module in fast.named_modules() if isinstance(module, Int8Linear)}
+    assert len(small) == 7 * 2 * fast.config["depth"]  # of every block: self- and cross-attention, MLP
+    assert 1e-5 < error(fast(**told), exact) < 0.05

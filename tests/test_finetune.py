@@ -1,0 +1,50 @@
+"""Fine-tuning begins with what the embedded model knows: on clips of its own kind its loss is small from the start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from opensora import registry
+from opensora.acceleration.parallel import Layout
+from opensora.config import find_config, read_config
+from opensora.datasets.clips import make_clip
+from opensora.datasets.video import write_video
+from opensora.settings import TrainSettings
+from opensora.training.diffusion import build_model, make_data
+from opensora.training.trainer import step_generator
+from opensora.video_table import make_table
+
+CLIPS = 6
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> TrainSettings:
+    """Those of the shipped configuration, on a table of rendered clips."""
+    folder = tmp_path_factory.mktemp("finetune")
+    (folder / "videos").mkdir()
+    for number in range(CLIPS):
+        clip = make_clip(77, number, 17, 64, 64)
+        write_video(clip.video, folder / f"videos/{number}.mp4", 24)
+        (folder / f"videos/{number}.txt").write_text(clip.text)
+    make_table(folder / "videos", folder / "videos.csv")
+    values = read_config(find_config("embedded/train/finetune"))
+    values["dataset"]["data_path"] = str(folder / "videos.csv")
+    return TrainSettings.from_config({**values, "batch_size": CLIPS, "validate_every": 0, "device": "cpu"}, "finetune")
+
+
+def test_a_table_begins_with_a_small_loss(settings: TrainSettings) -> None:
+    device = torch.empty(0).device
+    data = make_data(settings, device, Layout())
+    model, scheduler = build_model(settings, data, device).eval(), registry.build(settings.scheduler)
+    examples = data.prepare(data.source.reader(0, 0)(), step_generator(0, 0))
+    frames, height, width = examples.size
+    size = {"num_frames": frames, "height": height, "width": width}
+    with torch.no_grad():
+        how = {**size, "generator": step_generator(0, 1)}
+        losses = scheduler.training_loss(model, examples.latents, examples.cond, **how)
+    assert examples.latents.std() == pytest.approx(1, abs=0.3), "latents as the model was trained on"
+    assert losses.mean() < 0.5
+    assert len(losses) == CLIPS and Path(examples.names[0]).is_file()

@@ -1,0 +1,213 @@
+"""Ranks: how they are laid out, what they tell one another, sharded parameters, and generation on several of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from opensora import components
+from opensora.acceleration import parallel
+from opensora.acceleration.parallel import Layout, gather, local, mean, shard, share, start
+from opensora.datasets import video
+from opensora.datasets.video import read_video
+from opensora.errors import ConfigError
+from opensora.pipeline import VideoPipeline
+from opensora.recipe import frames_digest
+from opensora.settings import InferenceSettings
+from opensora.training.ema import EMA
+from tests.ranks import run
+from tests.test_sequence import full, loss_of, make
+from tests.tiny import make_tiny_stdit3, make_tiny_t5, make_tiny_vae
+
+CPU = torch.device("cpu")
+T5 = {"type": "t5", "shardformer": True}
+MAIN = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    for name, make_part in {"model": make_tiny_stdit3, "vae": make_tiny_vae, "text_encoder": make_tiny_t5}.items():
+        make_part(folder / name)
+    return folder
+
+
+def test_a_process_alone_is_one_rank():
+    layout = start(CPU)
+    assert layout == Layout() and layout.is_main and not torch.distributed.is_initialized()
+    assert (layout.data_rank, layout.data_size, layout.sequence_rank) == (0, 1, 0)
+    assert share("a", layout) == "a" and gather("a", layout) == ["a"] and mean(torch.ones(()), layout) == 1
+
+
+@pytest.mark.parametrize(("ranks", "size"), [(1, 2), (4, 3)])
+def test_sequences_that_ranks_do_not_fill(monkeypatch, ranks, size):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    with pytest.raises(ConfigError, match=f"sp_size {size} does not divide the number of ranks, {ranks}; start a mult"):
+        start(CPU, size)
+
+
+def test_ranks_lie_in_a_grid():
+    places = [(one.data_rank, one.sequence_rank) for one in (Layout(rank, 6, 3) for rank in range(6))]
+    assert places == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)] and Layout(0, 6, 3).data_size == 2
+
+
+def on_two_ranks(weights: Path) -> dict[str, Any]:
+    layout = start(CPU, 2)
+    found: dict[str, Any] = {
+        "shared": share(f"of {layout.rank}", layout),
+        "gathered": gather(layout.rank, layout),
+        "mean": mean(torch.tensor([1.0, 2.0]) * layout.rank, layout),
+    }
+    found |= average_and_clip(layout)
+    encoder = components.build_text_encoder(T5, weights / "text_encoder", torch.float32)
+    components.fill_text_encoder(encoder, T5, weights / "text_encoder", CPU, layout)
+    found["text"] = encoder.encode(["a red circle", "waves of the sea at dawn"])[0]
+    found["held"] = sum(local(p).numel() for p in encoder.model.parameters()) / sum(
+        p.numel() for p in encoder.model.parameters()
+    )
+    return found
+
+
+def average_and_clip(layout: Layout) -> dict[str, Any]:
+    """Two steps of a model with an average of its weights."""
+    model = make("STDiT3")
+    shard(model, layout)
+    ema, parameters = EMA(model, 0.5), [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    for step in range(2):
+        loss_of(model, "STDiT3", step, slice(2)).backward()
+        norm = parallel.clip_grad_norm(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+    return {"norm": norm, "average": {name: full(tensor) for name, tensor in ema.state_dict().items()}}
+
+
+def test_two_ranks(weights):
+    layout, expected = Layout(), average_and_clip(Layout())
+    encoder = components.build_text_encoder(T5, weights / "text_encoder", torch.float32)
+    components.fill_text_encoder(encoder, T5, weights / "text_encoder", CPU, layout)
+    expected["text"] = encoder.encode(["a red circle", "waves of the sea at dawn"])[0]
+    for found in run(2, on_two_ranks, weights):
+        assert found["shared"] == "of 0" and found["gathered"] == [0, 1]
+        assert found["mean"].tolist() == [0.5, 1.0]
+        assert 0.5 <= found["held"] < 0.55
+        for name in ("norm", "average", "text"):
+            torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-6)
+
+
+def generate(weights: Path, outputs: Path, **changes: Any) -> list[Tensor]:
+    """The clips of a request as they are decoded, and its files in `outputs`."""
+    settings = InferenceSettings(
+        model={"type": "STDiT3", "from_pretrained": str(weights / "model")},
+        vae={"type": "VideoAutoencoderPipeline", "from_pretrained": str(weights / "vae")},
+        text_encoder={**T5, "from_pretrained": str(weights / "text_encoder")},
+        scheduler={"type": "rflow", "num_sampling_steps": 2, "cfg_scale": 4.0, "use_timestep_transform": True},
+        image_size=(80, 72), save_dir=str(outputs),
+        verbose=0, device="cpu", **changes,
+    )  # fmt: skip
+    clips: list[Tensor] = []
+    convert, video.to_uint8 = video.to_uint8, lambda clip: clips.append(clip) or convert(clip)
+    try:
+        made = list(VideoPipeline(settings).generate())
+    finally:
+        video.to_uint8 = convert
+    assert len(made) == (0 if int(os.environ.get("RANK", "0")) else len(settings.prompt))
+    return clips
+
+
+def generate_twice(weights: Path, outputs: Path) -> list[Tensor]:
+    """Clips in float32, and chained ones, where each decoding is the next one's beginning, in float64."""
+    chained = generate(weights, outputs / "chained", num_frames=34, prompt=["a red circle"], loop=2, dtype="float64")
+    two = ["a red circle", "waves of the sea at dawn"]
+    return [*generate(weights, outputs / "single", num_frames=17, prompt=two, dtype="fp32"), *chained]
+
+
+@pytest.fixture(scope="module")
+def alone(weights, tmp_path_factory) -> tuple[list[Tensor], Path]:
+    """What one rank makes: 25 patches a frame, which neither 2 nor 3 ranks divide."""
+    folder = tmp_path_factory.mktemp("alone")
+    return generate_twice(weights, folder), folder
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_generate_the_same_video(weights, alone, tmp_path, ranks):
+    main, *others = run(ranks, generate_twice, weights, tmp_path)
+    assert not any(others), "only the main rank decodes"
+    torch.testing.assert_close(main, alone[0], atol=1e-5, rtol=0)
+    made, expected = ({path.relative_to(folder) for path in folder.rglob("*")} for folder in (tmp_path, alone[1]))
+    assert made == expected and len(made) == 8
+
+
+def torchrun(program: Path | str, *argv: object, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", program]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(
+        [*map(str, (*command, *argv))], capture_output=True, text=True, timeout=200, env=environment, cwd=MAIN
+    )
+
+
+CONFIG = """
+num_frames = 17
+image_size = (48, 80)
+model = dict(type="STDiT3", from_pretrained="{0}/model")
+vae = dict(type="VideoAutoencoderPipeline", from_pretrained="{0}/vae")
+text_encoder = dict(type="t5", from_pretrained="{0}/text_encoder", model_max_length=300, shardformer=True)
+scheduler = dict(type="rflow", num_sampling_steps=2, cfg_scale=7.0)
+"""
+
+
+def test_the_program_under_torchrun(weights, tmp_path):
+    config = tmp_path / "sample.py"
+    config.write_text(CONFIG.format(weights))
+    argv = (
+        "scripts/inference.py",
+        config,
+        "--prompt",
+        "a red circle",
+        "--save-dir",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    )
+    ended = torchrun(*argv)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == f"{tmp_path}/out/sample_0000.mp4\n"
+    assert ended.stderr.count("model  ") == 1, "one rank alone tells what it reads"
+    frames, _ = read_video(tmp_path / "out/sample_0000.mp4")
+    assert frames.shape == (17, 48, 80, 3) and frames_digest(frames)
+
+
+BROKEN = """
+import os, sys
+from opensora import pipeline
+from opensora.errors import ConfigError
+from opensora.cli import generate
+from opensora.utils.config_utils import parse_inference_args, run_program
+
+def fill(self, part, built, own=pipeline.VideoPipeline.fill):
+    if part == "model" and os.environ["RANK"] == "{0}":
+        raise ConfigError("rank {0} has no luck")
+    return own(self, part, built)
+
+pipeline.VideoPipeline.fill = fill
+sys.exit(run_program(lambda: generate(parse_inference_args())))
+"""
+
+
+def test_an_error_of_one_rank_ends_all(weights, tmp_path):
+    config, program = tmp_path / "sample.py", tmp_path / "program.py"
+    config.write_text(CONFIG.format(weights))
+    program.write_text(BROKEN.format(1))
+    ended = torchrun(program, config, "--prompt", "x", "--save-dir", tmp_path / "out", "--device", "cpu")
+    assert ended.returncode == 1
+    assert [line for line in ended.stderr.splitlines() if line.startswith("error")] == ["error: rank 1 has no luck"]
+    assert "opensora/" not in ended.stderr, "no traceback"
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,307 @@
+"""The data of a run: dealt to ranks, read ahead, taken from tables, and what training refuses before it begins."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from opensora import registry
+from opensora.acceleration.parallel import Layout
+from opensora.config import read_config
+from opensora.datasets.video import write_image, write_video
+from opensora.errors import ConfigError, MediaError
+from opensora.settings import TrainSettings, check_trainable
+from opensora.training.data import Feed, Place
+from opensora.training.diffusion import DiffusionLoss, build_model, check_training, make_data, train
+from opensora.training.extract import ExtractSettings, extract
+from opensora.training.sources import read_batch, table_source
+from opensora.training.trainer import step_generator
+from tests.test_encoders import make_clip_folder
+from tests.tiny import TINY_STDIT3, make_tiny_t5, make_tiny_vae
+from tests.zoo import SMALL, make_vae
+
+CPU = torch.device("cpu")
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("opensora*/train/*.py"))
+CONFIGS += sorted(path for kind in ("dit", "latte", "pixart") for path in CONFIGS[0].parents[2].glob(f"{kind}/train/*"))
+BUCKETS = {"144p": {1: (1.0, 3), 17: (1.0, 2)}}
+
+
+class Letters:
+    """Epoch e has `lengths[e]` batches; later ones as many as the last."""
+
+    def __init__(self, *lengths: int) -> None:
+        self.lengths, self.read = lengths, []
+
+    def count(self, epoch: int) -> int:
+        return self.lengths[min(epoch, len(self.lengths) - 1)]
+
+    def reader(self, epoch: int, index: int) -> Any:
+        return lambda: self.read.append((epoch, index)) or (epoch, index)
+
+
+class TestFeed:
+    @pytest.mark.parametrize("workers", [0, 3])
+    def test_ranks_take_turns_over_the_ends_of_epochs(self, workers: int) -> None:
+        feeds = [Feed(Letters(3, 0, 4), rank, 2, workers) for rank in range(2)]
+        served = [next(feeds[turn % 2]) for turn in range(10)]
+        assert served == [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1), (2, 2), (2, 3), (3, 0), (3, 1), (3, 2)]
+        assert feeds[0].place == feeds[1].place == Place(3, 3)
+        [feed.close() for feed in feeds]
+
+    def test_other_numbers_of_ranks_serve_the_rest_of_an_epoch_once(self) -> None:
+        place, served = Place(), Counter()
+        for ranks, steps in ((2, 7), (1, 8), (3, 20)):
+            feeds = [Feed(Letters(67), rank, ranks, workers=2) for rank in range(ranks)]
+            for feed in feeds:
+                feed.go_to(place)
+                served.update(next(feed) for _ in range(steps))
+                feed.close()
+            place = feeds[0].place
+        first = {index: times for (epoch, index), times in served.items() if epoch == 0}
+        assert first == dict.fromkeys(range(67), 1) and set(served.values()) == {1}
+
+    def test_nothing_is_read_before_its_time(self) -> None:
+        source = Letters(9)
+        feed = Feed(source)
+        assert next(feed) == (0, 0) and source.read == [(0, 0)] and feed.waited > 0
+
+    def test_what_fails_is_raised_where_it_is_due(self) -> None:
+        class Broken(Letters):
+            def reader(self, epoch: int, index: int) -> Any:
+                return super().reader(epoch, index) if index < 2 else lambda: 1 / 0
+
+        feed = Feed(Broken(5), workers=2)
+        assert [next(feed), next(feed)] == [(0, 0), (0, 1)]
+        with pytest.raises(ZeroDivisionError):
+            next(feed)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of videos, images and a broken file, and tiny encoders."""
+    folder, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
+    rows: list[tuple[Any, ...]] = []
+    for number in range(6):
+        frames = rng.integers(0, 255, (20, 16, 24, 3), dtype=np.uint8)
+        rows.append((write_video(frames, folder / f"{number}.mp4", 8), f"video {number}", 20, 192, 192))
+        rows.append((write_image(frames[0], folder / f"{number}.png"), f"image {number}", 1, 192, 192))
+    (folder / "broken.mp4").write_bytes(b"nothing")
+    rows.append((folder / "broken.mp4", "broken", 20, 192, 192))
+    for name, part in (("table", rows), ("whole", rows[:-1])):
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("path", "text", "num_frames", "height", "width"), *part])
+    with (folder / "plain.csv").open("w", newline="") as file:  # as in 1.0
+        csv.writer(file).writerows([row[:2] for row in rows[:-1]])
+    make_tiny_vae(folder / "vae"), make_tiny_t5(folder / "t5"), make_vae(folder / "frames")
+    make_clip_folder(folder / "clip")
+    return folder
+
+
+def settings(files: Path, table: str = "table", **changes: Any) -> TrainSettings:
+    section = dict(type="VideoTextDataset", data_path=str(files / f"{table}.csv"), num_frames=8, image_size=(16, 16))
+    base = dict(
+        dataset=section, model=dict(type="STDiT3", **TINY_STDIT3), scheduler=dict(type="rflow"), batch_size=2,
+        vae=dict(type="VideoAutoencoderPipeline", from_pretrained=str(files / "vae")),
+        text_encoder=dict(type="t5", from_pretrained=str(files / "t5"), model_max_length=32),
+        dtype="fp32", device="cpu", num_workers=2, log_every=1, max_steps=3, lr=1e-3,
+    )  # fmt: skip
+    return TrainSettings(**{**base, **changes})
+
+
+def variable(files: Path, table: str = "table", **changes: Any) -> TrainSettings:
+    section = dict(type="VariableVideoTextDataset", data_path=str(files / f"{table}.csv"))
+    return settings(files, **{"dataset": section, "bucket_config": BUCKETS, "batch_size": None, **changes})
+
+
+class TestTables:
+    def test_batches_are_a_function_of_their_place(self, files: Path) -> None:
+        one, other = (table_source(settings(files, "whole"), 1) for _ in range(2))
+        assert one.count(0) == 6
+        last = one.reader(1, 3)()
+        [one.reader(0, index)() for index in range(2)]
+        again = other.reader(1, 3)()
+        assert last["names"] == again["names"] and torch.equal(last["video"], again["video"])
+        assert last["video"].dtype == torch.uint8 and last["video"].shape == (2, 3, 8, 16, 16)
+        order = [[one.reader(epoch, index)()["names"] for index in range(6)] for epoch in range(2)]
+        assert order[0] != order[1]
+
+    def test_buckets_have_one_size_a_batch(self, files: Path) -> None:
+        source = table_source(variable(files), 2)
+        sizes = Counter(source.reader(0, index)()["size"] for index in range(source.count(0)))
+        assert sizes == {(1, 192, 192): 2, (17, 192, 192): 3}
+        batches = [source.reader(0, index)() for index in range(source.count(0))]
+        assert all(batch["video"].shape[2:] == batch["size"] for batch in batches)
+        assert {fps for batch in batches for fps in batch["fps"].tolist()} == {8, 120}
+
+    def test_broken_files_are_left_out_and_an_empty_batch_weighs_nothing(self, files: Path) -> None:
+        source = table_source(settings(files), 1)
+        batch = read_batch(source.dataset, [0, 12], (8, 16, 16))
+        assert len(batch["video"]) == len(batch["names"]) == 1 and batch["broken"][0].row == 12
+        empty = read_batch(source.dataset, [12], (8, 16, 16))
+        assert empty["weight"] == 0 and empty["names"] == [] and not empty["video"].any() and empty["text"] == [""]
+
+    def test_no_steps_are_refused_with_the_reason(self, files: Path) -> None:
+        with pytest.raises(ConfigError, match=r"13 rows of .* do not fill one batch of 5 for each of 3 ranks"):
+            table_source(settings(files, batch_size=5), 3)
+        with pytest.raises(ConfigError, match="no steps: no bucket has the rows of one batch; the fullest, 144p 17f"):
+            table_source(variable(files, bucket_config={"144p": {17: (1.0, 9)}}), 1)
+        with pytest.raises(ConfigError, match="VariableVideoTextDataset needs a bucket_config"):
+            table_source(variable(files, bucket_config=None), 1)
+        with pytest.raises(ConfigError, match="VideoTextDataset needs a batch_size"):
+            table_source(settings(files, batch_size=None), 1)
+
+    def test_held_out_clips_are_never_trained_on(self, files: Path, tmp_path: Path) -> None:
+        rows = [(tmp_path / f"{number}.png", "", 1, 192, 192) for number in range(40)]
+        with (tmp_path / "many.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("path", "text", "num_frames", "height", "width"), *rows])
+        for make in (settings, variable):
+            source = table_source(make(tmp_path, "many", validate_every=1, validation_samples=3), 1)
+            held = {source.dataset.name(key) for one in source.held for key in one.keys}
+            assert len(held) == 3
+            trained = {
+                source.dataset.name(key) for epoch in range(3) for keys, _ in source.batches(epoch) for key in keys
+            }
+            assert not held & trained and len(trained) > 30
+            assert not table_source(make(tmp_path, "many"), 1).held
+
+
+class TestTraining:
+    @pytest.mark.parametrize("make", [settings, variable])
+    def test_a_table_trains(self, files: Path, tmp_path: Path, make: Any) -> None:
+        """The broken file is named; nothing depends on how batches are read."""
+        ends = []
+        for workers in (0, 3):
+            asked = make(files, outputs=str(tmp_path / f"{workers}"), num_workers=workers, max_steps=7)
+            train(asked)
+            lines = [
+                json.loads(line) for line in next(tmp_path.glob(f"{workers}/0*/log.jsonl")).read_text().splitlines()
+            ]
+            ends.append([(line["loss"], line["grad_norm"]) for line in lines])
+            named = next(tmp_path.glob(f"{workers}/0*/quarantine.jsonl")).read_text()
+            assert len(named.splitlines()) == 1 and "broken.mp4" in named
+        assert ends[0] == ends[1] and len(ends[0]) == 7
+
+    def test_too_many_broken_files_stop_the_run(self, files: Path, tmp_path: Path) -> None:
+        (tmp_path / "more.csv").write_text("path,text\n" + f"{files / 'broken.mp4'},a\n" * 3 + f"{files / '0.mp4'},b\n")
+        asked = settings(tmp_path, "more", outputs=str(tmp_path), batch_size=4)
+        parts = {name: getattr(settings(files), name) for name in ("vae", "text_encoder")}
+        with pytest.raises(MediaError, match="3 of 4 files cannot be read"):
+            train(TrainSettings(**{**vars(asked), **parts}))
+
+    def test_a_changed_table_is_noticed(self, files: Path, tmp_path: Path) -> None:
+        first = train(settings(files, "table", outputs=str(tmp_path), max_steps=2)).parent
+        again = dict(outputs=str(tmp_path), load=str(first / "000-STDiT3"))
+        with pytest.raises(ConfigError, match=r"the table was .* and is .*--accept-changes"):
+            train(settings(files, "whole", **again))
+        assert train(settings(files, "whole", accept_changes=True, **again)).name == "ema"
+
+    @pytest.mark.parametrize("scheduler", ["rflow", "iddpm", "iddpm-speed"])
+    @pytest.mark.parametrize(
+        "model", ["STDiT", "STDiT2", "STDiT3", "PixArt", "PixArtMS", "PixArt-Sigma", "DiT", "Latte"]
+    )
+    def test_every_model_learns_with_every_scheduler(self, files: Path, model: str, scheduler: str) -> None:
+        """Each has a loss whose gradients reach its first layer."""
+        text = "clip" if model in ("DiT", "Latte") else "t5"
+        asked = settings(
+            files, "whole", model=dict(type=model, **SMALL), scheduler=dict(type=scheduler),
+            vae=dict(type="VideoAutoencoderKL", from_pretrained=str(files / "frames")),
+            text_encoder=dict(type=text, from_pretrained=str(files / text)),
+        )  # fmt: skip
+        kind, ratios = check_training(asked)
+        data = make_data(asked, CPU, Layout())
+        made = build_model(asked, data, CPU)
+        for parameter in made.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
+        losses = DiffusionLoss(made, kind, ratios, data.prepare)(data.source.reader(0, 0)(), step_generator(0, 0))
+        losses.mean().backward()
+        assert losses.shape == (2,) and made.x_embedder.proj.weight.grad.abs().sum() > 0
+
+
+def test_encoded_features_train(files: Path, tmp_path: Path) -> None:
+    asked = variable(files, "whole", bucket_config={"144p": {1: (1.0, 3)}})
+    names = {field.name for field in dataclasses.fields(ExtractSettings)}
+    given = {name: value for name, value in vars(asked).items() if name in names}
+    folder = extract(ExtractSettings(**{**given, "save_dir": str(tmp_path / "features")}))
+    section = dict(type="BatchFeatureDataset", data_path=str(folder))
+    small = {name: value for name, value in TINY_STDIT3.items() if name != "caption_channels"}
+    model = dict(type="STDiT3", skip_y_embedder=True, **small)
+    without = dict(vae=None, text_encoder=None, load_text_features=True, load_video_features=True, batch_size=None)
+    run = settings(files, dataset=section, model=model, outputs=str(tmp_path), mask_ratios={"random": 1.0}, **without)
+    assert train(run).name == "ema"
+    first = settings(files, dataset=section, outputs=str(tmp_path / "a"), max_steps=2, **without)
+    train(first)
+    rest = settings(files, dataset=section, outputs=str(tmp_path / "a"), load=str(tmp_path / "a/000-STDiT3"), **without)
+    train(rest), train(settings(files, dataset=section, outputs=str(tmp_path / "b"), **without))
+    ends = [load_file(tmp_path / name / "ema" / "model.safetensors") for name in "ab"]
+    assert all(torch.equal(ends[0][name], tensor) for name, tensor in ends[1].items())
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            (dict(scheduler=dict(type="dpm-solver")), "scheduler 'dpm-solver' only samples; train with rflow"),
+            (dict(scheduler=None), "needs a scheduler"),
+            (dict(model=dict(type="STDiT4")), "model type 'STDiT4' is not known; did you mean 'STDiT"),
+            (dict(model=dict(type="PixArt"), mask_ratios={"random": 0.5}), "model 'PixArt' cannot be given frames"),
+            (dict(mask_ratios={"rondom": 0.5}), "unknown type 'rondom'"),
+            (dict(discriminator=dict(type="D")), "discriminator is not supported"),
+            (dict(dataset=dict(type="VideoTextDataset")), "data_path is not set"),
+            (dict(vae=None), "needs a section vae"),
+            (dict(load_text_features=True), "a table gives videos and captions, no encoded features"),
+            (dict(dataset=dict(type="EncodedDataset")), "give a folder of encoded features with --data-path"),
+            (dict(sp_size=2), "sp_size 2 does not divide the number of ranks"),
+        ],
+    )
+    def test_before_any_work(self, files: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+        with pytest.raises(ConfigError, match=words):
+            train(settings(files, outputs=str(tmp_path / "runs"), **changes))
+        assert not (tmp_path / "runs").exists()
+
+    def test_a_model_of_one_size_on_many(self, files: Path, tmp_path: Path) -> None:
+        model = dict(type="PixArt", **SMALL)
+        with pytest.raises(ConfigError, match="model 'PixArt' is built for one size"):
+            train(variable(files, model=model, outputs=str(tmp_path)))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parts[-3]}/{path.stem}")
+def test_every_published_configuration_is_accepted(path: Path, files: Path) -> None:
+    """It is built with a small model, and lacks nothing but its table."""
+    config = read_config(path)
+    if config["dataset"]["type"] == "BatchFeatureDataset":
+        pytest.skip("on encoded features")
+    config["dataset"]["data_path"] = "nowhere.csv"
+    config["model"] |= {"from_pretrained": None, **SMALL}
+    config["vae"] |= {"from_pretrained": str(files / ("vae" if "V1_2" in config["vae"]["type"] else "frames"))}
+    config["vae"].pop("subfolder", None)
+    config["text_encoder"] |= {"from_pretrained": str(files / config["text_encoder"]["type"])}
+    asked = TrainSettings.from_config(config, path.name)
+    check_trainable(asked)
+    check_training(asked)
+    with pytest.raises(ConfigError, match=r"nowhere\.csv: cannot be read"):
+        make_data(asked, CPU, Layout())
+    assert registry.keywords(asked.model["type"])
+
+
+def test_data_settings_of_1_0(files: Path, tmp_path: Path) -> None:
+    """At the top level, and a table without a header."""
+    config = dict(
+        data_path=str(files / "plain.csv"), num_frames=4, frame_interval=2, image_size=(16, 16), root=None,
+        use_image_transform=False, model=dict(type="STDiT", **SMALL), scheduler=dict(type="iddpm"), batch_size=3,
+        vae=dict(type="VideoAutoencoderKL", from_pretrained=str(files / "frames")),
+        text_encoder=dict(type="t5", from_pretrained=str(files / "t5"), model_max_length=120),
+        mask_ratios={"mask_no": 0.5, "mask_random": 0.5}, device="cpu", dtype="fp32", max_steps=2,
+        outputs=str(tmp_path),
+    )  # fmt: skip
+    assert train(TrainSettings.from_config(config, "old.py")).name == "ema"
+    assert json.loads((tmp_path / "ema" / "config.json").read_text())["input_size"] == [4, 2, 2]
