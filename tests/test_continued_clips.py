@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from opensora.datasets.clips import MOTIONS, make_clip, make_continued_clip
 from opensora.datasets.measure import measure
 from opensora.datasets.shape_clips import shape_clips
 from opensora.errors import ConfigError
+from opensora.training.diffusion import DiffusionLoss
+from opensora.training.examples import Examples
+from opensora.training.masks import MaskRatios
 
 SIZES = ((64, 64), (48, 80), (80, 48))
 
@@ -60,3 +64,22 @@ def test_listed_in_the_configuration():
     assert continued.clip(3).video.shape == (34, 48, 80, 3)
     with pytest.raises(ConfigError, match=r"dataset\.sizes lists"):
         shape_clips(section | {"continued": [(34, 48, 80)]}, 4, 0)
+
+
+def test_training_gives_what_went_before():
+    given = []
+
+    class Scheduler:
+        def training_loss(self, model, latents, cond, *, mask, **size):
+            given.append(mask)
+            return torch.zeros(len(latents))
+
+    class Model(torch.nn.Module):
+        class_dropout_prob = 0.0
+
+    examples = Examples(torch.zeros(2, 4, 10, 2, 2), {"y": torch.zeros(2, 1, 3, 4)}, (34, 16, 16), ["a", "b"])
+    ratios = MaskRatios({"identity": 1.0})
+    loss = DiffusionLoss(Model(), Scheduler(), ratios, lambda batch, generator: batch)
+    for continued in (False, True):
+        loss(examples._replace(continued=continued), torch.Generator().manual_seed(0))
+    assert given[0].all() and (given[1] == torch.tensor([False] * 5 + [True] * 5)).all()

@@ -54,7 +54,7 @@ PLANNING = ("--cfg-options", "image_size=(32, 48)")
 FEWER = {"--steps-until": "1"}  # flags with a number that has to fit these
 FEWER_STEPS = {"max_steps=400": "max_steps=4", "max_steps=600": "max_steps=6"}  # of a run that goes on
 TRAINING = ("--batch-size", "1", "--dtype", "fp32", "--cfg-options", "dataset.num_clips=2", "max_steps=2")
-SMALL_CLIPS = ("dataset.image_size=(16, 16)", "dataset.num_frames=5", "dataset.sizes=None")
+SMALL_CLIPS = ("dataset.image_size=(16, 16)", "dataset.num_frames=5", "dataset.sizes=None", "dataset.continued=None")
 SMALL_FRAMES = ("model.vae_2d.block_out_channels=(8, 8, 8, 8)", "model.vae_2d.norm_num_groups=4")
 SMALL_TIME = ("model.vae_temporal.filters=8", "model.vae_temporal.num_groups=4")
 SMALL_MODEL = tuple(f"model.{k}={v}" for k, v in zoo.SMALL.items())

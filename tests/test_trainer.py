@@ -31,7 +31,9 @@ def trainer(
     prints: dict[str, str] | None = None, **changes: Any,
 ) -> Trainer:  # fmt: skip
     """A run of 10 steps that fits a layer to noise; optionally its loss breaks down, or Ctrl-C comes, at a step."""
-    settings = dict(dtype="fp32", seed=1, lr=0.1, max_steps=10, log_every=1, ckpt_every=2, ema_decay=0.5)
+    settings = dict(
+        dtype="fp32", seed=1, lr=0.1, max_steps=10, log_every=1, ckpt_every=2, ema_decay=0.5, tensorboard=False
+    )
     torch.manual_seed(0)
     model = nn.Linear(4, 4)
 

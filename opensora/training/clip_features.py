@@ -67,7 +67,7 @@ def examples_of(one: ShapeClips, batch: Features, settings: TrainSettings, name:
     told = told_of(settings.model["type"], count, size, (settings.dataset or {}).get("fps", FPS))
     cond = {"y": batch.text.float()[:, None], "mask": batch.mask, **told}
     names = [f"{one}, {name}, clip {row}" for row in range(count)]
-    return Examples(batch.latents.float(), cond, size, names, batch.last.float())
+    return Examples(batch.latents.float(), cond, size, names, batch.last.float(), continued=one.continued)
 
 
 def encode_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoders) -> list[Features]:
@@ -87,7 +87,7 @@ def encode_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoders)
             "dtype": settings.dtype,
             "tensors": Features._fields,
         }
-        where = folder / str(one) if section.get("sizes") else folder
+        where = folder / str(one) if section.get("sizes") or section.get("continued") else folder
         return encode_once(where, section["num_clips"], identity, partial(_encode, one, encoders, settings.dtype))
 
     return [features(one) for one in clips.sets]

@@ -37,6 +37,8 @@ logger = logging.getLogger("opensora")
 Size = tuple[int, int, int]
 Prepare = Callable[[Any, torch.Generator], Examples]
 
+FIRST_HALF = MaskRatios({"half_head": 1.0})
+
 
 class Data(NamedTuple):
     """What a run learns from.
@@ -129,7 +131,7 @@ def make_data(settings: TrainSettings, device: torch.device, layout: Layout) -> 
     clips = shape_clips(section, settings.batch_size, section.get("seed", 0), "features", "num_clips")
     encoders = Encoders(settings, device, layout)
     source = _first_on_main(layout, lambda: ClipSource(clips, encode_clips(clips, settings, encoders), settings))
-    sizes = [(one.num_frames, *one.image_size) for one in clips.sets]
+    sizes = [(one.num_frames, *one.image_size) for one in clips.sets if not one.continued]
     held, keywords = held_clips(clips, settings, encoders), encoders.keywords(sizes)
     return Data(source, _placed_on(device), sizes, keywords, encoders.contents, encoders, held)
 
@@ -180,8 +182,8 @@ def _rounded(y: Tensor) -> Tensor:
 class DiffusionLoss:
     """The scheduler's loss of each sample of a batch, [B].
 
-    Text is dropped with the model's class_dropout_prob; frames are given as often as `ratios` say. `examples` are those
-    of the last batch.
+    Text is dropped with the model's class_dropout_prob; frames are given as often as `ratios` say, and the first half
+    of clips that go on from there. `examples` are those of the last batch.
     """
 
     def __init__(self, model: nn.Module, scheduler: Any, ratios: MaskRatios | None, prepare: Prepare) -> None:
@@ -191,9 +193,9 @@ class DiffusionLoss:
     def __call__(self, batch: Any, generator: torch.Generator) -> Tensor:
         examples = self.examples = self.prepare(batch, generator)
         latents, y = examples.latents, drop_text(self.model, examples.cond["y"], generator)
-        given = None
-        if self.ratios is not None:
-            given = self.ratios.draw(len(latents), latents.shape[2], generator).to(latents.device)
+        given, ratios = None, FIRST_HALF if examples.continued else self.ratios
+        if ratios is not None:
+            given = ratios.draw(len(latents), latents.shape[2], generator).to(latents.device)
             latents = latents if examples.last is None else end_in_image(latents, examples.last, given)
         frames, height, width = examples.size
         size = {"height": height, "width": width, "num_frames": frames}

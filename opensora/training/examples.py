@@ -30,6 +30,7 @@ class Examples(NamedTuple):
     names: of the clips, for messages
     last: [B, C, H / 8, W / 8], the last frames as images, if it is known
     weight: of this batch; 0 when nothing of it could be read
+    continued: whether the text is about the second half alone, what went before being given
     """
 
     latents: Tensor
@@ -38,6 +39,7 @@ class Examples(NamedTuple):
     names: list[str]
     last: Tensor | None = None
     weight: float = 1.0
+    continued: bool = False
 
     def to(self, device: torch.device) -> Examples:
         """The same on a device."""

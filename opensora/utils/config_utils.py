@@ -6,11 +6,9 @@ import argparse
 import ast
 import copy
 import logging
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import Field, fields
 from typing import Any, NoReturn
 
@@ -232,8 +230,7 @@ def run_program(program: Callable[[], Any]) -> int:
     for library in ("httpx", "httpx2", "transformers", "diffusers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        with _one_voice():
-            result = program()
+        result = program()
     except OpenSoraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -241,12 +238,3 @@ def run_program(program: Callable[[], Any]) -> int:
         print("interrupted; nothing half-written was left", file=sys.stderr)
         return 130
     return result if isinstance(result, int) else 0
-
-
-def _one_voice() -> AbstractContextManager[None]:
-    """Of several ranks that fail, one tells why; a single process needs none of torch for that."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return nullcontext()
-    from opensora.acceleration.parallel import one_voice
-
-    return one_voice()
