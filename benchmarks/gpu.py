@@ -1,10 +1,11 @@
 """STDiT3-XL/2 with random weights on an accelerator: a clip end to end, or training steps. See gpu.sh.
 
-python -m benchmarks.gpu end-to-end --size 480p-2s [--steps 30] [--apart] [--eager] [--dry] [--output results]
+python -m benchmarks.gpu end-to-end --size 480p-2s [--steps 30] [--memory low] [--eager] [--dry] [--output results]
 python -m benchmarks.gpu train --size 240p-2s [--batch 2] [--eager] [--dry] [--output results]
 
 The text is random features of 80 tokens: its encoder is another model's time. Peak memory is what the process allocated
-at most. A share of the peak is of the published dense bf16 rate of the device, and of its own best matrix product.
+at most; with `--memory low` nothing is compiled, because blocks are cut into parts. A share of the peak is of the
+published dense bf16 rate of the device, and of its own best matrix product.
 `--dry` runs tiny models and sizes on a CPU, to see that it works.
 """
 
@@ -21,6 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common, decode
 from opensora.acceleration.device import name_of, peak_memory, pick_device, place, reset_peak_memory, synchronize
+from opensora.acceleration.memory_plan import BY_NAME, Weights
+from opensora.acceleration.parallelize import compile_blocks
 from opensora.datasets.video import to_uint8
 from opensora.models.sizes import size_conditioning
 from opensora.models.stdit.stdit3 import STDiT3
@@ -51,12 +54,6 @@ def random_model(kind: Any, device: torch.device, dtype: torch.dtype, **config: 
         exponents = torch.arange(rope[0], device=device, dtype=torch.float32) / rope[0]
         model.rope.freqs.data = 10000.0**-exponents
     return model
-
-
-def compile_blocks(model: STDiT3) -> None:
-    """Compiles each kind of block once, for any size."""
-    for block in model.text_blocks():
-        block.forward = torch.compile(block.forward, dynamic=True)
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
@@ -98,29 +95,35 @@ def end_to_end(given: argparse.Namespace, device: torch.device, dtype: torch.dty
     vae = random_model(OpenSoraVAE_V1_2, device, dtype, **(decode.TINY if given.dry else {}))
     vae.scale, vae.shift = torch.ones((), device=device), torch.zeros((), device=device)
     place(model, device), place(vae.eval().requires_grad_(False), device)
-    model.halves_apart = given.apart
-    if not given.eager:
+    plan = BY_NAME[given.memory]
+    plan.arrange(model)
+    if not (given.eager or plan.in_parts):
         compile_blocks(model)
     latent = vae.get_latent_size(size)
     noise = torch.randn(1, 4, *latent, device=device)
     text = torch.randn(1, 1, TOKENS, model.config["caption_channels"], device=device, dtype=dtype)
     cond, null = {"y": text, **told(size, 1, device)}, {"y": model.null_caption(text)}
     shape = dict(zip(("num_frames", "height", "width"), size, strict=True))
+    weights = Weights(plan, device)
+    weights.settle("model", model)
+    weights.settle("vae", vae)
 
     def denoise(steps: int) -> torch.Tensor:
         scheduler = RFLOW(num_sampling_steps=steps, cfg_scale=SCALE, use_timestep_transform=True)
-        return scheduler.sample(model, noise, cond, null, **shape)
+        with weights.using("model"):
+            return scheduler.sample(model, noise, cond, null, **shape)
 
     def decoded(z: torch.Tensor) -> None:
-        for piece in vae.decoded(z.to(dtype), size[0]):
-            to_uint8(piece[0].nan_to_num())
+        with weights.using("vae"):
+            for piece in vae.decoded(z.to(dtype), size[0]):
+                to_uint8(piece[0].nan_to_num())
 
     decoded(denoise(1))
     reset_peak_memory(device)
     z, denoising = timed(lambda: denoise(given.steps), device)
     _, decoding = timed(lambda: decoded(z), device)
     seconds = {"denoise": denoising, "decode": decoding, "all": denoising + decoding}
-    report = {"size": size, "steps": given.steps, "halves_apart": given.apart, "seconds": seconds}
+    report = {"size": size, "steps": given.steps, "memory_plan": plan.name, "seconds": seconds}
     report["peak_memory_gb"] = (peak_memory(device) or 0) / 1e9
     flops = count(lambda: denoise(1), model) * given.steps
     return report | shares(flops, seconds["denoise"], device, dtype, given.dry)
@@ -175,7 +178,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="480p-2s")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--apart", action="store_true", help="the halves of guidance one after the other")
+    parser.add_argument("--memory", choices=BY_NAME, default="fast", help="memory plan of end-to-end")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--dry", action="store_true", help="tiny models and sizes on a CPU, eager")
     parser.add_argument("--output", type=Path, default=Path("results"))
@@ -186,7 +189,7 @@ def main() -> None:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     work = end_to_end if given.what == "end-to-end" else train
     report = work(given, device, dtype)
-    name = "-".join(["gpu", given.what, given.size, *(["apart"] if given.apart else [])])
+    name = "-".join(["gpu", given.what, given.size, *([given.memory] if given.memory != "fast" else [])])
     common.save(name, report, {name: report["seconds"]}, given.output)
 
 

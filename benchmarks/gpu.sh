@@ -13,6 +13,7 @@ run() { # seconds, arguments: what takes too long is left out, and the rest goes
         echo "benchmarks.gpu ${*:2} ended with status $?" >&2
 }
 run 150 end-to-end --size 480p-2s
-run 210 end-to-end --size 720p-4s
-run 60 end-to-end --size 720p-4s --apart --steps 3
+run 190 end-to-end --size 720p-4s
+run 50 end-to-end --size 720p-4s --memory balanced --steps 3
+run 40 end-to-end --size 720p-4s --memory low --steps 3
 run 100 train --size 240p-2s

@@ -66,7 +66,8 @@ class _Bench:
             raise ConfigError("a benchmark runs on one device; start it without torchrun")
         pipeline.requests = pipeline.requests[:1]
         parts = pipeline.build()
-        [self.request] = pipeline.check(pipeline.refine(pipeline.requests), parts)
+        [self.request] = requests = pipeline.check(pipeline.refine(pipeline.requests), parts)
+        pipeline.choose_memory(requests, parts)
         self.encoder, told = parts["text_encoder"], pipeline.texts(self.request)
         texts = pipeline.encode_texts(self.encoder, [*told, *tuning.prompts(settings)])
         self.vae, self.model = (pipeline.fill(name, parts[name]) for name in ("vae", "model"))

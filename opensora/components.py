@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from opensora import registry
 from opensora.acceleration.device import place
@@ -92,16 +93,18 @@ def build_text_encoder(section: Section, path: Path | None, dtype: torch.dtype) 
 
 
 def fill_text_encoder(
-    encoder: Any, section: Section, path: Path, device: torch.device, layout: Layout = ALONE
-) -> Summary:
-    """Gives a built text encoder its weights; returns what was read.
+    encoder: Any, section: Section, path: Path, device: torch.device, layout: Layout = ALONE,
+    put: Callable[[nn.Module, torch.device], Any] = place,
+) -> Summary:  # fmt: skip
+    """Gives a built text encoder its weights, which `put` then brings to the device; returns what was read.
 
     With `shardformer=True` in the section they are sharded over the ranks, which then have to encode at the same time.
     """
     summary = load_weights(encoder.model, path, rules=TEXT_RULES[section["type"]])
     if section.get("shardformer"):
         shard(encoder.model, layout)
-    place(encoder.model, device)
+        put = place
+    put(encoder.model, device)
     return summary
 
 

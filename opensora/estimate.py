@@ -12,7 +12,8 @@ import os
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -156,14 +157,17 @@ def count(function: Callable[[], Any], device: torch.device, model: nn.Module | 
     """
     counter = _Counter(is_host(device))
     parts = [part for part in model.modules() if any(part.children())] if model is not None else []
+    before = [part.__dict__.get("forward") for part in parts]
     for part in parts:
         part.forward = partial(counter.call, part, part.forward)
     try:
         with torch.no_grad(), counter, _FusedAttention(counter):
             function()
     finally:
-        for part in parts:
+        for part, forward in zip(parts, before, strict=True):
             del part.forward
+            if forward is not None:
+                part.forward = forward
     return Cost(counter.products, counter.convolutions, counter.moved, counter.calls, counter.peak)
 
 
@@ -196,7 +200,8 @@ class _Method(nn.Module):
         self.model, self.name = model, name
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.model, self.name)(*args, **kwargs)
+        out = getattr(self.model, self.name)(*args, **kwargs)
+        return deque(out, maxlen=1) if isinstance(out, Iterator) else out  # of pieces, one is held at a time
 
 
 Work = Callable[[], Any]  # on meta tensors
@@ -230,16 +235,23 @@ def step(
     return _work(model, dtype, device, "forward", x, torch.empty(batch, device="meta"), y, **told)
 
 
-def decoding(vae: nn.Module, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Cost:
-    """Making one clip (T, H, W) of its latents."""
+def decoding(
+    vae: nn.Module, size: tuple[int, ...], dtype: torch.dtype, device: torch.device, streamed: bool = False
+) -> Cost:
+    """Making one clip (T, H, W) of its latents; `streamed`: in pieces, of which one is held at a time."""
     z = torch.empty(1, vae.out_channels, *vae.get_latent_size(size), dtype=dtype, device="meta")
-    return count(_work(vae, dtype, device, "decode", z, num_frames=size[0]), device, vae)
+    return count(_work(vae, dtype, device, "decoded" if streamed else "decode", z, num_frames=size[0]), device, vae)
 
 
-def encoding(vae: nn.Module, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Cost:
-    """Making the latents of a video (T, H, W)."""
-    x = torch.empty(1, 3, *size, dtype=dtype, device="meta")
-    return count(_work(vae, dtype, device, "encode", x, sample=False), device, vae)
+def encoding(
+    vae: nn.Module, size: tuple[int, ...], dtype: torch.dtype, device: torch.device, at_once: int | None = None
+) -> Cost:
+    """Making the latents of a video (T, H, W), of which so many frames come at once (None: all)."""
+    if at_once is None:
+        x = torch.empty(1, 3, *size, dtype=dtype, device="meta")
+        return count(_work(vae, dtype, device, "encode", x, sample=False), device, vae)
+    pieces = torch.empty(1, 3, *size, dtype=dtype, device="meta").split(at_once, dim=2)
+    return count(_work(vae, dtype, device, "encoded", pieces), device, vae)
 
 
 def reading_text(config: Any, parameters: int, tokens: int) -> Cost:

@@ -18,14 +18,15 @@ from torch import Tensor
 from opensora import components, draft, estimate, refine, registry, tuning, watermark, wishes
 from opensora.acceleration import caching
 from opensora.acceleration.device import inference_dtype, keep_allocations_in_heap, pick_device
+from opensora.acceleration.memory_plan import BY_NAME, FAST, LOW, MemoryPlan, Weights
 from opensora.acceleration.parallel import one_voice, share, start, world_size
-from opensora.acceleration.sequence import check_divisible, sequence_parallel
+from opensora.acceleration.parallelize import compile_blocks
+from opensora.acceleration.sequence import check_divisible, check_guidance_ranks, guidance_parallel
 from opensora.conditioning import Clip, parse_mask_strategy, place, timeline
 from opensora.datasets import video
 from opensora.errors import ConfigError
 from opensora.models.sizes import size_conditioning
 from opensora.models.text_encoder.classes import ClassIds
-from opensora.models.text_encoder.t5 import T5Encoder
 from opensora.noise import initial_noise, noise_generator
 from opensora.prompts import text_of_loop
 from opensora.recipe import Recipe, check_folder, make_recipe, write_output
@@ -33,6 +34,7 @@ from opensora.references import check_references, content_hashes, read_reference
 from opensora.request import PARTS, SPATIAL_FACTOR, Request, Size, check_supported, make_requests, make_size
 from opensora.schedulers.common import Pause
 from opensora.settings import InferenceSettings
+from opensora.stages import Needs, count_tokens
 from opensora.weights import Summary
 
 logger = logging.getLogger("opensora")
@@ -50,6 +52,13 @@ class Output(NamedTuple):
     state: Path | None = None
 
 
+class _Clip(NamedTuple):
+    """A clip as levels uint8 [T, H, W, 3] and, where another one goes on from it, as video [3, T, H, W] in [-1, 1]."""
+
+    frames: np.ndarray
+    video: Tensor | None
+
+
 class _Enough(Exception):
     """Ends a rehearsal."""
 
@@ -60,7 +69,8 @@ class VideoPipeline:
     What can be refused is refused on construction or, where the checkpoints' own configurations decide, before any
     weight is read. Every sample is denoised by itself, from noise keyed by (seed, number of the sample of its prompt,
     loop): its bits do not depend on the batch size, on the other prompts or on its place among them. Under torchrun
-    each sample is denoised by all ranks together, and the main rank alone decodes and writes it.
+    each sample is denoised by all ranks together, with guidance each half of it by half of them if they are even, and
+    the main rank alone decodes and writes it.
     """
 
     @one_voice()
@@ -70,9 +80,11 @@ class VideoPipeline:
         self.size = make_size(settings)
         self.device = pick_device(settings.device)
         self.layout = start(self.device, world_size())
+        check_guidance_ranks(settings.guidance_ranks, self.layout)
         self.dtype = inference_dtype(self.device, settings.dtype)
         self.scheduler = registry.build(settings.scheduler)
         self.cache = tuning.asked(settings)
+        self._use_memory(BY_NAME.get(settings.memory, FAST))  # "auto" is decided once the parts are known
         self.stop = draft.steps_to_take(settings, self.scheduler)
         told = "PixArtMS" if settings.model["type"].startswith("PixArtMS") else "STDiT2"
         kind, size = settings.multi_resolution or told, self.size
@@ -108,26 +120,44 @@ class VideoPipeline:
             parts = self.build()
             check_divisible(parts["model"], self.layout)
             wanted = self.check(self.refine(wanted), parts)
+            self.choose_memory(wanted, parts)
             asked = (self.size.height, self.size.width)
             if self.made != asked:
                 logger.info("frames of %dx%d are made for %dx%d: sides are multiples of 8", *self.made, *asked)
             told = [*(text for one in wanted for text in self.texts(one)), *tuning.prompts(self.settings)]
             texts = self.encode_texts(parts.pop("text_encoder"), told)
             vae, model = (self.fill(name, parts.pop(name)) for name in ("vae", "model"))
-            sequence_parallel(model, self.layout)
+            self._compile(model)
+            model = guidance_parallel(model, self.layout, self.settings.guidance_ranks)
             _tell_untrained(self.size, components.trained_sizes(self.paths["model"]))
             self._check_drafts(wanted, (vae.out_channels, *vae.get_latent_size(self.size)))
             self.cache = tuning.tuned(self, model, (vae.out_channels, *vae.get_latent_size(self.size)), texts)
             if self.stop:
                 logger.info("drafts stop after %d of %d steps", self.stop, self.scheduler.num_steps)
             for request in wanted:
-                with _memory_advice(self.size):
+                with _memory_advice(self.size, self.memory):
                     frames = self.make(model, vae, texts, request)
                     if self.settings.cache_psnr and not self.cache.is_exact:
                         self._compare(frames, model, vae, texts, request)
                 if main:
                     yield self._write(request, frames)
             self._remember(model, vae, texts, len(wanted) * self.settings.loop)
+
+    def choose_memory(self, requests: Sequence[Request], parts: Mapping[str, Any]) -> Needs:
+        """What checked requests need; the memory plan that was asked for or that fits is used from now on."""
+        needs = Needs(self, parts, requests)
+        self._use_memory(share(needs.choose(), self.layout))
+        return needs
+
+    def _compile(self, model: Any) -> None:
+        """Compiles the model, if the settings ask for it."""
+        if self.settings.compile and self.memory.in_parts:
+            logger.warning("nothing is compiled: --memory %s cuts blocks into parts", self.memory.name)
+        elif self.settings.compile:
+            compile_blocks(model)
+
+    def _use_memory(self, plan: MemoryPlan) -> None:
+        self.memory, self.weights = plan, Weights(plan, self.device)
 
     def _check_drafts(self, requests: Sequence[Request], shape: tuple[int, ...]) -> None:
         """Raises ConfigError or WeightsError for a draft that is not one of these requests, parts and references."""
@@ -166,7 +196,8 @@ class VideoPipeline:
         """What the model is told of each text: features [1, 1, L, C] at its real length, or a class [1]."""
         keep_allocations_in_heap()
         if path := self.paths["text_encoder"]:
-            filled = components.fill_text_encoder(encoder, self.settings.text_encoder, path, self.device, self.layout)
+            where = (self.device, self.layout, self.weights.put_text_encoder)
+            filled = components.fill_text_encoder(encoder, self.settings.text_encoder, path, *where)
             self._tell_loaded("text_encoder", filled)
         told = {text: encoder.encode([text])[0].to(self.device) for text in dict.fromkeys(texts)}
         return {text: value.to(self.dtype) if value.is_floating_point() else value for text, value in told.items()}
@@ -175,6 +206,9 @@ class VideoPipeline:
         """The autoencoder or the model with its weights, ready to run."""
         section = getattr(self.settings, part)
         self._tell_loaded(part, components.fill(built, section, self.paths[part], self.device, self.dtype))
+        if part == "model":
+            self.memory.arrange(built)
+        self.weights.settle(part, built)
         return built
 
     def _tell_loaded(self, part: str, summary: Summary) -> None:
@@ -272,15 +306,17 @@ class VideoPipeline:
             if loop == 0:
                 begun = self.drafts.get(request.path)
                 pause = draft.go_on(begun, steps) if begun else Pause(self.stop)
-            clip = self.make_clip(model, vae, texts[text], latents, edit, steps, pause)
+            latents = self.make_latents(model, texts[text], latents, edit, steps, pause)
+            goes_on = loop + 1 < settings.loop and not self.stop
+            clip = self.decode(vae, latents, goes_on) if self.layout.is_main else None
             if clip is not None:
-                frames.append(video.to_uint8(clip)[self.overlap if loop else 0 :])
+                frames.append(clip.frames[self.overlap if loop else 0 :])
             if self.stop:
                 self.stopped[request.path] = draft.stop(pause, steps)
                 break
-            if loop + 1 < settings.loop:
-                references.append(share(None if clip is None else self.encode(vae, clip), self.layout))
-        return np.concatenate(frames or [np.empty(0, np.uint8)])
+            if goes_on:
+                references.append(share(None if clip is None else self.encode(vae, clip.video), self.layout))
+        return frames[0] if len(frames) == 1 else np.concatenate(frames or [np.empty(0, np.uint8)])
 
     def _compare(self, frames: np.ndarray, *made_of: Any) -> None:
         """Says how far frames lie from those without the approximations."""
@@ -290,33 +326,39 @@ class VideoPipeline:
         if self.layout.is_main:
             logger.info("PSNR against the uncached run: %.1f dB", tuning.psnr(frames, exact))
 
-    def make_clip(
-        self, model: Any, vae: Any, text: Tensor, latents: Tensor, edit: Tensor, steps: torch.Generator,
-        pause: Pause | None = None,
-    ) -> Tensor | None:  # fmt: skip
-        """One clip [3, T, H, W] in about [-1, 1] from noise and references [C, T', H, W] and their `edit` [T'].
-
-        It is decoded by the main rank alone; the others have none.
-        """
+    def make_latents(
+        self, model: Any, text: Tensor, latents: Tensor, edit: Tensor, steps: torch.Generator, pause: Pause,
+    ) -> Tensor:  # fmt: skip
+        """The latents [1, C, T', H, W] of a clip from noise and references [C, T', H, W] and their `edit` [T']."""
         options = {"edit": edit[None], "source": [steps], "progress": self.settings.verbose > 0 and self.layout.is_main}
         options["pause"] = pause
         with self._timed("sampling"):
-            sampled = self.denoise(model, latents[None].to(self.device), text, self.cache, **options)
-        if not self.layout.is_main:
-            return None
-        with self._timed("decoding"):
-            return vae.decode(sampled.to(self.dtype), num_frames=self.size.num_frames)[0].float()
+            return self.denoise(model, latents[None].to(self.device), text, self.cache, **options)
+
+    def decode(self, vae: Any, latents: Tensor, goes_on: bool = False) -> _Clip:
+        """The clip of latents [1, C, T', H, W], made in pieces, of which the device holds one at a time."""
+        frames, kept, begin = np.empty((self.size.num_frames, *self.made, 3), np.uint8), [], 0
+        with self._timed("decoding"), self.weights.using("vae"):
+            for piece in vae.decoded(latents.to(self.dtype), num_frames=self.size.num_frames):
+                end = begin + piece.shape[2]
+                frames[begin:end], begin = video.to_uint8(piece[0]), end
+                if goes_on:
+                    kept.append(piece[0].cpu())
+        return _Clip(frames, torch.cat(kept, dim=1) if goes_on else None)
 
     def denoise(self, model: Any, noise: Tensor, text: Tensor, cache: caching.Cache, **options: Any) -> Tensor:
         """Clean latents [1, C, T, H, W] of a text; `options` are those of the sampler and of `caching.sample`."""
         cond = {"y": text, **self.conditioning}
         null = None if self.scheduler.cfg_scale == 1 else {"y": model.null_caption(text)}
         options |= self.size._asdict()
-        return caching.sample(self.scheduler, model, noise, cond, null, cache, **options)
+        with self.weights.using("model"):
+            return caching.sample(self.scheduler, model, noise, cond, null, cache, **options)
 
     def encode(self, vae: Any, frames: Tensor) -> Tensor:
         """The latents [C, T', H, W] of frames [3, T, H, W] in [-1, 1]."""
-        return vae.encode(frames[None].to(self.device, self.dtype), sample=False)[0].float().cpu()
+        pieces = (piece.to(self.device, self.dtype) for piece in self.memory.pieces(frames[None]))
+        with self.weights.using("vae"):
+            return vae.encoded(pieces)[0].float().cpu()
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -376,7 +418,8 @@ class VideoPipeline:
     def _settings_of(self, request: Request) -> dict[str, Any]:
         """Every setting that a result depends on, with its own conditions and refined texts alone."""
         settings = dataclasses.asdict(self.settings)
-        settings |= {"align": self.align, **dict.fromkeys((*wishes.NAMES, "llm_base_url"))}
+        settings |= {"align": self.align, **dict.fromkeys((*wishes.NAMES, "llm_base_url")), "guidance_ranks": "auto"}
+        settings["memory"] = self.memory.name
         settings["watermark"] = watermark.text_of(settings["watermark"]) or False
         if refined := settings["refined"]:
             settings["refined"] = {text: refined[text] for text in request.texts}
@@ -427,16 +470,6 @@ def _config_error(place: str, error: ValueError) -> ConfigError:
     return error if isinstance(error, ConfigError) else ConfigError(f"{place}: {error}")
 
 
-def count_tokens(encoder: Any, text: str) -> int:
-    """How many features a text becomes; no weights are needed. Raises ConfigError for a text that is no class."""
-    if isinstance(encoder, T5Encoder):
-        found = encoder.tokenizer(text, truncation=False, verbose=False)["input_ids"]
-        return min(len(found), encoder.model_max_length)
-    if isinstance(encoder, ClassIds):
-        encoder.encode([text])
-    return 1
-
-
 def _check_length(tokens: int, config: dict[str, Any]) -> None:
     """Raises ConfigError when a text has more tokens than a model of this configuration takes."""
     longest = config["model_max_length"]
@@ -467,10 +500,11 @@ def output_folder(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def _memory_advice(size: Size) -> Iterator[None]:
+def _memory_advice(size: Size, plan: MemoryPlan) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        raise ConfigError(f"memory does not suffice for {size}; ask for a smaller size or fewer frames") from error
+        remedy = "ask for a smaller size or fewer frames" if plan == LOW else "try --memory low"
+        raise ConfigError(f"memory does not suffice for {size}; {remedy}") from error

@@ -6,35 +6,21 @@ import dataclasses
 import os
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 from opensora import components, estimate, refine
+from opensora.acceleration.memory_plan import PLANS
 from opensora.conditioning import Clip, Placement, parse_mask_strategy
 from opensora.errors import ConfigError, WeightsError
-from opensora.estimate import Cost
-from opensora.hub import checkpoint_files
-from opensora.models.text_encoder.classes import ClassIds
-from opensora.pipeline import VideoPipeline, count_tokens, output_folder
+from opensora.pipeline import VideoPipeline, output_folder
 from opensora.request import PARTS, SPATIAL_FACTOR, Request
 from opensora.settings import InferenceSettings
+from opensora.stages import Needs, Stage
 
 GIB = 2**30
 LIBRARIES = 100 * 2**20  # of a host's memory, for what is loaded only once numbers are computed
-T5_XXL = {"parameters": 4_762_310_656, "tokens": 300}  # what is assumed of a text encoder that is not here
 NEAR = 3  # legal sizes shown below and above the one asked for
-
-
-class Stage(NamedTuple):
-    """One stage of the work: what of the weights it adds, the bytes it works in, and how long it takes."""
-
-    name: str
-    weights: int
-    files: int  # bytes of the weight files that stay mapped beside it, or are read for it
-    copied: bool  # whether the weights are copies in another format than the files'
-    cost: Cost
-    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +28,17 @@ class Plan:
     """A request that nothing is wrong with: what will be made, and what it takes."""
 
     pipeline: VideoPipeline
-    parts: Mapping[str, Any]
+    needs: Needs
     requests: list[Request]
     timelines: list[list[Clip]]
     notes: list[str]
     base: int  # bytes that the process occupies before the first stage
     grid: tuple[int, int, int]  # frames, rows and columns of pixels that are worked on together
 
-    @cached_property
+    @property
     def stages(self) -> list[Stage]:
         """Text, autoencoder and model, and what they do, in order."""
-        return list(_stages(self.pipeline, self.parts, self.timelines, self.requests))
+        return self.needs.stages(self.pipeline.memory)
 
     @property
     def num_frames(self) -> int:
@@ -64,19 +50,16 @@ class Plan:
     @property
     def memory(self) -> int:
         """Bytes at the peak: of the process on a host, else of the device."""
-        return self._peak(self.stages)
+        return self._base + self.needs.peak(self.pipeline.memory)
 
     @property
     def least(self) -> int:
         """Bytes that the weights take by themselves, whatever they make."""
-        return self._peak([stage._replace(cost=Cost()) for stage in self.stages])
+        return self._base + self.needs.least(self.pipeline.memory)
 
-    def _peak(self, stages: Sequence[Stage]) -> int:
-        if estimate.is_host(self.pipeline.device):
-            return self.base + peak_on_host(stages)
-        text, *others = stages
-        held = sum(stage.weights for stage in others)
-        return max(text.weights + text.cost.peak, held + max(stage.cost.peak for stage in others))
+    @property
+    def _base(self) -> int:
+        return self.base if self.needs.on_host else 0
 
     @property
     def seconds(self) -> float:
@@ -87,7 +70,7 @@ class Plan:
     def room(self) -> int | None:
         """Bytes that the device has for this, None where nobody says."""
         free = estimate.available(self.pipeline.device)
-        return None if free is None else free + (self.base if estimate.is_host(self.pipeline.device) else 0)
+        return None if free is None else free + self._base
 
     @property
     def fits(self) -> bool:
@@ -125,6 +108,7 @@ class Plan:
             yield f"{stage.name:<12}{_gib(stage.weights):>10}{_gib(stage.cost.peak):>10}{_time(stage.seconds):>10}"
         room = "" if self.room is None else f" of {_gib(self.room)} free on {self.pipeline.device}"
         yield f"peak {_gib(self.memory)}{room}, {_time(self.seconds)} beside reading the weights"
+        yield f"memory plan: {self.pipeline.memory.name}"
         if not self.fits:
             found = cheaper(self)
             yield "it does not fit; " + (f"this does: {found}" if found else "nothing smaller was found that does")
@@ -153,7 +137,8 @@ def make_plan(settings: InferenceSettings) -> Plan:
     notes += [note for request in requests for note in _snapped(pipeline, request)]
     grid = (parts["vae"].group[0], *(SPATIAL_FACTOR * side for side in parts["model"].patch_size[1:]))
     base = estimate.resident() + LIBRARIES
-    return Plan(pipeline, parts, requests, timelines, list(dict.fromkeys(notes)), base, grid)
+    needs = pipeline.choose_memory(requests, parts)
+    return Plan(pipeline, needs, requests, timelines, list(dict.fromkeys(notes)), base, grid)
 
 
 def build(pipeline: VideoPipeline) -> tuple[dict[str, Any], list[str]]:
@@ -267,105 +252,12 @@ def near_lengths(plan: Plan) -> list[int]:
     return sorted({1, *found})
 
 
-def _stages(
-    pipeline: VideoPipeline, parts: Mapping[str, Any], timelines: Sequence[Sequence[Clip]], requests: Sequence[Request]
-) -> Iterator[Stage]:
-    model, vae, settings = parts["model"], parts["vae"], pipeline.settings
-    device, dtype, size = pipeline.device, pipeline.dtype, pipeline.size
-    latent, clips = tuple(vae.get_latent_size(size)), [clip for one in timelines for clip in one]
-    tokens, text = _text_stage(pipeline, parts["text_encoder"], requests)
-    yield text
-    sizes = [(frames, *pipeline.made) for one in requests for frames in pipeline.count_frames(one.reference_path)]
-    sizes += [(size.num_frames, *pipeline.made)] * (settings.loop - 1) * len(requests)
-    work = Cost()
-    for one in sorted(set(sizes)):
-        work = work.then(estimate.encoding(vae, one, dtype, device).times(sizes.count(one)))
-    held = _held(max((frames for frames, *_ in sizes), default=0), pipeline)
-    yield _stage(pipeline, "encoding", vae, "vae", work._replace(peak=work.peak + held))
-    given = any(edit < 1 for clip in clips for edit in clip.edit)
-    batch = 1 if pipeline.scheduler.cfg_scale == 1 else 2
-    work = estimate.step(model, latent, pipeline.conditioning, tokens, dtype, device, batch, given)
-    step = estimate.count(work, device)
-    num_clips, steps = len(clips), pipeline.scheduler.num_sampling_steps or pipeline.scheduler.num_steps
-    if pipeline.stop:
-        num_clips, steps = len(requests), steps * pipeline.stop / pipeline.scheduler.num_steps
-    yield _stage(pipeline, "sampling", model, "model", step.times(steps * num_clips))
-    made = estimate.decoding(vae, size, dtype, device).times(num_clips)
-    made = made._replace(peak=made.peak + _held(size.num_frames, pipeline) // 4 * (settings.loop + 1))
-    yield Stage("decoding", 0, 0, False, made, estimate.seconds(made, device, "decoding"))
-
-
-def _held(frames: int, pipeline: VideoPipeline) -> int:
-    """Bytes of so many frames in float32."""
-    return 12 * frames * pipeline.made[0] * pipeline.made[1]
-
-
-def _stage(pipeline: VideoPipeline, name: str, model: Any, part: str, cost: Cost) -> Stage:
-    held = estimate.weights(model, pipeline.dtype)
-    files, copied = _files(pipeline, part, held)
-    return Stage(name, held, files, copied, cost, estimate.seconds(cost, pipeline.device, name))
-
-
-def _files(pipeline: VideoPipeline, part: str, held: int) -> tuple[int, bool]:
-    """Bytes of a part's weight files, and whether its weights will be copies of another format."""
-    path = pipeline.paths.get(part)
-    if path is None:
-        return held, False
-    size = sum(file.stat().st_size for file in checkpoint_files(path))
-    return size, size < 0.9 * held or 1.9 * held < size < 2.1 * held
-
-
-def _text_stage(pipeline: VideoPipeline, encoder: Any, requests: Sequence[Request]) -> tuple[int, Stage]:
-    """The longest text in tokens, and what encoding all of them takes."""
-    texts = list(dict.fromkeys(text for one in requests for text in pipeline.texts(one)))
-    if isinstance(encoder, ClassIds):
-        return 1, Stage("text", 0, 0, False, Cost(), 0.0)
-    if encoder is None:
-        held, tokens = 4 * T5_XXL["parameters"], T5_XXL["tokens"]
-        cost = Cost(products=2.0 * tokens * T5_XXL["parameters"], moved=held, calls=1000, peak=2**28).times(len(texts))
-        return tokens, Stage("text", held, held, False, cost, estimate.seconds(cost, pipeline.device, "text"))
-    lengths = [count_tokens(encoder, text) for text in texts]
-    config = getattr(encoder.model, "config", None) or encoder.model.text_model.config
-    parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
-    cost = Cost()
-    for length in lengths:
-        cost = cost.then(estimate.reading_text(config, parameters, length))
-    held = sum(one.numel() * one.element_size() for one in encoder.model.parameters())
-    files, copied = _files(pipeline, "text_encoder", held)
-    stage = Stage("text", held, files, copied, cost, estimate.seconds(cost, pipeline.device, "text"))
-    return max(lengths, default=1), stage
-
-
-def peak_on_host(stages: Sequence[Stage]) -> int:
-    """Bytes that the stages add to a process at their peak.
-
-    Weights in the format of their files stay where the files are mapped. Others are copied while the file is mapped
-    beside them. What was freed is used again and not given back.
-    """
-    text, *others = stages
-    heap = highest = 0
-
-    def note(mapped: int, used: int) -> None:
-        nonlocal heap, highest
-        heap = max(heap, used)
-        highest = max(highest, mapped + heap)
-
-    own = text.weights if text.copied else 0
-    note(text.files, own)
-    note(0 if text.copied else text.files, own + text.cost.peak)
-    mapped = own = 0
-    for stage in others:
-        own += stage.weights if stage.copied else 0
-        note(mapped + stage.files, own)
-        mapped += 0 if stage.copied else stage.files
-    for stage in others:
-        note(mapped, own + stage.cost.peak)
-    return highest
-
-
 def cheaper(plan: Plan) -> str | None:
     """The setting nearest to the one asked for that fits, as flags, or None."""
     settings, size = plan.pipeline.settings, plan.pipeline.size
+    for other in PLANS[PLANS.index(plan.pipeline.memory) + 1 :]:
+        if plan.room is None or plan.needs.peak(other) + plan._base <= plan.room:
+            return f"--memory {other.name}"
     if plan.room is not None and plan.least > plan.room:
         return None
     fewer: list[tuple[str, dict[str, Any]]] = []  # what is worked on at once, then frames, then pixels
@@ -390,7 +282,7 @@ def fits_with(plan: Plan, changes: Mapping[str, Any]) -> bool:
         other = make_plan(dataclasses.replace(plan.pipeline.settings, **changes))
     except ConfigError:
         return False
-    return plan.room is None or other.memory - other.base + plan.base <= plan.room
+    return plan.room is None or other.needs.peak(other.pipeline.memory) + plan._base <= plan.room
 
 
 def _short(text: str, most: int = 60) -> str:

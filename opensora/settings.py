@@ -22,7 +22,9 @@ CHOICES = {
     "method": ("model", "bisect", "grid"),
     "on_bad_step": ("skip", "rollback", "stop"),
     "cache": ("none", "auto", "table", "tea", "mag"),
+    "memory": ("auto", "fast", "balanced", "low"),
     "mixed_strategy": ("mixed_video_image", "mixed_video_random"),
+    "guidance_ranks": ("auto", "together", "apart"),
 }
 SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32"}
 KINDS = {"int": {int}, "float": {int, float}, "bool": {bool}, "str": {str}, "dict": {dict}, "None": {type(None)}}
@@ -56,6 +58,9 @@ def check_trainable(settings: TrainSettings, unable: Sequence[str] = NOT_YET_IN_
     for name in unable:
         if getattr(settings, name) != getattr(TrainSettings, name):
             raise ConfigError(f"{name} is not supported by training yet; leave it out")
+    if settings.plugin == "zero2-seq" and settings.sp_size == 1:
+        remedy = "set sp_size to 2 or more, or plugin='zero2'"
+        raise ConfigError(f"plugin 'zero2-seq' divides each clip among sp_size ranks, but sp_size is 1; {remedy}")
 
 
 def setting(default: Any = MISSING, help: str = "", *, least: float | None = None, nargs: Any = None) -> Any:
@@ -162,6 +167,9 @@ class InferenceSettings(_Settings):
     cache_table: dict | None = None  # what is computed in each evaluation; recipes hold it
     cache_psnr: bool = setting(False, "also make each result without cache and guidance interval, and compare", nargs=0)
     guidance_interval: tuple[float, float] | None = setting(None, "part of the run with guidance, such as 0.1 0.8")
+    guidance_ranks: str = setting("auto", "on several ranks, its halves on half of them each: auto, together or apart")
+    memory: str = setting("auto", "memory to take: fast (most), balanced, low, or auto: what fits")
+    compile: bool = setting(False, "compile the model's blocks: the first step takes a minute", nargs=0)
     outputs: str | None = setting(None, "folder of training runs")
 
     def __post_init__(self) -> None:
@@ -236,6 +244,7 @@ class TrainSettings(_Settings):
     use_real_rec_loss: bool = False
     use_z_rec_loss: bool = False
     use_image_identity_loss: bool = False
+    freeze_encoders: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,26 @@ common += ["--dtype", "fp32", "--verbose", "0", "--save-dir", folder, "--prompt"
 assert demo_open_sora.main(common) == 0
 report = ["--warmup-count", "0", "--eval-count", "1", "--benchmark-save-path", folder + "/report.json"]
 assert benchmark_open_sora.main([*common, *report]) == 0
+
+import torch
+from opensora.acceleration.device import pick_device
+from opensora.settings import TrainSettings
+from opensora.training.trainer import Trainer
+
+class Event:
+    def __init__(self, device): assert device == "gcu"
+    def record(self): fake.CALLS["events"] += 1
+
+torch.Event = Event
+torch.manual_seed(0)
+there = pick_device(device)
+model = torch.nn.Linear(4, 4).to(there)
+loss = lambda step, generator: model(torch.randn(2, 4, generator=generator).to(there)).square().mean()
+settings = dict(model={"type": "Linear"}, dtype="fp32", max_steps=4, log_every=3, outputs=folder, tensorboard=False)
+trainer = Trainer(TrainSettings(**settings), model, loss, there, 8)
+trainer.run()
+assert trainer.late == (device == "gcu")
+torch.save(model.weight.detach(), folder + "/weight.pt")
 print(json.dumps(fake.CALLS))
 """
 
@@ -100,6 +121,12 @@ def test_a_backend_from_outside_runs_everything(simulated: tuple[dict[str, int],
     assert abs(ours - theirs).max() <= 3  # other formulations of the same
 
 
+def test_training_on_it_waits_for_no_step(simulated: tuple[dict[str, int], Path, Path]) -> None:
+    calls, there, here = simulated
+    assert calls["events"] > 0
+    assert torch.equal(*(torch.load(folder / "weight.pt") for folder in (there, here)))
+
+
 def test_its_report_names_it(simulated: tuple[dict[str, int], Path, Path]) -> None:
     report = json.loads((simulated[1] / "report.json").read_text())
     assert report["device"] == "gcu" and report["device_name"] == "made-up GCU"
@@ -112,3 +139,46 @@ def test_programs_at_the_root_name_no_device() -> None:
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
         assert not texts & set(PACKAGES)
+
+
+class TwoDevices:
+    """The module of a kind of device of which a machine has two."""
+
+    def __init__(self) -> None:
+        self.current = 0
+
+    def device_count(self) -> int:
+        return 2
+
+    def set_device(self, number: int) -> None:
+        self.current = number
+
+
+def test_each_rank_takes_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    there, kind = TwoDevices(), torch.device("meta")
+    monkeypatch.setattr(torch, "get_device_module", lambda device: there)
+    devices.take_own(kind, 1)
+    assert there.current == 1
+    with pytest.raises(ConfigError, match="rank 2 of this machine has no device; start 2 with --nproc_per_node 2"):
+        devices.take_own(kind, 2)
+    devices.take_own(kind, 2, share=True)
+    assert there.current == 0
+    with pytest.raises(ConfigError, match=r"'meta:0' is a single one, .* several processes; name just 'meta'"):
+        devices.take_own(torch.device("meta:0"), 1)
+    devices.take_own(HOST, 3)
+
+
+def test_a_host_does_one_thing_after_another() -> None:
+    assert not devices.runs_ahead(HOST)
+    assert devices.read_later(torch.tensor([1.0, 2.0]))() == [1.0, 2.0]
+    batch = {"video": torch.zeros(2), "names": ["a"]}
+    assert devices.copied_alongside(HOST)(batch) is batch
+    assert devices.optimizer_kernels(HOST) == {"fused": True, "foreach": False}
+
+
+def test_a_device_without_fused_steps_takes_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    def adam(parameters: Any, fused: bool) -> None:
+        raise RuntimeError("`fused=True` requires all the params to be floating point Tensors of supported devices")
+
+    monkeypatch.setattr(torch.optim, "AdamW", adam)
+    assert devices.optimizer_kernels.__wrapped__(HOST) == {"fused": False, "foreach": True}

@@ -36,6 +36,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     for name, make_part in {"model": make_tiny_stdit3, "vae": make_tiny_vae, "text_encoder": make_tiny_t5}.items():
         make_part(folder / name)
+    pixels = torch.randint(0, 256, (80, 72, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    video.write_image(pixels.numpy(), folder / "first.png")
     return folder
 
 
@@ -123,40 +125,48 @@ def generate(weights: Path, outputs: Path, **changes: Any) -> list[Tensor]:
     return clips
 
 
-def generate_twice(weights: Path, outputs: Path) -> list[Tensor]:
-    """Clips in float32, and chained ones, where each decoding is the next one's beginning, in float64."""
-    chained = generate(weights, outputs / "chained", num_frames=34, prompt=["a red circle"], loop=2, dtype="float64")
-    two = ["a red circle", "waves of the sea at dawn"]
-    return [*generate(weights, outputs / "single", num_frames=17, prompt=two, dtype="fp32"), *chained]
+def generate_all(weights: Path, outputs: Path, how: str = "auto") -> list[Tensor]:
+    """Clips in float32, one with a given image; chained ones, each decoding the next one's beginning, in float64."""
+    red, changes = ["a red circle"], {"guidance_ranks": how}
+    chained = generate(weights, outputs / "chained", num_frames=34, prompt=red, loop=2, dtype="float64", **changes)
+    two, short = [*red, "waves of the sea at dawn"], {"num_frames": 17, "dtype": "fp32", **changes}
+    given = generate(weights, outputs / "given", prompt=red, image=str(weights / "first.png"), **short)
+    return [*generate(weights, outputs / "single", prompt=two, **short), *given, *chained]
 
 
 @pytest.fixture(scope="module")
 def alone(weights, tmp_path_factory) -> tuple[list[Tensor], Path]:
     """What one rank makes: 25 patches a frame, which neither 2 nor 3 ranks divide."""
     folder = tmp_path_factory.mktemp("alone")
-    return generate_twice(weights, folder), folder
+    return generate_all(weights, folder), folder
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_generate_the_same_video(weights, alone, tmp_path, ranks):
-    main, *others = run(ranks, generate_twice, weights, tmp_path)
+def assert_same_clips(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() < 1e-5 * other.norm()
+
+
+@pytest.mark.parametrize(("ranks", "how"), [(2, "auto"), (2, "together"), (3, "auto"), (4, "auto")])
+def test_ranks_generate_the_same_video(weights, alone, tmp_path, ranks, how):
+    main, *others = run(ranks, generate_all, weights, tmp_path, how)
     assert not any(others), "only the main rank decodes"
-    torch.testing.assert_close(main, alone[0], atol=1e-5, rtol=0)
+    assert_same_clips(main, alone[0])
     made, expected = ({path.relative_to(folder) for path in folder.rglob("*")} for folder in (tmp_path, alone[1]))
-    assert made == expected and len(made) == 8
+    assert made == expected and len(made) == 11
 
 
 def torchrun(program: Path | str, *argv: object, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(
-        [*map(str, (*command, *argv))], capture_output=True, text=True, timeout=200, env=environment, cwd=MAIN
+        [*map(str, (*command, *argv))], capture_output=True, text=True, timeout=400, env=environment, cwd=MAIN
     )
 
 
 CONFIG = """
 num_frames = 17
-image_size = (48, 80)
+image_size = (80, 72)
 model = dict(type="STDiT3", from_pretrained="{0}/model")
 vae = dict(type="VideoAutoencoderPipeline", from_pretrained="{0}/vae")
 text_encoder = dict(type="t5", from_pretrained="{0}/text_encoder", model_max_length=300, shardformer=True)
@@ -164,25 +174,46 @@ scheduler = dict(type="rflow", num_sampling_steps=2, cfg_scale=7.0)
 """
 
 
-def test_the_program_under_torchrun(weights, tmp_path):
-    config = tmp_path / "sample.py"
-    config.write_text(CONFIG.format(weights))
-    argv = (
-        "scripts/inference.py",
-        config,
-        "--prompt",
-        "a red circle",
-        "--save-dir",
-        tmp_path / "out",
-        "--device",
-        "cpu",
-    )
-    ended = torchrun(*argv)
+PROGRAM = """
+import runpy, sys
+import torch
+from opensora.datasets import video
+
+def kept(piece, pieces=[], beside=sys.argv[0] + ".pt", convert=video.to_uint8):  # the script has another sys.argv[0]
+    pieces.append(piece)
+    torch.save(pieces, beside)
+    return convert(piece)
+
+video.to_uint8 = kept
+runpy.run_path("scripts/inference.py", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def program(weights, tmp_path_factory) -> tuple[list[object], list[Tensor]]:
+    """A program that leaves the clip of scripts/inference.py beside itself, with arguments; the clip of one rank."""
+    folder = tmp_path_factory.mktemp("program")
+    (folder / "sample.py").write_text(CONFIG.format(weights))
+    (folder / "inference.py").write_text(PROGRAM)
+    argv = [folder / "inference.py", folder / "sample.py", "--prompt", "a red circle", "--device", "cpu"]
+    argv += ["--image", weights / "first.png"]
+    command = [sys.executable, *map(str, argv), "--save-dir", str(folder / "out")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=MAIN)
+    assert ended.returncode == 0, ended.stderr
+    return argv, torch.load(folder / "inference.py.pt")
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_program_under_torchrun(program, tmp_path, ranks):
+    """25 patches a frame again, with a given image."""
+    argv, expected = program
+    ended = torchrun(*argv, "--save-dir", tmp_path / "out", ranks=ranks)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == f"{tmp_path}/out/sample_0000.mp4\n"
     assert ended.stderr.count("model  ") == 1, "one rank alone tells what it reads"
+    assert_same_clips(torch.load(argv[0].with_suffix(".py.pt")), expected)
     frames, _ = read_video(tmp_path / "out/sample_0000.mp4")
-    assert frames.shape == (17, 48, 80, 3) and frames_digest(frames)
+    assert frames.shape == (17, 80, 72, 3) and frames_digest(frames)
 
 
 BROKEN = """

@@ -68,6 +68,15 @@ def test_forward_agrees(size, given):
     assert error(fast(**fast.prepare(**told)), expected) < 1e-5
 
 
+def test_one_text_without_prompt_serves_all_rows():
+    """The mask is that of the texts, as in a batch of them with guidance."""
+    fast, _ = models()
+    told = inputs(SIZES[0], True)
+    told["y"] = fast.null_caption(told["y"])
+    assert len(told["y"]) == 1 < len(told["mask"])
+    assert error(fast(**fast.prepare(**told)), fast(**told)) < 1e-6
+
+
 def test_the_masked_twins_matter():
     """Otherwise the agreement above would show nothing."""
     _, slow = models()

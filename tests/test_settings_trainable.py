@@ -43,3 +43,19 @@ def test_refused(name, value):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_embedded_model_can_be_trained(path):
     check_trainable(TrainSettings.from_config(read_config(path), path.name))
+
+
+def test_a_plugin_for_sequences_has_some_to_divide():
+    model = {"type": "STDiT3"}
+    with pytest.raises(ConfigError, match=r"plugin 'zero2-seq' divides .* sp_size is 1; set sp_size to 2 or more, or"):
+        check_trainable(TrainSettings(model=model, plugin="zero2-seq"))
+    check_trainable(TrainSettings(model=model, plugin="zero2-seq", sp_size=2))
+    check_trainable(TrainSettings(model=model, plugin="zero2", sp_size=2))
+
+
+@pytest.mark.parametrize("name", ["360x512x512", "64x512x512-sp"])
+def test_published_plugins_divide_sequences(name):
+    """The first names zero2-seq, the second inherits zero2; both mean two ranks a clip."""
+    settings = TrainSettings.from_config(read_config(find_config(f"opensora/train/{name}")), name)
+    check_trainable(settings)
+    assert settings.sp_size == 2

@@ -284,6 +284,17 @@ class TestChanges:
             "bucket_config.144p.1", "dataset.frame_interval", "dataset.type", "lr", "model.depth",
         ]  # fmt: skip
 
+    def test_what_only_samples_depend_on_does_not_count(self) -> None:
+        def prints(kind: str, **scheduler: Any) -> dict[str, str]:
+            return fingerprint(TrainSettings(model={"type": "STDiT3"}, scheduler={"type": kind, **scheduler}))
+
+        fewer = prints("rflow", sample_method="logit-normal")
+        assert prints("rflow", sample_method="logit-normal", num_sampling_steps=30, cfg_scale=7.0) == fewer
+        assert prints("iddpm", cfg_scale=7.0, cfg_channel=3) == prints("iddpm")
+        assert prints("iddpm", num_sampling_steps=50) != prints("iddpm"), "it trains on those steps alone"
+        earlier = {**fewer, "scheduler.cfg_scale": "7.0", "scheduler.num_sampling_steps": "30"}
+        assert compare(earlier, fewer, accept=False) == []
+
     def test_the_length_counts_where_the_rate_depends_on_it(self) -> None:
         def prints(**settings: Any) -> dict[str, str]:
             return fingerprint(TrainSettings(model={"type": "STDiT3"}, **settings))

@@ -7,10 +7,14 @@ import ctypes
 import importlib
 import platform
 import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
 
 from opensora.acceleration.layout import channels_last
 from opensora.acceleration.linear import use_onednn
@@ -19,6 +23,7 @@ from opensora.errors import ConfigError, did_you_mean
 
 # Kind of device -> the package that brings it, where PyTorch itself does not.
 PACKAGES = {"cpu": None, "cuda": None, "mps": None, "xpu": None, "npu": "torch_npu", "gcu": "torch_gcu"}
+Batch = TypeVar("Batch")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "float64": torch.float64}
 
 
@@ -64,6 +69,24 @@ def _missing(name: str) -> str:
     return text
 
 
+def take_own(device: torch.device, number: int, share: bool = False) -> None:
+    """Makes device `number` of this machine, of the kind of `device`, the current one of this process.
+
+    Raises ConfigError where there are fewer, unless processes may `share` them, or where one of them is named.
+    """
+    if device.type == "cpu":
+        return
+    if device.index is not None:
+        remedy = f"name just '{device.type}': each process takes its own"
+        raise ConfigError(f"device '{device}' is a single one, but torchrun has started several processes; {remedy}")
+    module = torch.get_device_module(device)
+    there = module.device_count()
+    if number >= there and not share:
+        raise ConfigError(f"rank {number} of this machine has no device; start {there} with --nproc_per_node {there}")
+    if hasattr(module, "set_device"):  # else there is only one
+        module.set_device(number % there)
+
+
 def synchronize(device: torch.device) -> None:
     """Returns when a device has done all that it was given."""
     if device.type != "cpu":
@@ -104,17 +127,79 @@ def inference_dtype(device: torch.device, dtype: str) -> torch.dtype:
 
 
 def training_context(device: torch.device, dtype: str) -> contextlib.ExitStack:
-    """What a training step runs under: mixed precision and the attention kernels that suit the device.
+    """What the forward pass of training runs under: mixed precision and the attention kernels that suit the device.
 
-    In bf16 and fp16 matrix products take that type; parameters and sums stay in float32. On a CPU the backward pass
-    of fused attention is slower than plain matrix products at small sizes.
+    In bf16 and fp16 matrix products take that type; parameters and sums stay in float32.
     """
     context = contextlib.ExitStack()
     if dtype in ("bf16", "fp16"):
         context.enter_context(torch.autocast(device.type, DTYPES[dtype]))
-    if device.type == "cpu":
-        context.enter_context(sdpa_kernel(SDPBackend.MATH))
+    context.enter_context(training_attention(device))
     return context
+
+
+def training_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """The attention kernels alone: for the backward pass, which computes checkpointed blocks again as they were.
+
+    On a CPU the backward pass of fused attention is slower than plain matrix products at small sizes.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+
+
+@cache
+def optimizer_kernels(device: torch.device) -> dict[str, bool]:
+    """The keywords by which AdamW is fastest on a device: one kernel for all of a step, or one for each operation."""
+    try:
+        trial = torch.zeros(1, device=device).requires_grad_()
+        trial.grad = torch.zeros_like(trial)
+        torch.optim.AdamW([trial], fused=True).step()
+    except (RuntimeError, NotImplementedError):
+        return {"fused": False, "foreach": True}
+    return {"fused": True, "foreach": False}
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Whether a device works off what it is given while the program goes on, and tells when it has done a part."""
+    if device.type == "cpu":
+        return False
+    try:
+        torch.Event(device.type).record()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def read_later(numbers: Tensor) -> Callable[[], list[float]]:
+    """What gives a tensor's numbers, and waits only for what its device was given before this call."""
+    if not runs_ahead(numbers.device):
+        return numbers.tolist
+    there = numbers.to("cpu", non_blocking=True)
+    copied = torch.Event(numbers.device.type)
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return there.tolist()
+
+    return read
+
+
+def copied_alongside(device: torch.device) -> Callable[[Batch], Batch]:
+    """What puts a batch's tensors where a device copies them from while the program goes on; on a host it does nothing.
+
+    Copies with non_blocking=True wait for the device otherwise.
+    """
+    if device.type in ("cpu", "mps"):  # one memory for both
+        return lambda batch: batch
+    try:
+        torch.empty(1).pin_memory()
+    except (RuntimeError, NotImplementedError):
+        return lambda batch: batch
+    return lambda batch: tree_map_only(Tensor, _pinned, batch)
+
+
+def _pinned(tensor: Tensor) -> Any:
+    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from opensora.acceleration.device import take_own
 from opensora.errors import ConfigError
 from opensora.weights import kept_in_float32
 
@@ -79,24 +80,13 @@ def start(device: torch.device, sp_size: int = 1) -> Layout:
     from torch.distributed.device_mesh import init_device_mesh
 
     if not dist.is_initialized():
-        _own_device(device)
+        take_own(device, int(os.environ.get("LOCAL_RANK", 0)))
         dist.init_process_group(dist.get_default_backend_for_device(device), rank=rank, world_size=ranks)
         atexit.register(stop)
     if rank:
         logging.getLogger("opensora").setLevel(logging.ERROR)
     mesh = init_device_mesh(device.type, (ranks // sp_size, sp_size), mesh_dim_names=("data", "sequence"))
     return Layout(rank, ranks, sp_size, mesh)
-
-
-def _own_device(device: torch.device) -> None:
-    """Makes the device of this rank on its machine the current one, where a machine has several."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or accelerator.type != device.type:
-        return
-    local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.accelerator.device_count()
-    if local >= there:
-        raise ConfigError(f"rank {local} of this machine has no device; start {there} with --nproc_per_node {there}")
-    torch.accelerator.set_device_index(local)
 
 
 def stop(layout: Layout | None = None) -> None:

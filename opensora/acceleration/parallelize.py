@@ -21,6 +21,11 @@ def parallelize(
         checkpoint_blocks(model)
     sequence_parallel(model, layout)
     if compile:
-        for block in blocks_of(model):  # each kind once, for any size; the hooks of sharding stay outside
-            block.forward = torch.compile(block.forward, dynamic=True)
+        compile_blocks(model)
     shard(model, layout, dtype)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compiles the blocks of a transformer, each kind once, for any size; the hooks of blocks stay outside."""
+    for block in blocks_of(model):
+        block.forward = torch.compile(block.forward, dynamic=True)

@@ -50,13 +50,13 @@ class Numbered:
 class Feed:
     """The batches of one rank, one after another; `place` is that of the next batch of all ranks.
 
-    `workers` threads read that many batches ahead; with 0 they are read when they are asked for. `waited` adds up the
-    seconds that training waited for them.
+    `workers` threads read that many batches ahead; with 0 they are read when they are asked for. `placed(batch)` is
+    what they do with a batch in the end. `waited` adds up the seconds that training waited for them.
     """
 
     def __init__(self, source: Source, rank: int = 0, ranks: int = 1, workers: int = 0) -> None:
         self.source, self.rank, self.ranks = source, rank, ranks
-        self.waited = 0.0
+        self.waited, self.placed = 0.0, lambda batch: batch
         self._pool = ThreadPoolExecutor(workers, "reading") if workers else None
         self._ahead = workers + 1 if workers else 1
         self.go_to(Place())
@@ -87,9 +87,9 @@ class Feed:
         """The batch at the first of two places, being read, and the second one."""
         read = self.source.reader(*places[0])
         if self._pool:
-            return self._pool.submit(read), places[1]
+            return self._pool.submit(lambda: self.placed(read())), places[1]
         future: Future = Future()
-        future.set_result(read())
+        future.set_result(self.placed(read()))
         return future, places[1]
 
     def _walk(self, place: Place) -> Iterator[tuple[Place, Place]]:

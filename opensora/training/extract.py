@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from opensora import components, registry, weights
-from opensora.acceleration.device import DTYPES, inference_dtype, keep_allocations_in_heap, pick_device
+from opensora.acceleration.device import DTYPES, inference_dtype, keep_allocations_in_heap, pick_device, take_own
 from opensora.datasets.bucket import Buckets
 from opensora.datasets.datasets import Quarantine, VariableVideoTextDataset, VideoTextDataset, collate, to_levels
 from opensora.datasets.encoded import PLAN, caption_key
@@ -267,8 +268,14 @@ class Extraction:
         """Writes a shard whole or not at all; what a killed run left of it is swept away."""
         path = self.folder / name
         for leftover in path.parent.glob(f".*.{path.name}"):
-            leftover.unlink(missing_ok=True)
-        weights.save_file(tensors, path)
+            shutil.rmtree(leftover, ignore_errors=True)
+        own = path.with_name(f".{os.getpid()}.{path.name}")  # with what safetensors may leave there
+        own.mkdir(parents=True)
+        try:
+            weights.save_file(tensors, own / ".whole.safetensors")
+            os.replace(own / ".whole.safetensors", path)
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
 
     def _progress(self, what: str, total: int, unit: str) -> tqdm:
         """A bar with the time left, on the first rank: the others have as much to do."""
@@ -299,8 +306,8 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _own_device(name: str | None) -> torch.device:
-    """The device of this process; processes on one machine get one each."""
-    if name is None and torch.accelerator.is_available():
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        torch.accelerator.set_device_index(local % torch.accelerator.device_count())
-    return pick_device(name)
+    """The device of this process; processes on one machine get one each, and share them if they are more."""
+    device = pick_device(name)
+    if device.index is None:
+        take_own(device, int(os.environ.get("LOCAL_RANK", 0)), share=True)
+    return device

@@ -21,6 +21,8 @@ FREE = {
 }  # fmt: skip
 # Keys of sections that say where something lies; its content counts in their place.
 PLACES = {"from_pretrained", "data_path", "features", "cache_dir", "local_files_only", "shardformer", "subfolder"}
+# Settings of a scheduler that only samples depend on; also found in what earlier versions saved.
+OF_SAMPLES = {"scheduler.cfg_scale", "scheduler.cfg_channel", "scheduler.ddim_eta"}
 SHOWN = 60  # characters of a value in a message
 
 
@@ -33,7 +35,7 @@ def fingerprint(settings: TrainSettings, **contents: str) -> dict[str, str]:
         given["validation_samples"] = settings.validation_samples  # they are not trained on
     if settings.lr_schedule == "cosine":
         given["max_steps"] = settings.max_steps  # the rate depends on it
-    return {**_flat(given), **contents}
+    return {**_of_training(_flat(given)), **contents}
 
 
 def content_of(path: str | Path) -> str:
@@ -47,12 +49,19 @@ def content_of(path: str | Path) -> str:
 
 def compare(saved: Mapping[str, str], now: Mapping[str, str], accept: bool) -> list[str]:
     """What differs, one sentence a setting. Raises ConfigError with them unless they are accepted."""
+    saved = _of_training(saved)
     names = sorted(name for name in {*saved, *now} if saved.get(name) != now.get(name))
     changes = [f"{name} was {_shown(saved.get(name))} and is {_shown(now.get(name))}" for name in names]
     if changes and not accept:
         remedy = "undo that, or go on with --accept-changes"
         raise ConfigError(f"the checkpoint is of another run: {'; '.join(changes)}; {remedy}")
     return changes
+
+
+def _of_training(prints: Mapping[str, str]) -> dict[str, str]:
+    """Without what only samples depend on; IDDPM trains on the timesteps that `num_sampling_steps` keeps, too."""
+    left_out = OF_SAMPLES | ({"scheduler.num_sampling_steps"} if prints.get("scheduler.type") == '"rflow"' else set())
+    return {name: text for name, text in prints.items() if name not in left_out}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:

@@ -13,12 +13,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from opensora.acceleration.device import read_later
 from opensora.acceleration.parallel import Layout, gather, local, mean
 from opensora.errors import OpenSoraError
 from opensora.settings import TrainSettings
@@ -71,10 +72,22 @@ class BadStep:
         return "; ".join(parts)
 
 
+class Question(NamedTuple):
+    """What is asked about a step.
+
+    bad: 1 where the optimizer must leave it out, else 0, on the device: nothing has to wait to know it there
+    numbers: gives the loss, the gradient norm and `bad`, once the device has computed them
+    """
+
+    bad: Tensor
+    numbers: Callable[[], list[float]]
+
+
 class Guard:
     """Says what becomes of each step of a run, as `on_bad_step`, `max_bad_steps` and `spike_factor` have it.
 
-    `tell` gets a line for the log about each bad step. All ranks call `check` together and get the same answer.
+    `tell` gets a line for the log about each bad step. All ranks call `ask` and `answer`, or `check`, together and get
+    the same answer. A step is answered for before the next one is asked about.
     """
 
     def __init__(
@@ -94,27 +107,43 @@ class Guard:
         self.norms = deque(state["norms"], maxlen=MEMORY)
         self.in_a_row, self.overflows = state["in_a_row"], state["overflows"]
 
+    def ask(self, loss: Tensor, norm: Tensor) -> Question:
+        """Asks about a step, without waiting for the device. `loss` and `norm` are those of `check`."""
+        shared = mean(torch.stack([value.detach().float() for value in (loss, norm)]), self.layout)
+        bad = 1 - (shared.isfinite().all() & (shared[1] <= self._limit())).float()
+        return Question(bad, read_later(torch.cat([shared, bad[None]])))
+
     def check(
         self, loss: Tensor, norm: Tensor, sample_ids: Sequence[Any] = (), step: int = 0,
         again: Again | None = None, alone: Alone | None = None,
     ) -> str:  # fmt: skip
-        """What becomes of the step, "go", "skip" or "roll back"; to be asked before the optimizer takes it.
+        """The answer, at once: it is here that a step waits for the device. See `answer`.
+
+        `loss` and `norm` (of the gradients, before clipping) are scalars.
+        """
+        return self.answer(self.ask(loss, norm), sample_ids, step, again, alone)
+
+    def answer(
+        self, question: Question, sample_ids: Sequence[Any] = (), step: int = 0,
+        again: Again | None = None, alone: Alone | None = None,
+    ) -> str:  # fmt: skip
+        """What becomes of the step, "go", "skip" or "roll back", as soon as the device knows.
+
+        It is either asked before the optimizer takes the step, or after an optimizer that obeys `question.bad`.
 
         "skip": the gradients are thrown away, and nothing else changes but the scale of the loss in fp16. "roll back":
         so they are, and the weights and all that goes with them come from the last checkpoint, while the data goes on
         after this batch, as another order may pass where this one failed (PaLM, Chowdhery et al. 2022,
         arXiv:2204.02311, section 5.1); without a checkpoint it means "skip". In fp16 overflowing gradients are left
-        to the scaler as long as a smaller scale may help: "go". It is here that a step waits for the device.
+        to the scaler as long as a smaller scale may help: "go", although `bad` is 1.
 
-        `loss` and `norm` (of the gradients, before clipping) are scalars. `again()` repeats the forward pass of this
-        rank's part of the step with the same noise and gives the loss of each sample [B], in the order of
-        `sample_ids`, or of all together. `alone(i)` does so for one sample without the others; it tells which sample is
-        to blame where they have no losses of their own, or where only gradients are bad. Gradients are lost when it is
-        not "go". Raises OpenSoraError when the run has to stop.
+        `again()` repeats the forward pass of this rank's part of the step with the same noise and gives the loss of
+        each sample [B], in the order of `sample_ids`, or of all together. `alone(i)` does so for one sample without the
+        others; it tells which sample is to blame where they have no losses of their own, or where only gradients are
+        bad. Gradients are lost when it is not "go". Raises OpenSoraError when the run has to stop.
         """
-        shared = mean(torch.stack([value.detach().float() for value in (loss, norm)]), self.layout)
-        loss_value, norm_value = shared.tolist()
-        what = self._judge(loss_value, norm_value)
+        loss_value, norm_value, bad = question.numbers()
+        what = self._judge(loss_value, norm_value, bool(bad))
         if math.isfinite(norm_value):
             self.norms.append(norm_value)
         if what is None:
@@ -134,7 +163,12 @@ class Guard:
         logger.warning("%s: %s", event, action)
         return action
 
-    def _judge(self, loss: float, norm: float) -> str | None:
+    def _limit(self) -> float:
+        """The largest gradient norm that is no jump."""
+        factor = self.settings.spike_factor
+        return factor * statistics.median(self.norms) if factor and len(self.norms) >= ENOUGH else math.inf
+
+    def _judge(self, loss: float, norm: float, bad: bool) -> str | None:
         """What is wrong with a step, if anything is."""
         if not math.isfinite(loss):
             return LOSS
@@ -142,9 +176,7 @@ class Guard:
             self.overflows += 1
             return None if self.settings.dtype == "fp16" and self.overflows <= OVERFLOWS else GRADIENTS
         self.overflows = 0
-        factor = self.settings.spike_factor
-        usual = statistics.median(self.norms) if factor and len(self.norms) >= ENOUGH else math.inf
-        return SPIKE if norm > factor * usual else None
+        return SPIKE if bad else None
 
     def _look_into(self, event: BadStep, norm: float, ids: list[str], again: Again | None, alone: Alone | None) -> None:
         """Takes the step again, and fills in what comes out."""

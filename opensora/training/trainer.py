@@ -12,13 +12,19 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from opensora.acceleration.device import training_context
+from opensora.acceleration.device import (
+    copied_alongside,
+    optimizer_kernels,
+    runs_ahead,
+    training_attention,
+    training_context,
+)
 from opensora.acceleration.parallel import Layout, clip_grad_norm, local, mean, share
 from opensora.errors import OpenSoraError
 from opensora.settings import TrainSettings
@@ -26,7 +32,7 @@ from opensora.training import state
 from opensora.training.data import Feed, Numbered, Place
 from opensora.training.ema import EMA
 from opensora.training.fingerprint import compare
-from opensora.training.guard import Guard
+from opensora.training.guard import Guard, Question
 from opensora.training.throughput import Throughput
 from opensora.training.tracking import Tracker, copy_log
 
@@ -42,12 +48,25 @@ def step_generator(seed: int, step: int, batch: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
+class Taken(NamedTuple):
+    """A step that the optimizer has taken, unless it was bad, and that the guard has yet to answer for."""
+
+    step: int
+    batches: list[Any]
+    loss: Tensor
+    question: Question
+
+
 class Trainer:
     """Trains `model`, which is ready for its ranks, on `loss(batch, generator) -> scalar Tensor` as the settings say.
 
     A number instead of a `feed` means batches that are nothing but their number, so many to an epoch. `prints` is the
     fingerprint that a resumed run is compared with; `work()` tells the clips, tokens and operations of the last batch.
-    `watches` are called after every step.
+    `watches` are called after every step; those that come at other steps than the settings say call `settle` first.
+
+    Where `late`, a device computes a step while the next one is prepared: whether it was bad is decided on the device,
+    and read when the next step's gradients have been asked for. If it was, those are computed once more, afterwards.
+    The numbers are those of a trainer that waits.
     """
 
     def __init__(
@@ -58,12 +77,14 @@ class Trainer:
         self.settings, self.model, self.loss, self.device = settings, model, loss, device
         self.layout, self.prints, self.work = layout or Layout(), prints or {}, work
         self.feed = Feed(Numbered(feed)) if isinstance(feed, int) else feed
+        self.feed.placed = copied_alongside(device)
         self.batches = settings.accumulation_steps * self.feed.ranks  # of a step
         self.steps_per_epoch = max(self.feed.source.count(0) // self.batches, 1)
         self.total_steps = settings.max_steps or settings.epochs * self.steps_per_epoch
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        adam = dict(betas=settings.adam_betas, eps=settings.adam_eps, weight_decay=settings.weight_decay, fused=True)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, **adam)
+        self.optimizer = make_optimizer(self.parameters, settings, device)
+        self.late = settings.dtype != "fp16" and optimizer_kernels(device)["fused"] and runs_ahead(device)
+        self.taken: Taken | None = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "fp16")
         self.ema = EMA(model, settings.ema_decay)
         self.writer = state.Writer()
@@ -151,39 +172,64 @@ class Trainer:
 
     def train_step(self) -> Tensor:
         """One optimizer step, unless the guard forbids it; returns the gradient norm."""
+        batches = [next(self.feed) for _ in range(self.settings.accumulation_steps)]
+        loss = self._gradients(batches)
+        if not self.settle():
+            loss = self._gradients(batches)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        batches = [next(self.feed) for _ in range(self.settings.accumulation_steps)]
-        loss = torch.stack([self._backward(part, batch) for part, batch in enumerate(batches)]).mean()
         self.scaler.unscale_(self.optimizer)
         norm = clip_grad_norm(self.parameters, self.settings.grad_clip or math.inf)
-        verdict = self.guard.check(loss, norm, _names(batches), self.step, lambda: self._again(batches))
-        if verdict == "go":
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if verdict == "go":
-            self.ema.update()
-            self.losses.append(loss)
-        elif verdict == "roll back":
-            self._roll_back()
+        self.taken = Taken(self.step, batches, loss, self.guard.ask(loss, norm))
+        if self.late:
+            self.optimizer.found_inf = self.taken.question.bad  # its kernel does nothing where that is 1
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self.settle()
         return norm
 
+    def settle(self) -> bool:
+        """Waits for the last step and does what the guard says of it; False if that was bad, and gradients are lost."""
+        taken, self.taken = self.taken, None
+        if taken is None:
+            return True
+        with training_attention(self.device):
+            verdict = self.guard.answer(taken.question, _names(taken.batches), taken.step, lambda: self._again(taken))
+        if not self.late:
+            if verdict == "go":
+                self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+        if verdict == "go":
+            self.ema.update()
+            self.losses.append(taken.loss)
+            return True
+        self.optimizer.zero_grad(set_to_none=True)
+        if verdict == "roll back":
+            self._roll_back()
+        return False
+
+    def _gradients(self, batches: list[Any]) -> Tensor:
+        """Adds up the gradients of this rank's batches of the step; returns their mean loss."""
+        return torch.stack([self._backward(part, batch) for part, batch in enumerate(batches)]).mean()
+
     def _backward(self, part: int, batch: Any) -> Tensor:
-        """Adds the gradients of this rank's batch number `part` of the step; returns its loss."""
-        loss = self._loss(part, batch).mean()
-        self.scaler.scale(loss / self.settings.accumulation_steps).backward()
+        """Adds the gradients of batch number `part` of the step; returns its loss."""
+        loss = self._loss(self.step, part, batch).mean()
+        with training_attention(self.device):
+            self.scaler.scale(loss / self.settings.accumulation_steps).backward()
         self.throughput.add(*self.work())
         return loss.detach()
 
-    def _loss(self, part: int, batch: Any) -> Tensor:
+    def _loss(self, step: int, part: int, batch: Any) -> Tensor:
         number = part * self.feed.ranks + self.feed.rank
         with training_context(self.device, self.settings.dtype):
-            return self.loss(batch, step_generator(self.settings.seed, self.step, number))
+            return self.loss(batch, step_generator(self.settings.seed, step, number))
 
-    def _again(self, batches: list[Any]) -> Tensor:
+    def _again(self, taken: Taken) -> Tensor:
         """The losses of a step's batches, computed once more: of each sample, if there are such."""
-        losses = [self._loss(part, batch) for part, batch in enumerate(batches)]
+        losses = [self._loss(taken.step, part, batch) for part, batch in enumerate(taken.batches)]
         return torch.cat(losses) if losses[0].ndim else torch.stack(losses).mean()
 
     def _roll_back(self) -> None:
@@ -193,6 +239,10 @@ class Trainer:
             state.load(good[0], self.model, self.ema, self.optimizer, self.scaler)
 
     def _watch(self) -> None:
+        if any(
+            every and self.step % every == 0 for every in (self.settings.validate_every, self.settings.sample_every)
+        ):
+            self.settle()
         began = time.perf_counter()
         for watch in self.watches:
             watch(self)
@@ -200,6 +250,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Takes a checkpoint of the present position, to be written in the background; broken weights are refused."""
+        self.settle()
         norms = torch.stack(torch._foreach_norm([local(p.detach()) for p in self.parameters]))
         if not mean(norms, self.layout).isfinite().all():
             raise self._broken("the weights are")
@@ -219,6 +270,7 @@ class Trainer:
 
     def _log(self, norm: Tensor) -> float:
         """Writes a line of the log with the mean loss since the last one, and returns that: NaN without a good step."""
+        self.settle()
         loss = mean(torch.stack(self.losses), self.layout).mean().item() if self.losses else math.nan
         line = {"step": self.step, "loss": loss} if self.losses else {"step": self.step}
         self.losses = []
@@ -227,14 +279,30 @@ class Trainer:
         return loss
 
     def _out_of_time(self, started: float) -> bool:
+        """Whether max_minutes are over; ranks agree on that when they log, since they wait for one another then."""
         minutes = self.settings.max_minutes
-        return bool(minutes) and share(time.monotonic() >= started + 60 * minutes, self.layout)
+        if not minutes or (self.layout.world_size > 1 and self.step % self.settings.log_every):
+            return False
+        return share(time.monotonic() >= started + 60 * minutes, self.layout)
 
     def _broken(self, what: str) -> OpenSoraError:
         self.writer.wait()
         good = state.checkpoints(self.folder)
         again = f"resume with --load {good[-1]} and --accept-changes" if good else "start again"
         return OpenSoraError(f"{what} not finite at step {self.step}; {again}, with a lower lr or grad_clip")
+
+
+def make_optimizer(parameters: list[Tensor], settings: TrainSettings, device: torch.device) -> torch.optim.AdamW:
+    """AdamW as the settings have it, by the fastest kernels of the device, whatever those of a checkpoint are."""
+    how = dict(betas=settings.adam_betas, eps=settings.adam_eps, weight_decay=settings.weight_decay)
+    kernels = optimizer_kernels(device)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, **how, **kernels)
+
+    def keep_kernels(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
+        return {**saved, "param_groups": [{**group, **kernels} for group in saved["param_groups"]]}
+
+    optimizer.register_load_state_dict_pre_hook(keep_kernels)
+    return optimizer
 
 
 def _names(batches: list[Any]) -> list[str]:

@@ -55,7 +55,8 @@ _OURS = {
     "trust_config", "cfg_options", "device", "offline", "vae_path", "text_encoder_path", "preview",
     "image", "first_frame", "last_frame", "extend", "keep", "edit", "strength", "llm_base_url", "llm_model",
     "steps_until", "draft", "cache", "max_error", "cache_threshold", "cache_prompts", "cache_psnr",
-    "guidance_interval",
+    "guidance_interval", "guidance_ranks",
+    "memory",
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,8 +57,8 @@ class Networks:
         self.chunked = chunked
         self.texts: list[str] = []
         self.calls: list[dict[str, Any]] = []
-        self.encoded: list[list[int]] = []
-        self.decoded: list[int] = []
+        self.shapes: list[list[int]] = []
+        self.lengths: list[int] = []
         self.out_channels, self.in_channels, self.output_dim, self.model_max_length = 4, 4, 8, 300
         self.patch_size = (1, 2, 2)
         self.config = {"caption_channels": 8, "model_max_length": 300}
@@ -78,13 +78,14 @@ class Networks:
         self.texts += texts
         return torch.full((1, 1, 1, 8), float(self.texts.index(texts[0]))), torch.ones(1, 1)
 
-    def encode(self, x: Tensor, sample: bool = True) -> Tensor:
-        self.encoded.append(list(x.shape))
+    def encoded(self, pieces: Iterable[Tensor]) -> Tensor:
+        x = torch.cat(list(pieces), dim=2)
+        self.shapes.append(list(x.shape))
         return torch.zeros(1, 4, *self.get_latent_size(x.shape[2:]))
 
-    def decode(self, z: Tensor, num_frames: int) -> Tensor:
-        self.decoded.append(num_frames)
-        return torch.zeros(1, 3, num_frames, z.shape[3] * 8, z.shape[4] * 8)
+    def decoded(self, z: Tensor, num_frames: int) -> Iterator[Tensor]:
+        self.lengths.append(num_frames)
+        yield torch.zeros(1, 3, num_frames, z.shape[3] * 8, z.shape[4] * 8)
 
     def null_caption(self, y: Tensor) -> Tensor:
         return y
@@ -112,7 +113,7 @@ def networks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
     parts |= {"fill_text_encoder": summary, "trained_sizes": []}
     for name, value in parts.items():
         monkeypatch.setattr(pipeline.components, name, lambda *_, value=value, **__: value)
-    for needs_modules in ("rehearse", "_remember"):
+    for needs_modules in ("rehearse", "choose_memory", "_remember"):
         monkeypatch.setattr(VideoPipeline, needs_modules, lambda *_, **__: None)
     build = pipeline.registry.build
 
@@ -154,7 +155,7 @@ def test_flow(networks: Networks, version: str, case: dict, tmp_path: Path) -> N
     if ("error" in case and not runs_here(version, case)) or reads_json_here(version, case):
         with pytest.raises((OpenSoraError, SystemExit)):
             run()
-        assert not networks.calls and not networks.encoded  # refused before any work
+        assert not networks.calls and not networks.shapes  # refused before any work
         return
     run()
     if "error" in case:
@@ -167,7 +168,7 @@ def test_flow(networks: Networks, version: str, case: dict, tmp_path: Path) -> N
         assert call["mask"] == pytest.approx(wanted["mask"])
         for name, value in call["sizes"].items():
             assert value == pytest.approx(wanted["sizes"][name], rel=2**-8)  # recorded in bfloat16 (quirk R1)
-    assert sorted(networks.encoded) == sorted(case["reference_encodes"])
+    assert sorted(networks.shapes) == sorted(case["reference_encodes"])
     assert saved(out, old) == files
     assert all((out / name).read_bytes() == b"kept" for name in old)
 

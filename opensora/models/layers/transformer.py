@@ -122,7 +122,7 @@ class TextTransformer(PatchTransformer):
         """
         if any(parameter.requires_grad for parameter in self.parameters()):
             return {"y": y, "mask": mask, **others}
-        y, keep = self.caption(y, mask, len(y))
+        y, keep = self.caption(y, mask, len(y) if mask is None else max(len(y), len(mask)))  # one y may serve many rows
         return {"y": Text(tuple(block.cross_attn.read(y) for block in self.text_blocks()), keep), **others}
 
     def text_blocks(self) -> list[TextBlock]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,11 @@ FRAMES_RENAMED = (
     )),
     *((f"{part}.*", f"module.{part}.*") for part in ("encoder", "decoder", "quant_conv", "post_quant_conv")),
 )  # fmt: skip
+
+
+def frames_at_once(height: int, width: int) -> int:
+    """Frames of that many pixels that are worth a batch."""
+    return max(1, MOST_PIXELS // (height * width))
 
 
 class FrameAutoencoder(nn.Module):
@@ -78,6 +83,10 @@ class FrameAutoencoder(nn.Module):
         """Mean and log variance [N, 2 C, H / 8, W / 8] of frames [N, 3, H, W]."""
         return self.module.quant_conv(self.module.encoder(frames))
 
+    def encoded(self, pieces: Iterable[Tensor]) -> Tensor:
+        """`encode` of the means of a video that comes in pieces [B, 3, n, H, W], which need not all be held."""
+        return torch.cat([self.encode(piece, sample=False) for piece in pieces], dim=2)
+
     def decoded(self, z: Tensor, **_: Any) -> Iterator[Tensor]:
         """`decode` in pieces [B, 3, n, H * 8, W * 8], one after the other, so that they need not all be held."""
         yield self.decode(z)
@@ -113,7 +122,7 @@ class VideoAutoencoderKL(FrameAutoencoder):
         yield from map(self.decode, z.split(self._at_once(z), dim=2))
 
     def _at_once(self, z: Tensor) -> int:
-        most = max(1, MOST_PIXELS // (z.shape[3] * z.shape[4] * SPATIAL_FACTOR**2))
+        most = frames_at_once(*(SPATIAL_FACTOR * side for side in z.shape[3:]))
         return min(self.micro_batch_size or most, most)
 
     def decode_frames(self, z: Tensor) -> Tensor:
@@ -186,14 +195,21 @@ class VideoAutoencoderPipeline(nn.Module):
         `sample` False takes the mean of both posteriors. With cal_loss: (z, last chunk's posterior, spatial latent).
         """
         x_z = self.spatial_vae.encode(x, sample, generator)
+        z, posterior = self.encode_time(x_z, sample, generator)
+        return (z, posterior, x_z) if self.cal_loss else z
+
+    def encoded(self, pieces: Iterable[Tensor]) -> Tensor:
+        """`encode` of the means of a video that comes in pieces [B, 3, n, H, W], which need not all be held."""
+        return self.encode_time(self.spatial_vae.encoded(pieces), sample=False)[0]
+
+    def encode_time(self, x_z: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> Any:
+        """The latent of a spatial latent, normalised unless cal_loss, and the posterior of its last chunk."""
         posterior, parts = None, []
         for chunk in x_z.split(self.micro_frame_size or x_z.shape[2], dim=2):
             posterior = self.temporal_vae.encode(chunk)
             parts.append(posterior.sample(generator) if sample else posterior.mean)
         z = torch.cat(parts, dim=2)
-        if self.cal_loss:
-            return z, posterior, x_z
-        return (z - self.shift.to(z.dtype)) / self.scale.to(z.dtype)
+        return z if self.cal_loss else (z - self.shift.to(z.dtype)) / self.scale.to(z.dtype), posterior
 
     def decode(self, z: Tensor, num_frames: int) -> Any:
         """Video [B, 3, num_frames, H * 8, W * 8] of a normalised latent z; with cal_loss: (video, spatial latent)."""

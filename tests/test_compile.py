@@ -1,0 +1,64 @@
+"""Compiled blocks: one graph each, whatever the size, and the same numbers."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from opensora.acceleration.parallel import blocks_of
+from opensora.acceleration.parallelize import compile_blocks
+from opensora.models.sizes import size_conditioning
+from opensora.models.stdit.stdit3 import STDiT3
+from tests.test_plain import error, randomize
+
+CPU = torch.device("cpu")
+SIZES = [(5, 8, 14), (7, 6, 22), (11, 12, 10), (3, 26, 4)]  # latent, of lengths that are no others by chance
+SETTINGS = dict(hidden_size=32, depth=2, num_heads=2, caption_channels=16, model_max_length=8, qk_norm=True)
+
+
+@pytest.fixture
+def model() -> Iterator[STDiT3]:
+    torch.compiler.reset()
+    made = STDiT3(**SETTINGS).eval()
+    randomize(made)
+    yield made
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+def step(model: nn.Module, size: tuple[int, int, int]) -> Tensor:
+    frames, height, width = size
+    draw = torch.Generator().manual_seed(1)
+    x, y = torch.randn(2, 4, *size, generator=draw), torch.randn(2, 1, 8, 16, generator=draw)
+    told = size_conditioning("STDiT2", 2, (8 * height, 8 * width), frames, 24, device=CPU)
+    return model(x, torch.tensor([500.0, 300.0]), y, **told)
+
+
+def test_a_block_is_one_graph_for_every_size(model: STDiT3) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    for block in blocks_of(model):
+        block.forward = torch.compile(block.forward, backend=backend, dynamic=True, fullgraph=True)
+    step(model, SIZES[0])
+    first = len(graphs)
+    for size in SIZES[1:]:
+        step(model, size)
+        assert len(graphs) == first > 0, size
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU takes a C++ compiler")
+def test_compiled_blocks_compute_the_same(model: STDiT3) -> None:
+    expected = [step(model, size) for size in SIZES]
+    compile_blocks(model)
+    for size, tensor in zip(SIZES, expected, strict=True):
+        assert error(step(model, size), tensor) < 1e-5
