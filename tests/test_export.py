@@ -148,7 +148,12 @@ class TestReproduce:
         make_tiny_t5(outputs / "text_encoder" / "ema")
         write_miniature_configs(tmp_path)
         assert reproduce.main(["--outputs", str(outputs), "--device", "cpu", "--dtype", "fp32"]) == 0
-        assert ran == ["scripts/train_vae.py"] * 2 + ["scripts/train.py"] * 2 + ["scripts/misc/export.py"] * 3
+        assert ran == [
+            *["scripts/train_vae.py"] * 2,
+            *["scripts/train.py"] * 2,
+            "scripts/train_vae.py",
+            *["scripts/misc/export.py"] * 3,
+        ]
         vae = load_file(embedded / "vae" / "model.safetensors")
         assert vae["shift"].dtype == torch.float32 and vae["shift"].shape == (1, 4, 1, 1, 1)
         components.load(dict(type="STDiT3", from_pretrained=str(embedded / "stdit3")), "model", CPU, torch.float32)
@@ -169,6 +174,7 @@ def write_miniature_configs(folder: Path) -> None:
         use_z_rec_loss=True,
         **short,
     )
+    write_config(folder / "vae_decoder.py", dataset=clips, model=autoencoder, freeze_encoders=True, **short)
     for name in ("stdit3", "stdit3_masks"):
         write_config(
             folder / f"{name}.py",

@@ -15,7 +15,7 @@ from opensora.datasets.shape_clips import MixedClips, shape_clips
 from opensora.errors import ConfigError
 from opensora.settings import TrainSettings
 from opensora.training.diffusion import end_in_image, train
-from opensora.training.vae import train_vae
+from opensora.training.vae import PIXEL_FRAMES, in_a_row, train_vae
 from tests.tiny import TINY_STDIT3, TINY_VAE, make_tiny_t5, make_tiny_vae
 
 SIZES = [(17, 16, 24, 0.5), (34, 16, 24, 0.3), (1, 24, 16, 0.2)]
@@ -123,3 +123,34 @@ def test_the_autoencoder_trains_on_several_sizes(tmp_path: Path) -> None:
     settings: dict[str, Any] = dict(model=model, dataset=dataset, dtype="fp32", device="cpu", batch_size=2, max_steps=4)
     made = train_vae(TrainSettings(outputs=str(tmp_path), perceptual_loss_weight=0.0, use_z_rec_loss=True, **settings))
     assert (made / "model.safetensors").is_file()
+
+
+def test_decoders_alone_are_trained(tmp_path: Path) -> None:
+    """Clips of several chunks and single frames; latents stay what they were."""
+    start = make_tiny_vae(tmp_path / "start", shift=(0.1, 0.0, -0.1, 0.2), scale=(1.0, 2.0, 1.5, 0.5))
+    dataset = dict(type="ShapeClips", sizes=[(34, 16, 24, 1), (1, 24, 16, 1)], num_clips=4)
+    model = dict(type="VideoAutoencoderPipeline", from_pretrained=str(start), **TINY_VAE)
+    settings = dict(model=model, dataset=dataset, dtype="fp32", device="cpu", batch_size=1, max_steps=4, lr=1e-2)
+    made = train_vae(TrainSettings(outputs=str(tmp_path), perceptual_loss_weight=0.0, freeze_encoders=True, **settings))
+    before, after = (load_file(folder / "model.safetensors") for folder in (start, made))
+    changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    assert changed and all(".decoder." in name or ".post_quant_conv." in name for name in changed)
+    assert {name.split(".")[0] for name in changed} == {"spatial_vae", "temporal_vae"}
+
+
+def test_decoders_alone_need_trained_encoders(tmp_path: Path) -> None:
+    model = dict(type="VideoAutoencoderPipeline", **TINY_VAE)
+    dataset = dict(type="ShapeClips", num_frames=5, image_size=(16, 16), num_clips=4)
+    settings: dict[str, Any] = dict(model=model, dataset=dataset, perceptual_loss_weight=0.0, freeze_encoders=True)
+    settings |= dict(max_steps=1)
+    with pytest.raises(ConfigError, match="name their weights with --ckpt-path"):
+        train_vae(TrainSettings(outputs=str(tmp_path), **settings))
+
+
+@pytest.mark.parametrize(("frames", "chunk"), [(1, 17), (3, 17), (17, 17), (34, 17), (34, None)])
+def test_frames_in_a_row(frames: int, chunk: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    starts = [in_a_row(frames, chunk, generator).start for _ in range(400)]
+    assert set(starts) == set(range(max(frames - PIXEL_FRAMES, 0) + 1))
+    around = starts.count(15) / len(starts)
+    assert around > 0.4 if (frames, chunk) == (34, 17) else around < 0.2

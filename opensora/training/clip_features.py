@@ -80,7 +80,8 @@ def encode_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoders)
 
     def features(one: ShapeClips) -> Features:
         identity = {
-            "clips": {"frames": one.num_frames, "image_size": one.image_size, "seed": one.seed},
+            "clips": {"frames": one.num_frames, "image_size": one.image_size, "seed": one.seed}
+            | ({"continued": True} if one.continued else {}),
             "vae": encoders.contents["weights of the vae"],
             "text_encoder": encoders.contents["weights of the text encoder"],
             "model_max_length": encoders.text.model_max_length,

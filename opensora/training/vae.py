@@ -25,6 +25,7 @@ from opensora.training.trainer import Loss, Trainer, step_generator
 Videos = Callable[[int], Tensor]  # step -> [B, 3, T, H, W] in [-1, 1]
 STATISTICS_CLIPS = 256
 PIXEL_FRAMES = 4
+LATENT_SHARE = 0.05  # of errors of latents, beside those of pixels: with more of it wrong colours came to stay
 
 
 def reconstruction(decoded: Tensor, target: Tensor) -> Tensor:
@@ -74,11 +75,45 @@ def video_loss(model: VideoAutoencoderPipeline, settings: TrainSettings, videos:
     return loss
 
 
+def decoder_loss(model: VideoAutoencoderPipeline, videos: Videos) -> Loss:
+    """The decoders alone, so that latents keep their meaning: per-frame latents of whole clips, pixels of some frames.
+
+    Those are frames in a row, compared also in what changes from one to the next, often across the border of chunks.
+    What is decoded must be encoded as the same latents again: long videos are decoded and encoded once for each loop.
+    """
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        x = videos(step)
+        with torch.no_grad():
+            x_z = model.spatial_vae.encode(x, sample=False).float()
+            z = model.encode_time(x_z, sample=False)[0].float()
+        decoded_x_z = model.decode_time(z, x.shape[2])
+        some = in_a_row(x.shape[2], model.micro_frame_size, generator)
+        decoded, target = model.spatial_vae.decode(decoded_x_z[:, :, some]), x[:, :, some]
+        latents = reconstruction(decoded_x_z, x_z) / SPATIAL_SCALE
+        latents = latents + reconstruction(model.spatial_vae.encode(decoded, False), x_z[:, :, some]) / SPATIAL_SCALE
+        latents = latents + reconstruction(model.encode_time(decoded_x_z, False)[0], z)
+        total = reconstruction(decoded, target) + LATENT_SHARE * latents
+        return total if x.shape[2] == 1 else total + reconstruction(decoded.diff(dim=2), target.diff(dim=2))
+
+    return loss
+
+
+def in_a_row(frames: int, chunk: int | None, generator: torch.Generator) -> slice:
+    """PIXEL_FRAMES frames of a clip: half of the time those around the end of its first chunk, if there are more."""
+    starts = max(frames - PIXEL_FRAMES, 0) + 1
+    start = int(torch.randint(2 * starts, (), generator=generator))
+    if start >= starts:
+        start = chunk - PIXEL_FRAMES // 2 if chunk and chunk + PIXEL_FRAMES // 2 <= frames else start - starts
+    return slice(start, start + PIXEL_FRAMES)
+
+
 def train_vae(settings: TrainSettings) -> Path:
     """Trains as the settings say; returns the folder of the averaged model, written once the last step is done.
 
     The per-frame part is trained alone unless use_z_rec_loss or use_real_rec_loss ask for the temporal one; after
-    that one, shift and scale are set so that latents have mean 0 and deviation 1, unless they were set before.
+    that one, shift and scale are set so that latents have mean 0 and deviation 1, unless they were set before. With
+    freeze_encoders the decoders of both parts are trained, and nothing else.
     """
     check_trainable(settings, NOT_YET_IN_VAE_TRAINING)
     if world_size() > 1:
@@ -90,12 +125,14 @@ def train_vae(settings: TrainSettings) -> Path:
     torch.manual_seed(settings.seed)
     model = _build(settings.model)
     temporal = settings.use_z_rec_loss or settings.use_real_rec_loss
-    freeze = settings.model.get("freeze_vae_2d", False)
-    (model.spatial_vae if temporal else model.temporal_vae).requires_grad_(temporal and not freeze)
+    _freeze(model, settings, temporal)
     model = place(model, device).train()
     data = shape_clips(settings.dataset, settings.batch_size or 1, settings.seed)
     videos = _mixed(settings, data, device)
-    loss = video_loss(model, settings, videos, data.period) if temporal else frame_loss(model, settings, videos)
+    if settings.freeze_encoders:
+        loss = decoder_loss(model, videos)
+    else:
+        loss = video_loss(model, settings, videos, data.period) if temporal else frame_loss(model, settings, videos)
     trainer = Trainer(settings, model, loss, device, settings.ckpt_every, prints=fingerprint(settings))
     folder = trainer.run()
     if not trainer.finished:
@@ -106,6 +143,22 @@ def train_vae(settings: TrainSettings) -> Path:
     final = Path(settings.outputs) / "ema"
     weights.save_pretrained(model.state_dict(), final, {"model_type": settings.model["type"], **model.config})
     return final
+
+
+def _freeze(model: VideoAutoencoderPipeline, settings: TrainSettings, temporal: bool) -> None:
+    """Leaves alone what this stage does not train."""
+    if settings.freeze_encoders:
+        if not settings.model.get("from_pretrained"):
+            raise ConfigError(
+                "freeze_encoders keeps the latents of trained encoders; name their weights with --ckpt-path"
+            )
+        model.requires_grad_(False)
+        for part in (model.spatial_vae.module, model.temporal_vae):
+            for decoder in (part.post_quant_conv, part.decoder):
+                decoder.requires_grad_(True)
+        return
+    freeze = settings.model.get("freeze_vae_2d", False)
+    (model.spatial_vae if temporal else model.temporal_vae).requires_grad_(temporal and not freeze)
 
 
 def _build(section: dict[str, Any]) -> VideoAutoencoderPipeline:

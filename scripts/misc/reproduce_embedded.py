@@ -16,8 +16,8 @@ from opensora.training.state import checkpoints
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "embedded" / "train"
 EMBEDDED = ROOT / "opensora" / "embedded"
-TRAINED = ("text_encoder", "vae_2d", "vae_temporal", "stdit3", "stdit3_masks")
-EXPORTED = {"text_encoder": "text_encoder", "vae": "vae_temporal", "stdit3": "stdit3_masks"}  # in the package -> stage
+TRAINED = ("text_encoder", "vae_2d", "vae_temporal", "stdit3", "stdit3_masks", "vae_decoder")
+EXPORTED = {"text_encoder": "text_encoder", "vae": "vae_decoder", "stdit3": "stdit3_masks"}  # in the package -> stage
 
 
 def plan(stage: str, outputs: Path, flags: Sequence[str], export_dtype: str) -> list[list[str]]:
@@ -31,7 +31,7 @@ def plan(stage: str, outputs: Path, flags: Sequence[str], export_dtype: str) -> 
     if stage == "text_encoder":
         return [["scripts/train_text_encoder.py", "--output", str(result[stage])]]
     encoders = ["--vae-path", str(result["vae_temporal"]), "--text-encoder-path", str(result["text_encoder"])]
-    before = {"vae_temporal": "vae_2d", "stdit3_masks": "stdit3"}  # stage -> where its weights come from
+    before = {"vae_temporal": "vae_2d", "stdit3_masks": "stdit3", "vae_decoder": "vae_temporal"}  # stage -> its start
     inputs = ["--ckpt-path", str(result[before[stage]])] if stage in before else []
     script = "scripts/train_vae.py"
     if stage.startswith("stdit3"):

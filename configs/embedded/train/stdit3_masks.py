@@ -5,20 +5,20 @@ dataset = dict(
     num_frames=None,
     image_size=None,
     sizes=[
-        (17, 64, 64, 0.22), (34, 64, 64, 0.09), (1, 64, 64, 0.07),
-        (17, 48, 80, 0.12), (34, 48, 80, 0.06), (1, 48, 80, 0.05),
-        (17, 80, 48, 0.12), (34, 80, 48, 0.06), (1, 80, 48, 0.05),
+        (17, 64, 64, 0.18), (34, 64, 64, 0.08), (1, 64, 64, 0.05),
+        (17, 48, 80, 0.12), (34, 48, 80, 0.05), (1, 48, 80, 0.05),
+        (17, 80, 48, 0.12), (34, 80, 48, 0.05), (1, 80, 48, 0.05),
     ],
-    continued=[(34, 64, 64, 0.08), (34, 48, 80, 0.04), (34, 80, 48, 0.04)],
+    continued=[(34, 64, 64, 0.14), (34, 48, 80, 0.05), (34, 80, 48, 0.05)],
     num_clips=1500,
     features="outputs/embedded/features_masks",
 )  # fmt: skip
 model = dict(from_pretrained="outputs/embedded/stdit3/ema")
 mask_ratios = {
-    "identity": 0.5,
+    "identity": 0.45,
     "image_head": 0.22,
     "image_head_tail": 0.12,
-    "half_head": 0.04,
+    "half_head": 0.09,
     "quarter_head": 0.02,
     "quarter_tail": 0.02,
     "image_tail": 0.03,
@@ -29,5 +29,5 @@ seed = 6
 outputs = "outputs/embedded/stdit3_masks"
 lr = 7e-4
 warmup_steps = 100
-max_steps = 4200
+max_steps = 9000
 ckpt_every = 150
