@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from opensora.acceleration.device import synchronize
+from opensora.acceleration.memory import free_on_host
 from opensora.errors import MediaError
 from opensora.files import replacing
 from opensora.weights import kept_in_float32
@@ -332,9 +333,8 @@ def available(device: torch.device) -> int | None:
     if not is_host(device):
         ask = getattr(torch.accelerator, "get_memory_info", None)
         return ask(device)[0] if ask else None
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    with suppress(OSError, KeyError):
+        return free_on_host()
     with suppress(ValueError, OSError, AttributeError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return None

@@ -506,5 +506,5 @@ def _memory_advice(size: Size, plan: MemoryPlan) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        remedy = "ask for a smaller size or fewer frames" if plan == LOW else "try --memory low"
+        remedy = "ask for a smaller size or fewer frames" + ("" if plan == LOW else ", but first try --memory low")
         raise ConfigError(f"memory does not suffice for {size}; {remedy}") from error

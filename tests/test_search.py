@@ -249,10 +249,25 @@ def test_frames_are_given():
 def test_too_little_memory_is_told_and_survived(monkeypatch: pytest.MonkeyPatch):
     taken, before = TrainingProbe(settings()), resource.getrlimit(resource.RLIMIT_DATA)
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "_free", lambda: 2**26)
+        patch.setattr(memory, "free_on_host", lambda: 2**26)
         assert taken(Span("1080p", 17, 1, 9), 8) == OutOfMemory()
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
     assert isinstance(taken(ONE, 1), Step)
+
+
+def test_a_container_has_less_than_its_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it holds of files alone counts as free."""
+    host = memory.free_on_host()
+    for name, text in {
+        "memory.max": "3000",
+        "memory.current": "2500",
+        "memory.stat": "anon 900\ninactive_file 1600\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory.free_on_host() == 2100 < host
+    (tmp_path / "memory.max").write_text("max")
+    assert memory.free_on_host() > 2100
 
 
 def test_other_errors_are_no_lack_of_memory(monkeypatch: pytest.MonkeyPatch):

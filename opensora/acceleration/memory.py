@@ -74,7 +74,7 @@ def bounded_host_memory(room: int | None = None) -> Iterator[None]:
         import resource
 
         used = _kilobytes(Path("/proc/self/status"), "VmData") * 1024
-        room = int(SHARE * _free()) if room is None else room
+        room = int(SHARE * free_on_host()) if room is None else room
         before = resource.getrlimit(resource.RLIMIT_DATA)
         most = used + room if before[1] == resource.RLIM_INFINITY else min(used + room, before[1])
         resource.setrlimit(resource.RLIMIT_DATA, (most, before[1]))
@@ -87,12 +87,16 @@ def bounded_host_memory(room: int | None = None) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def _free() -> int:
-    """Bytes of the host's memory, or of the container's, that are not taken."""
+def free_on_host() -> int:
+    """Bytes of the host's memory, or of the container's, that are not taken; files that it holds beside can go.
+
+    Raises OSError or KeyError where the system does not say.
+    """
     free = _kilobytes(Path("/proc/meminfo"), "MemAvailable") * 1024
     with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
         limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, limit - used)
+        parts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(parts.get("inactive_file", 0)))
     return max(free, 0)
 
 
