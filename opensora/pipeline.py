@@ -370,7 +370,7 @@ class VideoPipeline:
     def _remember(self, model: Any, vae: Any, texts: Mapping[str, Tensor], clips: int) -> None:
         """Notes the pace of this device for later plans, after a run that was long enough to tell."""
         whole = not self.stop and not self.drafts and self.cache.is_exact and self.layout.world_size == 1
-        if not whole or max(self.seconds.values()) < estimate.LONG_ENOUGH:
+        if not whole or self.settings.compile or max(self.seconds.values()) < estimate.LONG_ENOUGH:
             return
         latent, where = tuple(vae.get_latent_size(self.size)), (self.dtype, self.device)
         tokens = max(text.shape[2] if text.ndim == 4 else 1 for text in texts.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from opensora.acceleration.parallel import blocks_of
 from opensora.acceleration.parallelize import compile_blocks
+from opensora.cli import main
 from opensora.models.sizes import size_conditioning
 from opensora.models.stdit.stdit3 import STDiT3
 from tests.test_plain import error, randomize
@@ -52,6 +54,18 @@ def test_a_block_is_one_graph_for_every_size(model: STDiT3) -> None:
     for size in SIZES[1:]:
         step(model, size)
         assert len(graphs) == first > 0, size
+
+
+@pytest.mark.parametrize(("flags", "times"), [([], 0), (["--compile"], 1), (["--compile", "--memory", "low"], 0)])
+def test_the_flag_compiles_the_model(
+    flags: list[str], times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr("opensora.pipeline.compile_blocks", compiled.append)
+    size = ["--num-frames", "1", "--image-size", "32", "32", "--num-sampling-steps", "1"]
+    assert main(["generate", "a red circle", *size, "--save-dir", str(tmp_path), *flags]) == 0
+    assert [type(model) for model in compiled] == [STDiT3] * times
+    assert ("nothing is compiled" in caplog.text) == ("low" in flags)
 
 
 @pytest.mark.slow
