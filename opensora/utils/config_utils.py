@@ -233,9 +233,9 @@ def run_program(program: Callable[[], Any]) -> int:
     try:
         result = program()
     except OpenSoraError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")  # in one write: ranks share the stream
         return 1
     except KeyboardInterrupt:
-        print("interrupted; nothing half-written was left", file=sys.stderr)
+        sys.stderr.write("interrupted; nothing half-written was left\n")
         return 130
     return result if isinstance(result, int) else 0
