@@ -3,8 +3,8 @@
 python -m benchmarks.decode [--size 96 160] [--frames 17] [--repeats 3] [--threads N] [--output results]
 
 Plainly a clip is decoded as a whole; the fast path gives its frames one after the other, as uint8. Products are
-counted in the plain formulation; the fast path computes fewer (none over padding in time, 4/9 of those that follow a
-doubling), so its share may exceed what is left of the bound.
+counted in the plain formulation; the fast path computes fewer (none over padding in time, 4/9 of those of wide 3 x 3
+kernels, 1/4 of those that follow a doubling), so its share may exceed what is left of the bound.
 """
 
 from __future__ import annotations

@@ -206,8 +206,7 @@ class VideoPipeline:
         """The autoencoder or the model with its weights, ready to run."""
         section = getattr(self.settings, part)
         self._tell_loaded(part, components.fill(built, section, self.paths[part], self.device, self.dtype))
-        if part == "model":
-            self.memory.arrange(built)
+        (self.memory.arrange if part == "model" else self.memory.arrange_vae)(built)
         self.weights.settle(part, built)
         return built
 

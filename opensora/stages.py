@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from opensora import estimate
 from opensora.acceleration.memory_plan import BY_NAME, FAST, PLANS, MemoryPlan, arranged
 from opensora.acceleration.parallel import blocks_of
+from opensora.acceleration.winograd import kernel_bytes
 from opensora.estimate import Cost
 from opensora.hub import checkpoint_files
 from opensora.models.text_encoder.classes import ClassIds
@@ -99,6 +100,8 @@ class Needs:
         if self.on_host:  # all levels, joined if there are several clips; the next one goes on from its float frames
             several = loops > 1
             held += self._held(frames) // 4 * (loops + several) + (self._held(frames) if several else 0)
+            if plan.winograd:
+                held += kernel_bytes(vae, "decoder") + (kernel_bytes(vae, "encoder") if self._encoded() else 0)
         made = made._replace(peak=made.peak + held)
         yield Stage("decoding", 0, 0, False, made, estimate.seconds(made, pipeline.device, "decoding"))
 
@@ -111,16 +114,22 @@ class Needs:
         counts = (pipeline.count_frames(one.reference_path) for one in self.requests)
         return [(frames, *pipeline.made) for found in counts for frames in found]
 
-    def _encoding(self, plan: MemoryPlan) -> Cost:
-        pipeline, vae, work = self.pipeline, self.parts["vae"], Cost()
+    def _encoded(self) -> list[tuple[int, int, int]]:
+        """The size of everything that is encoded: what is given, and clips from which the next loop goes on."""
+        pipeline = self.pipeline
         clip = (pipeline.size.num_frames, *pipeline.made)
-        sizes = self._references() + [clip] * (pipeline.settings.loop - 1) * len(self.requests)
+        return self._references() + [clip] * (pipeline.settings.loop - 1) * len(self.requests)
+
+    def _encoding(self, plan: MemoryPlan) -> Cost:
+        pipeline, vae, work, sizes = self.pipeline, self.parts["vae"], Cost(), self._encoded()
         at_once = frames_at_once(*pipeline.made) if plan.one_by_one else None
         for one in sorted(set(sizes)):
             work = work.then(estimate.encoding(vae, one, *self.where, at_once).times(sizes.count(one)))
         longest = max((frames for frames, *_ in sizes), default=0)
-        held = longest if self.on_host or at_once is None else min(longest, at_once)
-        return work._replace(peak=work.peak + self._held(held))
+        held = self._held(longest if self.on_host or at_once is None else min(longest, at_once))
+        if sizes and self.on_host and plan.winograd:
+            held += kernel_bytes(vae, "encoder")
+        return work._replace(peak=work.peak + held)
 
     def _step(self, plan: MemoryPlan, tokens: int) -> Cost:
         """One evaluation of the model, with both halves of guidance."""

@@ -18,7 +18,9 @@ from torch.utils._pytree import tree_map_only
 
 from opensora.acceleration.layout import channels_last
 from opensora.acceleration.linear import use_onednn
+from opensora.acceleration.residual import fuse_residuals
 from opensora.acceleration.upsample import fuse_upsampling
+from opensora.acceleration.winograd import use_winograd
 from opensora.errors import ConfigError, did_you_mean
 
 # Kind of device -> the package that brings it, where PyTorch itself does not.
@@ -209,9 +211,11 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
             module.fold_time = device.type == "cpu"
     if device.type == "cpu":
         use_onednn(model)
+        use_winograd(model)
     model = model.to(device)
     channels_last(model, folded=device.type == "cpu")
     fuse_upsampling(model)
+    fuse_residuals(model)
     return model
 
 

@@ -1,5 +1,7 @@
 """Linear layers of float32 on a CPU through oneDNN: the same sums, by kernels that suit every maker's processor.
 
+So are convolutions whose kernel is a single pixel, which are linear layers of every pixel.
+
 PyTorch's own choice for float32, MKL, leaves half of the vector units idle on processors of other makers than its own.
 """
 
@@ -12,37 +14,67 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 FEW = 4  # rows that are no work for a matrix product
+WIDE = 128  # channels from which on PyTorch's convolutions of single pixels are slower than matrix products
 PLAIN = (Tensor, nn.Parameter)  # sharded parameters know their own product
 
 
 def use_onednn(model: nn.Module) -> None:
     """Makes the linear layers of a model compute by oneDNN where they can; parameters and their names stay."""
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if has_onednn():
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = OneDnnLinear
+            elif type(module) is nn.Conv2d and _of_single_pixels(module):
+                module.__class__ = OneDnnPointwise
+
+
+def has_onednn() -> bool:
+    """Whether this PyTorch has the product that is used here."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether these are plain tensors of float32 on a CPU, to be multiplied at once and in that type."""
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and x.device.type == "cpu"
+        and type(x) in PLAIN
+        and type(weight) in PLAIN
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def needs_gradients(*tensors: Tensor) -> bool:
+    """Whether what is computed of these tensors is to be differentiated."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 class OneDnnLinear(nn.Linear):
     """x [..., in] -> [..., out]; what oneDNN is not asked to do is done as in any linear layer."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.suits(x):
+        if x.numel() <= FEW * self.in_features or not suits(x, self.weight):
             return super().forward(x)
         compute = _Linear.apply if torch.is_grad_enabled() else product
         return compute(x, self.weight, self.bias)
 
-    def suits(self, x: Tensor) -> bool:
-        """Whether this is a product of plain float32 matrices on a CPU, computed at once and in that type."""
-        return (
-            x.dtype == self.weight.dtype == torch.float32
-            and x.device.type == "cpu"
-            and type(x) in PLAIN
-            and type(self.weight) in PLAIN
-            and x.numel() > FEW * self.in_features
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-        )
+
+class OneDnnPointwise(nn.Conv2d):
+    """x [N, C, H, W] -> [N, O, H, W] by a kernel of one pixel, where no gradients are asked for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not suits(x, self.weight) or needs_gradients(x, self.weight):
+            return super().forward(x)
+        return product(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def _of_single_pixels(conv: nn.Conv2d) -> bool:
+    return (
+        (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
+        and min(conv.in_channels, conv.out_channels) >= WIDE
+        and not conv.weight.requires_grad
+    )
 
 
 class _Linear(torch.autograd.Function):

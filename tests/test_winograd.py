@@ -1,0 +1,184 @@
+"""Convolutions with fewer products, residual blocks in place and single-pixel convolutions, against the plain ones."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks import plain
+from opensora.acceleration import linear, winograd
+from opensora.acceleration.device import place
+from opensora.acceleration.linear import OneDnnPointwise, has_onednn
+from opensora.acceleration.memory_plan import PLANS
+from opensora.acceleration.winograd import DOUBLED, TWO_OF_THREE, Kernels, WinogradConv2d, forget_winograd, kernel_bytes
+from opensora.models.vae.vae import VideoAutoencoderPipeline
+from tests.test_plain import error
+from tests.tiny import TINY_VAE
+
+CPU = torch.device("cpu")
+WIDTHS = (128, 128, 128, 128)
+WIDE_VAE = TINY_VAE | {"vae_2d": TINY_VAE["vae_2d"] | {"block_out_channels": WIDTHS, "norm_num_groups": 32}}
+pytestmark = pytest.mark.skipif(not has_onednn(), reason="PyTorch is built without oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    torch.manual_seed(0)
+
+
+def convolution(*channels: int, kernel: int = 3, bias: bool = True, **how: Any) -> nn.Conv2d:
+    how = {"padding": kernel // 2} | how
+    return nn.Conv2d(*channels, kernel, bias=bias, **how).requires_grad_(False)
+
+
+def placed(conv: nn.Conv2d) -> nn.Conv2d:
+    return place(nn.Sequential(copy.deepcopy(conv)), CPU)[0]
+
+
+SHAPES = [
+    (1, 128, 128, 16, 20), (2, 128, 192, 17, 31), (5, 192, 128, 8, 9), (1, 128, 160, 5, 2100), (300, 128, 128, 1, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("count", "inside", "outside", "height", "width"), SHAPES)
+def test_fewer_products_are_as_accurate(count, inside, outside, height, width, bias):
+    """Sides that tiles do not fill, several images, bands of one row and of all, any layout."""
+    conv = convolution(inside, outside, bias=bias)
+    x = torch.randn(count, inside, height, width)
+    shift = None if conv.bias is None else conv.bias.double()
+    for rule, seen in ((TWO_OF_THREE, x), (DOUBLED, F.interpolate(x, scale_factor=2.0))):
+        true = F.conv2d(seen.double(), conv.weight.double(), shift, padding=1)
+        for given in (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
+            made = Kernels(conv, rule).convolve(given)
+            assert made.shape == true.shape and made.is_contiguous(memory_format=torch.channels_last)
+            assert error(made, true) < 1e-6
+
+
+def test_kernels_are_made_again_when_the_weights_change():
+    conv = convolution(128, 128)
+    x, kernels = torch.randn(1, 128, 16, 16), Kernels(conv, TWO_OF_THREE)
+    before, first = kernels.convolve(x), kernels.rows
+    assert torch.equal(kernels.convolve(x), before) and kernels.rows is first
+    conv.weight.mul_(2)
+    assert error(kernels.convolve(x), conv(x)) < 1e-6 and kernels.rows is not first
+
+
+def test_wide_convolutions_take_part_by_themselves(monkeypatch):
+    conv = convolution(128, 128)
+    fast, x = placed(conv), torch.randn(2, 128, 12, 12)
+    called, convolve = [], Kernels.convolve
+    monkeypatch.setattr(Kernels, "convolve", lambda self, x: called.append(1) or convolve(self, x))
+    assert error(fast(x), conv(x)) < 1e-6 and called == [1]
+    assert fast.state_dict().keys() == conv.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        convolution(128, 127), convolution(64, 128), convolution(128, 128, stride=2), convolution(128, 128, padding=0),
+        convolution(128, 128, dilation=2, padding=2), convolution(256, 256, groups=2), convolution(128, 128, kernel=5),
+        convolution(128, 128, padding_mode="circular"), convolution(128, 128).requires_grad_(),
+    ],
+)  # fmt: skip
+def test_others_stay_as_they_are(conv):
+    assert type(placed(conv)) is nn.Conv2d
+
+
+def test_what_does_not_suit_is_computed_directly(monkeypatch):
+    monkeypatch.setattr(Kernels, "convolve", None)
+    fast, x = placed(convolution(128, 128)), torch.randn(1, 128, 16, 16)
+    fast(x[:, :, :15])  # too few tiles
+    fast(x.clone().requires_grad_()).sum().backward()
+    fast.double()(x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        fast.float()(x)
+    with pytest.raises(TypeError):
+        fast(x)
+
+
+def test_single_pixels_are_a_product(monkeypatch):
+    conv = convolution(128, 192, kernel=1)
+    fast, x = placed(conv), torch.randn(2, 128, 5, 7)
+    calls, product = [], linear.product
+    monkeypatch.setattr(linear, "product", lambda *args: calls.append(1) or product(*args))
+    assert type(fast) is OneDnnPointwise
+    for given in (x, x.to(memory_format=torch.channels_last)):
+        made = fast(given)
+        assert error(made, conv(x)) < 1e-6 and made.is_contiguous(memory_format=torch.channels_last)
+    assert calls == [1, 1]
+    fast(x.clone().requires_grad_()).sum().backward()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("outside", [32, 64])
+def test_residual_blocks_give_the_same_bits(outside):
+    how = {"in_channels": 32, "out_channels": outside, "temb_channels": None}
+    plainly, fast = (ResnetBlock2D(**how).eval().requires_grad_(False) for _ in range(2))
+    fast.load_state_dict(plainly.state_dict())
+    place(nn.Sequential(fast, plainly), CPU)
+    del plainly.forward
+    x = torch.randn(2, 32, 9, 7).to(memory_format=torch.channels_last)
+    given = x.clone(memory_format=torch.preserve_format)
+    assert "forward" in vars(fast) and torch.equal(fast(given, None), plainly(x, None))
+    assert torch.equal(given, x), "what a block is given stays as it is"
+    with torch.enable_grad():
+        fast(x.requires_grad_(), None).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("change", [{"temb_channels": 8}, {"up": True}, {"down": True}, {"output_scale_factor": 2.0}])
+def test_other_residual_blocks_stay_as_they_are(change):
+    block = ResnetBlock2D(**{"in_channels": 32, "temb_channels": None} | change).eval().requires_grad_(False)
+    place(nn.Sequential(block), CPU)
+    assert "forward" not in vars(block)
+
+
+def wide_vae() -> VideoAutoencoderPipeline:
+    torch.manual_seed(0)
+    return VideoAutoencoderPipeline(**WIDE_VAE).eval().requires_grad_(False)
+
+
+def test_a_wide_autoencoder_agrees_with_the_plain_formulation():
+    slow, fast = wide_vae(), place(wide_vae(), CPU)
+    z = torch.randn(1, 4, fast.get_latent_size((5, None, None))[0], 9, 11)
+    expected = plain.decode(slow, z, 5)
+    assert error(fast.decode(z, 5), expected) < 1e-5
+    x = torch.rand(1, 3, 5, 136, 144) * 2 - 1
+    assert error(fast.encode(x, sample=False), slow.encode(x, sample=False)) < 1e-5
+
+
+def test_memory_plans_keep_the_kernels_or_not():
+    """What is counted is what is held; the least plan holds none, and gives the same clip."""
+    z, made = torch.randn(1, 4, 2, 16, 16), []
+    for plan in PLANS:
+        vae = place(wide_vae(), CPU)
+        plan.arrange_vae(vae)
+        made.append(vae.decode(z, 5))
+        wide = [module for module in vae.modules() if isinstance(module, WinogradConv2d)]
+        kept = [vars(module)["kernels"] for module in wide if "kernels" in vars(module)]
+        held = [tensor for kernels in kept for row in kernels.rows for tensor in row]
+        assert bool(wide) is plan.winograd
+        doubled = 3 * 4 * 16 * 128 * 128  # are counted with the others, and hold kernels of their own
+        expected = (kernel_bytes(vae, "decoder") - doubled) if plan.winograd else 0
+        assert sum(tensor.nbytes for tensor in held) == expected
+    assert all(error(one, made[0]) < 1e-5 for one in made)
+
+
+def test_kernels_can_be_forgotten():
+    fast = placed(convolution(128, 128))
+    fast(torch.randn(1, 128, 16, 16))
+    forget_winograd(nn.Sequential(fast))
+    assert type(fast) is nn.Conv2d and not any(isinstance(value, Kernels) for value in vars(fast).values())
+    assert kernel_bytes(nn.ModuleDict({"decoder": fast}), "encoder") == 0
+    assert kernel_bytes(nn.ModuleDict({"decoder": fast}), "decoder") == 4 * 16 * 128 * 128
+
+
+def test_few_channels_are_not_worth_it():
+    assert not winograd.suits(torch.randn(1, 64, 64, 64), torch.randn(128, 64, 3, 3), 2)
