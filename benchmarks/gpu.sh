@@ -6,14 +6,18 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-results}
 mkdir -p "$out"
+failed=0
 flags=()
 if [[ -n "${DRY:-}" ]]; then flags=(--dry); fi
 run() { # seconds, arguments: what takes too long is left out, and the rest goes on
-    timeout "$1" "${PYTHON:-python}" -m benchmarks.gpu "${@:2}" "${flags[@]}" --output "$out" ||
-        echo "benchmarks.gpu ${*:2} ended with status $?" >&2
+    timeout "$1" "${PYTHON:-python}" -m benchmarks.gpu "${@:2}" "${flags[@]}" --output "$out" || {
+        failed=$?
+        echo "benchmarks.gpu ${*:2} ended with status $failed" >&2
+    }
 }
 run 150 end-to-end --size 480p-2s
 run 190 end-to-end --size 720p-4s
 run 50 end-to-end --size 720p-4s --memory balanced --steps 3
 run 40 end-to-end --size 720p-4s --memory low --steps 3
 run 100 train --size 240p-2s
+exit "$failed"

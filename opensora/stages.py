@@ -149,6 +149,7 @@ class Needs:
     def _stage(self, name: str, part: str, cost: Cost) -> Stage:
         held = estimate.weights(self.parts[part], self.pipeline.dtype)
         files, copied = self._files(part, held)
+        copied |= part == "vae"  # its kernels are rearranged
         return Stage(name, held, files, copied, cost, estimate.seconds(cost, self.pipeline.device, name))
 
     def _files(self, part: str, held: int) -> tuple[int, bool]:

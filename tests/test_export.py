@@ -150,7 +150,7 @@ class TestReproduce:
         assert reproduce.main(["--outputs", str(outputs), "--device", "cpu", "--dtype", "fp32"]) == 0
         assert ran == [
             *["scripts/train_vae.py"] * 2,
-            *["scripts/train.py"] * 2,
+            *["scripts/train.py"] * 3,
             "scripts/train_vae.py",
             *["scripts/misc/export.py"] * 3,
         ]
@@ -175,7 +175,7 @@ def write_miniature_configs(folder: Path) -> None:
         **short,
     )
     write_config(folder / "vae_decoder.py", dataset=clips, model=autoencoder, freeze_encoders=True, **short)
-    for name in ("stdit3", "stdit3_masks"):
+    for name in ("stdit3", "stdit3_masks", "stdit3_extend"):
         write_config(
             folder / f"{name}.py",
             dataset=clips | dict(num_clips=4, features="to be set"),

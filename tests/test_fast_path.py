@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opensora import components
+from opensora import components, weights
 from opensora.acceleration import linear
 from opensora.acceleration.device import place
 from opensora.acceleration.int8 import Int8Linear, quantize
@@ -22,7 +24,7 @@ from opensora.models.vae.vae import VideoAutoencoderPipeline
 from opensora.models.vae.vae_temporal import CausalConv3d
 from opensora.schedulers.rf import RFLOW
 from tests.test_plain import error, inputs, models
-from tests.tiny import TINY_VAE
+from tests.tiny import TINY_VAE, make_tiny_vae
 
 CPU = torch.device("cpu")
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -257,3 +259,22 @@ def test_quantizing_keeps_modulation_and_ends():
     small = {name for name, module in fast.named_modules() if isinstance(module, Int8Linear)}
     assert len(small) == 7 * 2 * fast.config["depth"]  # of every block: self- and cross-attention, MLP
     assert 1e-5 < error(fast(**told), exact) < 0.05
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="says which files are mapped")
+def test_an_autoencoder_lets_go_of_its_file(tmp_path):
+    """Its kernels are copies; all else would hold what is mapped of the file."""
+    make_tiny_vae(tmp_path / "vae")
+
+    def mapped() -> bool:
+        gc.collect()
+        return str(tmp_path) in Path("/proc/self/maps").read_text()
+
+    section = {"type": "VideoAutoencoderPipeline", "from_pretrained": str(tmp_path / "vae")}
+    built = components.build(section, tmp_path / "vae")
+    weights.load_weights(built, tmp_path / "vae", dtype=torch.float32)
+    assert mapped(), "else this test says nothing"
+    before = {name: tensor.clone() for name, tensor in built.state_dict().items()}
+    place(built.eval().requires_grad_(False), CPU)
+    assert not mapped()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in built.state_dict().items())

@@ -57,9 +57,18 @@ class TestMixedClips:
         assert data.period == 4 and data.sets[0].batch_size == 2 and data.sets[0].seed == 3
         assert torch.equal(data.videos(1), data.sets[0].videos(1))
 
+    def test_a_size_may_have_a_number_of_clips_of_its_own(self) -> None:
+        sizes = [(5, 16, 24, 1), (1, 16, 24, 1, 30)]
+        data = shape_clips(dict(type="ShapeClips", sizes=sizes, num_clips=8), 2, 3)
+        assert [one.num_clips for one in data.sets] == [8, 30]
+
     @pytest.mark.parametrize(
-        "size", [(17, 16, 24), (17, 16, 24, 0), (17, 16, -8, 1), (17, 16, 24, "1"), 17, (17.0, 16, 24, 1)]
-    )
+        "size",
+        [
+            (17, 16, 24), (17, 16, 24, 0), (17, 16, -8, 1), (17, 16, 24, "1"), 17, (17.0, 16, 24, 1),
+            (17, 16, 24, 1, 0), (17, 16, 24, 1, 0.5), (17, 16, 24, 1, 5, 5),
+        ],
+    )  # fmt: skip
     def test_wrong_sizes_are_refused(self, size: Any) -> None:
         with pytest.raises(ConfigError, match=r"dataset.sizes lists \(num_frames, height, width, share\)"):
             clips([SIZES[0], size])

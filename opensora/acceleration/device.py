@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
-from opensora.acceleration.layout import channels_last
+from opensora.acceleration.layout import channels_last, leave_file
 from opensora.acceleration.linear import use_onednn
 from opensora.acceleration.residual import fuse_residuals
 from opensora.acceleration.upsample import fuse_upsampling
@@ -213,7 +213,9 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
         use_onednn(model)
         use_winograd(model)
     model = model.to(device)
-    channels_last(model, folded=device.type == "cpu")
+    arranged = channels_last(model, folded=device.type == "cpu")
+    if device.type == "cpu":
+        leave_file(model, arranged)
     fuse_upsampling(model)
     fuse_residuals(model)
     return model

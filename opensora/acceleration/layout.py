@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 
-def channels_last(model: nn.Module, folded: bool = False) -> None:
+def channels_last(model: nn.Module, folded: bool = False) -> list[Tensor]:
     """Rearranges the kernels of convolutions whose weights are fixed; what they give then lies in the same way.
 
     `folded`: those in time are computed frame by frame of the kernel, so these lie apart, each in PyTorch's own order,
-    which a CPU adds up more accurately.
+    which a CPU adds up more accurately. Returns the kernels that were copied for that.
     """
+    arranged: list[Tensor] = []
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d) and not module.weight.requires_grad:
+            before = module.weight.data_ptr()
             module.weight.data = _arranged(module.weight.data, folded)
+            if module.weight.data_ptr() != before:
+                arranged.append(module.weight)
         elif type(module) is nn.GroupNorm and not module.weight.requires_grad:
             module.__class__ = GroupNorm
+    return arranged
+
+
+def leave_file(model: nn.Module, copied: Sequence[Tensor]) -> None:
+    """Copies what is left of a model, too, where most of its weights are copies already.
+
+    All of a file that is mapped stays in memory for as long as one tensor lies there.
+    """
+    done = set(map(id, copied))
+    left = [parameter for parameter in model.parameters() if id(parameter) not in done]
+    if _bytes(left) >= _bytes(copied) or any(parameter.requires_grad for parameter in left):
+        return
+    for parameter in left:
+        parameter.data = parameter.data.clone()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.clone())  # another tensor, because a view holds what it was made of
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _arranged(weight: Tensor, folded: bool) -> Tensor:

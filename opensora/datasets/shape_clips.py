@@ -74,10 +74,10 @@ class MixedClips:
 def shape_clips(section: dict[str, Any] | None, batch_size: int, seed: int, *needed: str) -> MixedClips:
     """The clips of a `dataset` section; raises ConfigError when it has another type, lacks a setting or is wrong.
 
-    `sizes` lists (num_frames, height, width, share) for several sizes of clips, each with num_clips of its own;
-    `num_frames` and `image_size` describe a single one. `continued` lists more, of clips that go on after their first
-    half. `batch_size` and `seed` are those of the first size; the others
-    have seeds of their own, so that they show other scenes.
+    `sizes` lists (num_frames, height, width, share) for several sizes of clips, each with num_clips of its own, or
+    with as many as a fifth number says; `num_frames` and `image_size` describe a single one. `continued` lists more, of
+    clips that go on after their first half. `batch_size` and `seed` are those of the first size; the others have seeds
+    of their own, so that they show other scenes.
     """
     section = section or {}
     if section.get("type") != "ShapeClips":
@@ -96,17 +96,20 @@ def shape_clips(section: dict[str, Any] | None, batch_size: int, seed: int, *nee
             _check_size(size)
     count, whole = section.get("num_clips"), len(sizes)
     sizes = [*sizes, *continued]
+    counts = [size[4] if len(size) > 4 else count for size in sizes]
     sets = [
-        ShapeClips(size[0], (size[1], size[2]), _scaled(batch_size, size, sizes[0]), seed + n, count, n >= whole)
+        ShapeClips(size[0], (size[1], size[2]), _scaled(batch_size, size, sizes[0]), seed + n, counts[n], n >= whole)
         for n, size in enumerate(sizes)
     ]
     return MixedClips(sets, [size[3] for size in sizes], seed)
 
 
 def _check_size(size: Any) -> None:
-    right = isinstance(size, list | tuple) and len(size) == 4 and all(isinstance(n, int) for n in size[:3])
-    if not right or not isinstance(size[3], int | float) or min(size) <= 0:
-        raise ConfigError(f"dataset.sizes lists (num_frames, height, width, share), all above 0; one is {size!r}")
+    kinds = (int, int, int, int | float, int)
+    right = isinstance(size, list | tuple) and len(size) in (4, 5)
+    if not right or not all(map(isinstance, size, kinds)) or min(size) <= 0:
+        known = "(num_frames, height, width, share) or (num_frames, height, width, share, num_clips)"
+        raise ConfigError(f"dataset.sizes lists {known}, all above 0; one is {size!r}")
 
 
 def _scaled(batch_size: int, size: Sequence[float], first: Sequence[float]) -> int:

@@ -89,15 +89,17 @@ def encode_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoders)
             "tensors": Features._fields,
         }
         where = folder / str(one) if section.get("sizes") or section.get("continued") else folder
-        return encode_once(where, section["num_clips"], identity, partial(_encode, one, encoders, settings.dtype))
+        count = one.num_clips or section["num_clips"]
+        return encode_once(where, count, identity, partial(_encode, one, encoders, settings.dtype))
 
     return [features(one) for one in clips.sets]
 
 
 def held_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoders) -> list[tuple[str, Examples]]:
     """Clips that training never sees, those after the last one of each set, with its name; none without validation."""
-    held, first = [], settings.dataset["num_clips"]
+    held = []
     for one in clips.sets if settings.validate_every else ():
+        first = one.num_clips or settings.dataset["num_clips"]
         more = ShapeClips(one.num_frames, one.image_size, one.batch_size, one.seed, None, one.continued)
         for start in range(0, settings.validation_samples, one.batch_size):
             rows = range(first + start, first + min(start + one.batch_size, settings.validation_samples))

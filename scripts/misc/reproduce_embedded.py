@@ -16,8 +16,12 @@ from opensora.training.state import checkpoints
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "embedded" / "train"
 EMBEDDED = ROOT / "opensora" / "embedded"
-TRAINED = ("text_encoder", "vae_2d", "vae_temporal", "stdit3", "stdit3_masks", "vae_decoder")
-EXPORTED = {"text_encoder": "text_encoder", "vae": "vae_decoder", "stdit3": "stdit3_masks"}  # in the package -> stage
+TRAINED = ("text_encoder", "vae_2d", "vae_temporal", "stdit3", "stdit3_masks", "stdit3_extend", "vae_decoder")
+BEGUN = {  # stage -> the one whose result it begins with
+    "vae_temporal": "vae_2d", "stdit3_masks": "stdit3", "stdit3_extend": "stdit3_masks", "vae_decoder": "vae_temporal",
+}  # fmt: skip
+FEATURES = {"stdit3": "features", "stdit3_masks": "features_masks", "stdit3_extend": "features_masks"}
+EXPORTED = {"text_encoder": "text_encoder", "vae": "vae_decoder", "stdit3": "stdit3_extend"}  # in the package -> stage
 
 
 def plan(stage: str, outputs: Path, flags: Sequence[str], export_dtype: str) -> list[list[str]]:
@@ -31,13 +35,11 @@ def plan(stage: str, outputs: Path, flags: Sequence[str], export_dtype: str) -> 
     if stage == "text_encoder":
         return [["scripts/train_text_encoder.py", "--output", str(result[stage])]]
     encoders = ["--vae-path", str(result["vae_temporal"]), "--text-encoder-path", str(result["text_encoder"])]
-    before = {"vae_temporal": "vae_2d", "stdit3_masks": "stdit3", "vae_decoder": "vae_temporal"}  # stage -> its start
-    inputs = ["--ckpt-path", str(result[before[stage]])] if stage in before else []
+    inputs = ["--ckpt-path", str(result[BEGUN[stage]])] if stage in BEGUN else []
     script = "scripts/train_vae.py"
-    if stage.startswith("stdit3"):
+    if stage in FEATURES:
         script = "scripts/train.py"
-        features = outputs / stage.replace("stdit3", "features")
-        inputs += [*encoders, "--cfg-options", f"dataset.features={str(features)!r}"]
+        inputs += [*encoders, "--cfg-options", f"dataset.features={str(outputs / FEATURES[stage])!r}"]
     arguments = [str(CONFIGS / f"{stage}.py"), "--outputs", str(outputs / stage), *flags, *inputs]
     begun = [folder for folder in sorted((outputs / stage).glob("[0-9][0-9][0-9]*-*")) if checkpoints(folder)]
     return [[script, *arguments, *(["--load", str(begun[-1])] if begun else [])]]
