@@ -103,13 +103,15 @@ def find_methods(bench: Bench, prompts: Sequence[str]) -> tuple[Method, list[Met
         return made[key]
 
     run = torch.no_grad()(run)
-    profile = calibration.make_profile(run, effects, scheduler.cfg_scale, range(calibration.RECORDED))
+    recorded = min(calibration.RECORDED, len(prompts) - 1)
+    recordings = [calibration.record(run, effects, scheduler.cfg_scale, number) for number in range(recorded)]
+    ratios = calibration.mean_profile(recordings).ratios
     found = [
         Method("tea, published, 0.1", Cache("tea"), bench.steps),
         Method("tea, published, 0.2", Cache("tea", threshold=0.2), bench.steps),
         Method("mag, published, 0.06", Cache("mag"), bench.steps),
         Method("mag, published, 0.12", Cache("mag", threshold=0.12), bench.steps),
-        Method("mag, own ratios, 0.12", Cache("mag", threshold=0.12, ratios=profile.ratios), bench.steps),
+        Method("mag, own ratios, 0.12", Cache("mag", threshold=0.12, ratios=ratios), bench.steps),
         Method("guidance in 0.1..0.8", Cache(interval=(0.1, 0.8)), bench.steps),
         Method("half the steps", Cache(), bench.steps // 2),
         Method("a third of the steps", Cache(), bench.steps // 3),

@@ -200,9 +200,9 @@ def test_predicted_errors_are_those_of_a_model_that_ignores_the_past() -> None:
         return (y[:, :, None, None, None] * torch.sin(4 * time)).expand_as(x) + time**2
 
     effects = caching.effects(scheduler, 4, {}, STEPS)
-    profile = calibration.make_profile(
-        lambda n, cache, observe: run(scheduler, model, n, cache, observe), effects, SCALE, [0]
-    )
+    profile = calibration.record(
+        lambda n, cache, observe: run(scheduler, model, n, cache, observe), effects, SCALE, 0
+    ).profile
     tables = candidates(profile)
     assert len(tables) > 4
     exact = run(scheduler, model, 0, Cache())
@@ -231,13 +231,41 @@ def test_calibration_keeps_to_the_error_on_other_prompts(name: str, interval: An
     assert found.table.cost < 0.75 * sum(whole)
     cache, exact = Cache("table", found.table, interval=interval), Cache(interval=interval)
     errors = [calibration.relative_error(sample(n, cache), sample(n, exact)) for n in range(50, 70)]
-    assert sum(error <= most for error in errors) >= 19
+    assert max(errors) <= most
 
 
 def test_nothing_is_left_out_where_nothing_may_go_wrong() -> None:
     assert cheapest([Table.plain("20"), Table.plain("21")], lambda table: [0.1], 0.05).table is None
-    found = cheapest([Table.plain("20"), Table.plain("21")], lambda table: [0.1 / table.cost**2], 0.02)
+    found = cheapest([Table.plain("20"), Table.plain("21")], lambda table: [0.1 / table.cost**2], 0.05)
     assert found.table == Table.plain("21")
+
+
+def test_the_promise_holds_for_prompts_that_are_harder_than_those_tried() -> None:
+    assert calibration.expected_most([0.01] * 6) == pytest.approx(calibration.LEAST_MARGIN * 0.01)
+    assert calibration.expected_most([0.001, 0.01, 0.1]) > 1
+
+
+@pytest.mark.parametrize("push", [0.0, 3.0], ids=["steady", "growing"])
+def test_errors_that_grow_are_found_and_kept_out(push: float) -> None:
+    """A model that drives apart, early in a run, what differs: errors that are made before arrive larger."""
+    scheduler = make_scheduler("rflow")
+
+    def model(x: Tensor, timestep: Tensor, y: Tensor) -> Tensor:
+        time = (timestep / 1000)[:, None, None, None, None]
+        told = (y.roll(k, dims=1)[:, :, None, None, None] * torch.sin((3 + 2 * k) * time) for k in range(4))
+        return sum(told) + push * (time > 0.5) * x
+
+    def sample(number: int, cache: Cache, observe: Any = None) -> Tensor:
+        return run(scheduler, model, number, cache, observe)
+
+    effects = caching.effects(scheduler, 4, {}, STEPS)
+    recordings = [calibration.record(sample, effects, SCALE, number) for number in range(2)]
+    gains = calibration.find_gains(sample, recordings)
+    profile = calibration.mean_profile(recordings)
+    assert gains == pytest.approx(np.ones(STEPS), abs=1e-2) if push == 0 else gains[2] > 1.5 * gains[-1]
+    both = (candidates(one) for one in (profile, profile._replace(gains=gains)))
+    blind, wary = (np.mean([table.halves.find("0") for table in tables]) for tables in both)
+    assert wary == pytest.approx(blind, abs=0.1) if push == 0 else wary > blind + 0.5
 
 
 def test_published_rules() -> None:

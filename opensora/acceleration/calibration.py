@@ -1,8 +1,9 @@
 """Finds the table of a cache for a model, sampler and size: the cheapest one that keeps to a wanted error.
 
 The predictions of some uncached runs are stored as the products of each with each, a Gram matrix, which tells the error
-of any way to foretell some of them from others. Dynamic programming over these errors gives the best table for each
-cost; real runs of other prompts say which is the cheapest that keeps to the error.
+of any way to foretell some of them from others. Runs in which a single evaluation is foretold tell how much of its
+error arrives at the end: those of early ones, which settle what is to be seen, grow. Dynamic programming gives the best
+table for each cost; real runs of other prompts say which is the cheapest that keeps to the error.
 """
 
 from __future__ import annotations
@@ -27,21 +28,27 @@ from opensora.files import replacing
 
 logger = logging.getLogger("opensora")
 
-FORMAT = 1
+FORMAT = 2
 LONGEST = {"text": 12, "guidance": 24}  # evaluations from one that is computed to the next
 MOST_COSTS = 24  # numbers of computed evaluations that are tried for each signal
 SPACING = 1.06  # least ratio of the costs of two candidates
-DEVIATIONS = 1.5  # of the logarithms of errors: how far above their mean a candidate has to keep to the error
+TRIED = 6  # evaluations that are foretold alone, at ever larger distances from the start
+TRIED_PART = 0.7  # of the run, in which they lie
+STEEPEST = 1.0  # power of an evaluation's number by which the growth of its errors may fall
+RISK = 3.0  # power of the growth: in logarithms it differs among prompts in proportion to itself
+DEVIATIONS, LEAST_MARGIN = 3.0, 4.0  # of the logarithms of errors, and a factor: how far their mean is below the bound
+TINY = 1e-6  # relative errors that are not told from rounding
 RIDGE = 1e-9  # of the mean product, keeps the fits away from dividing by nothing
 
-# What runs are calibrated on, unless a request names others: the first two are recorded, the others tried.
+# What runs are calibrated on, unless a request names others: the first three are recorded, the others tried.
 PROMPTS = (
     "a red circle moving right on a black background", "a lighthouse on a cliff, waves breaking below it",
     "a blue square growing on a white background", "a green triangle moving down on a gray background",
     "a yellow circle standing still on a navy background", "a white dog running across a field of grass",
     "an orange triangle shrinking on a black background", "clouds drifting slowly over a mountain lake at dawn",
+    "a purple square moving up on a dark green background",
 )  # fmt: skip
-RECORDED = 2
+RECORDED = 3
 
 Runner = Callable[[int, Cache, Observe | None], Tensor]  # (number of a prompt, cache, observer) -> clean latents
 
@@ -50,12 +57,14 @@ class Profile(NamedTuple):
     """What recorded runs tell of the predictions of N evaluations, relative to the size of what the runs gave.
 
     `gram` [2 N, 2 N]: mean products of the predictions with text, then of what guidance adds to them. `effects` [N]:
-    how much an evaluation weighs in the result. `guided` [N]: whether guidance is on there.
+    how much an evaluation weighs in the result. `guided` [N]: whether guidance is on there. `gains` [N]: by what an
+    error made there grows until the end, as later predictions answer to it; 1 where that is not known.
     """
 
     gram: np.ndarray
     effects: np.ndarray
     guided: np.ndarray
+    gains: np.ndarray | float = 1.0
 
     @property
     def ratios(self) -> list[float]:
@@ -81,7 +90,8 @@ def calibrate(
     The first prompts are recorded, the others, at least one, decide.
     """
     recorded = min(RECORDED, num_prompts - 1)
-    profile = make_profile(run, effects, scale, range(recorded), interval)
+    recordings = [record(run, effects, scale, number, interval) for number in range(recorded)]
+    profile = mean_profile(recordings)._replace(gains=find_gains(run, recordings, interval))
     exact: dict[int, Tensor] = {}
 
     def errors_of(table: Table) -> list[float]:
@@ -98,24 +108,72 @@ def calibrate(
     return cheapest(candidates(profile), errors_of, max_error)
 
 
-def make_profile(
-    run: Runner, effects: Sequence[float], scale: float, numbers: Sequence[int], interval: Interval | None = None
-) -> Profile:
-    """The profile of uncached runs of these prompts."""
+class Recording(NamedTuple):
+    """An uncached run: the number of its prompt, what it gave, and its profile without gains."""
+
+    number: int
+    made: Tensor
+    profile: Profile
+
+
+def record(
+    run: Runner, effects: Sequence[float], scale: float, number: int, interval: Interval | None = None
+) -> Recording:
+    """An uncached run of a prompt. Its predictions are let go of once their products are known."""
     count = len(effects)
-    gram, guided = np.zeros((2 * count, 2 * count)), np.zeros(count, bool)
-    for number in numbers:
-        seen: dict[int, Tensor] = {}
+    guided, seen = np.zeros(count, bool), {}
 
-        def observe(index: int, text: Tensor, difference: Tensor | None, seen: dict[int, Tensor] = seen) -> None:
-            seen[index] = text.detach().flatten().cpu()
-            if difference is not None:
-                guided[index] = True
-                seen[count + index] = (scale - 1) * difference.detach().flatten().cpu()
+    def observe(index: int, text: Tensor, difference: Tensor | None) -> None:
+        seen[index] = text.detach().flatten().cpu()
+        if difference is not None:
+            guided[index] = True
+            seen[count + index] = (scale - 1) * difference.detach().flatten().cpu()
 
-        made = run(number, Cache(interval=interval), observe)
-        gram += _products(seen, 2 * count, made.numel()) / made.double().square().sum().item() / len(numbers)
-    return Profile(gram, np.asarray(effects), guided)
+    made = run(number, Cache(interval=interval), observe)
+    gram = _products(seen, 2 * count, made.numel()) / made.double().square().sum().item()
+    return Recording(number, made, Profile(gram, np.asarray(effects), guided))
+
+
+def mean_profile(recordings: Sequence[Recording]) -> Profile:
+    """Their profile in the mean, without gains."""
+    grams = [one.profile.gram for one in recordings]
+    return recordings[0].profile._replace(gram=np.mean(grams, axis=0))
+
+
+def find_gains(run: Runner, recordings: Sequence[Recording], interval: Interval | None = None) -> np.ndarray:
+    """The gains [N]: a power of the evaluation's number, fitted to runs in which a single evaluation is foretold."""
+    mean = mean_profile(recordings)
+    places, grown = [], []
+    for k in _tried(mean):
+        table = _without(mean, k)
+        for number, exact, profile in recordings:
+            error = relative_error(run(number, Cache("table", table, interval=interval), None), exact)
+            places.append(math.log(k))
+            grown.append(math.log((error + TINY) / (predicted_error(profile, table) + TINY)))
+    if len(set(places)) < 2:
+        return np.ones(len(mean.effects))
+    power = float(np.polyfit(places, grown, 1)[0].clip(-STEEPEST, STEEPEST))
+    first = math.exp(np.mean(grown) - power * np.mean(places))
+    logger.info("cache: an error made in evaluation k arrives %.2f k^%.2f times as large", first, power)
+    return first * np.arange(len(mean.effects)).clip(min=1) ** power
+
+
+def _tried(profile: Profile) -> list[int]:
+    """The evaluations that are foretold alone: from the third on, evenly on a logarithmic scale."""
+    last = int(TRIED_PART * len(profile.effects))
+    if last < 2:
+        return []
+    first_guided = int(np.argmax(profile.guided))  # nothing foretells it
+    return sorted({round(2 * (last / 2) ** (i / (TRIED - 1))) for i in range(TRIED)} - {first_guided})
+
+
+def _without(profile: Profile, k: int) -> Table:
+    """The table that computes all but evaluation k."""
+    count = len(profile.effects)
+    others = [one for one in range(count) if one != k]
+    guided = [one for one in others if profile.guided[one]]
+    halves = "".join("0" if one == k else "2" if profile.guided[one] else "1" for one in range(count))
+    return Table(halves, _Signal(profile, "text").weights(others), _Signal(profile, "guidance").weights(guided))
 
 
 def _products(seen: Mapping[int, Tensor], count: int, length: int) -> np.ndarray:
@@ -154,17 +212,22 @@ def candidates(profile: Profile) -> list[Table]:
     return [table for _, _, table in kept]
 
 
+def risks(profile: Profile) -> np.ndarray:
+    """The effects [N] on an unlucky prompt: the larger the growth of errors, the more it differs among prompts."""
+    return profile.effects * np.asarray(profile.gains) ** RISK
+
+
 def predicted_error(profile: Profile, table: Table) -> float:
-    """The relative error that a table would cause if the model's predictions did not depend on its earlier errors."""
+    """The relative error that a table causes; without gains, as if predictions did not depend on earlier errors."""
     count = len(profile.effects)
-    left = np.zeros(2 * count)
+    left, effects = np.zeros(2 * count), risks(profile)
     for offset, least, weights in ((0, 1, table.text), (count, 2, table.guidance)):
         for k in range(count):
             if int(table.halves[k]) >= least or (offset and not profile.guided[k]):
                 continue
-            left[offset + k] -= profile.effects[k]
+            left[offset + k] -= effects[k]
             for weight, position in zip(weights[k], table.computed(least, k)[:2], strict=False):
-                left[offset + position] += profile.effects[k] * weight
+                left[offset + position] += effects[k] * weight
     return math.sqrt(max(left @ profile.gram @ left, 0.0))
 
 
@@ -175,7 +238,8 @@ class _Signal:
         count = len(profile.effects)
         part = slice(0, count) if name == "text" else slice(count, 2 * count)
         self.gram, self.longest = profile.gram[part, part], LONGEST[name]
-        self.effects = profile.effects if name == "text" else profile.effects * profile.guided
+        effects = risks(profile)
+        self.effects = effects if name == "text" else effects * profile.guided
         self.ridge = RIDGE * max(np.trace(self.gram) / count, 1e-30)
         self.known_costs: dict[tuple[int | None, int, int], dict[int, float]] = {}
 
@@ -293,7 +357,7 @@ def expected_most(errors: Sequence[float]) -> float:
     logs = [math.log(max(error, 1e-12)) for error in errors]
     mean = sum(logs) / len(logs)
     spread = math.sqrt(sum((one - mean) ** 2 for one in logs) / max(len(logs) - 1, 1))
-    return math.exp(mean + DEVIATIONS * spread)
+    return math.exp(mean) * max(math.exp(DEVIATIONS * spread), LEAST_MARGIN)
 
 
 def relative_error(made: Tensor, exact: Tensor) -> float:
