@@ -3,8 +3,9 @@
 python -m benchmarks.pair [--sizes 144p-2s] [--tokens 120] [--repeats 5] [--threads N] [--output results]
 
 A step of one request: both halves of guidance, text of so many real tokens (packed, as published; read before by the
-fast path). `int8` is the fast path with linear layers in 8 bits. `share` is the part of each side's time that its
-matrix products would take at the best pace that this machine shows for any product.
+fast path). `int8` is the fast path with linear layers in 8 bits; the error of `fp8`, which takes a GPU to be fast, is
+stated too. `share` is the part of each side's time that its matrix products would take at the best pace that this
+machine shows for any product.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 
 from benchmarks import common, plain
 from opensora.acceleration.device import place
-from opensora.acceleration.int8 import quantize
+from opensora.acceleration.eight_bits import KINDS, quantize
 from opensora.models.layers.transformer import Text
 from opensora.models.stdit.stdit3 import STDiT3
 
@@ -70,18 +71,21 @@ def measure(fast: STDiT3, slow: plain.PlainSTDiT3, size: tuple[int, int], tokens
     """Times, ratios, errors and the bound of one size."""
     told = inputs(fast, size, tokens)
     x, y, timestep = told.values()
-    small = quantize(build(fast.hidden_size, fast.config["num_heads"])[0].requires_grad_(False))
-    small = place(small, torch.device("cpu"))
-    pairs, small_pairs = read(fast, y).pairs, read(small, y).pairs
+    built = {kind: build(fast.hidden_size, fast.config["num_heads"])[0].requires_grad_(False) for kind in KINDS}
+    small = {kind: place(quantize(model, kind), torch.device("cpu")) for kind, model in built.items()}
+    pairs, small_pairs = read(fast, y).pairs, {kind: read(model, y).pairs for kind, model in small.items()}
     sides = {
         "plain": common.as_usual(lambda: plain_step(slow, x, y, timestep)),
         "plain, memory kept": lambda: plain_step(slow, x, y, timestep),
         "fast": lambda: fast_step(fast, x, pairs, timestep),
-        "int8": lambda: fast_step(small, x, small_pairs, timestep),
+        "int8": lambda: fast_step(small["int8"], x, small_pairs["int8"], timestep),
     }
     expected = sides["plain"]()
-    errors = {name: common.relative_error(sides[name](), expected) for name in ("fast", "int8")}
-    errors["int8 of what the pair adds"] = common.relative_error(sides["int8"]() - x, expected - x)
+    errors = {"fast": common.relative_error(sides["fast"](), expected)}
+    for kind, model in small.items():
+        made = fast_step(model, x, small_pairs[kind], timestep)
+        errors[kind] = common.relative_error(made, expected)
+        errors[f"{kind} of what the pair adds"] = common.relative_error(made - x, expected - x)
     times = common.race(sides, repeats)
     flops = common.linear_flops(fast, sides["fast"])
     limit = common.bound(flops, common.peak_flops(), times)

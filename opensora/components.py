@@ -12,7 +12,7 @@ from torch import nn
 
 from opensora import registry
 from opensora.acceleration.device import place
-from opensora.acceleration.int8 import quantize
+from opensora.acceleration.eight_bits import quantize
 from opensora.acceleration.parallel import Layout, shard
 from opensora.errors import ConfigError, OpenSoraError, WeightsError
 from opensora.hub import locate, one_line, read_config_json
@@ -66,14 +66,16 @@ def build(section: Section, path: Path | None, defaults: Section | None = None, 
         return registry.build({**keywords, **section, **forced})
 
 
-def fill(model: Any, section: Section, path: Path, device: torch.device, dtype: torch.dtype) -> Summary:
+def fill(
+    model: Any, section: Section, path: Path, device: torch.device, dtype: torch.dtype, linear: str = "exact"
+) -> Summary:
     """Gives a built model its weights and makes it ready for inference; returns what was read.
 
-    With `int8=True` in the section the linear layers of its blocks compute in 8 bits, which is an approximation.
+    Where `linear` is "int8" or "fp8" the linear layers of its blocks compute in 8 bits, which is an approximation.
     """
     summary = load_weights(model, path, dtype=dtype, strict=section.get("strict", True))
     model = model.eval().requires_grad_(False)
-    place(quantize(model) if section.get("int8") else model, device)
+    place(model if linear == "exact" else quantize(model, linear), device)
     return summary
 
 

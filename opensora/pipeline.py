@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from opensora import components, draft, estimate, refine, registry, tuning, watermark, wishes
-from opensora.acceleration import caching
-from opensora.acceleration.device import inference_dtype, keep_allocations_in_heap, pick_device
+from opensora.acceleration import caching, eight_bits
+from opensora.acceleration.device import inference_dtype, keep_allocations_in_heap, pick_device, use_attention
 from opensora.acceleration.memory_plan import BY_NAME, FAST, LOW, MemoryPlan, Weights
 from opensora.acceleration.parallel import one_voice, share, start, world_size
 from opensora.acceleration.parallelize import compile_blocks
@@ -82,6 +82,8 @@ class VideoPipeline:
         self.layout = start(self.device, world_size())
         check_guidance_ranks(settings.guidance_ranks, self.layout)
         self.dtype = inference_dtype(self.device, settings.dtype)
+        eight_bits.check(settings.linear, self.device, self.dtype)
+        use_attention(settings.attention)
         self.scheduler = registry.build(settings.scheduler)
         self.cache = tuning.asked(settings)
         self._use_memory(BY_NAME.get(settings.memory, FAST))  # "auto" is decided once the parts are known
@@ -205,7 +207,8 @@ class VideoPipeline:
     def fill(self, part: str, built: Any) -> Any:
         """The autoencoder or the model with its weights, ready to run."""
         section = getattr(self.settings, part)
-        self._tell_loaded(part, components.fill(built, section, self.paths[part], self.device, self.dtype))
+        linear = self.settings.linear if part == "model" else "exact"
+        self._tell_loaded(part, components.fill(built, section, self.paths[part], self.device, self.dtype, linear))
         (self.memory.arrange if part == "model" else self.memory.arrange_vae)(built)
         self.weights.settle(part, built)
         return built

@@ -66,7 +66,7 @@ BUILDERS = {**MODELS, **AUTOENCODERS, **SCHEDULERS, **TEXT_ENCODERS, **DATASETS}
 # Keys of a section that say what to build, where its weights lie, or how the original accelerated it: no arguments.
 NO_ARGUMENTS = {
     "type", "strict", "from_pretrained", "subfolder", "local_files_only", "force_huggingface", "cache_dir",
-    "enable_flash_attn", "enable_layernorm_kernel", "enable_sequence_parallelism", "shardformer", "int8",
+    "enable_flash_attn", "enable_layernorm_kernel", "enable_sequence_parallelism", "shardformer",
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from opensora import estimate
+from opensora.acceleration import eight_bits
 from opensora.acceleration.memory_plan import BY_NAME, FAST, PLANS, MemoryPlan, arranged
 from opensora.acceleration.parallel import blocks_of
 from opensora.acceleration.winograd import kernel_bytes
@@ -150,6 +151,9 @@ class Needs:
         held = estimate.weights(self.parts[part], self.pipeline.dtype)
         files, copied = self._files(part, held)
         copied |= part == "vae"  # its kernels are rearranged
+        if part == "model" and self.pipeline.settings.linear != "exact":
+            held -= eight_bits.num_values(self.parts[part]) * (self.pipeline.dtype.itemsize - 1)
+            copied = True
         return Stage(name, held, files, copied, cost, estimate.seconds(cost, self.pipeline.device, name))
 
     def _files(self, part: str, held: int) -> tuple[int, bool]:

@@ -52,6 +52,7 @@ def tuned(pipeline: Any, model: Any, shape: tuple[int, ...], texts: Mapping[str,
     key = calibration.key_of(
         weights=pipeline.summaries["model"].sha256, scheduler=settings.scheduler, shape=shape, size=pipeline.size,
         dtype=pipeline.dtype, fps=settings.fps, prompts=names, max_error=settings.max_error, interval=interval,
+        linear=settings.linear,
     )  # fmt: skip
     found = share(calibration.remembered(key) if pipeline.layout.is_main else None, pipeline.layout)
     if found is None:

@@ -20,7 +20,9 @@ from benchmarks import memory
 from opensora import cli, components, estimate
 from opensora.acceleration import memory_plan
 from opensora.acceleration.device import place
+from opensora.acceleration.eight_bits import quantize
 from opensora.acceleration.memory_plan import BALANCED, FAST, LOW, PLANS, Guest, Weights, arranged, by_layers
+from opensora.config import find_config, read_config
 from opensora.errors import ConfigError
 from opensora.models.vae.vae import VideoAutoencoderKL, VideoAutoencoderPipeline
 from opensora.pipeline import VideoPipeline
@@ -380,3 +382,18 @@ def test_running_out_of_memory_names_the_plan(parts, monkeypatch):
     for name, remedy in (("fast", "first try --memory low$"), ("low", "a smaller size or fewer frames$")):
         with pytest.raises(ConfigError, match=remedy):
             list(VideoPipeline(settings_for(parts, memory=name)).generate())
+
+
+def test_linear_layers_in_8_bits_count_as_such():
+    file = find_config("embedded")
+    config = {**read_config(file), "prompt": ["a red circle"]}
+    exact, small = (
+        make_plan(InferenceSettings.from_config({**config, "linear": linear}, file.name)).needs.stages(FAST)[2]
+        for linear in ("exact", "int8")
+    )
+    model, _ = components.load({"type": "STDiT3", "from_pretrained": "embedded:stdit3"}, "model", CPU, torch.float32)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    quantize(model)
+    values = before - sum(parameter.numel() for parameter in model.parameters())
+    assert exact.weights - small.weights == pytest.approx(3 * values, rel=0.01)
+    assert small.copied

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
@@ -146,6 +147,24 @@ def training_attention(device: torch.device) -> contextlib.AbstractContextManage
     On a CPU the backward pass of fused attention is slower than plain matrix products at small sizes.
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+
+
+def use_attention(name: str | None) -> None:
+    """Has PyTorch's attention call the kernels of an installed package, by its name in PyTorch; None: as it is.
+
+    Raises ConfigError if this PyTorch does not know it, or its package is not there or not for this device.
+    """
+    if name is None:
+        return
+    known = getattr(attention, "list_flash_attention_impls", list)()
+    if name not in known:
+        remedy = f"it knows {', '.join(known)}" if known else "use a later one"
+        raise ConfigError(f"attention '{name}' is not known to PyTorch {torch.__version__}; {remedy}")
+    try:
+        attention.activate_flash_attention_impl(name)
+    except Exception as error:  # the package and what it needs raise anything
+        reason = " ".join(str(error).split())[:150]
+        raise ConfigError(f"attention '{name}' cannot be used here ({reason}); leave it out") from error
 
 
 @cache

@@ -56,7 +56,7 @@ _OURS = {
     "image", "first_frame", "last_frame", "extend", "keep", "edit", "strength", "llm_base_url", "llm_model",
     "steps_until", "draft", "cache", "max_error", "cache_threshold", "cache_prompts", "cache_psnr",
     "guidance_interval", "guidance_ranks",
-    "memory",
+    "memory", "linear", "attention",
 }  # fmt: skip
 
 
