@@ -4,6 +4,8 @@ python -m benchmarks.request [--steps 30] [--repeats 5] [--threads N] [--output 
 
 Both sides hold their weights already. Plainly the text is padded to the model's longest, as published, both when it is
 encoded and when it is read in every step. `int8` is the fast path with the model's linear layers in 8 bits.
+`share` is the part of each side's time that the products of the model's linear layers would take at the best pace that
+this machine shows for any product.
 """
 
 from __future__ import annotations
@@ -102,6 +104,8 @@ def main() -> None:
     expected, made = (sides[name]().astype(int) for name in ("plain", "fast"))
     times = common.race(sides, given.repeats)
     report = {"times": times, "faster": common.ratios(times), "steps": given.steps}
+    flops = common.linear_flops(parts.model, sides["fast"])
+    report["products"] = common.bound(flops, common.peak_flops(), times)
     report["pixels that differ"] = float((expected != made).mean())
     report["largest difference of levels"] = int(abs(expected - made).max())
     for kind, one in small.items():
