@@ -22,6 +22,7 @@ from opensora.datasets.video import read_video
 from opensora.errors import ConfigError
 from opensora.models.layers import attention as attention_module
 from opensora.models.layers.attention import SelfAttention, attention, rotation_table
+from opensora.models.layers.embeddings import Mlp
 from opensora.models.vae.vae import VideoAutoencoderPipeline
 from opensora.models.vae.vae_temporal import CausalConv3d
 from opensora.replay import replay
@@ -235,6 +236,27 @@ def test_large_frames_are_decoded_one_by_one(monkeypatch):
     pieces = list(vae.decoded(z, 17))
     assert [piece.shape[2] for piece in pieces] == [1] * 17
     assert error(torch.cat(pieces, dim=2), whole) < 1e-5
+
+
+@needs_onednn
+def test_an_mlp_by_onednn():
+    """With its activation computed by its first layer; hooks, gradients and layers in 8 bits stay what they are."""
+    plain, fast = (Mlp(128, 256, 128) for _ in range(2))
+    fast.load_state_dict(plain.state_dict())
+    use_onednn(fast)
+    x, called = torch.randn(2, 30, 128), []
+    assert error(fast(x), plain(x)) < 1e-6
+    with torch.no_grad():
+        handle = fast.fc1.register_forward_hook(lambda module, args, out: called.append(args[0].shape))
+        assert error(fast(x), plain(x)) < 1e-6
+        assert error(fast(x[0, :1]), plain(x[0, :1])) < 1e-6
+        assert len(called) == 2
+        handle.remove()
+    for one in (plain, fast):
+        one(x).square().sum().backward()
+    assert error(fast.fc1.weight.grad, plain.fc1.weight.grad) < 1e-5
+    with torch.no_grad():
+        assert error(quantize(fast)(x), plain(x)) < 0.05
 
 
 @pytest.mark.parametrize(("kind", "most"), [("int8", 0.02), ("fp8", 0.06)])

@@ -1,8 +1,10 @@
 """Linear layers of float32 on a CPU through oneDNN: the same sums, by kernels that suit every maker's processor.
 
-So are convolutions whose kernel is a single pixel, which are linear layers of every pixel.
+So are convolutions whose kernel is a single pixel, which are linear layers of every pixel. What follows the first layer
+of an MLP is computed with its product, while it is in the cache.
 
-PyTorch's own choice for float32, MKL, leaves half of the vector units idle on processors of other makers than its own.
+PyTorch's own choice for float32, MKL, leaves half of the vector units idle on some processors of other makers than its
+own.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from opensora.models.layers.embeddings import Mlp
 
 FEW = 4  # rows that are no work for a matrix product
 WIDE = 128  # channels from which on PyTorch's convolutions of single pixels are slower than matrix products
@@ -26,6 +31,8 @@ def use_onednn(model: nn.Module) -> None:
                 module.__class__ = OneDnnLinear
             elif type(module) is nn.Conv2d and _of_single_pixels(module):
                 module.__class__ = OneDnnPointwise
+            elif type(module) is Mlp:
+                module.__class__ = OneDnnMlp
 
 
 def has_onednn() -> bool:
@@ -53,11 +60,21 @@ def needs_gradients(*tensors: Tensor) -> bool:
 class OneDnnLinear(nn.Linear):
     """x [..., in] -> [..., out]; what oneDNN is not asked to do is done as in any linear layer."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         if x.numel() <= FEW * self.in_features or not suits(x, self.weight):
-            return super().forward(x)
-        compute = _Linear.apply if torch.is_grad_enabled() else product
-        return compute(x, self.weight, self.bias)
+            out = super().forward(x)
+        elif torch.is_grad_enabled():
+            out = _Linear.apply(x, self.weight, self.bias)
+        else:
+            return product(x, self.weight, self.bias, gelu)
+        return F.gelu(out, approximate="tanh") if gelu else out
+
+
+class OneDnnMlp(Mlp):
+    """The same, its GELU computed by its first layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x, gelu=True)) if isinstance(self.fc1, OneDnnLinear) else super().forward(x)
 
 
 class OneDnnPointwise(nn.Conv2d):
@@ -98,6 +115,7 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] by the transpose of weight [out, in], plus bias [out]."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """x [..., in] by the transpose of weight [out, in], plus bias [out]; of that the GELU by tanh, if asked for."""
+    then = ("gelu", [], "tanh") if gelu else ("none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *then)
