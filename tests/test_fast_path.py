@@ -300,6 +300,9 @@ def test_a_device_without_such_products_says_so(monkeypatch):
     def missing(*args, **kwargs):
         raise NotImplementedError("no such kernel")
 
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match=r"cannot multiply in fp8 \(no such kernel\)"):
+        patch.setattr(eight_bits.Fp8Linear, "round", missing)  # it lacks the type itself
+        eight_bits.check("fp8", CPU, torch.float32)
     monkeypatch.setattr(torch, "_scaled_mm", missing)
     with pytest.raises(ConfigError, match=r"cannot multiply in fp8 \(no such kernel\); use --linear exact or --linear"):
         eight_bits.check("fp8", CPU, torch.float32)

@@ -218,7 +218,10 @@ def risks(profile: Profile) -> np.ndarray:
 
 
 def predicted_error(profile: Profile, table: Table) -> float:
-    """The relative error that a table causes; without gains, as if predictions did not depend on earlier errors."""
+    """The relative error that a table causes if the model's predictions do not depend on its earlier errors.
+
+    With gains it is no error any more but a measure of risk, to compare tables by.
+    """
     count = len(profile.effects)
     left, effects = np.zeros(2 * count), risks(profile)
     for offset, least, weights in ((0, 1, table.text), (count, 2, table.guidance)):

@@ -103,9 +103,9 @@ def check(kind: str, device: torch.device, dtype: torch.dtype) -> None:
     if kind == "exact":
         return
     with torch.random.fork_rng(devices=[]):
-        trial = KINDS[kind](nn.Linear(LEAST, LEAST)).to(device)
+        layer = nn.Linear(LEAST, LEAST)
     try:
-        trial(torch.ones(1, LEAST, device=device, dtype=dtype))
+        KINDS[kind](layer).to(device)(torch.ones(1, LEAST, device=device, dtype=dtype))
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:150]
         others = " or ".join(f"--linear {name}" for name in ("exact", *KINDS) if name != kind)
