@@ -73,7 +73,7 @@ def measure(fast: STDiT3, slow: plain.PlainSTDiT3, size: tuple[int, int], tokens
     x, y, timestep = told.values()
     built = {kind: build(fast.hidden_size, fast.config["num_heads"])[0].requires_grad_(False) for kind in KINDS}
     small = {kind: place(quantize(model, kind), torch.device("cpu")) for kind, model in built.items()}
-    pairs, small_pairs = read(fast, y).pairs, {kind: read(model, y).pairs for kind, model in small.items()}
+    pairs, small_pairs = read(fast, y).prepared, {kind: read(model, y).prepared for kind, model in small.items()}
     sides = {
         "plain": common.as_usual(lambda: plain_step(slow, x, y, timestep)),
         "plain, memory kept": lambda: plain_step(slow, x, y, timestep),

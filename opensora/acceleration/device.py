@@ -17,7 +17,8 @@ from torch.nn import attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
-from opensora.acceleration.layout import channels_last, leave_file
+from opensora.acceleration.attention import use_host_attention
+from opensora.acceleration.layout import channels_last, leave_file, outputs_last
 from opensora.acceleration.linear import use_onednn
 from opensora.acceleration.residual import fuse_residuals
 from opensora.acceleration.upsample import fuse_upsampling
@@ -230,11 +231,12 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
             module.fold_time = device.type == "cpu"
     if device.type == "cpu":
         use_onednn(model)
+        use_host_attention(model)
         use_winograd(model)
     model = model.to(device)
     arranged = channels_last(model, folded=device.type == "cpu")
     if device.type == "cpu":
-        leave_file(model, arranged)
+        leave_file(model, arranged + outputs_last(model))
     fuse_upsampling(model)
     fuse_residuals(model)
     return model

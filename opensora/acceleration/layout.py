@@ -1,4 +1,7 @@
-"""Where the numbers of convolutions lie in memory: channels next to one another, as fast kernels read them."""
+"""Where weights lie in memory: channels of convolutions, and outputs of small linear layers, next to one another.
+
+So fast kernels read them, and need not move them in every call.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+SMALL = 2**20  # values of a weight that takes as long to move as to multiply by a few hundred rows
 
 
 def channels_last(model: nn.Module, folded: bool = False) -> list[Tensor]:
@@ -23,6 +28,16 @@ def channels_last(model: nn.Module, folded: bool = False) -> list[Tensor]:
                 arranged.append(module.weight)
         elif type(module) is nn.GroupNorm and not module.weight.requires_grad:
             module.__class__ = GroupNorm
+    return arranged
+
+
+def outputs_last(model: nn.Module) -> list[Tensor]:
+    """Rearranges the small weights [out, in] of linear layers that are fixed, `out` innermost; returns them."""
+    arranged: list[Tensor] = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad and module.weight.numel() <= SMALL:
+            module.weight.data = module.weight.data.t().contiguous().t()
+            arranged.append(module.weight)
     return arranged
 
 

@@ -36,8 +36,12 @@ def use_onednn(model: nn.Module) -> None:
 
 
 def has_onednn() -> bool:
-    """Whether this PyTorch has the product that is used here."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    """Whether this PyTorch has the products that are used here."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and hasattr(torch.ops.aten, "mkldnn_linear_backward_weights")
+    )
 
 
 def suits(x: Tensor, weight: Tensor) -> bool:
@@ -110,7 +114,7 @@ class _Linear(torch.autograd.Function):
         of_x, of_weight, of_bias = ctx.needs_input_grad
         return (
             product(grad, weight.t()) if of_x else None,
-            product(rows.t(), x.flatten(0, -2).t()) if of_weight else None,
+            weight_gradient(rows, x.flatten(0, -2), weight) if of_weight else None,
             rows.sum(dim=0) if of_bias else None,
         )
 
@@ -119,3 +123,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = 
     """x [..., in] by the transpose of weight [out, in], plus bias [out]; of that the GELU by tanh, if asked for."""
     then = ("gelu", [], "tanh") if gelu else ("none", [], "")
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *then)
+
+
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The transpose of grad [rows, out] by x [rows, in]: [out, in], as weight is.
+
+    Moving what has more columns for a product takes longer than what moves neither, so outputs are moved only if few.
+    """
+    if len(weight) < weight.shape[1]:
+        return product(grad.t(), x.t())
+    of_weight, _ = torch.ops.aten.mkldnn_linear_backward_weights(grad.to_mkldnn(), x.to_mkldnn(), weight, False)
+    return of_weight

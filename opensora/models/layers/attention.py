@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Rotation = tuple[Tensor, Tensor]  # cos, sin: [L, D] each, float32
 Pair = tuple[Tensor, Tensor]  # keys, values: [N, M, H, D] each
 MOST_HEADS = 2**15  # that one call takes: kernels count them in 16 bits
 
@@ -24,22 +26,27 @@ def attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Te
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
-def rotation_table(freqs: Tensor, length: int) -> Rotation:
-    """cos and sin of the rotary angles of positions 0..length-1, interleaved pairs (Su et al. 2021): [L, D] float32.
+def rotation_table(freqs: Tensor, length: int) -> Tensor:
+    """cos and sin of the rotary angles of positions 0..length-1 (Su et al. 2021): [L, D / 2, 2] float32.
 
     freqs [D / 2] holds the angle per position of each pair.
     """
     positions = torch.arange(length, device=freqs.device, dtype=torch.float32)
-    angles = (positions[:, None] * freqs.float()).repeat_interleave(2, dim=-1)
-    return angles.cos(), angles.sin()
+    angles = positions[:, None] * freqs.float()
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """x [N, L, ..., D] turned by its position: pair (a, b) -> (a cos - b sin, b cos + a sin), computed in float32."""
-    cos, sin = (table.unflatten(0, (-1, *(1,) * (x.ndim - 3))) for table in rotation)  # [L, 1, ..., D]
-    pairs = x.float().unflatten(-1, (-1, 2))
-    turned = torch.stack((-pairs[..., 1], pairs[..., 0]), dim=-1).flatten(-2)
-    return torch.addcmul(x.float() * cos, turned, sin).to(x.dtype)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = along_tokens(rotation, x).unbind(-1)
+    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+    return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
+
+
+def along_tokens(rotation: Tensor, x: Tensor) -> Tensor:
+    """The rotations [L, D / 2, 2] as they broadcast over x [N, L, ..., D]: [L, 1, ..., D / 2, 2]."""
+    return rotation.unflatten(0, (-1, *(1,) * (x.ndim - 3)))
 
 
 class RotaryFrequencies(nn.Module):
@@ -51,6 +58,13 @@ class RotaryFrequencies(nn.Module):
             raise ValueError(f"rotary positions need an even head size; hidden_size / num_heads is {head_dim}")
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         self.freqs = nn.Parameter(theta**-exponents, requires_grad=False)
+
+
+class Kernels(NamedTuple):
+    """What attention is computed by; devices may have formulations that suit them better."""
+
+    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = attention
+    rotate: Callable[[Tensor, Tensor], Tensor] = rotate
 
 
 class RMSNorm(nn.Module):
@@ -72,6 +86,8 @@ class SelfAttention(nn.Module):
     qk_norm_legacy rotates before it normalises (the order of Open-Sora 1.1.0).
     """
 
+    kernels = Kernels()
+
     def __init__(self, dim: int, num_heads: int, qk_norm: bool = False, qk_norm_legacy: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -81,18 +97,20 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         if x.shape[1] == 1 and not torch.is_grad_enabled():  # a single token attends to itself
             return self.proj(self.compress(v))
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in (q, self.compress(k), self.compress(v)))
+        rotate = self.kernels.rotate
         if rotation is None:
             q, k = self.q_norm(q), self.k_norm(k)
         elif self.qk_norm_legacy:
             q, k = self.q_norm(rotate(q, rotation)), self.k_norm(rotate(k, rotation))
         else:
             q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
-        return self.proj(attention(*(part.flatten(2, -2) for part in (q, k, v))).view(x.shape))
+        q, k, v = (part.flatten(2, -2) for part in (q, k, v))
+        return self.proj(self.kernels.attention(q, k, v, None).view(x.shape))
 
     def compress(self, x: Tensor) -> Tensor:
         """Keys or values [N, L, C] as [N, M, C]; here M = L. A place for models that attend to fewer."""
@@ -105,6 +123,8 @@ class CrossAttention(nn.Module):
     The text may have been read before: its keys and values depend on nothing else, so they serve for all steps.
     """
 
+    kernels = Kernels()
+
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -114,7 +134,11 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor | Pair, keep: Tensor | None = None) -> Tensor:
         q = self.q_linear(x).unflatten(-1, (self.num_heads, -1))
-        return self.proj(attention(q, *(self.read(y) if isinstance(y, Tensor) else y), keep))
+        return self.proj(self.kernels.attention(q, *(self.read(y) if isinstance(y, Tensor) else y), keep))
+
+    def prepare(self, y: Tensor, keep: Tensor | None) -> Any:
+        """The text in the form that takes the place of y for all steps: its keys and values."""
+        return self.read(y)
 
     def read(self, y: Tensor) -> Pair:
         """Keys and values of the text."""

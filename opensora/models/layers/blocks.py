@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from opensora.models.layers.attention import CrossAttention, Pair, Rotation, SelfAttention
+from opensora.models.layers.attention import CrossAttention, Pair, SelfAttention
 from opensora.models.layers.embeddings import Mlp
 
 EPS = 1e-6
@@ -44,7 +44,7 @@ def layer_norm(dim: int) -> nn.LayerNorm:
     return nn.LayerNorm(dim, eps=EPS, elementwise_affine=False)
 
 
-def along(axis: Axis, module: nn.Module, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+def along(axis: Axis, module: nn.Module, x: Tensor, rotation: Tensor | None = None) -> Tensor:
     """`module` over x [B, T, S, C] as sequences of patches, [B * T, S, C]; of frames, [B, T, S, C]; or of both."""
     if axis == "time":
         return module(x, rotation)
@@ -63,7 +63,7 @@ class Block(nn.Module):
         self.norm2 = layer_norm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), dim)
 
-    def attend(self, x: Tensor, rows: tuple[Tensor, ...], rotation: Rotation | None = None) -> Tensor:
+    def attend(self, x: Tensor, rows: tuple[Tensor, ...], rotation: Tensor | None = None) -> Tensor:
         """x plus its gated self-attention; of `rows`, the first three serve."""
         shift, scale, gate = rows[:3]
         return torch.addcmul(x, gate, along(self.axis, self.attn, modulate(self.norm1(x), shift, scale), rotation))
@@ -86,7 +86,7 @@ class TextBlock(Block):
         self.cross_attn = CrossAttention(dim, attn.num_heads)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, y: Tensor | Pair, keep: Tensor | None, rotation: Rotation | None = None
+        self, x: Tensor, modulation: Tensor, y: Tensor | Pair, keep: Tensor | None, rotation: Tensor | None = None
     ) -> Tensor:
         rows = rows_of(self.scale_shift_table + modulation)
         return self.feed(self.read(self.attend(x, rows, rotation), y, keep), rows)

@@ -6,13 +6,12 @@ Axes: latents x [B, C, T, H, W]; tokens [B, T', S, C] are patches, S of them in 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from opensora.models.layers.attention import Pair
 from opensora.models.layers.blocks import FinalLayer, Frames, Modulation, TextBlock
 from opensora.models.layers.embeddings import (
     CaptionEmbedder,
@@ -85,8 +84,18 @@ class PatchTransformer(nn.Module):
 class Text(NamedTuple):
     """A text that has been read, which takes the place of its features in a forward pass."""
 
-    pairs: tuple[Pair, ...]  # keys and values for each block
+    prepared: tuple[Any, ...]  # for the attention of each block: its keys and values, or what serves in their place
     keep: Tensor | None  # [B, L] bool, real tokens (None: all)
+    made: dict[Any, Tensor] | None = None  # of the sizes that came with the text, by the first pass
+
+
+def made_once(y: Tensor | Text | None, what: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """What `make` gives, which is called for the first pass of a text that has been read, or for every pass."""
+    if not isinstance(y, Text) or y.made is None:
+        return make()
+    if what not in y.made:
+        y.made[what] = make()
+    return y.made[what]
 
 
 class TextTransformer(PatchTransformer):
@@ -116,14 +125,15 @@ class TextTransformer(PatchTransformer):
         return block(t).unflatten(-1, (-1, self.hidden_size))[:, None]
 
     def prepare(self, y: Tensor, mask: Tensor | None = None, **others: Any) -> dict[str, Any]:
-        """Arguments of `forward` that mean the same, the text read once for all steps: each block's keys and values.
+        """Arguments of `forward` that mean the same, the text read once for all steps, by each block.
 
-        They stay as they are where the model is still to be trained.
+        So is what the sizes among them give. They stay as they are where the model is still to be trained.
         """
         if any(parameter.requires_grad for parameter in self.parameters()):
             return {"y": y, "mask": mask, **others}
         y, keep = self.caption(y, mask, len(y) if mask is None else max(len(y), len(mask)))  # one y may serve many rows
-        return {"y": Text(tuple(block.cross_attn.read(y) for block in self.text_blocks()), keep), **others}
+        prepared = tuple(block.cross_attn.prepare(y, keep) for block in self.text_blocks())
+        return {"y": Text(prepared, keep, {}), **others}
 
     def text_blocks(self) -> list[TextBlock]:
         """All blocks, in the order in which tokens pass through them."""
@@ -132,7 +142,7 @@ class TextTransformer(PatchTransformer):
     def texts(self, y: Tensor | Text, mask: Tensor | None, batch_size: int) -> tuple[Sequence[Any], Tensor | None]:
         """What each block is told of the text, and which of its tokens are real [B, L] (None: all)."""
         if isinstance(y, Text):
-            return y
+            return y.prepared, y.keep
         y, keep = self.caption(y, mask, batch_size)
         return [y] * len(self.text_blocks()), keep
 
@@ -167,13 +177,16 @@ class TextTransformer(PatchTransformer):
 class SizedTransformer(TextTransformer):
     """Models of any size: positions are made for the tokens at hand, scaled by the size in pixels."""
 
-    def tokens(self, x: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    def tokens(self, x: Tensor, height: Tensor, width: Tensor, y: Tensor | Text | None) -> Tensor:
         """Tokens [B, T', S, C] of x [B, C, T, H, W] with their positions; the first sample's height and width count."""
         _, rows, columns = self.token_grid(x.shape[2:])
-        scale = (height[0].float() * width[0].float()).sqrt() / self.config["input_sq_size"]
-        base_size = round((rows * columns) ** 0.5)
-        positions = position_embedding_2d(self.hidden_size, rows, columns, scale, base_size, x.device)
-        return self.x_embedder(x.to(self.dtype)) + positions.to(self.dtype)
+
+        def positions() -> Tensor:
+            scale = (height[0].float() * width[0].float()).sqrt() / self.config["input_sq_size"]
+            base_size = round((rows * columns) ** 0.5)
+            return position_embedding_2d(self.hidden_size, rows, columns, scale, base_size, x.device).to(self.dtype)
+
+        return self.x_embedder(x.to(self.dtype)) + made_once(y, (rows, columns), positions)
 
     def check_given(self, **sizes: Tensor | None) -> None:
         """Raises ValueError when one of the size arguments is absent."""

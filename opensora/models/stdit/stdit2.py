@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from opensora.models.layers.arguments import arguments_of
-from opensora.models.layers.attention import Pair, RotaryFrequencies, Rotation, SelfAttention, rotation_table
+from opensora.models.layers.attention import Pair, RotaryFrequencies, SelfAttention, rotation_table
 from opensora.models.layers.blocks import TextBlock, along, layer_norm, modulate, rows_of
 from opensora.models.layers.embeddings import Size3, SizeEmbedder
-from opensora.models.layers.transformer import SizedTransformer, Text
+from opensora.models.layers.transformer import SizedTransformer, Text, made_once
 
 
 class STDiT2Block(TextBlock):
@@ -25,7 +25,7 @@ class STDiT2Block(TextBlock):
 
     def forward(
         self, x: Tensor, modulation: Tensor, temporal: Tensor, y: Tensor | Pair, keep: Tensor | None,
-        rotation: Rotation,
+        rotation: Tensor,
     ) -> Tensor:  # fmt: skip
         """`modulation` [B, T or 1, 6, C] is the spatial one, `temporal` [B, T or 1, 3, C] that of the frames."""
         rows = rows_of(self.scale_shift_table + modulation)
@@ -79,14 +79,20 @@ class STDiT2(SizedTransformer):
         Arguments as for STDiT3; num_frames [b] in frames, ar [b] height / width.
         """
         self.check_given(num_frames=num_frames, height=height, width=width, ar=ar, fps=fps)
-        size = (self.csize_embedder(torch.stack([height, width], dim=1), len(x)), self.ar_embedder(ar, len(x)))
-        modulation = self.modulation(timestep, torch.cat(size, dim=1), x_mask)
-        pace = self.fl_embedder(num_frames, len(x)) + self.fps_embedder(fps, len(x))
+        sides, batch = (height, width), len(x)
+        size = made_once(
+            y, ("size", batch),
+            lambda: torch.cat((self.csize_embedder(torch.stack(sides, 1), batch), self.ar_embedder(ar, batch)), dim=1),
+        )  # fmt: skip
+        pace = made_once(
+            y, ("pace", batch), lambda: self.fl_embedder(num_frames, batch) + self.fps_embedder(fps, batch)
+        )
+        modulation = self.modulation(timestep, size, x_mask)
         temporal = self.rows(self.t_block_temp, self.t_embedder(timestep) + pace)
         if x_mask is not None:
             given = self.rows(self.t_block_temp, self.t_embedder(torch.zeros_like(timestep)) + pace)
             temporal = torch.where(x_mask[..., None, None], temporal, given)
-        tokens, (texts, keep) = self.tokens(x, height, width), self.texts(y, mask, len(x))
+        tokens, (texts, keep) = self.tokens(x, height, width, y), self.texts(y, mask, len(x))
         rotation = rotation_table(self.rope.freqs, tokens.shape[1])
         for block, y in zip(self.blocks, texts, strict=True):
             tokens = block(tokens, modulation.blocks, temporal, y, keep, rotation)

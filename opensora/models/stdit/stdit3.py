@@ -11,7 +11,7 @@ from opensora.models.layers.arguments import arguments_of
 from opensora.models.layers.attention import RotaryFrequencies, SelfAttention, rotation_table, unpack_text
 from opensora.models.layers.blocks import Axis, Modulation, TextBlock
 from opensora.models.layers.embeddings import Size3, SizeEmbedder
-from opensora.models.layers.transformer import SizedTransformer, Text
+from opensora.models.layers.transformer import SizedTransformer, Text, made_once
 
 
 class STDiT3(SizedTransformer):
@@ -74,18 +74,18 @@ class STDiT3(SizedTransformer):
         in frames per second and pixels. Rows b < B are tiled. Other size arguments of the family (num_frames, ar) are
         accepted and have no effect.
         """
-        tokens, modulation = self.embed(x, timestep, x_mask, fps, height, width)
+        tokens, modulation = self.embed(x, timestep, x_mask, fps, height, width, y)
         tokens = self.transform(tokens, modulation, *self.texts(y, mask, len(x)))
         return self.unembed(tokens, modulation, x.shape[2:])
 
     def embed(
         self, x: Tensor, timestep: Tensor, x_mask: Tensor | None,
-        fps: Tensor | None, height: Tensor | None, width: Tensor | None,
+        fps: Tensor | None, height: Tensor | None, width: Tensor | None, y: Tensor | Text | None = None,
     ) -> tuple[Tensor, Modulation]:  # fmt: skip
         """Tokens [B, T', S, C] and what the timestep does to them."""
         self.check_given(fps=fps, height=height, width=width)
-        modulation = self.modulation(timestep, self.fps_embedder(fps, len(x)), x_mask)
-        return self.tokens(x, height, width), modulation
+        pace = made_once(y, ("pace", len(x)), lambda: self.fps_embedder(fps, len(x)))
+        return self.tokens(x, height, width, y), self.modulation(timestep, pace, x_mask)
 
     def caption(self, y: Tensor, mask: Tensor | None, batch_size: int) -> tuple[Tensor, Tensor | None]:
         if not self.skip_y_embedder:

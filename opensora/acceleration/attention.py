@@ -1,0 +1,95 @@
+"""What attention is computed by on a CPU in float32: the same sums in fewer passes, where fused kernels do not pay."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from opensora.acceleration.linear import needs_gradients, suits
+from opensora.models.layers import attention as plain
+from opensora.models.layers.attention import Kernels
+
+FEW = 8  # tokens, up to which products value by value are faster than those of matrices
+SOME = 16  # tokens that leave the blocks of a fused kernel empty
+IN_CACHE = 2**20  # values of queries that stay there between two products
+MOST_SCORES = 2**28  # values that may be kept for the backward pass
+MOST_FOLDED = 2**18  # values that a text may take in each block
+
+
+def use_host_attention(model: nn.Module) -> None:
+    """Makes the attention of a model compute by the functions below."""
+    for module in model.modules():
+        if isinstance(module, plain.SelfAttention | plain.CrossAttention):
+            module.kernels = Kernels(attention, rotate)
+            if type(module) is plain.CrossAttention:
+                module.__class__ = HostCrossAttention
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
+    """As everywhere, but by products where gradients are asked for and where tokens are few: [N, L, H * D]."""
+    if keep is None and suits(q, k):
+        tokens, scores = max(q.shape[1], k.shape[1]), q[..., 0].numel() * k.shape[1]
+        if needs_gradients(q, k, v):
+            if scores <= MOST_SCORES:
+                return _by_matrices(q, k, v)
+        elif tokens <= SOME and q.numel() <= IN_CACHE:
+            return _by_values(q, k, v) if tokens <= FEW else _by_matrices(q, k, v)
+    return plain.attention(q, k, v, keep)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """x [N, L, ..., D] turned by its position: pairs are complex numbers, and so are rotations [L, D / 2, 2]."""
+    if not suits(x, rotation):
+        return plain.rotate(x, rotation)
+    pairs, turns = (torch.view_as_complex(one) for one in (x.unflatten(-1, (-1, 2)), plain.along_tokens(rotation, x)))
+    return torch.view_as_real(pairs * turns).flatten(-2)
+
+
+def _by_matrices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))  # [N, H, L, D]
+    return torch.matmul(torch.matmul(q, k.transpose(2, 3)).softmax(dim=-1), v).transpose(1, 2).flatten(2)
+
+
+def _by_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q[:, :, None] * k[:, None]).sum(dim=-1) * q.shape[-1] ** -0.5  # [N, L, M, H]
+    return (scores.softmax(dim=2)[..., None] * v[:, None]).sum(dim=2).flatten(2)
+
+
+class Folded(NamedTuple):
+    """A text of M tokens as two matrices a sample, which take the place of layers and attention."""
+
+    to_scores: Tensor  # [B, C, H * M]: the layer of the queries, then the keys
+    shift: Tensor  # [B, 1, H * M]: what its bias adds
+    to_tokens: Tensor  # [B, H * M, C]: the values, then the last layer
+
+
+class HostCrossAttention(plain.CrossAttention):
+    """Attention to text; to a short one, prepared for many steps, by matrices smaller than its own layers."""
+
+    def prepare(self, y: Tensor, keep: Tensor | None) -> Any:
+        keys, values = pair = self.read(y)  # [B, M, H, D] each
+        batch, length, heads, dim = keys.shape
+        width = heads * dim
+        small = 2 * length <= dim and 2 * batch * width * length * heads <= MOST_FOLDED
+        if keep is not None or not small or not self._foldable(y):
+            return pair
+        keys = keys * dim**-0.5
+        by_head = self.q_linear.weight.unflatten(0, (heads, dim))  # [H, D, C]
+        return Folded(
+            torch.einsum("hdc,bmhd->bchm", by_head, keys).flatten(2),
+            torch.einsum("hd,bmhd->bhm", self.q_linear.bias.unflatten(0, (heads, dim)), keys).flatten(1)[:, None],
+            torch.einsum("bmhd,chd->bhmc", values, self.proj.weight.unflatten(1, (heads, dim))).flatten(1, 2),
+        )
+
+    def _foldable(self, y: Tensor) -> bool:
+        layers = self.q_linear, self.proj
+        exact = all(isinstance(layer, nn.Linear) and suits(y, layer.weight) for layer in layers)
+        return exact and not needs_gradients(y, *self.parameters())
+
+    def forward(self, x: Tensor, y: Any, keep: Tensor | None = None) -> Tensor:
+        if not isinstance(y, Folded):
+            return super().forward(x, y, keep)
+        scores = torch.baddbmm(y.shift, x, y.to_scores).unflatten(-1, (self.num_heads, -1))  # [B, N, H, M]
+        return torch.baddbmm(self.proj.bias, scores.softmax(dim=-1).flatten(2), y.to_tokens)

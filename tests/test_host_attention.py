@@ -1,0 +1,145 @@
+"""Attention as a CPU computes it in float32, against the formulation of all devices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from opensora.acceleration import attention as host
+from opensora.acceleration.attention import Folded, HostCrossAttention, use_host_attention
+from opensora.acceleration.eight_bits import quantize
+from opensora.acceleration.linear import has_onednn
+from opensora.models.layers import attention as plain
+from opensora.models.layers.attention import CrossAttention, SelfAttention, rotation_table
+from opensora.schedulers.rf import RFLOW
+from tests.test_plain import error, inputs, models
+
+LENGTHS = [(5, 5), (8, 3), (16, 16), (3, 16), (17, 17), (80, 9)]
+
+
+def parts(length: int, keys: int, grad: bool = False) -> list[torch.Tensor]:
+    """q, k, v of two samples, not all of them next to one another in memory."""
+    q = torch.randn(2, length, 3 * 4 * 8).chunk(3, dim=-1)[1].unflatten(-1, (4, 8))
+    k, v = torch.randn(2, keys, 2, 4, 8).unbind(2)
+    return [x.detach().requires_grad_(grad) for x in (q, k, v)]
+
+
+@pytest.mark.parametrize(("length", "keys"), LENGTHS)
+def test_attention_of_few_and_of_many_tokens(length, keys):
+    given = parts(length, keys)
+    assert error(host.attention(*given), plain.attention(*given)) < 1e-6
+
+
+@pytest.mark.parametrize(("length", "keys"), [(5, 5), (17, 17), (80, 9)])
+def test_gradients_of_attention(length, keys, monkeypatch):
+    given, found = parts(length, keys, grad=True), []
+    weights = torch.randn(2, length, 32)
+    for attend in (plain.attention, host.attention):
+        out = attend(*given)
+        found.append([out.detach(), *torch.autograd.grad((out * weights).sum(), given)])
+        monkeypatch.setattr(plain, "attention", lambda *_: pytest.fail("there are products for it"))
+    assert all(error(ours, expected) < 1e-6 for expected, ours in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("what", ["mask", "float64", "many scores", "large"])
+def test_attention_that_is_left_to_pytorch(what, monkeypatch):
+    given, keep, called = parts(5, 5, grad=what == "many scores"), None, []
+    if what == "mask":
+        keep = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    elif what == "float64":
+        given = [x.double() for x in given]
+    else:
+        monkeypatch.setattr(host, "MOST_SCORES" if what == "many scores" else "IN_CACHE", 7)
+    expected, attend = plain.attention(*given, keep), plain.attention
+    monkeypatch.setattr(plain, "attention", lambda *args: called.append(1) or attend(*args))
+    assert torch.equal(host.attention(*given, keep), expected) and called
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4, 8), (2, 5, 3, 4, 8)])
+def test_rotation_as_a_product_of_complex_numbers(shape):
+    x, table, found = torch.randn(shape, requires_grad=True), rotation_table(torch.rand(4), 5), []
+    for rotate in (plain.rotate, host.rotate):
+        out = rotate(x, table)
+        found.append([out.detach(), *torch.autograd.grad(out.square().sum() + out.sum(), x)])
+    assert all(error(ours, expected) < 1e-6 for expected, ours in zip(*found, strict=True))
+    half = x.detach().bfloat16()
+    assert torch.equal(host.rotate(half, table), plain.rotate(half, table))
+
+
+def crossing(dim: int = 64, heads: int = 2) -> tuple[CrossAttention, CrossAttention]:
+    """Attention to text, and the same one as a CPU has it."""
+    slow, fast = (CrossAttention(dim, heads).requires_grad_(False) for _ in range(2))
+    fast.load_state_dict(slow.state_dict())
+    use_host_attention(nn.Sequential(fast))
+    return slow, fast
+
+
+def test_a_short_text_takes_the_place_of_layers():
+    slow, fast = crossing()
+    x, y = torch.randn(2, 30, 64), torch.randn(2, 10, 64)
+    read = fast.prepare(y, None)
+    assert isinstance(fast, HostCrossAttention) and isinstance(read, Folded)
+    assert sum(part.numel() for part in read) < 2**18
+    expected = slow(x, y)
+    for text in (y, slow.prepare(y, None), read):
+        assert error(fast(x, text), expected) < 1e-6
+
+
+@pytest.mark.parametrize("what", ["long", "masked", "in training", "float64", "8 bits", "large"])
+def test_texts_that_do_not(what, monkeypatch):
+    slow, fast = crossing(256)
+    keep = torch.ones(2, 10, dtype=torch.bool) if what == "masked" else None
+    x, y = torch.randn(2, 30, 256), torch.randn(2, 100 if what == "long" else 10, 256)
+    expected = slow(x, y, keep)
+    if what == "in training":
+        fast.requires_grad_(True)
+    elif what == "float64":
+        fast, x, y = fast.double(), x.double(), y.double()
+    elif what == "8 bits":
+        quantize(nn.Sequential(fast))
+    elif what == "large":
+        monkeypatch.setattr(host, "MOST_FOLDED", 7)
+    read = fast.prepare(y, keep)
+    assert not isinstance(read, Folded)
+    assert error(fast(x, read, keep).detach(), expected) < (0.05 if what == "8 bits" else 1e-6)
+
+
+def test_models_use_it(monkeypatch):
+    attend, x = SelfAttention(16, 2, qk_norm=True), torch.randn(2, 5, 3, 16)
+    rotation = rotation_table(torch.rand(4), 5)
+    expected = attend(x, rotation)
+    use_host_attention(attend)
+    for name in ("attention", "rotate"):
+        monkeypatch.setattr(plain, name, lambda *_: pytest.fail("few tokens of a CPU"))
+    with torch.no_grad():
+        assert error(attend(x, rotation), expected) < 1e-6
+
+
+@pytest.mark.skipif(not has_onednn(), reason="PyTorch is built without oneDNN")
+def test_what_sizes_give_is_made_once_a_request(monkeypatch):
+    fast, _ = models(pred_sigma=False)
+    told, asked = inputs((3, 6, 8), False), []
+    fast.fps_embedder.register_forward_hook(lambda *_: asked.append(1))
+    arguments = {name: told[name] for name in ("y", "fps", "height", "width")}
+    prepared = fast.prepare(**arguments)
+    for time in (900.0, 400.0):
+        timestep = torch.full((2,), time)
+        found = fast(told["x"], timestep, **prepared)
+        assert len(asked) == 1
+        assert error(found, fast(told["x"], timestep, **arguments)) < 1e-6
+        asked.pop()
+    larger = torch.randn(*told["x"].shape[:3], 10, 12)  # which has positions of its own
+    assert error(fast(larger, timestep, **prepared), fast(larger, timestep, **arguments)) < 1e-6
+
+
+def test_what_is_made_in_inference_mode_leaves_a_model_as_it_was():
+    fast, _ = models(pred_sigma=False)
+    told = inputs((3, 6, 8), False)
+    cond = {name: told[name] for name in ("y", "fps", "height", "width")}
+    with torch.inference_mode():
+        made = RFLOW(num_sampling_steps=2, cfg_scale=1.0).sample(fast, told["x"], cond)
+    assert torch.isfinite(made).all()
+    fast.requires_grad_(True)
+    fast(**told).square().mean().backward()
+    assert all(p.grad is not None for p in fast.temporal_blocks.parameters())
