@@ -84,6 +84,7 @@ def test_a_short_text_takes_the_place_of_layers():
     expected = slow(x, y)
     for text in (y, slow.prepare(y, None), read):
         assert error(fast(x, text), expected) < 1e-6
+    assert error(fast(x, fast.prepare(y[:1], None)), slow(x, y[:1].expand(2, -1, -1))) < 1e-6  # one for all samples
 
 
 @pytest.mark.parametrize("what", ["long", "masked", "in training", "float64", "8 bits", "large"])

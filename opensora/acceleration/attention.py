@@ -91,5 +91,6 @@ class HostCrossAttention(plain.CrossAttention):
     def forward(self, x: Tensor, y: Any, keep: Tensor | None = None) -> Tensor:
         if not isinstance(y, Folded):
             return super().forward(x, y, keep)
-        scores = torch.baddbmm(y.shift, x, y.to_scores).unflatten(-1, (self.num_heads, -1))  # [B, N, H, M]
-        return torch.baddbmm(self.proj.bias, scores.softmax(dim=-1).flatten(2), y.to_tokens)
+        shift, to_scores, to_tokens = (one.expand(len(x), -1, -1) for one in (y.shift, y.to_scores, y.to_tokens))
+        scores = torch.baddbmm(shift, x, to_scores).unflatten(-1, (self.num_heads, -1))  # [B, N, H, M]
+        return torch.baddbmm(self.proj.bias, scores.softmax(dim=-1).flatten(2), to_tokens)
