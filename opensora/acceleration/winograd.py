@@ -112,7 +112,7 @@ class Kernels:
         weight = self.conv.weight
         if self.of != version(weight):
             rows = self.rule.of_kernel(*weight.double().unbind(2))
-            self.rows = [[one.float().contiguous() for one in self.rule.of_kernel(*row.unbind(2))] for row in rows]
+            self.rows = [[_as_read(one) for one in self.rule.of_kernel(*row.unbind(2))] for row in rows]
             self.of = version(weight)
         return self.rows
 
@@ -143,6 +143,11 @@ class Kernels:
             made.append(rule.outputs(*products, out=(None, None)))
         for column, parts in enumerate(zip(*made, strict=True)):
             rule.outputs(*parts, out=out[:, :, :, :, column].unbind(2))
+
+
+def _as_read(kernel: Tensor) -> Tensor:
+    """A kernel [O, C] in float32 as products read it, its outputs next to one another."""
+    return kernel.t().float().contiguous().t()
 
 
 def _padded(x: Tensor, first: int, count: int, tiles: int, step: int) -> Tensor:
