@@ -7,8 +7,11 @@ import ast
 import copy
 import logging
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import Field, fields
 from typing import Any, NoReturn
 
@@ -225,13 +228,35 @@ def _tell_what_wins(merged: dict[str, Any], given: dict[str, Any]) -> None:
         logger.warning("videos are saved at save_fps %s; --save-fps changes it, --fps does not", merged["save_fps"])
 
 
+@contextmanager
+def _ended_as_by_itself() -> Iterator[None]:
+    """SIGTERM as an exception, so that what has been begun is put in order."""
+
+    def end(*_: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():  # no other may say what a signal does
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 def run_program(program: Callable[[], Any]) -> int:
-    """The exit code of a program: its own number or 0; 1 after a user's error, told in one line; 130 after Ctrl-C."""
+    """The exit code of a program: its own number or 0; 1 after a user's error, told in one line; 130 after Ctrl-C.
+
+    One that is told to end (SIGTERM, by which torchrun ends the other ranks when one has failed) leaves nothing
+    half-written either.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for library in ("httpx", "httpx2", "transformers", "diffusers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        result = program()
+        with _ended_as_by_itself():
+            result = program()
     except OpenSoraError as error:
         sys.stderr.write(f"error: {error}\n")  # in one write: ranks share the stream
         return 1
