@@ -9,7 +9,6 @@ from torch import nn
 from opensora.acceleration import attention as host
 from opensora.acceleration.attention import Folded, HostCrossAttention, use_host_attention
 from opensora.acceleration.eight_bits import quantize
-from opensora.acceleration.linear import has_onednn
 from opensora.models.layers import attention as plain
 from opensora.models.layers.attention import CrossAttention, SelfAttention, rotation_table
 from opensora.schedulers.rf import RFLOW
@@ -117,8 +116,7 @@ def test_models_use_it(monkeypatch):
         assert error(attend(x, rotation), expected) < 1e-6
 
 
-@pytest.mark.skipif(not has_onednn(), reason="PyTorch is built without oneDNN")
-def test_what_sizes_give_is_made_once_a_request(monkeypatch):
+def test_what_sizes_give_is_made_once_a_request():
     fast, _ = models(pred_sigma=False)
     told, asked = inputs((3, 6, 8), False), []
     fast.fps_embedder.register_forward_hook(lambda *_: asked.append(1))
