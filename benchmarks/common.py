@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from opensora.acceleration.device import keep_allocations_in_heap
-from opensora.acceleration.linear import OneDnnLinear
+from opensora.acceleration.linear import has_onednn
 
 # Options of glibc's mallopt with the values that they reach by themselves in a program that uses large buffers:
 # buffers from mmap, from what size on (that is M_MMAP_THRESHOLD), and what is left at the heap's end.
@@ -98,24 +98,18 @@ def peak_flops(repeats: int = 7, side: int = 2048) -> float:
 
     What one thread does in a second of its time, times the threads: others may take time, not speed.
     """
-    layer, x = nn.Linear(side, side), torch.randn(side, side)
-    sides = {"mkl": lambda: F.linear(x, layer.weight), "onednn": lambda: _onednn(x, layer)}
+    weight, x = torch.randn(side, side), torch.randn(side, side)
+    sides = [lambda: F.linear(x, weight)]
+    if has_onednn():
+        sides.append(lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))
     best = 0.0
     with torch.no_grad():
-        for work in sides.values():
+        for work in sides:
             for _ in range(repeats):
                 spent = time.process_time()
                 work()
                 best = max(best, 2 * side**3 / (time.process_time() - spent))
     return best
-
-
-def _onednn(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
-    before, layer.__class__ = layer.__class__, OneDnnLinear
-    try:
-        return layer(x)
-    finally:
-        layer.__class__ = before
 
 
 def linear_flops(model: nn.Module, work: Work) -> int:

@@ -45,9 +45,11 @@ def twins(bias: bool = True, outputs: int = 40) -> tuple[nn.Linear, nn.Linear]:
 
 
 @needs_onednn
+@pytest.mark.parametrize("mkl", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("outputs", [16, 40])
-def test_linear_layers_and_their_gradients_by_onednn(bias, outputs, monkeypatch):
+def test_linear_layers_and_their_gradients_by_onednn(bias, outputs, mkl, monkeypatch):
+    monkeypatch.setattr(linear, "mkl_is_faster", lambda: mkl)
     plain, fast = twins(bias, outputs)
     calls, product = [], linear.product
     monkeypatch.setattr(linear, "product", lambda *args: calls.append(1) or product(*args))
@@ -59,7 +61,8 @@ def test_linear_layers_and_their_gradients_by_onednn(bias, outputs, monkeypatch)
         out.square().sum().backward()
         found.append([out, given.grad, *(p.grad for p in layer.parameters())])
     assert all(error(b, a) < 1e-6 for a, b in zip(*found, strict=True))
-    assert len(calls) == (3 if outputs < 24 else 2)  # itself, and its gradients but where weights have one of their own
+    products = 3 if outputs < 24 else 2  # itself, and its gradients but where weights have one of their own
+    assert len(calls) == (0 if mkl else products)
     with torch.no_grad():
         assert error(fast(x), plain(x)) < 1e-6
     assert fast.state_dict().keys() == plain.state_dict().keys()
@@ -89,6 +92,13 @@ def test_what_onednn_is_not_asked_to_do(what, monkeypatch):
         assert fast.to("meta")(x.to("meta")).shape == (9, 40)
     else:
         assert torch.equal(fast(x), plain(x))
+
+
+def test_mkl_is_for_processors_of_its_maker(tmp_path, monkeypatch):
+    for maker, expected in (("GenuineIntel", torch.backends.mkl.is_available()), ("AuthenticAMD", False)):
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
+        monkeypatch.setattr(linear, "Path", lambda _: tmp_path / "cpuinfo")
+        assert linear.mkl_is_faster.__wrapped__() == expected
 
 
 def test_place_chooses_for_a_cpu():

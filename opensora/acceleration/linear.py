@@ -1,14 +1,17 @@
-"""Linear layers of float32 on a CPU through oneDNN: the same sums, by kernels that suit every maker's processor.
+"""Linear layers of float32 on a CPU by the library that is fastest there: the same sums.
 
-So are convolutions whose kernel is a single pixel, which are linear layers of every pixel. What follows the first layer
-of an MLP is computed with its product, while it is in the cache.
+PyTorch's own choice, MKL, leaves half of the vector units idle on some processors of other makers than its own. oneDNN's
+kernels suit them all, and take its place there. On those of its maker MKL is the faster one, by a third for gradients.
 
-PyTorch's own choice for float32, MKL, leaves half of the vector units idle on some processors of other makers than its
-own.
+Convolutions whose kernel is a single pixel are linear layers of every pixel. What follows the first layer of an MLP is
+computed with its product, while it is in the cache; this oneDNN alone can do.
 """
 
 from __future__ import annotations
 
+import platform
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +47,14 @@ def has_onednn() -> bool:
     )
 
 
+@cache
+def mkl_is_faster() -> bool:
+    """Whether PyTorch's own products are MKL's, on a processor of its maker."""
+    cpuinfo = Path("/proc/cpuinfo")
+    processor = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
+    return torch.backends.mkl.is_available() and "GenuineIntel" in processor
+
+
 def suits(x: Tensor, weight: Tensor) -> bool:
     """Whether these are plain tensors of float32 on a CPU, to be multiplied at once and in that type."""
     return (
@@ -65,9 +76,10 @@ class OneDnnLinear(nn.Linear):
     """x [..., in] -> [..., out]; what oneDNN is not asked to do is done as in any linear layer."""
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
-        if x.numel() <= FEW * self.in_features or not suits(x, self.weight):
+        learns = torch.is_grad_enabled()
+        if x.numel() <= FEW * self.in_features or not suits(x, self.weight) or (learns and mkl_is_faster()):
             out = super().forward(x)
-        elif torch.is_grad_enabled():
+        elif learns:
             out = _Linear.apply(x, self.weight, self.bias)
         else:
             return product(x, self.weight, self.bias, gelu)
@@ -121,6 +133,8 @@ class _Linear(torch.autograd.Function):
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """x [..., in] by the transpose of weight [out, in], plus bias [out]; of that the GELU by tanh, if asked for."""
+    if mkl_is_faster() and not gelu:
+        return F.linear(x, weight, bias)
     then = ("gelu", [], "tanh") if gelu else ("none", [], "")
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *then)
 
