@@ -1,7 +1,8 @@
 """Linear layers of float32 on a CPU by the library that is fastest there: the same sums.
 
-PyTorch's own choice, MKL, leaves half of the vector units idle on some processors of other makers than its own. oneDNN's
-kernels suit them all, and take its place there. On those of its maker MKL is the faster one, by a third for gradients.
+PyTorch's own choice, MKL, leaves half of the vector units idle on some processors of other makers than its own.
+oneDNN's kernels suit them all, and take its place there. On those of its maker MKL is faster, most of all for
+gradients.
 
 Convolutions whose kernel is a single pixel are linear layers of every pixel. What follows the first layer of an MLP is
 computed with its product, while it is in the cache; this oneDNN alone can do.

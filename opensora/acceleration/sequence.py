@@ -209,10 +209,12 @@ class _Halves:
             return self.model(x, timestep, **others)
         number = self.groups.data_rank
         with self.split.over(self.groups):
-            out = self.model(x.chunk(2)[number], timestep.chunk(2)[number], **half, **self._mine(others))
+            times = timestep if len(timestep) == 1 else timestep.chunk(2)[number]
+            out = self.model(x.chunk(2)[number], times, **half, **self._mine(others))
         return _Join.apply(out, self.partners).flatten(0, 1)
 
     def _mine(self, both: Mapping[str, Any]) -> dict[str, Any]:
-        """This group's half of all tensors that have rows."""
+        """This group's half of all tensors that have rows; a single row serves both."""
         number = self.groups.data_rank
-        return {n: v.chunk(2)[number] if isinstance(v, Tensor) and v.ndim else v for n, v in both.items()}
+        halved = {n for n, v in both.items() if isinstance(v, Tensor) and v.ndim and len(v) > 1}
+        return {n: v.chunk(2)[number] if n in halved else v for n, v in both.items()}

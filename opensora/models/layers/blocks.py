@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from opensora.models.layers.attention import CrossAttention, Pair, SelfAttention
 from opensora.models.layers.embeddings import Mlp
@@ -34,14 +35,20 @@ class Modulation(NamedTuple):
     generated: Tensor  # [B, 1, 6, C], `blocks` of the frames that are generated
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift (adaLN, Peebles & Xie 2022)."""
-    return torch.addcmul(shift, x, 1 + scale)
+class ModulatedNorm(nn.LayerNorm):
+    """norm(x) * (1 + scale) + shift (adaLN, Peebles & Xie 2022); the norm has no weights of its own.
 
+    Where one row of C channels serves all tokens, it takes their place: norm and modulation are one operation.
+    """
 
-def layer_norm(dim: int) -> nn.LayerNorm:
-    """The norm that is modulated: it has no weights of its own."""
-    return nn.LayerNorm(dim, eps=EPS, elementwise_affine=False)
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=EPS, elementwise_affine=False)
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        scale = 1 + scale
+        if shift.numel() == scale.numel() == x.shape[-1] and x.dtype == shift.dtype:
+            return F.layer_norm(x, self.normalized_shape, scale.flatten(), shift.flatten(), self.eps)
+        return torch.addcmul(shift, super().forward(x), scale)
 
 
 def along(axis: Axis, module: nn.Module, x: Tensor, rotation: Tensor | None = None) -> Tensor:
@@ -58,20 +65,20 @@ class Block(nn.Module):
     def __init__(self, dim: int, attn: SelfAttention, mlp_ratio: float, axis: Axis) -> None:
         super().__init__()
         self.axis: Axis = axis
-        self.norm1 = layer_norm(dim)
+        self.norm1 = ModulatedNorm(dim)
         self.attn = attn
-        self.norm2 = layer_norm(dim)
+        self.norm2 = ModulatedNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), dim)
 
     def attend(self, x: Tensor, rows: tuple[Tensor, ...], rotation: Tensor | None = None) -> Tensor:
         """x plus its gated self-attention; of `rows`, the first three serve."""
         shift, scale, gate = rows[:3]
-        return torch.addcmul(x, gate, along(self.axis, self.attn, modulate(self.norm1(x), shift, scale), rotation))
+        return torch.addcmul(x, gate, along(self.axis, self.attn, self.norm1(x, shift, scale), rotation))
 
     def feed(self, x: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
         """x plus its gated MLP; of `rows`, the last three serve."""
         shift, scale, gate = rows[-3:]
-        return torch.addcmul(x, gate, self.mlp(modulate(self.norm2(x), shift, scale)))
+        return torch.addcmul(x, gate, self.mlp(self.norm2(x, shift, scale)))
 
 
 class TextBlock(Block):
@@ -109,7 +116,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, dim: int, out_features: int) -> None:
         super().__init__()
-        self.norm_final = layer_norm(dim)
+        self.norm_final = ModulatedNorm(dim)
         self.linear = nn.Linear(dim, out_features)
         self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
 
@@ -121,4 +128,4 @@ class FinalLayer(nn.Module):
 
     def modulate(self, x: Tensor, t: Tensor) -> Tensor:
         """x normalised, shifted and scaled by t [B, C]."""
-        return modulate(self.norm_final(x), *rows_of((self.scale_shift_table + t[:, None])[:, None]))
+        return self.norm_final(x, *rows_of((self.scale_shift_table + t[:, None])[:, None]))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from opensora.models.layers.arguments import arguments_of
 from opensora.models.layers.attention import Pair, RotaryFrequencies, SelfAttention, rotation_table
-from opensora.models.layers.blocks import TextBlock, along, layer_norm, modulate, rows_of
+from opensora.models.layers.blocks import ModulatedNorm, TextBlock, along, rows_of
 from opensora.models.layers.embeddings import Size3, SizeEmbedder
 from opensora.models.layers.transformer import SizedTransformer, Text, made_once
 
@@ -19,7 +19,7 @@ class STDiT2Block(TextBlock):
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool, qk_norm_legacy: bool) -> None:
         super().__init__(dim, SelfAttention(dim, num_heads, qk_norm, qk_norm_legacy), mlp_ratio, "space")
-        self.norm_temp = layer_norm(dim)
+        self.norm_temp = ModulatedNorm(dim)
         self.attn_temp = SelfAttention(dim, num_heads, qk_norm, qk_norm_legacy)
         self.scale_shift_table_temporal = nn.Parameter(torch.randn(3, dim) / dim**0.5)
 
@@ -31,7 +31,7 @@ class STDiT2Block(TextBlock):
         rows = rows_of(self.scale_shift_table + modulation)
         x = self.attend(x, rows)
         shift, scale, gate = rows_of(self.scale_shift_table_temporal + temporal)
-        x = torch.addcmul(x, gate, along("time", self.attn_temp, modulate(self.norm_temp(x), shift, scale), rotation))
+        x = torch.addcmul(x, gate, along("time", self.attn_temp, self.norm_temp(x, shift, scale), rotation))
         return self.feed(self.read(x, y, keep), rows)
 
 
@@ -79,7 +79,8 @@ class STDiT2(SizedTransformer):
         Arguments as for STDiT3; num_frames [b] in frames, ar [b] height / width.
         """
         self.check_given(num_frames=num_frames, height=height, width=width, ar=ar, fps=fps)
-        sides, batch = (height, width), len(x)
+        sides = height, width
+        batch = 1 if all(len(one) == 1 for one in (*sides, num_frames, ar, fps)) else len(x)
         size = made_once(
             y, ("size", batch),
             lambda: torch.cat((self.csize_embedder(torch.stack(sides, 1), batch), self.ar_embedder(ar, batch)), dim=1),

@@ -68,11 +68,11 @@ class STDiT3(SizedTransformer):
     ) -> Tensor:  # fmt: skip
         """Velocity (and variance) of x: [B, C_out, T, H, W] float32.
 
-        x [B, C, T, H, W] latents; timestep [B] in 0..1000; y [B, 1, L, C_text] text features (packed [1, sum, C] with
-        skip_y_embedder; or what `prepare` has made of them and the mask); mask [b, L], 1 for real text tokens (or the
-        lengths [b]); x_mask [B, T'] bool, False frames are given and modulated at timestep 0; fps, height, width [b]
-        in frames per second and pixels. Rows b < B are tiled. Other size arguments of the family (num_frames, ar) are
-        accepted and have no effect.
+        x [B, C, T, H, W] latents; timestep [1 or B] in 0..1000; y [B, 1, L, C_text] text features (packed [1, sum, C]
+        with skip_y_embedder; or what `prepare` has made of them and the mask); mask [b, L], 1 for real text tokens (or
+        the lengths [b]); x_mask [B, T'] bool, False frames are given and modulated at timestep 0; fps, height, width
+        [b] in frames per second and pixels. Rows b < B are tiled. Other size arguments of the family (num_frames, ar)
+        are accepted and have no effect.
         """
         tokens, modulation = self.embed(x, timestep, x_mask, fps, height, width, y)
         tokens = self.transform(tokens, modulation, *self.texts(y, mask, len(x)))
@@ -84,7 +84,8 @@ class STDiT3(SizedTransformer):
     ) -> tuple[Tensor, Modulation]:  # fmt: skip
         """Tokens [B, T', S, C] and what the timestep does to them."""
         self.check_given(fps=fps, height=height, width=width)
-        pace = made_once(y, ("pace", len(x)), lambda: self.fps_embedder(fps, len(x)))
+        batch = 1 if len(fps) == 1 else len(x)
+        pace = made_once(y, ("pace", batch), lambda: self.fps_embedder(fps, batch))
         return self.tokens(x, height, width, y), self.modulation(timestep, pace, x_mask)
 
     def caption(self, y: Tensor, mask: Tensor | None, batch_size: int) -> tuple[Tensor, Tensor | None]:
