@@ -1,12 +1,12 @@
 """STDiT3-XL/2 with random weights on an accelerator: a clip end to end, or training steps. See gpu.sh.
 
-python -m benchmarks.gpu end-to-end --size 480p-2s [--steps 30] [--memory low] [--eager] [--dry] [--output results]
-python -m benchmarks.gpu train --size 240p-2s [--batch 2] [--eager] [--dry] [--output results]
+python -m benchmarks.gpu end-to-end --size 480p-2s [--steps 30] [--memory low] [--eager] [--graphs] [--dry]
+python -m benchmarks.gpu train --size 240p-2s [--batch 2] [--eager] [--dry]
 
 The text is random features of 80 tokens: its encoder is another model's time. Peak memory is what the process allocated
 at most; with `--memory low` nothing is compiled, because blocks are cut into parts. A share of the peak is of the
-published dense bf16 rate of the device, and of its own best matrix product.
-`--dry` runs tiny models and sizes on a CPU, to see that it works.
+published dense bf16 rate of the device, and of its own best matrix product. `--graphs` replays recorded steps.
+`--dry` runs tiny models and sizes on a CPU, to see that it works; nothing is compiled or recorded there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common, decode
-from opensora.acceleration.device import name_of, peak_memory, pick_device, place, reset_peak_memory, synchronize
+from opensora.acceleration.device import (
+    check_graphs,
+    name_of,
+    peak_memory,
+    pick_device,
+    place,
+    reset_peak_memory,
+    synchronize,
+)  # fmt: skip
+from opensora.acceleration.graphs import Recorded
 from opensora.acceleration.memory_plan import BY_NAME, Weights
 from opensora.acceleration.parallelize import compile_blocks
 from opensora.datasets.video import to_uint8
@@ -107,24 +116,28 @@ def end_to_end(given: argparse.Namespace, device: torch.device, dtype: torch.dty
     weights = Weights(plan, device)
     weights.settle("model", model)
     weights.settle("vae", vae)
+    if given.graphs:
+        check_graphs(device)
+    denoiser = Recorded(model) if given.graphs else model
 
     def denoise(steps: int) -> torch.Tensor:
         scheduler = RFLOW(num_sampling_steps=steps, cfg_scale=SCALE, use_timestep_transform=True)
         with weights.using("model"):
-            return scheduler.sample(model, noise, cond, null, **shape)
+            return scheduler.sample(denoiser, noise, cond, null, **shape)
 
     def decoded(z: torch.Tensor) -> None:
         with weights.using("vae"):
             for piece in vae.decoded(z.to(dtype), size[0]):
                 to_uint8(piece[0].nan_to_num())
 
-    decoded(denoise(1))
+    decoded(denoise(3 if given.graphs else 1))  # which records at the second step
     reset_peak_memory(device)
     z, denoising = timed(lambda: denoise(given.steps), device)
     _, decoding = timed(lambda: decoded(z), device)
     seconds = {"denoise": denoising, "decode": decoding, "all": denoising + decoding}
-    report = {"size": size, "steps": given.steps, "memory_plan": plan.name, "seconds": seconds}
+    report = {"size": size, "steps": given.steps, "memory_plan": plan.name, "graphs": given.graphs, "seconds": seconds}
     report["peak_memory_gb"] = (peak_memory(device) or 0) / 1e9
+    denoiser = model
     flops = count(lambda: denoise(1), model) * given.steps
     return report | shares(flops, seconds["denoise"], device, dtype, given.dry)
 
@@ -180,16 +193,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--memory", choices=BY_NAME, default="fast", help="memory plan of end-to-end")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--graphs", action="store_true", help="record a step once and replay it")
     parser.add_argument("--dry", action="store_true", help="tiny models and sizes on a CPU, eager")
     parser.add_argument("--output", type=Path, default=Path("results"))
     given = parser.parse_args()
     device = torch.device("cpu") if given.dry else pick_device()
     if given.dry:
-        given.eager, given.steps = True, min(given.steps, 2)
+        given.eager, given.graphs, given.steps = True, False, min(given.steps, 2)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     work = end_to_end if given.what == "end-to-end" else train
     report = work(given, device, dtype)
-    name = "-".join(["gpu", given.what, given.size, *([given.memory] if given.memory != "fast" else [])])
+    how = {given.memory: given.memory != "fast", "eager": given.eager and not given.dry, "graphs": given.graphs}
+    name = "-".join(["gpu", given.what, given.size, *(word for word, added in how.items() if added)])
     common.save(name, report, {name: report["seconds"]}, given.output)
 
 

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from opensora import components, draft, estimate, refine, registry, tuning, watermark, wishes
 from opensora.acceleration import caching, eight_bits
-from opensora.acceleration.device import inference_dtype, keep_allocations_in_heap, pick_device, use_attention
+from opensora.acceleration.device import (
+    check_graphs,
+    inference_dtype,
+    keep_allocations_in_heap,
+    pick_device,
+    use_attention,
+)
+from opensora.acceleration.graphs import Recorded
 from opensora.acceleration.memory_plan import BY_NAME, FAST, LOW, MemoryPlan, Weights
 from opensora.acceleration.parallel import one_voice, share, start, world_size
 from opensora.acceleration.parallelize import compile_blocks
@@ -84,6 +91,10 @@ class VideoPipeline:
         self.dtype = inference_dtype(self.device, settings.dtype)
         eight_bits.check(settings.linear, self.device, self.dtype)
         use_attention(settings.attention)
+        if settings.graphs and self.layout.world_size > 1:
+            raise ConfigError("graphs are recorded on a single device; leave --graphs out under torchrun")
+        if settings.graphs:
+            check_graphs(self.device)
         self.scheduler = registry.build(settings.scheduler)
         self.cache = tuning.asked(settings)
         self._use_memory(BY_NAME.get(settings.memory, FAST))  # "auto" is decided once the parts are known
@@ -130,7 +141,7 @@ class VideoPipeline:
             texts = self.encode_texts(parts.pop("text_encoder"), told)
             vae, model = (self.fill(name, parts.pop(name)) for name in ("vae", "model"))
             self._compile(model)
-            model = guidance_parallel(model, self.layout, self.settings.guidance_ranks)
+            model = self._recorded(guidance_parallel(model, self.layout, self.settings.guidance_ranks))
             _tell_untrained(self.size, components.trained_sizes(self.paths["model"]))
             self._check_drafts(wanted, (vae.out_channels, *vae.get_latent_size(self.size)))
             self.cache = tuning.tuned(self, model, (vae.out_channels, *vae.get_latent_size(self.size)), texts)
@@ -157,6 +168,14 @@ class VideoPipeline:
             logger.warning("nothing is compiled: --memory %s cuts blocks into parts", self.memory.name)
         elif self.settings.compile:
             compile_blocks(model)
+
+    def _recorded(self, model: Any) -> Any:
+        """The model, its evaluations recorded and replayed if the settings ask for it."""
+        if self.settings.graphs and self.memory.visiting:
+            logger.warning("nothing is recorded: --memory %s moves the weights", self.memory.name)
+        elif self.settings.graphs:
+            return Recorded(model)
+        return model
 
     def _use_memory(self, plan: MemoryPlan) -> None:
         self.memory, self.weights = plan, Weights(plan, self.device)

@@ -173,6 +173,7 @@ class InferenceSettings(_Settings):
     linear: str = setting("exact", "linear layers of the model's blocks: exact, or in 8 bits, int8 or fp8")
     memory: str = setting("auto", "memory to take: fast (most), balanced, low, or auto: what fits")
     compile: bool = setting(False, "compile the model's blocks: the first step takes a minute", nargs=0)
+    graphs: bool = setting(False, "record a step on the accelerator once and replay it: for small sizes", nargs=0)
     outputs: str | None = setting(None, "folder of training runs")
 
     def __post_init__(self) -> None:

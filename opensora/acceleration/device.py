@@ -28,6 +28,7 @@ from opensora.errors import ConfigError, did_you_mean
 # Kind of device -> the package that brings it, where PyTorch itself does not.
 PACKAGES = {"cpu": None, "cuda": None, "mps": None, "xpu": None, "npu": "torch_npu", "gcu": "torch_gcu"}
 Batch = TypeVar("Batch")
+Made = TypeVar("Made")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "float64": torch.float64}
 
 
@@ -204,6 +205,28 @@ def read_later(numbers: Tensor) -> Callable[[], list[float]]:
         return there.tolist()
 
     return read
+
+
+def record(work: Callable[[], Made], device: torch.device) -> tuple[Callable[[], None], Made]:
+    """What has a device do once more all that `work` gives it, and what it fills by that.
+
+    The device does nothing of it in this call. The numbers are those that the same tensors have at each replay.
+    """
+    graph = torch.accelerator.Graph()
+    with torch.Stream(device), graph:
+        made = work()
+    return graph.replay, made
+
+
+def check_graphs(device: torch.device) -> None:
+    """Raises ConfigError unless operations can be recorded on a device."""
+    try:
+        trial = torch.zeros(1, device=device)
+        replay, _ = record(lambda: trial.add_(1), device)
+        replay()
+    except (AttributeError, RuntimeError, NotImplementedError) as error:
+        why = f"PyTorch {torch.__version__} records nothing for device '{device}'"
+        raise ConfigError(f"graphs: {why}; leave --graphs out") from error
 
 
 def copied_alongside(device: torch.device) -> Callable[[Batch], Batch]:
