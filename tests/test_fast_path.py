@@ -197,6 +197,28 @@ def test_a_single_token_attends_to_itself(monkeypatch):
         assert error(attend(x, rotation), expected) < 1e-6
 
 
+def test_a_single_token_by_layers_of_8_bits():
+    attend, x = SelfAttention(128, 2).requires_grad_(False), torch.randn(2, 1, 33, 128)
+    expected = attend(x)
+    quantize(nn.Sequential(attend))
+    with torch.no_grad():
+        assert error(attend(x), expected) < 0.05
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_one_timestep_is_that_of_all_samples(given, monkeypatch):
+    model, _ = models(pred_sigma=False)
+    told = {**inputs((3, 6, 8), given), "timestep": torch.tensor([871.0])}
+    told["x_mask"] = told["x_mask"] if given else None
+    ways = [told, {**told, "timestep": torch.tensor([871.0, 871.0])}]
+    norms, layer_norm = [], F.layer_norm
+    monkeypatch.setattr(F, "layer_norm", lambda *args, **more: norms.append(len(args)) or layer_norm(*args, **more))
+    shared, each = (model(**one) for one in ways)
+    assert error(shared, each) < 1e-6
+    of_one, of_two = norms[: len(norms) // 2], norms[len(norms) // 2 :]
+    assert {2} == set(of_two) and set(of_one) == ({2, 5} if given else {5})  # with the modulation as weight and bias
+
+
 def test_more_heads_than_kernels_count(monkeypatch):
     q, k, v = (torch.randn(2, 4, 7, 8) for _ in range(3))
     expected = attention(q, k, v)

@@ -108,12 +108,16 @@ def test_texts_that_do_not(what, monkeypatch):
 def test_models_use_it(monkeypatch):
     attend, x = SelfAttention(16, 2, qk_norm=True), torch.randn(2, 5, 3, 16)
     rotation = rotation_table(torch.rand(4), 5)
-    expected = attend(x, rotation)
+    nn.init.normal_(attend.k_norm.weight)
+    ways = [(x, rotation), (x[:, :, 0], None)]
+    expected = [attend(*way).detach() for way in ways]
     use_host_attention(attend)
     for name in ("attention", "rotate"):
         monkeypatch.setattr(plain, name, lambda *_: pytest.fail("few tokens of a CPU"))
+    monkeypatch.setattr(plain.RMSNorm, "forward", lambda *_: pytest.fail("queries and keys are normalised together"))
     with torch.no_grad():
-        assert error(attend(x, rotation), expected) < 1e-6
+        for way, each in zip(ways, expected, strict=True):
+            assert error(attend(*way), each) < 1e-6
 
 
 def test_what_sizes_give_is_made_once_a_request():

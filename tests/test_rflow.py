@@ -48,6 +48,17 @@ def test_guidance_runs_one_batch_of_cond_and_uncond():
     assert call["mask"].shape == (4, 3) and call["fps"] is None
 
 
+@pytest.mark.parametrize("shares", [False, True])
+def test_one_row_serves_both_halves(shares):
+    model, fps = Recorder(), torch.tensor([24.0])
+    model.shares_time = shares
+    cond = {"y": text(1.0, 2.0), "fps": fps, "mask": torch.ones(2, 3)}
+    RFLOW(num_sampling_steps=3, cfg_scale=2.0).sample(model, noise(), cond, {"y": text(3.0, 4.0)})
+    for call, time in zip(model.calls, (1000, 2000 / 3, 1000 / 3), strict=True):
+        assert call["timestep"].tolist() == pytest.approx([time] * (1 if shares else 4))
+        assert call["fps"] is fps and call["mask"].shape == (4, 3)
+
+
 def test_guidance_runs_two_batches_where_texts_differ_in_length():
     one, two = Recorder(), Recorder()
     x, timestep = noise(), torch.tensor([5.0, 6.0])

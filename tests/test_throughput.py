@@ -34,7 +34,8 @@ def forward_flops(frames: int, patches: int) -> int:
     width, depth, inputs, outputs = 32, 2, 4 * 4, 4 * 8
     tokens, blocks = frames * patches, 2 * depth
     linear = blocks * tokens * 2 * (4 + 2 + 8) * width**2  # qkv and proj, q and proj of the cross-attention, MLP
-    pairs = patches + (frames if frames > 1 else 0)  # a frame alone has nothing to attend to in time
+    pairs = patches + (frames if frames > 1 else 0)  # a frame alone has nothing to attend to in time,
+    linear -= depth * tokens * 2 * 2 * width**2 * (frames == 1)  # so that of qkv only the values count
     attention = depth * tokens * 4 * width * pairs + blocks * tokens * 4 * TEXT * width
     text = blocks * TEXT * 2 * 2 * width**2 + TEXT * 2 * (width * width + width * width)
     ends = tokens * 2 * width * (inputs + outputs)

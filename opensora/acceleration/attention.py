@@ -22,9 +22,8 @@ def use_host_attention(model: nn.Module) -> None:
     """Makes the attention of a model compute by the functions below."""
     for module in model.modules():
         if isinstance(module, plain.SelfAttention | plain.CrossAttention):
-            module.kernels = Kernels(attention, rotate, rms_norm)
-            if type(module) is plain.CrossAttention:
-                module.__class__ = HostCrossAttention
+            module.kernels = Kernels(attention, rotate)
+            module.__class__ = OWN.get(type(module), type(module))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -47,14 +46,6 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turns).flatten(-2)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., D] / rms(x) * weight, by one pass for all squares where no gradients are asked for."""
-    if not suits(x, weight) or needs_gradients(x, weight):
-        return plain.rms_norm(x, weight, eps)
-    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return (x * size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()).mul_(weight)
-
-
 def _by_matrices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))  # [N, H, L, D]
     return torch.matmul(torch.matmul(q, k.transpose(2, 3)).softmax(dim=-1), v).transpose(1, 2).flatten(2)
@@ -63,6 +54,22 @@ def _by_matrices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _by_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = (q[:, :, None] * k[:, None]).sum(dim=-1) * q.shape[-1] ** -0.5  # [N, L, M, H]
     return (scores.softmax(dim=2)[..., None] * v[:, None]).sum(dim=2).flatten(2)
+
+
+class HostSelfAttention(plain.SelfAttention):
+    """Self-attention that normalises and turns queries and keys together, where no gradients are asked for."""
+
+    def heads(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, ...]:
+        norm = self.q_norm
+        if self.qk_norm_legacy or not isinstance(norm, plain.RMSNorm) or not suits(x, norm.weight):
+            return super().heads(x, rotation)
+        if needs_gradients(x, *self.parameters()):
+            return super().heads(x, rotation)
+        both, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).split((2, 1), dim=-3)  # [N, L, ..., 2, H, D]
+        size = torch.linalg.vector_norm(both, dim=-1, keepdim=True)
+        both = both * size.square_().div_(both.shape[-1]).add_(norm.eps).rsqrt_()
+        both.mul_(torch.stack((norm.weight, self.k_norm.weight))[:, None])
+        return *(both if rotation is None else rotate(both, rotation)).unbind(-3), v.squeeze(-3)
 
 
 class Folded(NamedTuple):
@@ -102,3 +109,6 @@ class HostCrossAttention(plain.CrossAttention):
         shift, to_scores, to_tokens = (one.expand(len(x), -1, -1) for one in (y.shift, y.to_scores, y.to_tokens))
         scores = torch.baddbmm(shift, x, to_scores).unflatten(-1, (self.num_heads, -1))  # [B, N, H, M]
         return torch.baddbmm(self.proj.bias, scores.softmax(dim=-1).flatten(2), to_tokens)
+
+
+OWN = {plain.SelfAttention: HostSelfAttention, plain.CrossAttention: HostCrossAttention}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from opensora.errors import ConfigError
-from opensora.models.layers.blocks import rows_of
+from opensora.models.layers.blocks import modulated, rows_of
 from opensora.schedulers.guidance import guided
 
 Weights = tuple[tuple[float, float], ...]
@@ -322,7 +322,7 @@ def first_input(
     tokens, modulation = model.embed(x, timestep, frames.get("x_mask"), *told)
     block = model.spatial_blocks[0]
     shift, scale = rows_of(block.scale_shift_table + modulation.blocks)[:2]
-    return block.norm1(tokens, shift, scale)
+    return modulated(tokens, shift, scale)
 
 
 def polynomial(coefficients: Sequence[float], x: float) -> float:

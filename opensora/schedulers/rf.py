@@ -63,9 +63,8 @@ class RFLOW:
     ) -> Tensor:  # fmt: skip
         """Clean latents [B, C, T, H, W], float32, from `noise` of that shape.
 
-        `model(x, timestep, **cond)` gets timestep [B], or [1] for all; `cond` and `null` are described at
-        `guidance.guided`; `edit`, `source` and `progress` at `euler`, `pause` at `common.Pause`. `guidance_scale`
-        overrides `cfg_scale`.
+        `model(x, timestep, **cond)` gets timestep [B]; `cond` and `null` are described at `guidance.guided`; `edit`,
+        `source` and `progress` at `euler`, `pause` at `common.Pause`. `guidance_scale` overrides `cfg_scale`.
         """
         times = sampling_times(self.num_sampling_steps, self.num_timesteps, self.use_discrete_timesteps)
         times = self._transform(times[:, None], (height, width, num_frames))  # [N + 1, 1 or B]
@@ -142,7 +141,7 @@ def euler(
 ) -> Tensor:  # fmt: skip
     """Clean latents [B, C, T, H, W], float32: Euler's method from `times[0]` to `times[-1]`.
 
-    `velocity(x, time)` is called with rows [1 or B] of `times` [N + 1, 1 or B], which fall; one serves all samples.
+    `velocity(x, time)` is called with the rows [1 or B] of `times` [N + 1, 1 or B], which fall.
 
     `edit` [B, T] holds frames of `noise` that are in truth clean: 0 keeps a frame, 1 generates it, a value between
     leaves it alone until time has fallen to that value, then noises it to that time and generates from there. The model

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from opensora.models.layers.arguments import arguments_of
 from opensora.models.layers.attention import SelfAttention
-from opensora.models.layers.blocks import Axis, Block, ModulatedNorm, rows_of
+from opensora.models.layers.blocks import Axis, Block, modulated, rows_of
 from opensora.models.layers.embeddings import CaptionEmbedder, LabelEmbedder, Size3
 from opensora.models.layers.transformer import FixedPositions
 
@@ -41,12 +41,11 @@ class DiTFinalLayer(nn.Module):
 
     def __init__(self, dim: int, out_features: int) -> None:
         super().__init__()
-        self.norm_final = ModulatedNorm(dim)
         self.linear = nn.Linear(dim, out_features)
         self.adaLN_modulation = Adaptive(dim, 2)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        return self.linear(self.norm_final(x, *self.adaLN_modulation(c)))
+        return self.linear(modulated(x, *self.adaLN_modulation(c)))
 
 
 class DiT(FixedPositions):

@@ -60,21 +60,15 @@ class RotaryFrequencies(nn.Module):
         self.freqs = nn.Parameter(theta**-exponents, requires_grad=False)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last axis, the quotient in float32 inside (Zhang & Sennrich 2019)."""
-    return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
-
-
 class Kernels(NamedTuple):
     """What attention is computed by; devices may have formulations that suit them better."""
 
     attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = attention
     rotate: Callable[[Tensor, Tensor], Tensor] = rotate
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with a weight of its own."""
+    """x / rms(x) * weight over the last axis, the quotient in float32 inside (Zhang & Sennrich 2019)."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -82,7 +76,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
 
 
 class SelfAttention(nn.Module):
@@ -105,38 +99,32 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
         if x.shape[1] == 1 and not torch.is_grad_enabled():  # a single token attends to itself
-            return self.proj(self.values(x))
+            return self.proj(self.compress(self.values(x)))
         q, k, v = (part.flatten(2, -2) for part in self.heads(x, rotation))
         return self.proj(self.kernels.attention(q, k, v, None).view(x.shape))
 
     def heads(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, ...]:
-        """Queries, keys and values of x [N, L, ..., C], each [N, L, ..., H, D]; the first two are ready to compare."""
-        parts = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        if rotation is None and isinstance(self.q_norm, nn.Identity):
-            return parts.unbind(-3)
-        both, v = parts.split((2, 1), dim=-3)
-        return *self.positioned(both, rotation).unbind(-3), v.squeeze(-3)
-
-    def positioned(self, both: Tensor, rotation: Tensor | None) -> Tensor:
-        """Queries and keys [N, L, ..., 2, H, D] with norms and positions."""
-        if rotation is not None and self.qk_norm_legacy:
-            return self.normalised(self.kernels.rotate(both, rotation))
-        both = self.normalised(both)
-        return both if rotation is None else self.kernels.rotate(both, rotation)
-
-    def normalised(self, both: Tensor) -> Tensor:
-        """Queries and keys [..., 2, H, D] with their norms, if there are any."""
-        if isinstance(self.q_norm, nn.Identity):
-            return both
-        weight = torch.stack((self.q_norm.weight, self.k_norm.weight))[:, None]
-        return self.kernels.rms_norm(both, weight, self.q_norm.eps)
+        """Queries, keys and values of x [N, L, ..., C], each [N, L or M, ..., H, D], normalised and turned."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in (q, self.compress(k), self.compress(v)))
+        rotate = self.kernels.rotate
+        if rotation is None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        elif self.qk_norm_legacy:
+            q, k = self.q_norm(rotate(q, rotation)), self.k_norm(rotate(k, rotation))
+        else:
+            q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
+        return q, k, v
 
     def values(self, x: Tensor) -> Tensor:
         """The values [N, L, ..., C] of x, heads joined."""
-        first, layer = 2 * x.shape[-1], self.qkv
-        if isinstance(layer, nn.Linear):  # whose weights can be taken apart
-            return F.linear(x, layer.weight[first:], None if layer.bias is None else layer.bias[first:])
-        return layer(x)[..., first:]
+        layer, first = self.qkv, 2 * x.shape[-1]
+        apart = isinstance(layer, nn.Linear)  # others, such as those in 8 bits, are computed whole
+        return F.linear(x, layer.weight[first:], layer.bias[first:]) if apart else layer(x)[..., first:]
+
+    def compress(self, x: Tensor) -> Tensor:
+        """Keys or values [N, L, C] as [N, M, C]; here M = L. A place for models that attend to fewer."""
+        return x
 
 
 class CrossAttention(nn.Module):

@@ -35,20 +35,12 @@ class Modulation(NamedTuple):
     generated: Tensor  # [B, 1, 6, C], `blocks` of the frames that are generated
 
 
-class ModulatedNorm(nn.LayerNorm):
-    """norm(x) * (1 + scale) + shift (adaLN, Peebles & Xie 2022); the norm has no weights of its own.
-
-    Where one row of C channels serves all tokens, it takes their place: norm and modulation are one operation.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim, eps=EPS, elementwise_affine=False)
-
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        scale = 1 + scale
-        if shift.numel() == scale.numel() == x.shape[-1] and x.dtype == shift.dtype:
-            return F.layer_norm(x, self.normalized_shape, scale.flatten(), shift.flatten(), self.eps)
-        return torch.addcmul(shift, super().forward(x), scale)
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """norm(x) * (1 + scale) + shift (adaLN, Peebles & Xie 2022); in one pass where a single row serves all tokens."""
+    size, scale = x.shape[-1:], 1 + scale
+    if scale.numel() == shift.numel() == x.shape[-1] and x.dtype == scale.dtype:
+        return F.layer_norm(x, size, scale.flatten(), shift.flatten(), EPS)
+    return torch.addcmul(shift, F.layer_norm(x, size, eps=EPS), scale)
 
 
 def along(axis: Axis, module: nn.Module, x: Tensor, rotation: Tensor | None = None) -> Tensor:
@@ -65,20 +57,18 @@ class Block(nn.Module):
     def __init__(self, dim: int, attn: SelfAttention, mlp_ratio: float, axis: Axis) -> None:
         super().__init__()
         self.axis: Axis = axis
-        self.norm1 = ModulatedNorm(dim)
         self.attn = attn
-        self.norm2 = ModulatedNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), dim)
 
     def attend(self, x: Tensor, rows: tuple[Tensor, ...], rotation: Tensor | None = None) -> Tensor:
         """x plus its gated self-attention; of `rows`, the first three serve."""
         shift, scale, gate = rows[:3]
-        return torch.addcmul(x, gate, along(self.axis, self.attn, self.norm1(x, shift, scale), rotation))
+        return torch.addcmul(x, gate, along(self.axis, self.attn, modulated(x, shift, scale), rotation))
 
     def feed(self, x: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
         """x plus its gated MLP; of `rows`, the last three serve."""
         shift, scale, gate = rows[-3:]
-        return torch.addcmul(x, gate, self.mlp(self.norm2(x, shift, scale)))
+        return torch.addcmul(x, gate, self.mlp(modulated(x, shift, scale)))
 
 
 class TextBlock(Block):
@@ -116,7 +106,6 @@ class FinalLayer(nn.Module):
 
     def __init__(self, dim: int, out_features: int) -> None:
         super().__init__()
-        self.norm_final = ModulatedNorm(dim)
         self.linear = nn.Linear(dim, out_features)
         self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
 
@@ -128,4 +117,4 @@ class FinalLayer(nn.Module):
 
     def modulate(self, x: Tensor, t: Tensor) -> Tensor:
         """x normalised, shifted and scaled by t [B, C]."""
-        return self.norm_final(x, *rows_of((self.scale_shift_table + t[:, None])[:, None]))
+        return modulated(x, *rows_of((self.scale_shift_table + t[:, None])[:, None]))

@@ -28,6 +28,8 @@ from opensora.models.layers.embeddings import (
 class PatchTransformer(nn.Module):
     """Latents to tokens and back. `config` holds the constructor's arguments, with at least the keys read here."""
 
+    shares_time = True  # one timestep serves any batch
+
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         self.config = config

@@ -34,16 +34,7 @@ class CompressedAttention(SelfAttention):
             nn.init.zeros_(self.sr.bias)
             self.norm = nn.LayerNorm(dim)
 
-    def heads(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, ...]:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in (q, self.compress(k), self.compress(v)))
-        return self.q_norm(q), self.k_norm(k), v
-
-    def values(self, x: Tensor) -> Tensor:
-        return self.compress(super().values(x))
-
     def compress(self, x: Tensor) -> Tensor:
-        """Keys or values [N, L, C] as [N, M, C], those that are left."""
         if self.sampling == "uniform_every":
             return x[:, :: self.factor]
         frames = x.unflatten(1, (-1, *self.grid))  # [N, T, rows, columns, C]

@@ -68,11 +68,11 @@ class STDiT3(SizedTransformer):
     ) -> Tensor:  # fmt: skip
         """Velocity (and variance) of x: [B, C_out, T, H, W] float32.
 
-        x [B, C, T, H, W] latents; timestep [1 or B] in 0..1000; y [B, 1, L, C_text] text features (packed [1, sum, C]
-        with skip_y_embedder; or what `prepare` has made of them and the mask); mask [b, L], 1 for real text tokens (or
-        the lengths [b]); x_mask [B, T'] bool, False frames are given and modulated at timestep 0; fps, height, width
-        [b] in frames per second and pixels. Rows b < B are tiled. Other size arguments of the family (num_frames, ar)
-        are accepted and have no effect.
+        x [B, C, T, H, W] latents; timestep [B] in 0..1000; y [B, 1, L, C_text] text features (packed [1, sum, C] with
+        skip_y_embedder; or what `prepare` has made of them and the mask); mask [b, L], 1 for real text tokens (or the
+        lengths [b]); x_mask [B, T'] bool, False frames are given and modulated at timestep 0; fps, height, width [b]
+        in frames per second and pixels. Rows b < B are tiled. Other size arguments of the family (num_frames, ar) are
+        accepted and have no effect.
         """
         tokens, modulation = self.embed(x, timestep, x_mask, fps, height, width, y)
         tokens = self.transform(tokens, modulation, *self.texts(y, mask, len(x)))
