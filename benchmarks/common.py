@@ -136,14 +136,41 @@ def convolution_flops(model: nn.Module, work: Work) -> int:
     return counter.get_total_flops()
 
 
-def bound(flops: float, peak: float, times: Report, factor: float = 1.0) -> Report:
-    """What products at the machine's best pace would take, and their share of each side's processor time."""
+def bound(flops: float, peak: float, times: Report, factor: float = 1.0, **sides: Work) -> Report:
+    """What products at the machine's best pace would take, and their share of each side's processor time.
+
+    `profiled` is the share of `sides` that products take as they are, in one more run of each; `rest_free` is how many
+    times as fast as `plain` the fast side would be if all else cost it nothing.
+    """
     seconds = factor * flops / peak
-    return {
+    report = {
         "flops": factor * flops, "peak_flops": peak, "seconds_at_peak": seconds,
         "share": {name: seconds / one["cpu_seconds"] for name, one in times.items()},
         "most_reachable": times["plain"]["cpu_seconds"] / seconds,
+        "profiled": {name: in_products(work) for name, work in sides.items()},
     }  # fmt: skip
+    if "fast" in sides:
+        fast = times["fast"]["cpu_seconds"] * report["profiled"]["fast"]
+        report["rest_free"] = times["plain"]["cpu_seconds"] / fast
+    return report
+
+
+PRODUCTS = {"aten::addmm", "aten::mm", "mkldnn::_linear_pointwise", "aten::mkldnn_linear_backward_weights"}
+CONVOLUTIONS = {"aten::mkldnn_convolution", "aten::slow_conv3d_forward", "aten::_slow_conv2d_forward"}
+
+
+def in_products(work: Work) -> float:
+    """The share of its time that `work` spends in products of matrices and in convolutions."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        work()
+    spent = {row.key: row.self_cpu_time_total for row in profile.key_averages()}
+    return sum(spent.get(name, 0.0) for name in PRODUCTS | CONVOLUTIONS) / sum(spent.values())
+
+
+def summary(report: Report) -> Report:
+    """What a line can hold of a report."""
+    shares = {name: report["products"][name] for name in ("share", "profiled", "rest_free")}
+    return {**report["faster"], "error": report["relative_error"], **shares}
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -53,9 +53,9 @@ def main() -> None:
     flops = common.convolution_flops(slow, sides["plain"])
     report = {
         "size": [given.frames, *given.size], "times": times, "faster": common.ratios(times), "relative_error": error,
-        "products": common.bound(flops, common.peak_flops(), times),
+        "products": common.bound(flops, common.peak_flops(), times, plain=sides["plain"], fast=sides["fast"]),
     }  # fmt: skip
-    report["summary"] = {**report["faster"], "error": error, "share": report["products"]["share"]}
+    report["summary"] = common.summary(report)
     common.save("decode", report, {"decode": {side: t["seconds"] for side, t in times.items()}}, given.output)
 
 

@@ -88,7 +88,7 @@ def measure(fast: STDiT3, slow: plain.PlainSTDiT3, size: tuple[int, int], tokens
         errors[f"{kind} of what the pair adds"] = common.relative_error(made - x, expected - x)
     times = common.race(sides, repeats)
     flops = common.linear_flops(fast, sides["fast"])
-    limit = common.bound(flops, common.peak_flops(), times)
+    limit = common.bound(flops, common.peak_flops(), times, **{name: sides[name] for name in ("plain", "fast")})
     return {"times": times, "faster": common.ratios(times), "relative_error": errors, "products": limit}
 
 
@@ -101,7 +101,7 @@ def main() -> None:
         name: measure(fast, slow, size, given.tokens, given.repeats)
         for name, size in common.sizes_of(given.sizes, SIZES).items()
     }
-    summary = {name: {**one["faster"], "error": one["relative_error"]} for name, one in found.items()}
+    summary = {name: common.summary(one) for name, one in found.items()}
     bars = {name: {side: t["seconds"] for side, t in one["times"].items()} for name, one in found.items()}
     common.save("pair", {"tokens": given.tokens, "sizes": found, "summary": summary}, bars, given.output)
 

@@ -105,7 +105,8 @@ def main() -> None:
     times = common.race(sides, given.repeats)
     report = {"times": times, "faster": common.ratios(times), "steps": given.steps}
     flops = common.linear_flops(parts.model, sides["fast"])
-    report["products"] = common.bound(flops, common.peak_flops(), times)
+    compared = {name: sides[name] for name in ("plain", "fast")}
+    report["products"] = common.bound(flops, common.peak_flops(), times, **compared)
     report["pixels that differ"] = float((expected != made).mean())
     report["largest difference of levels"] = int(abs(expected - made).max())
     for kind, one in small.items():

@@ -48,7 +48,8 @@ def measure(fast: STDiT3, slow: plain.PlainSTDiT3, size: tuple[int, int], tokens
         times = common.race(sides, repeats)
         error = gradient_error(fast, slow)
         flops = common.linear_flops(fast, sides["fast"])
-    limit = common.bound(flops, common.peak_flops(), times, PASSES)
+        compared = {name: sides[name] for name in ("plain", "fast")}
+        limit = common.bound(flops, common.peak_flops(), times, PASSES, **compared)
     return {"times": times, "faster": common.ratios(times), "relative_error": error, "products": limit}
 
 
@@ -60,7 +61,7 @@ def main() -> None:
         name: measure(fast, slow.train(), size, given.tokens, given.repeats)
         for name, size in common.sizes_of(given.sizes, pair.SIZES).items()
     }
-    summary = {name: {**one["faster"], "error": one["relative_error"]} for name, one in found.items()}
+    summary = {name: common.summary(one) for name, one in found.items()}
     bars = {name: {side: t["seconds"] for side, t in one["times"].items()} for name, one in found.items()}
     common.save("step", {"tokens": given.tokens, "sizes": found, "summary": summary}, bars, given.output)
 
