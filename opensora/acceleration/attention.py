@@ -67,9 +67,10 @@ class HostSelfAttention(plain.SelfAttention):
             return super().heads(x, rotation)
         both, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).split((2, 1), dim=-3)  # [N, L, ..., 2, H, D]
         size = torch.linalg.vector_norm(both, dim=-1, keepdim=True)
-        both = both * size.square_().div_(both.shape[-1]).add_(norm.eps).rsqrt_()
-        both.mul_(torch.stack((norm.weight, self.k_norm.weight))[:, None])
-        return *(both if rotation is None else rotate(both, rotation)).unbind(-3), v.squeeze(-3)
+        scale = size.square_().div_(both.shape[-1]).add_(norm.eps).rsqrt_()
+        made = both.new_empty(2, *v.squeeze(-3).shape).movedim(0, -3)  # all queries, then all keys
+        torch.mul(both, scale, out=made).mul_(torch.stack((norm.weight, self.k_norm.weight))[:, None])
+        return *(made if rotation is None else rotate(made, rotation)).unbind(-3), v.squeeze(-3)
 
 
 class Folded(NamedTuple):
