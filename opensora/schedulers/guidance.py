@@ -63,7 +63,7 @@ def _joined(cond: Mapping[str, Any], uncond: Mapping[str, Any]) -> dict[str, Any
         value = cond.get(name)
         if value is without and not (isinstance(value, Tensor) and value.ndim and len(value) > 1):
             joined[name] = value  # one row serves any batch
-        elif isinstance(value, Tensor) and isinstance(without, Tensor) and value.shape == without.shape:
+        elif isinstance(value, Tensor) and value.ndim and value.shape == getattr(without, "shape", None):
             joined[name] = torch.cat([value, without])
         else:
             return None
