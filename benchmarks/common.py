@@ -155,7 +155,13 @@ def bound(flops: float, peak: float, times: Report, factor: float = 1.0, **sides
     return report
 
 
-PRODUCTS = {"aten::addmm", "aten::mm", "mkldnn::_linear_pointwise", "aten::mkldnn_linear_backward_weights"}
+PRODUCTS = {
+    "aten::addmm",
+    "aten::addmm_",
+    "aten::mm",
+    "mkldnn::_linear_pointwise",
+    "aten::mkldnn_linear_backward_weights",
+}
 CONVOLUTIONS = {"aten::mkldnn_convolution", "aten::slow_conv3d_forward", "aten::_slow_conv2d_forward"}
 
 

@@ -101,8 +101,8 @@ class Needs:
         if self.on_host:  # all levels, joined if there are several clips; the next one goes on from its float frames
             several = loops > 1
             held += self._held(frames) // 4 * (loops + several) + (self._held(frames) if several else 0)
-            if plan.winograd:
-                held += kernel_bytes(vae, "decoder") + (kernel_bytes(vae, "encoder") if self._encoded() else 0)
+            used = ("decoder", "encoder") if self._encoded() else ("decoder",)
+            held += sum(kernel_bytes(vae, part, plan.winograd) for part in used)
         made = made._replace(peak=made.peak + held)
         yield Stage("decoding", 0, 0, False, made, estimate.seconds(made, pipeline.device, "decoding"))
 
@@ -128,8 +128,8 @@ class Needs:
             work = work.then(estimate.encoding(vae, one, *self.where, at_once).times(sizes.count(one)))
         longest = max((frames for frames, *_ in sizes), default=0)
         held = self._held(longest if self.on_host or at_once is None else min(longest, at_once))
-        if sizes and self.on_host and plan.winograd:
-            held += kernel_bytes(vae, "encoder")
+        if sizes and self.on_host:
+            held += kernel_bytes(vae, "encoder", plan.winograd)
         return work._replace(peak=work.peak + held)
 
     def _step(self, plan: MemoryPlan, tokens: int) -> Cost:

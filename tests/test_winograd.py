@@ -18,12 +18,16 @@ from opensora.acceleration.linear import OneDnnPointwise, has_onednn
 from opensora.acceleration.memory_plan import PLANS
 from opensora.acceleration.winograd import DOUBLED, TWO_OF_THREE, Kernels, WinogradConv2d, forget_winograd, kernel_bytes
 from opensora.models.vae.vae import VideoAutoencoderPipeline
+from opensora.models.vae.vae_temporal import CausalConv3d, TimeUpsample
 from tests.test_plain import error
 from tests.tiny import TINY_VAE
 
 CPU = torch.device("cpu")
-WIDTHS = (128, 128, 128, 128)
-WIDE_VAE = TINY_VAE | {"vae_2d": TINY_VAE["vae_2d"] | {"block_out_channels": WIDTHS, "norm_num_groups": 32}}
+WIDE = 160  # channels of which fewer products pay on any processor
+WIDE_VAE = TINY_VAE | {
+    "vae_2d": TINY_VAE["vae_2d"] | {"block_out_channels": (WIDE,) * 4, "norm_num_groups": 32},
+    "vae_temporal": TINY_VAE["vae_temporal"] | {"filters": 128, "num_groups": 32},
+}
 pytestmark = pytest.mark.skipif(not has_onednn(), reason="PyTorch is built without oneDNN")
 
 
@@ -64,15 +68,15 @@ def test_fewer_products_are_as_accurate(count, inside, outside, height, width, b
 def test_kernels_are_made_again_when_the_weights_change():
     conv = convolution(128, 128)
     x, kernels = torch.randn(1, 128, 16, 16), Kernels(conv, TWO_OF_THREE)
-    before, first = kernels.convolve(x), kernels.rows
-    assert torch.equal(kernels.convolve(x), before) and kernels.rows is first
+    before, first = kernels.convolve(x), kernels.taps
+    assert torch.equal(kernels.convolve(x), before) and kernels.taps is first
     conv.weight.mul_(2)
-    assert error(kernels.convolve(x), conv(x)) < 1e-6 and kernels.rows is not first
+    assert error(kernels.convolve(x), conv(x)) < 1e-6 and kernels.taps is not first
 
 
 def test_wide_convolutions_take_part_by_themselves(monkeypatch):
-    conv = convolution(128, 128)
-    fast, x = placed(conv), torch.randn(2, 128, 12, 12)
+    conv = convolution(WIDE, WIDE)
+    fast, x = placed(conv), torch.randn(2, WIDE, 12, 12)
     called, convolve = [], Kernels.convolve
     monkeypatch.setattr(Kernels, "convolve", lambda self, x: called.append(1) or convolve(self, x))
     assert error(fast(x), conv(x)) < 1e-6 and called == [1]
@@ -82,9 +86,10 @@ def test_wide_convolutions_take_part_by_themselves(monkeypatch):
 @pytest.mark.parametrize(
     "conv",
     [
-        convolution(128, 127), convolution(64, 128), convolution(128, 128, stride=2), convolution(128, 128, padding=0),
-        convolution(128, 128, dilation=2, padding=2), convolution(256, 256, groups=2), convolution(128, 128, kernel=5),
-        convolution(128, 128, padding_mode="circular"), convolution(128, 128).requires_grad_(),
+        convolution(640, 127), convolution(64, 640), convolution(WIDE, WIDE, stride=2),
+        convolution(WIDE, WIDE, padding=0), convolution(WIDE, WIDE, dilation=2, padding=2),
+        convolution(512, 512, groups=2), convolution(WIDE, WIDE, kernel=5),
+        convolution(WIDE, WIDE, padding_mode="circular"), convolution(WIDE, WIDE).requires_grad_(),
     ],
 )  # fmt: skip
 def test_others_stay_as_they_are(conv):
@@ -93,7 +98,7 @@ def test_others_stay_as_they_are(conv):
 
 def test_what_does_not_suit_is_computed_directly(monkeypatch):
     monkeypatch.setattr(Kernels, "convolve", None)
-    fast, x = placed(convolution(128, 128)), torch.randn(1, 128, 16, 16)
+    fast, x = placed(convolution(WIDE, WIDE)), torch.randn(1, WIDE, 16, 16)
     fast(x[:, :, :15])  # too few tiles
     fast(x.clone().requires_grad_()).sum().backward()
     fast.double()(x.double())
@@ -155,29 +160,71 @@ def test_a_wide_autoencoder_agrees_with_the_plain_formulation():
 
 
 def test_memory_plans_keep_the_kernels_or_not():
-    """What is counted is what is held; the least plan holds none, and gives the same clip."""
+    """What is counted is what is held; smaller plans hold fewer, the least one none, and all give the same clip."""
     z, made = torch.randn(1, 4, 2, 16, 16), []
     for plan in PLANS:
         vae = place(wide_vae(), CPU)
         plan.arrange_vae(vae)
         made.append(vae.decode(z, 5))
         wide = [module for module in vae.modules() if isinstance(module, WinogradConv2d)]
+        in_time = [module for module in vae.modules() if "folded" in vars(module)]
         kept = [vars(module)["kernels"] for module in wide if "kernels" in vars(module)]
-        held = [tensor for kernels in kept for row in kernels.rows for tensor in row]
-        assert bool(wide) is plan.winograd
-        doubled = 3 * 4 * 16 * 128 * 128  # are counted with the others, and hold kernels of their own
-        expected = (kernel_bytes(vae, "decoder") - doubled) if plan.winograd else 0
+        kept += [module.folded.kernels for module in in_time]
+        held = [tensor for kernels in kept for tap in kernels.taps for row in tap for tensor in row]
+        assert bool(wide) is (nn.Conv2d in plan.winograd) and bool(in_time) is (CausalConv3d in plan.winograd)
+        doubled = 3 * 4 * 16 * WIDE**2  # are counted with the others, and hold kernels of their own
+        expected = (kernel_bytes(vae, "decoder", plan.winograd) - doubled) if plan.winograd else 0
         assert sum(tensor.nbytes for tensor in held) == expected
     assert all(error(one, made[0]) < 1e-5 for one in made)
 
 
 def test_kernels_can_be_forgotten():
-    fast = placed(convolution(128, 128))
-    fast(torch.randn(1, 128, 16, 16))
+    fast = placed(convolution(WIDE, WIDE))
+    fast(torch.randn(1, WIDE, 16, 16))
     forget_winograd(nn.Sequential(fast))
     assert type(fast) is nn.Conv2d and not any(isinstance(value, Kernels) for value in vars(fast).values())
     assert kernel_bytes(nn.ModuleDict({"decoder": fast}), "encoder") == 0
-    assert kernel_bytes(nn.ModuleDict({"decoder": fast}), "decoder") == 4 * 16 * 128 * 128
+    assert kernel_bytes(nn.ModuleDict({"decoder": fast}), "decoder") == 4 * 16 * WIDE**2
+
+
+@pytest.mark.parametrize("mkl", [True, False])
+def test_fewer_products_pay_sooner_where_the_direct_way_is_slow(mkl, monkeypatch):
+    monkeypatch.setattr(winograd, "mkl_is_faster", lambda: mkl)
+    fast = placed(convolution(128, 128))
+    assert isinstance(fast, WinogradConv2d) is not mkl
+    assert isinstance(placed(convolution(128, 256)), WinogradConv2d)
+    assert "folded" in vars(place(nn.Sequential(CausalConv3d(128, 128).requires_grad_(False)), CPU)[0])
+
+
+@pytest.mark.parametrize("mkl", [True, False])
+@pytest.mark.parametrize(
+    ("samples", "frames", "height", "width", "bias"),
+    [(1, 1, 16, 16, True), (1, 2, 17, 9, False), (1, 5, 12, 11, True), (2, 3, 8, 9, True), (3, 1, 10, 10, False)],
+)
+def test_convolutions_over_frames_with_fewer_products(samples, frames, height, width, bias, mkl, monkeypatch):
+    """Shorter and longer than the kernel, sides that tiles do not fill, several clips, any layout."""
+    monkeypatch.setattr(linear, "mkl_is_faster", lambda: mkl)
+    conv = CausalConv3d(128, 160, bias=bias).requires_grad_(False)
+    fast = place(nn.Sequential(copy.deepcopy(conv)), CPU)[0]
+    x = torch.randn(samples, 128, frames, height, width)
+    true = conv.double()(x.double())
+    called, convolve = [], Kernels.convolve
+    monkeypatch.setattr(Kernels, "convolve", lambda self, *args: called.append(1) or convolve(self, *args))
+    for given in (x, x.to(memory_format=torch.channels_last_3d)):
+        assert error(fast(given), true) < 1e-6
+    assert called == [1, 1] and fast.state_dict().keys() == conv.state_dict().keys()
+
+
+def test_frames_that_are_doubled_and_those_that_do_not_suit(monkeypatch):
+    conv = TimeUpsample(128).requires_grad_(False)
+    fast, x = place(nn.Sequential(copy.deepcopy(conv)), CPU)[0], torch.randn(1, 128, 2, 12, 12)
+    assert error(fast(x), conv(x)) < 1e-6
+    monkeypatch.setattr(Kernels, "convolve", None)
+    assert error(fast(x[..., :5]), conv(x[..., :5])) < 1e-6  # too few tiles
+    fast(x.clone().requires_grad_()).sum().backward()
+    assert error(fast.double()(x.double()), conv.double()(x.double())) < 1e-12
+    for other in (CausalConv3d(128, 128, 1), CausalConv3d(128, 128, time_stride=2), CausalConv3d(64, 128)):
+        assert "folded" not in vars(place(nn.Sequential(other.requires_grad_(False)), CPU)[0])
 
 
 def test_few_channels_are_not_worth_it():

@@ -140,6 +140,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = 
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *then)
 
 
+def add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Adds x [rows, in] by the transpose of weight [out, in] to out [rows, out]."""
+    if mkl_is_faster():
+        out.addmm_(x, weight.t())
+    else:
+        out.add_(product(x, weight))
+
+
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """The transpose of grad [rows, out] by x [rows, in]: [out, in], as weight is.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from opensora.acceleration.device import place
 from opensora.acceleration.parallel import blocks_of
-from opensora.acceleration.winograd import forget_winograd
+from opensora.acceleration.winograd import KINDS, Kinds, forget_winograd
 from opensora.models.vae.vae import frames_at_once
 
 TOKENS = 2**13  # that pass through a part of a block at once: as many as still make a good matrix product
@@ -32,7 +32,7 @@ class MemoryPlan:
     one_by_one: bool = False  # large frames are encoded one at a time
     in_parts: bool = False  # the parts of a block take TOKENS at once
     visiting: bool = False  # weights are on an accelerator only while they are needed
-    winograd: bool = True  # a CPU keeps kernels for fewer products beside the weights
+    winograd: Kinds = KINDS  # convolutions for which a CPU keeps kernels for fewer products beside the weights
 
     def pieces(self, video: Tensor) -> Sequence[Tensor]:
         """A video [..., T, H, W] as what is encoded at once."""
@@ -47,14 +47,14 @@ class MemoryPlan:
 
     def arrange_vae(self, vae: nn.Module) -> None:
         """Makes an autoencoder compute as planned."""
-        if not self.winograd:
-            forget_winograd(vae)
+        if self.winograd != KINDS:
+            forget_winograd(vae, but=self.winograd)
 
 
 FAST, BALANCED, LOW = PLANS = (
     MemoryPlan("fast"),
-    MemoryPlan("balanced", apart=True, one_by_one=True),
-    MemoryPlan("low", apart=True, one_by_one=True, in_parts=True, visiting=True, winograd=False),
+    MemoryPlan("balanced", apart=True, one_by_one=True, winograd=(nn.Conv2d,)),
+    MemoryPlan("low", apart=True, one_by_one=True, in_parts=True, visiting=True, winograd=()),
 )
 BY_NAME = {plan.name: plan for plan in PLANS}
 

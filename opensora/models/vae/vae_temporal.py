@@ -17,22 +17,25 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "silu": F
 class CausalConv3d(nn.Module):
     """3-D convolution that sees only the present and the past: zeros are padded in time on the past side alone.
 
-    `fold_time` computes it as 2-D convolutions, one for each frame of the kernel: the same sums without those over the
-    padding, and much faster where 3-D kernels are poor (CPUs); whoever places the model on a device decides.
+    `fold_time` computes it as `folded` does; whoever places the model on a device decides.
     """
 
     fold_time = False
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, time_stride: int = 1, bias: bool = True):
         super().__init__()
-        self.kernel, self.time_stride = kernel, time_stride
+        self.kernel, self.time_stride, self.past = kernel, time_stride, kernel - time_stride
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride=(time_stride, 1, 1), bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fold_time:
+            return self.folded(x)
         side = self.kernel // 2
-        past = self.kernel - 1 + (1 - self.time_stride)
-        if not self.fold_time:
-            return self.conv(F.pad(x, (side, side, side, side, past, 0)))
+        return self.conv(F.pad(x, (side, side, side, side, self.past, 0)))
+
+    def folded(self, x: Tensor) -> Tensor:
+        """The same without the padding, a 2-D convolution for each frame: much faster where 3-D ones are slow."""
+        side, past, taps = self.kernel // 2, self.past, self.conv.weight.unbind(2)
         frames, count = x.transpose(1, 2).contiguous(), (x.shape[2] + past - self.kernel) // self.time_stride + 1
         out = None
         for tap in reversed(range(self.kernel)):  # the newest frame, which is never padding, comes first
@@ -40,8 +43,7 @@ class CausalConv3d(nn.Module):
             seen = frames[:, skipped * self.time_stride + tap - past :: self.time_stride][:, : count - skipped]
             if seen.shape[1]:
                 bias = self.conv.bias if out is None else None
-                part = F.conv2d(seen.flatten(0, 1), self.conv.weight[:, :, tap], bias, padding=side)
-                part = part.unflatten(0, seen.shape[:2])
+                part = F.conv2d(seen.flatten(0, 1), taps[tap], bias, padding=side).unflatten(0, seen.shape[:2])
                 if out is None:
                     out = part
                 else:
@@ -197,8 +199,7 @@ class VAE_Temporal(nn.Module):
 
     def decode(self, z: Tensor, num_frames: int) -> Tensor:
         """z [B, embed_dim, T', H, W] as [B, C, num_frames, H, W], the padded frames dropped."""
-        x = self.decoder(self.post_quant_conv(z))
-        return x[:, :, self.padding(num_frames) :]
+        return self.decoder(self.post_quant_conv(z))[:, :, self.padding(num_frames) :]
 
     def forward(self, x: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussian, Tensor]:
         """(reconstruction, posterior, latent) of x [B, C, T, H, W]."""
