@@ -20,7 +20,8 @@ from opensora.acceleration import linear
 from opensora.acceleration.linear import WIDE, add_product, has_onednn, mkl_is_faster, needs_gradients, product
 from opensora.models.vae.vae_temporal import CausalConv3d
 
-FEW, TILES = 64, 1024  # tiles of two by two outputs that are not worth it, and that are computed at once
+FEW = 192  # tiles of two by two outputs that are not worth making kernels for
+TILES = 1024  # that are computed at once
 
 Kinds = tuple[type[nn.Module], ...]
 KINDS: Kinds = (nn.Conv2d, CausalConv3d)  # of images, and of frames
@@ -146,13 +147,13 @@ class Kernels:
         self.of: tuple[int, int] | None = None
         self.taps: list[list[list[Tensor]]] = []
 
-    def made(self) -> list[list[list[Tensor]]]:
-        """They are made again when the weights change."""
+    def made(self, frames: int) -> list[list[list[Tensor]]]:
+        """Those for clips of so many frames; they are made once, and again when the weights change."""
         weight = self.conv.weight
         if self.of != version(weight):
-            taps = [weight] if weight.ndim == 4 else reversed(weight.unbind(2))
-            self.taps = [self._of_tap(tap) for tap in taps]
-            self.of = version(weight)
+            self.taps, self.of = [], version(weight)
+        taps = [weight] if weight.ndim == 4 else weight.unbind(2)[::-1]
+        self.taps += [self._of_tap(tap) for tap in taps[len(self.taps) : frames]]
         return self.taps
 
     def _of_tap(self, kernel: Tensor) -> list[list[Tensor]]:
@@ -165,8 +166,9 @@ class Kernels:
 
         If the kernel has several frames, each of the `frames` of a clip (all, if not given) sees those before it.
         """
-        rule, taps, (count, _, height, width) = self.rule, self.made(), x.shape
+        rule, (count, _, height, width) = self.rule, x.shape
         frames = frames or count
+        taps = self.made(frames)
         rows, columns = (-(-side // rule.step) for side in (height, width))  # of tiles
         out = x.new_empty(count, rows, 2, columns, 2, len(self.conv.weight))
         band = max(TILES // (count * columns), 1)
