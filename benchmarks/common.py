@@ -158,6 +158,7 @@ def bound(flops: float, peak: float, times: Report, factor: float = 1.0, **sides
 PRODUCTS = {
     "aten::addmm",
     "aten::addmm_",
+    "aten::baddbmm",
     "aten::bmm",
     "aten::mm",
     "mkldnn::_linear_pointwise",

@@ -214,8 +214,9 @@ def test_fewer_products_pay_sooner_where_the_direct_way_is_slow(mkl, monkeypatch
     [(1, 1, 16, 16, True), (1, 2, 17, 9, False), (1, 5, 12, 11, True), (2, 3, 8, 9, True), (3, 1, 10, 10, False)],
 )
 def test_convolutions_over_frames_with_fewer_products(samples, frames, height, width, bias, mkl, monkeypatch):
-    """Shorter and longer than the kernel, sides that tiles do not fill, several clips, any layout."""
+    """Shorter and longer than the kernel, sides that tiles do not fill, several bands and clips, any layout."""
     monkeypatch.setattr(linear, "mkl_is_faster", lambda: mkl)
+    monkeypatch.setattr(winograd, "TILES", 60)
     conv = CausalConv3d(128, 160, bias=bias).requires_grad_(False)
     fast = place(nn.Sequential(copy.deepcopy(conv)), CPU)[0]
     x = torch.randn(samples, 128, frames, height, width)

@@ -2,9 +2,9 @@
 
 Outputs that lie side by side share products: along an axis, two of a kernel of three taps need four products instead
 of six, and two of an image that is doubled first need three. An image has two axes: 16 products or 9 instead of 36.
-The products of all places together are products of matrices. What is added before and after rounds no worse than the
-longer sums of the direct way do. In a convolution over frames, too, each frame is added up once before, and once after,
-for all frames of the kernel.
+The products of all places together are products of matrices. What is added before and after about doubles the rounding
+errors of a direct sum. In a convolution over frames, too, each frame is added up once before, and once after, for all
+frames of the kernel.
 """
 
 from __future__ import annotations
