@@ -93,12 +93,12 @@ def ratios(times: Report, base: str = "plain") -> Report:
     }
 
 
-def peak_flops(repeats: int = 7, side: int = 2048) -> float:
-    """Operations a second of the best matrix product in float32 that this machine shows, by processor time x threads.
+def peak_flops(repeats: int = 7, side: int = 2048, dtype: torch.dtype = torch.float32) -> float:
+    """Operations a second of the best matrix product of a type that this machine shows, by processor time x threads.
 
     What one thread does in a second of its time, times the threads: others may take time, not speed.
     """
-    weight, x = torch.randn(side, side), torch.randn(side, side)
+    weight, x = torch.randn(2, side, side).to(dtype)
     sides = [lambda: F.linear(x, weight)]
     if has_onednn():
         sides.append(lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))

@@ -1,10 +1,14 @@
-"""Attention as a CPU computes it in float32, against the formulation of all devices."""
+"""Attention as a CPU computes it, against the formulation of all devices."""
 
 from __future__ import annotations
+
+import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opensora.acceleration import attention as host
 from opensora.acceleration.attention import Folded, HostCrossAttention, use_host_attention
@@ -39,6 +43,61 @@ def test_gradients_of_attention(length, keys, monkeypatch):
         found.append([out.detach(), *torch.autograd.grad((out * weights).sum(), given)])
         monkeypatch.setattr(plain, "attention", lambda *_: pytest.fail("there are products for it"))
     assert all(error(ours, expected) < 1e-6 for expected, ours in zip(*found, strict=True))
+
+
+HALF = {"float32": None, "bf16": torch.bfloat16}  # what products take under autocast
+
+
+def learned(attend: SelfAttention, x: torch.Tensor, way: Any, half: torch.dtype | None) -> list[torch.Tensor]:
+    """What attention makes of x, then the gradients of x and of all that learns."""
+    x = x.detach().clone().requires_grad_()
+    with torch.autocast("cpu", half, enabled=half is not None), sdpa_kernel(SDPBackend.MATH):
+        out = attend(x, *way)
+    wanted = [x, *(one for one in attend.parameters() if one.requires_grad)]
+    return [out.detach(), *torch.autograd.grad(out.to(x.dtype).sin().sum(), wanted)]
+
+
+@pytest.mark.parametrize("half", HALF)
+@pytest.mark.parametrize("shape", [(24, 33, 64), (20, 15, 64), (8, 15, 9, 64), (8, 5, 3, 4, 64)])
+def test_queries_and_keys_with_gradients(shape, half, monkeypatch):
+    turned = len(shape) > 3 or shape[1] == 15
+    way = [rotation_table(torch.rand(8), shape[1])] if turned else []
+    x, slow = torch.randn(shape), SelfAttention(64, 4, qk_norm=True)
+    for norm in (slow.q_norm, slow.k_norm):
+        nn.init.normal_(norm.weight)
+    exact, fast = (copy.deepcopy(slow) for _ in range(2))
+    use_host_attention(nn.Sequential(fast))
+    expected = learned(exact.double(), x.double(), way, None)
+    published = learned(slow, x, way, HALF[half])
+    for name in ("attention", "rotate"):
+        monkeypatch.setattr(plain, name, lambda *_: pytest.fail("in training a CPU has its own"))
+    monkeypatch.setattr(plain.RMSNorm, "forward", lambda *_: pytest.fail("queries and keys are normalised together"))
+    for ours, theirs, each in zip(learned(fast, x, way, HALF[half]), published, expected, strict=True):
+        few = 0.03 if HALF[half] and each.numel() < 32 else 1e-6  # gradients of few values, whose error varies much
+        assert error(ours, each) < 1.5 * error(theirs, each) + few
+
+
+@pytest.mark.parametrize("frozen", ["q_norm", "qkv", "all but k_norm"])
+def test_only_what_learns_has_gradients(frozen):
+    slow, x = SelfAttention(64, 4, qk_norm=True), torch.randn(2, 7, 64)
+    for name, parameter in slow.named_parameters():
+        parameter.requires_grad_("k_norm" in name if frozen == "all but k_norm" else frozen not in name)
+    fast = copy.deepcopy(slow)
+    use_host_attention(nn.Sequential(fast))
+    for ours, expected in zip(*(learned(one, x, [], None) for one in (fast, slow)), strict=True):
+        assert error(ours, expected) < 1e-6
+
+
+@pytest.mark.parametrize("what", ["legacy", "float64", "weights of bf16"])
+def test_queries_and_keys_that_are_left_to_pytorch(what, monkeypatch):
+    dtype = {"float64": torch.float64, "weights of bf16": torch.bfloat16}.get(what, torch.float32)
+    slow = SelfAttention(64, 4, qk_norm=True, qk_norm_legacy=what == "legacy").to(dtype)
+    x, way = torch.randn(2, 7, 3, 64, dtype=dtype), [rotation_table(torch.rand(8), 7)]
+    fast = copy.deepcopy(slow)
+    use_host_attention(nn.Sequential(fast))
+    monkeypatch.setattr(host.Heads, "apply", lambda *_: pytest.fail("this takes float32 and today's order"))
+    for ours, expected in zip(*(learned(one, x, way, None) for one in (fast, slow)), strict=True):
+        assert error(ours, expected) < (0.03 if dtype == torch.bfloat16 else 1e-6)
 
 
 @pytest.mark.parametrize("what", ["mask", "float64", "many scores", "large"])

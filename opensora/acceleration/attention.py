@@ -1,4 +1,7 @@
-"""What attention is computed by on a CPU in float32: the same sums in fewer passes, where fused kernels do not pay."""
+"""What attention is computed by on a CPU: the same sums in fewer passes, where fused kernels do not pay.
+
+In float32, and for training also in what autocast makes of it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from opensora.acceleration.linear import needs_gradients, suits
+from opensora.acceleration.gradients import Attention, Heads
+from opensora.acceleration.linear import in_training, needs_gradients, suits
 from opensora.models.layers import attention as plain
 from opensora.models.layers.attention import Kernels
 
@@ -28,12 +32,12 @@ def use_host_attention(model: nn.Module) -> None:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
     """As everywhere, but by products where gradients are asked for and where tokens are few: [N, L, H * D]."""
-    if keep is None and suits(q, k):
-        tokens, scores = max(q.shape[1], k.shape[1]), q[..., 0].numel() * k.shape[1]
-        if needs_gradients(q, k, v):
-            if scores <= MOST_SCORES:
-                return _by_matrices(q, k, v)
-        elif tokens <= SOME and q.numel() <= IN_CACHE:
+    if keep is None and in_training(q, k, v):
+        if q[..., 0].numel() * k.shape[1] <= MOST_SCORES:
+            return _by_matrices(q, k, v)
+    elif keep is None and suits(q, k) and not needs_gradients(q, k, v):
+        tokens = max(q.shape[1], k.shape[1])
+        if tokens <= SOME and q.numel() <= IN_CACHE:
             return _by_values(q, k, v) if tokens <= FEW else _by_matrices(q, k, v)
     return plain.attention(q, k, v, keep)
 
@@ -47,8 +51,9 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def _by_matrices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))  # [N, H, L, D]
-    return torch.matmul(torch.matmul(q, k.transpose(2, 3)).softmax(dim=-1), v).transpose(1, 2).flatten(2)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
+    heads = (x.to(dtype).transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v))  # [N * H, L, D]
+    return Attention.apply(*heads).unflatten(0, (len(q), -1)).transpose(1, 2).flatten(2)
 
 
 def _by_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -57,13 +62,15 @@ def _by_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class HostSelfAttention(plain.SelfAttention):
-    """Self-attention that normalises and turns queries and keys together, where no gradients are asked for."""
+    """Self-attention that normalises and turns queries and keys together."""
 
     def heads(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, ...]:
-        norm = self.q_norm
-        if self.qk_norm_legacy or not isinstance(norm, plain.RMSNorm) or not suits(x, norm.weight):
+        norm, learns = self.q_norm, needs_gradients(x, *self.parameters())
+        if self.qk_norm_legacy or not isinstance(norm, plain.RMSNorm):
             return super().heads(x, rotation)
-        if needs_gradients(x, *self.parameters()):
+        if learns and in_training(x, *self.parameters()) and norm.weight.dtype == torch.float32:
+            return self._learned(self.qkv(x), rotation)
+        if learns or not suits(x, norm.weight):
             return super().heads(x, rotation)
         both, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).split((2, 1), dim=-3)  # [N, L, ..., 2, H, D]
         size = torch.linalg.vector_norm(both, dim=-1, keepdim=True)
@@ -71,6 +78,14 @@ class HostSelfAttention(plain.SelfAttention):
         made = both.new_empty(2, *v.squeeze(-3).shape).movedim(0, -3)  # all queries, then all keys
         torch.mul(both, scale, out=made).mul_(torch.stack((norm.weight, self.k_norm.weight))[:, None])
         return *(made if rotation is None else rotate(made, rotation)).unbind(-3), v.squeeze(-3)
+
+    def _learned(self, qkv: Tensor, rotation: Tensor | None) -> tuple[Tensor, ...]:
+        """The same of qkv [N, L, ..., 3 * C], with gradients: [N, L, heads of all sequences, D]."""
+        parts = qkv.reshape(*qkv.shape[:2], -1, 3, self.num_heads, self.q_norm.weight.numel())  # [N, L, S, 3, H, D]
+        turns = None if rotation is None else torch.view_as_complex(rotation)
+        weights = self.q_norm.weight, self.k_norm.weight
+        made = Heads.apply(parts.permute(3, 0, 2, 4, 1, 5), *weights, turns, self.q_norm.eps)
+        return tuple(part.flatten(1, 2).transpose(1, 2) for part in made)
 
 
 class Folded(NamedTuple):

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from opensora.acceleration.attention import use_host_attention
 from opensora.acceleration.layout import channels_last, leave_file, outputs_last
 from opensora.acceleration.linear import use_onednn
+from opensora.acceleration.modulation import use_host_modulation
 from opensora.acceleration.residual import fuse_residuals
 from opensora.acceleration.upsample import fuse_upsampling
 from opensora.acceleration.winograd import use_winograd
@@ -255,6 +256,7 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cpu":
         use_onednn(model)
         use_host_attention(model)
+        use_host_modulation(model)
         use_winograd(model)
     model = model.to(device)
     arranged = channels_last(model, folded=device.type == "cpu")

@@ -25,6 +25,7 @@ from opensora.models.layers.embeddings import Mlp
 FEW = 4  # rows that are no work for a matrix product
 WIDE = 128  # channels from which on PyTorch's convolutions of single pixels are slower than matrix products
 PLAIN = (Tensor, nn.Parameter)  # sharded parameters know their own product
+TRAINED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def use_onednn(model: nn.Module) -> None:
@@ -71,6 +72,12 @@ def suits(x: Tensor, weight: Tensor) -> bool:
 def needs_gradients(*tensors: Tensor) -> bool:
     """Whether what is computed of these tensors is to be differentiated."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def in_training(*tensors: Tensor) -> bool:
+    """Whether these are plain tensors on a CPU, of float32 or what autocast makes of it, to be differentiated."""
+    plain = all(type(x) in PLAIN and x.device.type == "cpu" and x.dtype in TRAINED for x in tensors)
+    return plain and needs_gradients(*tensors) and not torch.compiler.is_compiling()
 
 
 class OneDnnLinear(nn.Linear):

@@ -54,6 +54,8 @@ def along(axis: Axis, module: nn.Module, x: Tensor, rotation: Tensor | None = No
 class Block(nn.Module):
     """Self-attention along one axis and an MLP, each normalised, modulated and gated."""
 
+    modulate = staticmethod(modulated)  # devices may have a way of their own
+
     def __init__(self, dim: int, attn: SelfAttention, mlp_ratio: float, axis: Axis) -> None:
         super().__init__()
         self.axis: Axis = axis
@@ -62,13 +64,11 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor, rows: tuple[Tensor, ...], rotation: Tensor | None = None) -> Tensor:
         """x plus its gated self-attention; of `rows`, the first three serve."""
-        shift, scale, gate = rows[:3]
-        return torch.addcmul(x, gate, along(self.axis, self.attn, modulated(x, shift, scale), rotation))
+        return torch.addcmul(x, rows[2], along(self.axis, self.attn, self.modulate(x, *rows[:2]), rotation))
 
     def feed(self, x: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
         """x plus its gated MLP; of `rows`, the last three serve."""
-        shift, scale, gate = rows[-3:]
-        return torch.addcmul(x, gate, self.mlp(modulated(x, shift, scale)))
+        return torch.addcmul(x, rows[-1], self.mlp(self.modulate(x, *rows[-3:-1])))
 
 
 class TextBlock(Block):
