@@ -27,18 +27,19 @@ def use_host_modulation(model: nn.Module) -> None:
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """norm(x) * (1 + scale) + shift of x [B, T, S, C] by rows [B, T or 1, 1, C]."""
+    """norm(x) * (1 + scale) + shift of x [B, T, S, C] by rows [B, T or 1, 1, C]; under autocast in its type."""
     if not in_training(x, shift, scale) or {x.dtype, shift.dtype, scale.dtype} != {torch.float32}:
         return plain.modulated(x, shift, scale)
-    return _Modulated.apply(x.contiguous(), *(row.reshape(-1, x.shape[-1]) for row in (shift, 1 + scale)))
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return _Modulated.apply(x.contiguous(), *(row.reshape(-1, x.shape[-1]) for row in (shift, 1 + scale)), dtype)
 
 
 class _Modulated(torch.autograd.Function):
     """x [..., C], shift and weight [rows, C]: each row serves an equal part of the tokens, one after the other."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
-        out, mean, rstd = torch.empty_like(x), *x.new_empty(2, *x.shape[:-1], 1)
+    def forward(ctx: Any, x: Tensor, shift: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        out, mean, rstd = torch.empty_like(x, dtype=dtype), *x.new_empty(2, *x.shape[:-1], 1)
         for row, (tokens, *places) in _parts(len(weight), x, out, mean, rstd):
             made = torch.native_layer_norm(tokens, x.shape[-1:], weight[row], shift[row], plain.EPS)
             for place, one in zip(places, made, strict=True):
@@ -48,16 +49,16 @@ class _Modulated(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         of_x, of_shift, of_weight = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(weight)
         back, all_three = torch.ops.aten.native_layer_norm_backward, [True] * 3
         for row, (given, tokens, place, *norms) in _parts(len(weight), grad.contiguous(), x, of_x, mean, rstd):
-            made = back(given, tokens, x.shape[-1:], *norms, weight[row], weight[row], all_three)
+            made = back(given.float(), tokens, x.shape[-1:], *norms, weight[row], weight[row], all_three)
             place.copy_(made[0])
             of_weight[row] += made[1]
             of_shift[row] += made[2]
-        return of_x, of_shift, of_weight
+        return of_x, of_shift, of_weight, None
 
 
 def _parts(rows: int, *tensors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
