@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opensora.acceleration import attention as host
+from opensora.acceleration import gradients
 from opensora.acceleration.attention import Folded, HostCrossAttention, use_host_attention
 from opensora.acceleration.eight_bits import quantize
 from opensora.models.layers import attention as plain
@@ -45,7 +46,7 @@ def test_gradients_of_attention(length, keys, monkeypatch):
     assert all(error(ours, expected) < 1e-6 for expected, ours in zip(*found, strict=True))
 
 
-HALF = {"float32": None, "bf16": torch.bfloat16}  # what products take under autocast
+HALF = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # what products take under autocast
 
 
 def learned(attend: SelfAttention, x: torch.Tensor, way: Any, half: torch.dtype | None) -> list[torch.Tensor]:
@@ -77,6 +78,16 @@ def test_queries_and_keys_with_gradients(shape, half, monkeypatch):
         assert error(ours, each) < 1.5 * error(theirs, each) + few
 
 
+@pytest.mark.parametrize("together", [1, 1000, 3000])
+def test_parts_make_the_whole(together, monkeypatch):
+    fast, x, way = SelfAttention(64, 4, qk_norm=True), torch.randn(3, 7, 5, 64), [rotation_table(torch.rand(8), 7)]
+    use_host_attention(nn.Sequential(fast))
+    expected = learned(fast, x, way, None)
+    monkeypatch.setattr(gradients, "IN_CACHE", together)
+    for ours, each in zip(learned(fast, x, way, None), expected, strict=True):
+        assert error(ours, each) < 1e-6
+
+
 @pytest.mark.parametrize("frozen", ["q_norm", "qkv", "all but k_norm"])
 def test_only_what_learns_has_gradients(frozen):
     slow, x = SelfAttention(64, 4, qk_norm=True), torch.randn(2, 7, 64)
@@ -88,14 +99,17 @@ def test_only_what_learns_has_gradients(frozen):
         assert error(ours, expected) < 1e-6
 
 
-@pytest.mark.parametrize("what", ["legacy", "float64", "weights of bf16"])
+@pytest.mark.parametrize("what", ["legacy", "float64", "weights of bf16", "learned angles"])
 def test_queries_and_keys_that_are_left_to_pytorch(what, monkeypatch):
     dtype = {"float64": torch.float64, "weights of bf16": torch.bfloat16}.get(what, torch.float32)
     slow = SelfAttention(64, 4, qk_norm=True, qk_norm_legacy=what == "legacy").to(dtype)
-    x, way = torch.randn(2, 7, 3, 64, dtype=dtype), [rotation_table(torch.rand(8), 7)]
+    x, way = (
+        torch.randn(2, 7, 3, 64, dtype=dtype),
+        [rotation_table(torch.rand(8, requires_grad=what == "learned angles"), 7)],
+    )
     fast = copy.deepcopy(slow)
     use_host_attention(nn.Sequential(fast))
-    monkeypatch.setattr(host.Heads, "apply", lambda *_: pytest.fail("this takes float32 and today's order"))
+    monkeypatch.setattr(host.Heads, "apply", lambda *_: pytest.fail("this is not for them"))
     for ours, expected in zip(*(learned(one, x, way, None) for one in (fast, slow)), strict=True):
         assert error(ours, expected) < (0.03 if dtype == torch.bfloat16 else 1e-6)
 

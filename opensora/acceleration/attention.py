@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora.acceleration.gradients import Attention, Heads
-from opensora.acceleration.linear import in_training, needs_gradients, suits
+from opensora.acceleration.linear import in_training, needs_gradients, product_type, suits
 from opensora.models.layers import attention as plain
 from opensora.models.layers.attention import Kernels
 
@@ -51,8 +51,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def _by_matrices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
-    heads = (x.to(dtype).transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v))  # [N * H, L, D]
+    heads = (x.to(product_type(q)).transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v))  # [N * H, L, D]
     return Attention.apply(*heads).unflatten(0, (len(q), -1)).transpose(1, 2).flatten(2)
 
 
@@ -68,7 +67,8 @@ class HostSelfAttention(plain.SelfAttention):
         norm, learns = self.q_norm, needs_gradients(x, *self.parameters())
         if self.qk_norm_legacy or not isinstance(norm, plain.RMSNorm):
             return super().heads(x, rotation)
-        if learns and in_training(x, *self.parameters()) and norm.weight.dtype == torch.float32:
+        fixed = rotation is None or not rotation.requires_grad
+        if learns and fixed and in_training(x, *self.parameters()) and norm.weight.dtype == torch.float32:
             return self._learned(self.qkv(x), rotation)
         if learns or not suits(x, norm.weight):
             return super().heads(x, rotation)

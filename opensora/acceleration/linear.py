@@ -80,6 +80,12 @@ def in_training(*tensors: Tensor) -> bool:
     return plain and needs_gradients(*tensors) and not torch.compiler.is_compiling()
 
 
+def product_type(x: Tensor) -> torch.dtype:
+    """The type that products take of x: autocast's, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class OneDnnLinear(nn.Linear):
     """x [..., in] -> [..., out]; what oneDNN is not asked to do is done as in any linear layer."""
 

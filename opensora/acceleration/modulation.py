@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from opensora.acceleration.linear import in_training
+from opensora.acceleration.linear import in_training, product_type
 from opensora.models.layers import blocks as plain
 
 IN_CACHE = 2**18  # values of a part
@@ -30,8 +30,8 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """norm(x) * (1 + scale) + shift of x [B, T, S, C] by rows [B, T or 1, 1, C]; under autocast in its type."""
     if not in_training(x, shift, scale) or {x.dtype, shift.dtype, scale.dtype} != {torch.float32}:
         return plain.modulated(x, shift, scale)
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    return _Modulated.apply(x.contiguous(), *(row.reshape(-1, x.shape[-1]) for row in (shift, 1 + scale)), dtype)
+    rows = (row.reshape(-1, x.shape[-1]) for row in (shift, 1 + scale))
+    return _Modulated.apply(x.contiguous(), *rows, product_type(x))
 
 
 class _Modulated(torch.autograd.Function):
