@@ -2,10 +2,10 @@
 
 python -m benchmarks.pair [--sizes 144p-2s] [--tokens 120] [--repeats 5] [--threads N] [--output results]
 
-A step of one request: both halves of guidance, text of so many real tokens (packed, as published; read before by the
-fast path). `int8` is the fast path with linear layers in 8 bits; the error of `fp8`, which takes a GPU to be fast, is
-stated too. `share` is the part of each side's time that its matrix products would take at the best pace that this
-machine shows for any product.
+A step of one request: both halves of guidance, text of so many real tokens (packed, as published). As in a request, the
+fast path has read the text before and is told one timestep for both halves. `int8` is the fast path with linear layers
+in 8 bits; the error of `fp8`, which takes a GPU to be fast, is stated too. `share` is the part of each side's time that
+its matrix products would take at the best pace that this machine shows for any product.
 """
 
 from __future__ import annotations
@@ -69,21 +69,21 @@ def plain_step(slow: plain.PlainSTDiT3, x: torch.Tensor, y: torch.Tensor, timest
 
 def measure(fast: STDiT3, slow: plain.PlainSTDiT3, size: tuple[int, int], tokens: int, repeats: int) -> dict[str, Any]:
     """Times, ratios, errors and the bound of one size."""
-    told = inputs(fast, size, tokens)
-    x, y, timestep = told.values()
+    x, y, timestep = inputs(fast, size, tokens).values()
+    shared = timestep[:1]
     built = {kind: build(fast.hidden_size, fast.config["num_heads"])[0].requires_grad_(False) for kind in KINDS}
     small = {kind: place(quantize(model, kind), torch.device("cpu")) for kind, model in built.items()}
     pairs, small_pairs = read(fast, y).prepared, {kind: read(model, y).prepared for kind, model in small.items()}
     sides = {
         "plain": common.as_usual(lambda: plain_step(slow, x, y, timestep)),
         "plain, memory kept": lambda: plain_step(slow, x, y, timestep),
-        "fast": lambda: fast_step(fast, x, pairs, timestep),
-        "int8": lambda: fast_step(small["int8"], x, small_pairs["int8"], timestep),
+        "fast": lambda: fast_step(fast, x, pairs, shared),
+        "int8": lambda: fast_step(small["int8"], x, small_pairs["int8"], shared),
     }
     expected = sides["plain"]()
     errors = {"fast": common.relative_error(sides["fast"](), expected)}
     for kind, model in small.items():
-        made = fast_step(model, x, small_pairs[kind], timestep)
+        made = fast_step(model, x, small_pairs[kind], shared)
         errors[kind] = common.relative_error(made, expected)
         errors[f"{kind} of what the pair adds"] = common.relative_error(made - x, expected - x)
     times = common.race(sides, repeats)
