@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,30 @@ def test_what_onednn_is_not_asked_to_do(what, monkeypatch):
     elif what == "meta":
         assert fast.to("meta")(x.to("meta")).shape == (9, 40)
     else:
+        assert torch.equal(fast(x), plain(x))
+
+
+@needs_onednn
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="a processor without products for it")
+@pytest.mark.parametrize("gelu", [False, True])
+def test_bf16_is_multiplied_by_onednn(gelu, monkeypatch):
+    """With its bias, and what follows it, in one operation, and rounded once."""
+    plain, fast = (twin.bfloat16() for twin in twins())
+    x = torch.randn(2, 9, 24).bfloat16()
+    then = (lambda out: F.gelu(out, approximate="tanh")) if gelu else (lambda out: out)
+    exact, published = then(copy.deepcopy(plain).double()(x.double())), then(plain(x))
+    monkeypatch.setattr(F, "linear", lambda *_: pytest.fail("oneDNN adds the bias by itself"))
+    with torch.no_grad():
+        assert error(fast(x, gelu), exact) <= error(published, exact) + 1e-4
+
+
+@pytest.mark.parametrize("what", ["gradients", "another processor"])
+def test_bf16_that_is_left_to_pytorch(what, monkeypatch):
+    plain, fast = (twin.bfloat16() for twin in twins())
+    monkeypatch.setattr(linear, "product", lambda *_: pytest.fail("not for oneDNN"))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: what == "gradients", raising=False)
+    x = torch.randn(9, 24).bfloat16()
+    with torch.set_grad_enabled(what == "gradients"):
         assert torch.equal(fast(x), plain(x))
 
 

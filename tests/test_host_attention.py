@@ -88,6 +88,29 @@ def test_parts_make_the_whole(together, monkeypatch):
         assert error(ours, each) < 1e-6
 
 
+@pytest.mark.parametrize("together", [1, 1000, 3000, 2**20])
+@pytest.mark.parametrize("shape", [(24, 33, 64), (3, 7, 5, 64)], ids=["space", "time"])
+def test_queries_and_keys_of_bf16(shape, together, monkeypatch):
+    """Rounded once, not after each operation."""
+    x, slow = torch.randn(shape).bfloat16(), SelfAttention(64, 4, qk_norm=True).bfloat16()
+    for norm in (slow.q_norm, slow.k_norm):
+        nn.init.normal_(norm.weight)
+    rotation = rotation_table(torch.rand(8), shape[1]) if len(shape) > 3 else None
+    exact, fast = copy.deepcopy(slow).float(), copy.deepcopy(slow)
+    use_host_attention(nn.Sequential(fast))
+    made = slow.qkv(x)
+    for layer in (exact, slow, fast):
+        layer.qkv = nn.Identity()
+    with torch.no_grad():
+        expected, published = exact.heads(made.float(), rotation), slow.heads(made, rotation)
+        monkeypatch.setattr(plain.RMSNorm, "forward", lambda *_: pytest.fail("a CPU normalises them together"))
+        monkeypatch.setattr(host, "IN_CACHE", together)
+        ours = fast.heads(made, rotation)
+    for one, theirs, each in zip(ours, published, expected, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert error(one, each) <= min(error(theirs, each), 0.0018)
+
+
 @pytest.mark.parametrize("frozen", ["q_norm", "qkv", "all but k_norm"])
 def test_only_what_learns_has_gradients(frozen):
     slow, x = SelfAttention(64, 4, qk_norm=True), torch.randn(2, 7, 64)

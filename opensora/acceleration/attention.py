@@ -1,17 +1,18 @@
 """What attention is computed by on a CPU: the same sums in fewer passes, where fused kernels do not pay.
 
-In float32, and for training also in what autocast makes of it.
+In float32 and, as far as queries and keys go, bfloat16; for training also in what autocast makes of float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from opensora.acceleration.gradients import Attention, Heads
-from opensora.acceleration.linear import in_training, needs_gradients, product_type, suits
+from opensora.acceleration.linear import INFERRED, in_training, needs_gradients, product_type, suits
 from opensora.models.layers import attention as plain
 from opensora.models.layers.attention import Kernels
 
@@ -70,14 +71,13 @@ class HostSelfAttention(plain.SelfAttention):
         fixed = rotation is None or not rotation.requires_grad
         if learns and fixed and in_training(x, *self.parameters()) and norm.weight.dtype == torch.float32:
             return self._learned(self.qkv(x), rotation)
-        if learns or not suits(x, norm.weight):
+        if learns or not suits(x, norm.weight, INFERRED):
             return super().heads(x, rotation)
         both, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).split((2, 1), dim=-3)  # [N, L, ..., 2, H, D]
-        size = torch.linalg.vector_norm(both, dim=-1, keepdim=True)
-        scale = size.square_().div_(both.shape[-1]).add_(norm.eps).rsqrt_()
         made = both.new_empty(2, *v.squeeze(-3).shape).movedim(0, -3)  # all queries, then all keys
-        torch.mul(both, scale, out=made).mul_(torch.stack((norm.weight, self.k_norm.weight))[:, None])
-        return *(made if rotation is None else rotate(made, rotation)).unbind(-3), v.squeeze(-3)
+        weight = torch.stack((norm.weight, self.k_norm.weight)).float()[:, None]
+        _normalise(both, weight, norm.eps, rotation, made)
+        return *made.unbind(-3), v.squeeze(-3)
 
     def _learned(self, qkv: Tensor, rotation: Tensor | None) -> tuple[Tensor, ...]:
         """The same of qkv [N, L, ..., 3 * C], with gradients: [N, L, heads of all sequences, D]."""
@@ -86,6 +86,34 @@ class HostSelfAttention(plain.SelfAttention):
         weights = self.q_norm.weight, self.k_norm.weight
         made = Heads.apply(parts.permute(3, 0, 2, 4, 1, 5), *weights, turns, self.q_norm.eps)
         return tuple(part.flatten(1, 2).transpose(1, 2) for part in made)
+
+
+def _normalise(x: Tensor, weight: Tensor, eps: float, rotation: Tensor | None, out: Tensor) -> None:
+    """Fills `out` with queries and keys x [N, L, ..., 2, H, D] over their root mean square, weighted and turned.
+
+    weight [2, 1, D] float32. What is between is float32, and of other types stays in the cache.
+    """
+    turns = None if rotation is None else torch.view_as_complex(plain.along_tokens(rotation, x))
+    for n, tokens in _parts(x, x.numel() if x.dtype == torch.float32 else IN_CACHE):
+        place = out[n, tokens]
+        part = x[n, tokens].float()
+        size = torch.linalg.vector_norm(part, dim=-1, keepdim=True)
+        scale = size.square_().div_(part.shape[-1]).add_(eps).rsqrt_()
+        normed = torch.mul(part, scale, out=place if x.dtype == part.dtype else part).mul_(weight)
+        if turns is not None:
+            torch.view_as_complex(normed.unflatten(-1, (-1, 2))).mul_(turns[tokens])
+        if normed is not place:
+            place.copy_(normed)
+
+
+def _parts(x: Tensor, most: int) -> Iterator[tuple[slice, slice]]:
+    """Parts of the sequences and of their tokens, x [N, L, ...], of so many values at most, if no token has more."""
+    single = x[0, 0].numel()
+    tokens = min(x.shape[1], max(1, most // single))
+    sequences = max(1, most // (tokens * single))
+    for n in range(0, len(x), sequences):
+        for first in range(0, x.shape[1], tokens):
+            yield slice(n, n + sequences), slice(first, first + tokens)
 
 
 class Folded(NamedTuple):

@@ -1,8 +1,8 @@
-"""Linear layers of float32 on a CPU by the library that is fastest there: the same sums.
+"""Linear layers on a CPU by the library that is fastest there: the same sums.
 
 PyTorch's own choice, MKL, leaves half of the vector units idle on some processors of other makers than its own.
 oneDNN's kernels suit them all, and take its place there. On those of its maker MKL is faster, most of all for
-gradients.
+gradients. In bfloat16 all products are oneDNN's; called by PyTorch it is told a bias in a pass of its own.
 
 Convolutions whose kernel is a single pixel are linear layers of every pixel. What follows the first layer of an MLP is
 computed with its product, while it is in the cache; this oneDNN alone can do.
@@ -25,6 +25,7 @@ from opensora.models.layers.embeddings import Mlp
 FEW = 4  # rows that are no work for a matrix product
 WIDE = 128  # channels from which on PyTorch's convolutions of single pixels are slower than matrix products
 PLAIN = (Tensor, nn.Parameter)  # sharded parameters know their own product
+INFERRED = (torch.float32, torch.bfloat16)
 TRAINED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -57,16 +58,22 @@ def mkl_is_faster() -> bool:
     return torch.backends.mkl.is_available() and "GenuineIntel" in processor
 
 
-def suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether these are plain tensors of float32 on a CPU, to be multiplied at once and in that type."""
+def suits(x: Tensor, weight: Tensor, types: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
+    """Whether these are plain tensors of one of the types on a CPU, to be multiplied at once and in that type."""
     return (
-        x.dtype == weight.dtype == torch.float32
+        x.dtype == weight.dtype
+        and x.dtype in types
         and x.device.type == "cpu"
         and type(x) in PLAIN
         and type(weight) in PLAIN
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
+
+
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN can be asked for the product of these, which takes a processor for it in bfloat16."""
+    return suits(x, weight, INFERRED) and (x.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def needs_gradients(*tensors: Tensor) -> bool:
@@ -90,13 +97,11 @@ class OneDnnLinear(nn.Linear):
     """x [..., in] -> [..., out]; what oneDNN is not asked to do is done as in any linear layer."""
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
-        learns = torch.is_grad_enabled()
-        if x.numel() <= FEW * self.in_features or not suits(x, self.weight) or (learns and mkl_is_faster()):
-            out = super().forward(x)
-        elif learns:
-            out = _Linear.apply(x, self.weight, self.bias)
-        else:
+        learns, many = torch.is_grad_enabled(), x.numel() > FEW * self.in_features
+        if many and not learns and multiplies(x, self.weight):
             return product(x, self.weight, self.bias, gelu)
+        apart = many and learns and not mkl_is_faster() and suits(x, self.weight)
+        out = _Linear.apply(x, self.weight, self.bias) if apart else super().forward(x)
         return F.gelu(out, approximate="tanh") if gelu else out
 
 
@@ -147,7 +152,7 @@ class _Linear(torch.autograd.Function):
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """x [..., in] by the transpose of weight [out, in], plus bias [out]; of that the GELU by tanh, if asked for."""
-    if mkl_is_faster() and not gelu:
+    if mkl_is_faster() and not gelu and x.dtype == torch.float32:
         return F.linear(x, weight, bias)
     then = ("gelu", [], "tanh") if gelu else ("none", [], "")
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *then)
