@@ -1,24 +1,31 @@
 """One spatial and one temporal block of STDiT3-XL/2: the plain formulation against the fast path, same weights.
 
-python -m benchmarks.pair [--sizes 144p-2s] [--tokens 120] [--repeats 5] [--threads N] [--output results]
+python -m benchmarks.pair [--sizes 144p-2s] [--dtypes fp32] [--tokens 120] [--repeats 5] [--threads N]
+    [--output results]
 
 A step of one request: both halves of guidance, text of so many real tokens (packed, as published). As in a request, the
 fast path has read the text before and is told one timestep for both halves. `int8` is the fast path with linear layers
 in 8 bits; the error of `fp8`, which takes a GPU to be fast, is stated too. `share` is the part of each side's time that
 its matrix products would take at the best pace that this machine shows for any product.
+
+In `bf16` (`--cpu-dtype bf16` of a request) both sides compute in that type, without a side in 8 bits; the errors of
+both are against the plain one in float32.
 """
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks import common, plain
-from opensora.acceleration.device import place
+from opensora.acceleration.device import DTYPES, place
 from opensora.acceleration.eight_bits import KINDS, quantize
 from opensora.models.layers.transformer import Text
 from opensora.models.stdit.stdit3 import STDiT3
+from opensora.weights import kept_in_float32
 
 SIZES = {  # frames of latents, patches of a frame
     "tiny": (3, 12), "144p-image": (1, 144), "144p-2s": (15, 144), "240p-2s": (15, 405), "360p-2s": (15, 920),
@@ -67,39 +74,52 @@ def plain_step(slow: plain.PlainSTDiT3, x: torch.Tensor, y: torch.Tensor, timest
     return out.view(x.shape)
 
 
-def measure(fast: STDiT3, slow: plain.PlainSTDiT3, size: tuple[int, int], tokens: int, repeats: int) -> dict[str, Any]:
-    """Times, ratios, errors and the bound of one size."""
+def cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """A copy of the model in a type, but for what stays in float32, as the package holds it."""
+    model = copy.deepcopy(model)
+    for name, parameter in model.named_parameters():
+        if not kept_in_float32(name):
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def measure(
+    fast: STDiT3, slow: plain.PlainSTDiT3, size: tuple[int, int], dtype: str, tokens: int, repeats: int
+) -> dict[str, Any]:
+    """Times, ratios, errors and the bound of one size in one type, of models in float32 and not placed."""
     x, y, timestep = inputs(fast, size, tokens).values()
-    shared = timestep[:1]
-    built = {kind: build(fast.hidden_size, fast.config["num_heads"])[0].requires_grad_(False) for kind in KINDS}
-    small = {kind: place(quantize(model, kind), torch.device("cpu")) for kind, model in built.items()}
-    pairs, small_pairs = read(fast, y).prepared, {kind: read(model, y).prepared for kind, model in small.items()}
-    sides = {
-        "plain": common.as_usual(lambda: plain_step(slow, x, y, timestep)),
-        "plain, memory kept": lambda: plain_step(slow, x, y, timestep),
-        "fast": lambda: fast_step(fast, x, pairs, shared),
-        "int8": lambda: fast_step(small["int8"], x, small_pairs["int8"], shared),
-    }
-    expected = sides["plain"]()
-    errors = {"fast": common.relative_error(sides["fast"](), expected)}
-    for kind, model in small.items():
-        made = fast_step(model, x, small_pairs[kind], shared)
-        errors[kind] = common.relative_error(made, expected)
-        errors[f"{kind} of what the pair adds"] = common.relative_error(made - x, expected - x)
+    exact, kind = plain_step(slow, x, y, timestep), DTYPES[dtype]
+    x, y, slow = x.to(kind), y.to(kind), cast(slow, kind)
+    eight = KINDS if dtype == "fp32" else {}
+    models = {"fast": cast(fast, kind), **{name: quantize(copy.deepcopy(fast), name) for name in eight}}
+    works: dict[str, common.Work] = {}
+    for name, model in models.items():
+        place(model, torch.device("cpu"))
+        works[name] = partial(fast_step, model, x, read(model, y).prepared, timestep[:1])
+    kept = partial(plain_step, slow, x, y, timestep)
+    sides = {"plain": common.as_usual(kept), "plain, memory kept": kept, "fast": works["fast"]}
+    if "int8" in works:
+        sides["int8"] = works["int8"]
+    made = {"plain": kept(), **{name: work() for name, work in works.items()}}
+    errors = {name: common.relative_error(one, exact) for name, one in made.items()}
+    for name in eight:
+        errors[f"{name} of what the pair adds"] = common.relative_error(made[name] - x, exact - x)
     times = common.race(sides, repeats)
-    flops = common.linear_flops(fast, sides["fast"])
-    limit = common.bound(flops, common.peak_flops(), times, **{name: sides[name] for name in ("plain", "fast")})
+    flops, peak = common.linear_flops(models["fast"], works["fast"]), common.peak_flops(dtype=kind)
+    limit = common.bound(flops, peak, times, plain=sides["plain"], fast=works["fast"])
     return {"times": times, "faster": common.ratios(times), "relative_error": errors, "products": limit}
 
 
 @torch.no_grad()
 def main() -> None:
-    given = common.arguments(__doc__, sizes=["144p-2s"], tokens=120, hidden=1152, heads=16)
+    given = common.arguments(__doc__, sizes=["144p-2s"], dtypes=["fp32"], tokens=120, hidden=1152, heads=16)
+    common.sizes_of(given.dtypes, DTYPES)
     fast, slow = build(given.hidden, given.heads)
-    place(fast.requires_grad_(False), torch.device("cpu"))
+    fast.requires_grad_(False)
     found = {
-        name: measure(fast, slow, size, given.tokens, given.repeats)
+        f"{name} {dtype}": measure(fast, slow, size, dtype, given.tokens, given.repeats)
         for name, size in common.sizes_of(given.sizes, SIZES).items()
+        for dtype in given.dtypes
     }
     summary = {name: common.summary(one) for name, one in found.items()}
     bars = {name: {side: t["seconds"] for side, t in one["times"].items()} for name, one in found.items()}

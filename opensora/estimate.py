@@ -265,28 +265,30 @@ def reading_text(config: Any, parameters: int, tokens: int) -> Cost:
     return Cost(products=2.0 * tokens * blocks, moved=4.0 * blocks, calls=500, peak=peak)
 
 
-def seconds(cost: Cost, device: torch.device, stage: str) -> float:
-    """Seconds that a stage of this cost takes on this device."""
-    return cost.nominal_seconds * (_remembered(device).get(stage) or _trial(device)) + DISPATCH * cost.calls
+def seconds(cost: Cost, device: torch.device, stage: str, dtype: torch.dtype = torch.float32) -> float:
+    """Seconds that a stage of this cost takes on this device, which computes in this type."""
+    pace = _remembered(name_of(device, dtype)).get(stage) or _trial(device, dtype)
+    return cost.nominal_seconds * pace + DISPATCH * cost.calls
 
 
-def remember(device: torch.device, stage: str, cost: Cost, taken: float) -> None:
+def remember(device: torch.device, stage: str, cost: Cost, taken: float, dtype: torch.dtype = torch.float32) -> None:
     """Notes how long a stage took on this device, if it was long enough to say something about its pace."""
     if taken < LONG_ENOUGH:
         return
-    runs = [run for run in _runs() if (run["device"], run["stage"]) != (name_of(device), stage)]
-    same = [run for run in _runs() if (run["device"], run["stage"]) == (name_of(device), stage)][1 - RUNS_KEPT :]
+    name = name_of(device, dtype)
+    runs = [run for run in _runs() if (run["device"], run["stage"]) != (name, stage)]
+    same = [run for run in _runs() if (run["device"], run["stage"]) == (name, stage)][1 - RUNS_KEPT :]
     pace = max(taken - DISPATCH * cost.calls, 0.1 * taken) / max(cost.nominal_seconds, 1e-9)
-    text = json.dumps([*runs, *same, {"device": name_of(device), "stage": stage, "pace": pace}])
+    text = json.dumps([*runs, *same, {"device": name, "stage": stage, "pace": pace}])
     with suppress(MediaError), replacing(_file(), make_folders=True) as [temporary]:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _remembered(device: torch.device) -> dict[str, float]:
+def _remembered(name: str) -> dict[str, float]:
     """Stage -> the median pace of the runs of this device."""
     paces: dict[str, list[float]] = {}
     for run in _runs():
-        if run["device"] == name_of(device):
+        if run["device"] == name:
             paces.setdefault(run["stage"], []).append(run["pace"])
     return {stage: statistics.median(found) for stage, found in paces.items()}
 
@@ -307,16 +309,22 @@ def wait(device: torch.device) -> None:
     synchronize(device)
 
 
-def name_of(device: torch.device) -> str:
-    """What a device is called in the record of runs: its kind, and how many threads compute where that matters."""
-    return f"{device.type}-{torch.get_num_threads()}" if is_host(device) else device.type
+def name_of(device: torch.device, dtype: torch.dtype) -> str:
+    """What a device is called in the record of runs: its kind; of a host, too, how many threads compute, and in what.
+
+    An accelerator computes in half precision, unless it was asked for more; a host in float32.
+    """
+    if not is_host(device):
+        return device.type
+    name = f"{device.type}-{torch.get_num_threads()}"
+    return name if dtype == torch.float32 else f"{name}-{str(dtype).removeprefix('torch.')}"
 
 
 @cache
-def _trial(device: torch.device) -> float:
-    """How much slower than the nominal pace this device is: matrix products and sums of some milliseconds."""
-    one = torch.ones(1024, 1024, device=device)
-    large = torch.ones(8, 1024, 1024, device=device)
+def _trial(device: torch.device, dtype: torch.dtype) -> float:
+    """How much slower than the nominal pace this device is in a type: matrix products and sums of some milliseconds."""
+    one = torch.ones(1024, 1024, device=device, dtype=dtype)
+    large = torch.ones(8, 1024, 1024, device=device, dtype=dtype)
     work = Cost(products=4 * 2.0 * 1024**3, moved=4 * 3.0 * _bytes(large))
     for _attempt in range(2):  # the first one pays for the start of threads and kernels
         begin = time.perf_counter()

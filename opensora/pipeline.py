@@ -88,7 +88,7 @@ class VideoPipeline:
         self.device = pick_device(settings.device)
         self.layout = start(self.device, world_size())
         check_guidance_ranks(settings.guidance_ranks, self.layout)
-        self.dtype = inference_dtype(self.device, settings.dtype)
+        self.dtype = inference_dtype(self.device, settings.dtype, settings.cpu_dtype)
         eight_bits.check(settings.linear, self.device, self.dtype)
         use_attention(settings.attention)
         if settings.graphs and self.layout.world_size > 1:
@@ -403,7 +403,7 @@ class VideoPipeline:
             "decoding": estimate.decoding(vae, self.size, *where),
         }
         for stage, cost in costs.items():
-            estimate.remember(self.device, stage, cost.times(clips), self.seconds[stage])
+            estimate.remember(self.device, stage, cost.times(clips), self.seconds[stage], self.dtype)
 
     def exists(self, request: Request) -> bool:
         """Whether a result is there already and will be kept."""

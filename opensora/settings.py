@@ -23,6 +23,7 @@ CHOICES = {
     "on_bad_step": ("skip", "rollback", "stop"),
     "cache": ("none", "auto", "table", "tea", "mag"),
     "memory": ("auto", "fast", "balanced", "low"),
+    "cpu_dtype": ("fp32", "bf16"),
     "linear": ("exact", "int8", "fp8"),
     "mixed_strategy": ("mixed_video_image", "mixed_video_random"),
     "guidance_ranks": ("auto", "together", "apart"),
@@ -170,6 +171,7 @@ class InferenceSettings(_Settings):
     guidance_interval: tuple[float, float] | None = setting(None, "part of the run with guidance, such as 0.1 0.8")
     guidance_ranks: str = setting("auto", "on several ranks, its halves on half of them each: auto, together or apart")
     attention: str | None = setting(None, "attention of an installed package that PyTorch knows, such as FA3")
+    cpu_dtype: str = setting("fp32", "what a CPU computes in, whatever --dtype: fp32, or bf16, fast on some")
     linear: str = setting("exact", "linear layers of the model's blocks: exact, or in 8 bits, int8 or fp8")
     memory: str = setting("auto", "memory to take: fast (most), balanced, low, or auto: what fits")
     compile: bool = setting(False, "compile the model's blocks: the first step takes a minute", nargs=0)

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
+
 from opensora import estimate
 from opensora.acceleration import eight_bits
 from opensora.acceleration.memory_plan import BY_NAME, FAST, PLANS, MemoryPlan, arranged
@@ -102,9 +104,9 @@ class Needs:
             several = loops > 1
             held += self._held(frames) // 4 * (loops + several) + (self._held(frames) if several else 0)
             used = ("decoder", "encoder") if self._encoded() else ("decoder",)
-            held += sum(kernel_bytes(vae, part, plan.winograd) for part in used)
+            held += sum(self._kernels(part, plan) for part in used)
         made = made._replace(peak=made.peak + held)
-        yield Stage("decoding", 0, 0, False, made, estimate.seconds(made, pipeline.device, "decoding"))
+        yield Stage("decoding", 0, 0, False, made, self._seconds(made, "decoding"))
 
     def _timelines(self) -> list[list[Any]]:
         return [self.pipeline.timelines[request] for request in self.requests]
@@ -129,8 +131,13 @@ class Needs:
         longest = max((frames for frames, *_ in sizes), default=0)
         held = self._held(longest if self.on_host or at_once is None else min(longest, at_once))
         if sizes and self.on_host:
-            held += kernel_bytes(vae, "encoder", plan.winograd)
+            held += self._kernels("encoder", plan)
         return work._replace(peak=work.peak + held)
+
+    def _kernels(self, within: str, plan: MemoryPlan) -> int:
+        """Bytes of the kernels that a host makes for a half of the autoencoder, in float32 alone."""
+        exact = self.pipeline.dtype == torch.float32
+        return kernel_bytes(self.parts["vae"], within, plan.winograd) if exact else 0
 
     def _step(self, plan: MemoryPlan, tokens: int) -> Cost:
         """One evaluation of the model, with both halves of guidance."""
@@ -147,6 +154,9 @@ class Needs:
         """Bytes of so many frames in float32."""
         return 12 * frames * self.pipeline.made[0] * self.pipeline.made[1]
 
+    def _seconds(self, cost: Cost, stage: str) -> float:
+        return estimate.seconds(cost, self.pipeline.device, stage, self.pipeline.dtype)
+
     def _stage(self, name: str, part: str, cost: Cost) -> Stage:
         held = estimate.weights(self.parts[part], self.pipeline.dtype)
         files, copied = self._files(part, held)
@@ -154,7 +164,7 @@ class Needs:
         if part == "model" and self.pipeline.settings.linear != "exact":
             held -= eight_bits.num_values(self.parts[part]) * (self.pipeline.dtype.itemsize - 1)
             copied = True
-        return Stage(name, held, files, copied, cost, estimate.seconds(cost, self.pipeline.device, name))
+        return Stage(name, held, files, copied, cost, self._seconds(cost, name))
 
     def _files(self, part: str, held: int) -> tuple[int, bool]:
         """Bytes of a part's weight files, and whether its weights will be copies of another format."""
@@ -174,7 +184,7 @@ class Needs:
             held, tokens = pipeline.dtype.itemsize * T5_XXL["parameters"], T5_XXL["tokens"]
             cost = Cost(products=2.0 * tokens * T5_XXL["parameters"], moved=held, calls=1000, peak=2**28)
             cost = cost.times(len(texts))
-            return tokens, Stage("text", held, held, False, cost, estimate.seconds(cost, pipeline.device, "text"))
+            return tokens, Stage("text", held, held, False, cost, self._seconds(cost, "text"))
         lengths = [count_tokens(encoder, text) for text in texts]
         config = getattr(encoder.model, "config", None) or encoder.model.text_model.config
         parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
@@ -183,7 +193,7 @@ class Needs:
             cost = cost.then(estimate.reading_text(config, parameters, length))
         held = sum(map(_bytes, encoder.model.parameters()))
         files, copied = self._files("text_encoder", held)
-        stage = Stage("text", held, files, copied, cost, estimate.seconds(cost, pipeline.device, "text"))
+        stage = Stage("text", held, files, copied, cost, self._seconds(cost, "text"))
         return max(lengths, default=1), stage
 
 

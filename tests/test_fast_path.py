@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opensora import cli, components, weights
+from opensora.acceleration import device as device_module
 from opensora.acceleration import eight_bits, layout, linear
 from opensora.acceleration.device import place, use_attention
 from opensora.acceleration.eight_bits import KINDS, EightBitLinear, quantize
@@ -96,7 +97,7 @@ def test_what_onednn_is_not_asked_to_do(what, monkeypatch):
 
 
 @needs_onednn
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="a processor without products for it")
+@pytest.mark.skipif(not linear.multiplies_bf16(), reason="a processor without products for it")
 @pytest.mark.parametrize("gelu", [False, True])
 def test_bf16_is_multiplied_by_onednn(gelu, monkeypatch):
     """With its bias, and what follows it, in one operation, and rounded once."""
@@ -113,7 +114,7 @@ def test_bf16_is_multiplied_by_onednn(gelu, monkeypatch):
 def test_bf16_that_is_left_to_pytorch(what, monkeypatch):
     plain, fast = (twin.bfloat16() for twin in twins())
     monkeypatch.setattr(linear, "product", lambda *_: pytest.fail("not for oneDNN"))
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: what == "gradients", raising=False)
+    monkeypatch.setattr(linear, "multiplies_bf16", lambda: what == "gradients")
     x = torch.randn(9, 24).bfloat16()
     with torch.set_grad_enabled(what == "gradients"):
         assert torch.equal(fast(x), plain(x))
@@ -355,17 +356,39 @@ def test_quantizing_keeps_modulation_and_ends(kind):
     assert 1e-5 < error(fast(**told), exact) < 0.05
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_request_asks_for_8_bits(kind, tmp_path):
+FEWER_BITS = {
+    "int8": ["--linear", "int8"], "fp8": ["--linear", "fp8"], "bf16": ["--cpu-dtype", "bf16"],
+    "int8 of bf16": ["--linear", "int8", "--cpu-dtype", "bf16"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FEWER_BITS)
+def test_a_request_asks_for_fewer_bits(kind, tmp_path):
     """Other frames, but not by much; and a recipe makes them again."""
+    if "bf16" in kind and not linear.multiplies_bf16():
+        pytest.skip("a processor without products for it")
     argv = ["generate", "a red circle", "--image-size", "16", "24", "--num-frames", "5", "--verbose", "0"]
     argv += ["--num-sampling-steps", "4"]
-    for name in ("exact", kind):
-        assert cli.main([*argv, "--linear", name, "--save-dir", str(tmp_path / name)]) == 0
+    for name, flags in (("exact", ["--cpu-dtype", "fp32"]), (kind, FEWER_BITS[kind])):
+        assert cli.main([*argv, *flags, "--save-dir", str(tmp_path / name)]) == 0
     exact, small = (read_video(tmp_path / name / "sample_0000.mp4")[0] for name in ("exact", kind))
     assert (exact != small).any()
     assert psnr(small, exact) > 25
     assert replay(tmp_path / kind / "sample_0000.mp4", tmp_path / "again").identical
+
+
+def test_a_processor_without_such_products_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(device_module, "multiplies_bf16", lambda: False)
+    argv = ["generate", "a red circle", "--device", "cpu", "--cpu-dtype", "bf16", "--save-dir", str(tmp_path / "out")]
+    assert cli.main(argv) != 0
+    assert "no products of bf16 for cpu_dtype; leave it out, or use 'fp32'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_type_that_models_compute_in():
+    for asked, on_cpu, found in (("bf16", "fp32", torch.float32), ("float64", "fp32", torch.float64)):
+        assert device_module.inference_dtype(CPU, asked, on_cpu) == found
+    assert device_module.inference_dtype(torch.device("cuda"), "fp16", "fp32") == torch.float16
 
 
 def test_a_device_without_such_products_says_so(monkeypatch):

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from opensora.acceleration.attention import use_host_attention
 from opensora.acceleration.layout import channels_last, leave_file, outputs_last
-from opensora.acceleration.linear import use_onednn
+from opensora.acceleration.linear import multiplies_bf16, use_onednn
 from opensora.acceleration.modulation import use_host_modulation
 from opensora.acceleration.residual import fuse_residuals
 from opensora.acceleration.upsample import fuse_upsampling
@@ -127,9 +127,16 @@ def name_of(device: torch.device) -> str:
     return str(ask()) if ask else device.type
 
 
-def inference_dtype(device: torch.device, dtype: str) -> torch.dtype:
-    """The dtype models compute in: on a CPU float32 (half types are slower there or rounder), else as asked."""
-    return torch.float32 if device.type == "cpu" and dtype != "float64" else DTYPES[dtype]
+def inference_dtype(device: torch.device, dtype: str, on_cpu: str = "fp32") -> torch.dtype:
+    """The dtype models compute in: on a CPU `on_cpu` (half types are slow on most) or float64, else as asked.
+
+    Raises ConfigError for bf16 on a CPU without products for it.
+    """
+    if device.type != "cpu" or dtype == "float64":
+        return DTYPES[dtype]
+    if on_cpu == "bf16" and not multiplies_bf16():
+        raise ConfigError("this processor has no products of bf16 for cpu_dtype; leave it out, or use 'fp32'")
+    return DTYPES[on_cpu]
 
 
 def training_context(device: torch.device, dtype: str) -> contextlib.ExitStack:

@@ -51,6 +51,12 @@ def has_onednn() -> bool:
 
 
 @cache
+def multiplies_bf16() -> bool:
+    """Whether there are products of bfloat16 for this processor."""
+    return has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@cache
 def mkl_is_faster() -> bool:
     """Whether PyTorch's own products are MKL's, on a processor of its maker."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -73,7 +79,7 @@ def suits(x: Tensor, weight: Tensor, types: tuple[torch.dtype, ...] = (torch.flo
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN can be asked for the product of these, which takes a processor for it in bfloat16."""
-    return suits(x, weight, INFERRED) and (x.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return suits(x, weight, INFERRED) and (x.dtype == torch.float32 or multiplies_bf16())
 
 
 def needs_gradients(*tensors: Tensor) -> bool:
