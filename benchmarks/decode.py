@@ -4,7 +4,8 @@ python -m benchmarks.decode [--size 96 160] [--frames 17] [--repeats 3] [--threa
 
 Plainly a clip is decoded as a whole; the fast path gives its frames one after the other, as uint8. Products are
 counted in the plain formulation; the fast path computes fewer (none over padding in time, 4/9 of those of wide 3 x 3
-kernels, 1/4 of those that follow a doubling), so its share may exceed what is left of the bound.
+kernels, 1/4 of those that follow a doubling), so its share may exceed what is left of the bound. `bf16` is the fast
+path in that type (`--cpu-dtype bf16` of a request), where the processor has products for it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from benchmarks import common, plain
 from opensora.acceleration.device import place
+from opensora.acceleration.linear import multiplies_bf16
 from opensora.datasets.video import to_uint8
 from opensora.models.vae.vae import OpenSoraVAE_V1_2, VideoAutoencoderPipeline
 
@@ -43,16 +45,21 @@ def main() -> None:
     given = common.arguments(__doc__, repeats=3, size=[96, 160], frames=17, tiny=0)
     fast, slow = build(**(TINY if given.tiny else {}))
     z = torch.randn(1, 4, *fast.get_latent_size((given.frames, *given.size)))
-    error = common.relative_error(fast.decode(z, given.frames), plain.decode(slow, z, given.frames))
+    exact = plain.decode(slow, z, given.frames)
+    errors = {"fast": common.relative_error(fast.decode(z, given.frames), exact)}
     sides = {
         "plain": common.as_usual(lambda: to_uint8(plain.decode(slow, z, given.frames)[0])),
         "plain, memory kept": lambda: to_uint8(plain.decode(slow, z, given.frames)[0]),
         "fast": lambda: streamed(fast, z, given.frames),
     }
+    if multiplies_bf16():
+        half, rounded = place(common.cast(slow, torch.bfloat16), torch.device("cpu")), z.bfloat16()
+        errors["bf16"] = common.relative_error(half.decode(rounded, given.frames), exact)
+        sides["bf16"] = lambda: streamed(half, rounded, given.frames)
     times = common.race(sides, given.repeats)
     flops = common.convolution_flops(slow, sides["plain"])
     report = {
-        "size": [given.frames, *given.size], "times": times, "faster": common.ratios(times), "relative_error": error,
+        "size": [given.frames, *given.size], "times": times, "faster": common.ratios(times), "relative_error": errors,
         "products": common.bound(flops, common.peak_flops(), times, plain=sides["plain"], fast=sides["fast"]),
     }  # fmt: skip
     report["summary"] = common.summary(report)

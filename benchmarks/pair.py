@@ -25,7 +25,6 @@ from opensora.acceleration.device import DTYPES, place
 from opensora.acceleration.eight_bits import KINDS, quantize
 from opensora.models.layers.transformer import Text
 from opensora.models.stdit.stdit3 import STDiT3
-from opensora.weights import kept_in_float32
 
 SIZES = {  # frames of latents, patches of a frame
     "tiny": (3, 12), "144p-image": (1, 144), "144p-2s": (15, 144), "240p-2s": (15, 405), "360p-2s": (15, 920),
@@ -74,24 +73,15 @@ def plain_step(slow: plain.PlainSTDiT3, x: torch.Tensor, y: torch.Tensor, timest
     return out.view(x.shape)
 
 
-def cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """A copy of the model in a type, but for what stays in float32, as the package holds it."""
-    model = copy.deepcopy(model)
-    for name, parameter in model.named_parameters():
-        if not kept_in_float32(name):
-            parameter.data = parameter.data.to(dtype)
-    return model
-
-
 def measure(
     fast: STDiT3, slow: plain.PlainSTDiT3, size: tuple[int, int], dtype: str, tokens: int, repeats: int
 ) -> dict[str, Any]:
     """Times, ratios, errors and the bound of one size in one type, of models in float32 and not placed."""
     x, y, timestep = inputs(fast, size, tokens).values()
     exact, kind = plain_step(slow, x, y, timestep), DTYPES[dtype]
-    x, y, slow = x.to(kind), y.to(kind), cast(slow, kind)
+    x, y, slow = x.to(kind), y.to(kind), common.cast(slow, kind)
     eight = KINDS if dtype == "fp32" else {}
-    models = {"fast": cast(fast, kind), **{name: quantize(copy.deepcopy(fast), name) for name in eight}}
+    models = {"fast": common.cast(fast, kind), **{name: quantize(copy.deepcopy(fast), name) for name in eight}}
     works: dict[str, common.Work] = {}
     for name, model in models.items():
         place(model, torch.device("cpu"))

@@ -295,7 +295,7 @@ def decode(vae: Any, z: Tensor, num_frames: int) -> Tensor:
     The chunks of time are decoded, then all frames at once. `vae` must not have been placed on a device by the package,
     which would replace the computation of its layers.
     """
-    z, chunk = z * vae.scale + vae.shift, vae.micro_frame_size or num_frames
+    z, chunk = (z * vae.scale + vae.shift).to(z.dtype), vae.micro_frame_size or num_frames
     parts = z.split(vae.micro_latent_frames or z.shape[2], dim=2)
     lengths = [min(chunk, num_frames - index * chunk) for index in range(len(parts))]
     x = torch.cat([decode_time(z, vae.temporal_vae, n) for z, n in zip(parts, lengths, strict=True)], dim=2)

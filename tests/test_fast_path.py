@@ -133,6 +133,7 @@ def test_place_chooses_for_a_cpu():
     assert isinstance(model[0], OneDnnLinear) == HAS_ONEDNN
     assert model[1].fold_time
     assert model[2].weight.is_contiguous(memory_format=torch.channels_last)
+    assert not place(CausalConv3d(2, 2).bfloat16(), CPU).fold_time  # it would round its sum after every frame
 
 
 def test_weights_in_training_stay_where_they_are():

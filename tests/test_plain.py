@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import plain
+from benchmarks.common import cast
 from opensora.acceleration.device import place
 from opensora.models.stdit.stdit3 import STDiT3
 from opensora.models.vae.vae import VideoAutoencoderPipeline
@@ -131,14 +132,26 @@ def test_whole_sampling_agrees():
         assert error(made, expected) < 1e-5
 
 
+def autoencoders(frames: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module, Tensor]:
+    """The autoencoder as the package runs it in a type, as it was built, and latents of a clip."""
+    torch.manual_seed(0)
+    slow = VideoAutoencoderPipeline(**TINY_VAE).eval().requires_grad_(False)
+    z = torch.randn(1, 4, slow.get_latent_size((frames, None, None))[0], 3, 4)
+    return place(cast(slow, dtype), torch.device("cpu")), slow, z
+
+
 @pytest.mark.parametrize("frames", [17, 34, 5])
 def test_decoding_agrees(frames):
-    torch.manual_seed(0)
-    slow, fast = (VideoAutoencoderPipeline(**TINY_VAE).eval().requires_grad_(False) for _ in range(2))
-    fast.load_state_dict(slow.state_dict())
-    place(fast, torch.device("cpu"))
-    z = torch.randn(1, 4, fast.get_latent_size((frames, None, None))[0], 3, 4)
+    fast, slow, z = autoencoders(frames)
     expected = plain.decode(slow, z, frames)
     assert expected.shape == (1, 3, frames, 24, 32)
     assert error(fast.decode(z, frames), expected) < 1e-5
     assert error(torch.cat(list(fast.decoded(z, frames)), dim=2), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_decoding_in_bf16_is_as_near_as_the_plain_formulation():
+    fast, slow, z = autoencoders(17, torch.bfloat16)
+    half = z.bfloat16()
+    exact, plainly = plain.decode(slow, half.float(), 17), plain.decode(cast(slow, torch.bfloat16), half, 17)
+    assert error(fast.decode(half, 17), exact) < 1.1 * error(plainly, exact)

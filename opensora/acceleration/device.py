@@ -257,16 +257,18 @@ def _pinned(tensor: Tensor) -> Any:
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
     """The model on its device, with the formulation of its operations that suits it."""
+    halves = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters())
+    folded = device.type == "cpu" and not halves  # whose sums over frames would be rounded frame by frame
     for module in model.modules():
         if hasattr(module, "fold_time"):
-            module.fold_time = device.type == "cpu"
+            module.fold_time = folded
     if device.type == "cpu":
         use_onednn(model)
         use_host_attention(model)
         use_host_modulation(model)
         use_winograd(model)
     model = model.to(device)
-    arranged = channels_last(model, folded=device.type == "cpu")
+    arranged = channels_last(model, folded=folded)
     if device.type == "cpu":
         leave_file(model, arranged + outputs_last(model))
     fuse_upsampling(model)
