@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from opensora import __version__, estimate, tuning
-from opensora.acceleration.device import name_of, peak_memory, reset_peak_memory, synchronize
+from opensora.acceleration.device import DTYPES, name_of, peak_memory, reset_peak_memory, synchronize
 from opensora.acceleration.peak import peak_flops
 from opensora.errors import ConfigError, MediaError
 from opensora.files import replacing
@@ -74,7 +74,7 @@ class _Bench:
         self.latent = tuple(self.vae.get_latent_size(pipeline.size))
         pipeline.cache = tuning.tuned(pipeline, self.model, (self.vae.out_channels, *self.latent), texts)
         self.texts = {text: texts[text] for text in told}
-        self.peak = peak_flops(pipeline.device, settings.dtype if pipeline.dtype != torch.float32 else "fp32")
+        self.peak = peak_flops(pipeline.device, next(name for name, one in DTYPES.items() if one == pipeline.dtype))
 
     def run(self) -> dict[str, float]:
         """Seconds of each stage, and of all."""
