@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -26,3 +27,11 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest choice, or an empty string when none is near."""
     near = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def printable(text: object) -> str:
+    """A text from outside as a terminal may show it: control, direction and lone surrogate characters as `\\x1b`."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), str(text))
+
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")

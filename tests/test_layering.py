@@ -52,6 +52,7 @@ LAYERS = {
     "opensora.errors": 0,
     "opensora.files": 0,
     "opensora.noise": 0,
+    "opensora.schema": 0,
     "opensora.settings": 0,
 }
 STRANGERS = {"opensora.datasets", "opensora.models", "opensora.schedulers"}  # never import one another
