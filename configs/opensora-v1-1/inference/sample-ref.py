@@ -5,11 +5,8 @@ prompt = [
     "Drone view of waves crashing against the rugged cliffs along Big Sur's garay point beach. "
     '{"reference_path": "assets/images/condition/cliff.png", "mask_strategy": "0"}',
     'A breathtaking sunrise scene.{"reference_path": "assets/images/condition/sunset1.png","mask_strategy": "0"}',
-    "A car driving on the ocean."
-    '{"reference_path": "assets/videos/condition/drive.mp4","mask_strategy": "0,0,-8,0,8"}',
-    "A snowy forest."
-    '{"reference_path": "assets/videos/condition/forest.mp4",'
-    '"mask_strategy": "0,0,0,0,15,0.8"}',
+    'A car driving on the ocean.{"reference_path": "assets/videos/condition/drive.mp4","mask_strategy": "0,0,-8,0,8"}',
+    'A snowy forest.{"reference_path": "assets/videos/condition/forest.mp4","mask_strategy": "0,0,0,0,15,0.8"}',
     "A breathtaking sunrise scene."
     '{"reference_path": "assets/images/condition/sunset1.png;assets/images/condition/sunset2.png",'
     '"mask_strategy": "0;0,1,0,-1,1"}',
