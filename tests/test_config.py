@@ -131,17 +131,18 @@ def test_unknown_setting_is_an_error():
     ("setting", "message"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1; it is 0"),
-        ({"batch_size": 1.5}, "batch_size must be int"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number; it is 1.5"),
         ({"num_frames": "-1"}, "num_frames must be at least 1"),
         ({"fps": 0}, "fps must be at least"),
-        ({"fps": float("nan")}, "fps must be at least"),
-        ({"dtype": "fp8"}, "dtype 'fp8' is not known; choose one of bf16, bfloat16"),
+        ({"fps": float("nan")}, "fps must be a finite number; it is nan"),
+        ({"dtype": "fp8"}, r"dtype 'fp8' is not known; did you mean 'fp32'\? choose one of bf16, bfloat16"),
         ({"image_size": 256}, r"image_size must be \(height, width\)"),
         ({"image_size": (0, 256)}, r"image_size must be \(height, width\)"),
         ({"scheduler": {"type": "rflow", "num_sampling_steps": 0}}, "num_sampling_steps must be at least 1"),
         ({"scheduler": {}}, "scheduler needs a type"),
-        ({"watermark": "False"}, "watermark must be bool"),
-        ({"prompt": [1]}, "prompt must be a list of texts"),
+        ({"watermark": "False"}, "watermark must be True or False, or the text"),
+        ({"prompt": 1}, "prompt must be a list of texts"),
+        ({"prompt": ["a", 1]}, r"prompt\[1\] must be a text; it is 1"),
     ],
 )
 def test_inference_settings_are_checked(setting, message):
@@ -154,9 +155,9 @@ def test_inference_settings_are_checked(setting, message):
     [
         ({"plugin": "ddp"}, "choose one of zero2, zero2-seq"),
         ({"lr_schedule": "linear"}, "choose one of constant, cosine"),
-        ({"wandb": "False"}, "wandb must be bool"),
+        ({"wandb": "False"}, "wandb must be True or False; it is 'False'"),
         ({"adam_betas": (0.9, 1.0)}, "adam_betas"),
-        ({"ema_decay": 1.5}, "between 0 and 1"),
+        ({"ema_decay": 1.5}, "ema_decay must be at most 1; it is 1.5"),
         ({"data_path": "a.csv", "root": "/data"}, "'root' is no longer supported"),
     ],
 )
@@ -223,7 +224,7 @@ def test_train_command_line():
 
 
 def test_switches_in_the_file_stay(tmp_path):
-    read(tmp_path, "prompt_as_path = True\nnum_frames = 1\nmodel = dict(type='A')\n")
+    read(tmp_path, "prompt_as_path = True\nnum_frames = 1\nmodel = dict(type='STDiT3')\n")
     assert parse_inference_args([str(tmp_path / "config.py")]).prompt_as_path
 
 

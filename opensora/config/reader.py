@@ -49,7 +49,7 @@ def find_config(name: str | Path) -> Path:
     """The file for a path, a name below `configs/` (with or without `configs/` and `.py`), or the word `embedded`."""
     wanted = str(name).replace("\\", "/").removeprefix("./").removeprefix("configs/")
     wanted = _SHORT_NAMES.get(wanted, wanted)
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     packaged = (package / "configs").is_dir()  # an installed wheel brings them along; else they lie in the repository
     folder = (package if packaged else package.parent) / "configs"
     for candidate in (Path(name), folder / wanted, folder / f"{wanted}.py"):
