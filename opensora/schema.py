@@ -25,7 +25,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from opensora.errors import ConfigError, OpenSoraError, did_you_mean
+from opensora.errors import ConfigError, OpenSoraError, did_you_mean, printable
 
 SHOWN = 80  # characters of a value in a message
 MAX_TEXT = 100_000  # characters of any text from outside
@@ -124,9 +124,10 @@ def adapter(kind: Any) -> TypeAdapter:
     return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
-def explain(failure: ValidationError, kind: Any = None, value: Any = None, root: str = "") -> str:
-    """The first mistake of a failed check of `value` in one line: `key must be ...; it is ...`."""
+def explain(failure: ValidationError, kind: Any, value: Any, root: str = "") -> str:
+    """The mistake of a failed check of `value` in one line: `key must be ...; it is ...`; `root` is its own key."""
     mistakes = failure.errors(include_url=False, include_context=True)
+    mistakes.sort(key=lambda one: -len(_keys(one["loc"], value)))  # of the alternative that was meant
     first = next((one for one in mistakes if one["type"] == "extra_forbidden"), mistakes[0])  # maybe a key misspelt
     above = (root,) if root else ()
     key = _dotted((*above, *_keys(first["loc"], value)))
@@ -189,8 +190,6 @@ def _expected(mistake: Mapping[str, Any]) -> str:
 
 def _keys(location: Sequence[int | str], value: Any) -> tuple[int | str, ...]:
     """Those parts of a location that lead into `value`; pydantic adds the names of a union's alternatives."""
-    if value is None:
-        return tuple(location)
     found: list[int | str] = []
     for part in location:
         item = isinstance(part, int) and isinstance(value, list | tuple) and part < len(value)
@@ -208,7 +207,7 @@ def _dotted(location: Iterable[int | str]) -> str:
 
 
 def _shown_key(key: str) -> str:
-    return key if len(key) <= SHOWN else f"{key[:SHOWN]}..."
+    return printable(key if len(key) <= SHOWN else f"{key[:SHOWN]}...")
 
 
 def _known(kind: Any, location: Sequence[int | str]) -> list[str]:

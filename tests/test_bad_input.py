@@ -68,7 +68,7 @@ NAMES = [
     (("--cfg-options", "num_frame=3"), "sample.py: unknown setting 'num_frame'; did you mean 'num_frames'?"),
     (("--cfg-options", "model.dept=3"), "sample.py: unknown setting 'model.dept'; did you mean 'depth'?"),
     (("--cfg-options", "vae.micro_batch=3"), "unknown setting 'vae.micro_batch'; did you mean 'micro_batch_size'?"),
-    (("--cfg-options", "text_encoder.max_length=3"), "unknown setting 'text_encoder.max_length'; did you mean 'model_max_length'?"),
+    (("--cfg-options", "text_encoder.max_length=3"), "unknown setting 'text_encoder.max_length'; did you mean 'model_"),
     (("--cfg-options", "scheduler.cfg=3"), "unknown setting 'scheduler.cfg'; did you mean 'cfg_scale'?"),
     (("--cfg-options", "model.type=STDiT3-XL"), "model type 'STDiT3-XL' is not known; did you mean 'STDiT3-XL/2'?"),
     (
