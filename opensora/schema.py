@@ -137,6 +137,9 @@ def explain(failure: ValidationError, kind: Any, value: Any, root: str = "") -> 
             return f"unknown setting '{key}'{nearest}"
         case "invalid_key":
             return f"the key {shown(first['loc'][-1])} must be a text"
+        case "missing" if isinstance(first["loc"][-1], int):
+            place = _dotted((*above, *_keys(first["loc"][:-1], value)))
+            return f"{place} must be at least {first['loc'][-1] + 1} long; it is {shown(first['input'])}"
         case "missing":
             return f"setting '{_dotted((*above, *_keys(first['loc'][:-1], value), first['loc'][-1]))}' is missing"
         case "value_error":
@@ -212,6 +215,7 @@ def _shown_key(key: str) -> str:
 
 def _known(kind: Any, location: Sequence[int | str]) -> list[str]:
     """The fields of the schema that lacks a key."""
+    kind = _inner(kind)
     for part in location[:-1]:
         fields = getattr(kind, "model_fields", {})
         kind = _inner(fields[part].annotation) if part in fields else None
@@ -219,7 +223,7 @@ def _known(kind: Any, location: Sequence[int | str]) -> list[str]:
 
 
 def _inner(annotation: Any) -> Any:
-    """The schema of `schema | None`."""
+    """The schema in `schema | None`."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return next((one for one in typing.get_args(annotation) if hasattr(one, "model_fields")), annotation)
     return annotation

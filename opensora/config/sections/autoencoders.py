@@ -34,9 +34,10 @@ class _ByFrame(Loaded):
 
     @model_validator(mode="after")
     def _fit(self) -> Any:
-        groups = getattr(self, "norm_num_groups", 32)
-        if bad := [width for width in self.block_out_channels if width % groups]:
-            raise ValueError(f"block_out_channels {bad[0]} must be a multiple of norm_num_groups {groups}")
+        levels = len(self.block_out_channels)
+        for name in ("down_block_types", "up_block_types"):
+            if self.together("block_out_channels", name) and len(getattr(self, name)) != levels:
+                raise ValueError(f"{name} must have {levels} entries, as many as block_out_channels")
         return self
 
 
@@ -47,6 +48,13 @@ class VideoAutoencoderKL(_ByFrame):
     act_fn: Name = arg("silu", "activation, a name of diffusers")
     norm_num_groups: Width = arg(32, "groups of the normalisations")
     mid_block_add_attention: bool = arg(True, "attention between encoder and decoder levels")
+
+    @model_validator(mode="after")
+    def _grouped(self) -> Any:
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        if self.together("block_out_channels", "norm_num_groups") and any(width % groups for width in widths):
+            raise ValueError(f"block_out_channels {widths} must be multiples of norm_num_groups {groups}")
+        return self
 
 
 class VideoAutoencoderKLTemporalDecoder(_ByFrame):
@@ -68,9 +76,10 @@ class VAETemporal(Loaded):
 
     @model_validator(mode="after")
     def _fit(self) -> Any:
-        if len(self.temporal_downsample) != len(self.channel_multipliers) - 1:
+        levels = len(self.channel_multipliers)
+        if self.together("channel_multipliers", "temporal_downsample") and len(self.temporal_downsample) != levels - 1:
             raise ValueError("temporal_downsample needs one entry fewer than channel_multipliers")
-        if self.filters % self.num_groups and {"filters", "num_groups"} & self.model_fields_set:
+        if self.together("filters", "num_groups") and self.filters % self.num_groups:
             raise ValueError(f"filters {self.filters} must be a multiple of num_groups {self.num_groups}")
         return self
 

@@ -47,6 +47,10 @@ class Section(Schema):
         """The builder's own values of its keywords."""
         return {name: cls.model_fields[name].default for name in cls.arguments()}
 
+    def together(self, *names: str) -> bool:
+        """Whether the section gives all of these: what it leaves out, a checkpoint may say, until it is built."""
+        return self.model_fields_set.issuperset(names)
+
 
 class Loaded(Section):
     """A section of something that has weights."""

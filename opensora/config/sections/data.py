@@ -67,14 +67,6 @@ class ShapeClips(Section):
     seed: Seed = arg(0, "of the scenes")
 
 
-MASKS = (
-    "identity",
-    "random",
-    "intepolate",
-    "interpolate",
-    "half_head",
-    *(f"{length}_{place}" for length in ("quarter", "image") for place in ("random", "head", "tail", "head_tail")),
-)
 _Batch = Annotated[Count, Field(le=100_000)]
 BucketBatch = _Batch | Pair[_Batch] | None
 BucketKeep = NonNegative | Pair[Share] | None

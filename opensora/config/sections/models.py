@@ -43,8 +43,10 @@ class Transformer(Loaded):
         if self.parameters() > MAX_PARAMETERS:
             sizes = f"hidden_size {self.hidden_size}, depth {self.depth}, mlp_ratio {self.mlp_ratio:g}"
             raise ValueError(f"{sizes} make {self.parameters():.0e} parameters; at most {MAX_PARAMETERS:.0e} are built")
-        if {"hidden_size", "num_heads"} <= self.model_fields_set and self.hidden_size % self.num_heads:
+        if self.together("hidden_size", "num_heads") and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}")
+        if self.together("hidden_size", "mlp_ratio") and self.hidden_size * self.mlp_ratio < 1:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio:g} leaves no width to the feed-forward layers")
         size = getattr(self, "input_size", None)
         if size and None not in size:
             frames, rows, columns = (max(side // patch, 1) for side, patch in zip(size, self.patch_size, strict=True))
