@@ -74,6 +74,7 @@ def worded(words: str) -> WrapValidator:
         except (ValidationError, ValueError):
             raise PydanticCustomError("worded", words) from None
 
+    within.words = words  # for documents
     return WrapValidator(within)
 
 
@@ -88,8 +89,10 @@ Name = Annotated[str, Field(max_length=1024), AfterValidator(_without_nul)]
 FilePath = Annotated[
     str, Field(max_length=MAX_PATH), AfterValidator(_without_nul), AfterValidator(_openable), BeforeValidator(_as_path)
 ]
-Pair = Annotated[tuple[T, T], BeforeValidator(_as_tuple)]
-Triple = Annotated[tuple[T, T, T], BeforeValidator(_as_tuple)]
+as_tuple = BeforeValidator(_as_tuple)  # in an annotation of a tuple: a list will do
+Pair = Annotated[tuple[T, T], as_tuple]
+Triple = Annotated[tuple[T, T, T], as_tuple]
+Many = Annotated[tuple[T, ...], as_tuple]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 

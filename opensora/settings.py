@@ -19,7 +19,15 @@ from opensora.config.sections.data import BucketConfig, CacheTable, MaskRatios
 from opensora.errors import ConfigError
 from opensora.schema import FilePath, Int, Name, Number, Pair, Positive, Share, Text, worded
 
-__all__ = ["OF_NO_EFFECT", "InferenceSettings", "SearchSettings", "Settings", "TrainSettings", "setting"]
+__all__ = [
+    "OF_NO_EFFECT",
+    "ExtractSettings",
+    "InferenceSettings",
+    "SearchSettings",
+    "Settings",
+    "TrainSettings",
+    "setting",
+]
 
 SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32"}
 DTYPES = one_of("bf16", "bfloat16", "fp16", "float16", "half", "fp32", "float32", "float64")
@@ -82,6 +90,8 @@ class _Settings(Checked):
 class InferenceSettings(_Settings):
     """One generation request. `image_size` (height, width) decides over `resolution` and `aspect_ratio`."""
 
+    without_effect = ("num_workers", "perceptual_loss_weight", "kl_loss_weight", "dataset", "outputs")
+
     num_frames: str | int = setting(
         help="number of frames, or 4s; 1 makes an image", least=1, most=MAX_FRAMES, example="4s"
     )
@@ -119,7 +129,7 @@ class InferenceSettings(_Settings):
     )
     batch_size: int = setting(1, "samples computed together", least=1, most=100_000)
     multi_resolution: str | None = setting(
-        None, kind=Name, about="how the model is told the size: STDiT2 or PixArtMS", example="STDiT2"
+        None, kind=Name, about="size conditioning of the model: STDiT2, OpenSora or PixArtMS", example="STDiT2"
     )
     aes: float | None = setting(None, "aesthetic score added to the prompt", example=6.5)
     flow: float | None = setting(None, "motion score added to the prompt", example=20.0)
@@ -290,3 +300,26 @@ class SearchSettings(TrainSettings):
         None, "configuration to write; default: search_bs.py in the folder of outputs", kind=FilePath,
         example="search_bs.py",
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractSettings(TrainSettings):
+    """What is encoded, and where it goes. Settings of training have no effect but those of the data set."""
+
+    model: dict | None = None
+    save_dir: str = setting("features", "folder for the features", kind=FilePath)
+    start_index: int = setting(0, "first row of the table to encode", least=0)
+    end_index: int | None = setting(None, "the row to stop before", example=1000)
+    crops: int = setting(1, least=1, most=10_000, about="spans of each clip, drawn as in so many epochs")
+    bin_size: int = setting(250, least=1, about="samples of a shard, at most")
+    save_video_features: bool = setting(True, about="encode the clips")
+    save_text_features: bool = setting(True, about="encode the texts")
+    save_compressed_text_features: bool = setting(True, about="accepted; padding is never stored")
+    save_last_frames: bool = setting(True, about="also store the last frames, for training on continued clips")
+    save_dtype: str = setting("fp16", kind=one_of("fp16", "bf16", "fp32"), about="number format of the features")
+    replace_stale: bool = setting(False, about="encode again what does not belong to the table any more")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.save_video_features or self.save_text_features):
+            raise ConfigError("save_video_features and save_text_features are both off; there is nothing to encode")

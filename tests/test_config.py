@@ -17,7 +17,7 @@ import pytest
 from opensora import catalog
 from opensora.config import find_config, load_config, read_config
 from opensora.errors import ConfigError
-from opensora.settings import InferenceSettings, TrainSettings
+from opensora.settings import InferenceSettings, SearchSettings, TrainSettings
 from opensora.utils.config_utils import boolean, parse_inference_args, parse_train_args
 
 SAMPLE = "configs/opensora-v1-2/inference/sample.py"
@@ -512,3 +512,33 @@ def test_names_that_are_no_configuration(name, problem, tmp_path, monkeypatch):
     Path("folder").mkdir()
     with pytest.raises(ConfigError, match=rf"^[^\n]*{problem}[^\n]*$"):
         find_config(name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "named"),
+    [
+        (InferenceSettings, {"cal_stats": True, "log_time": True}, "cal_stats, log_time"),
+        (InferenceSettings, {"num_workers": 8}, "num_workers"),
+        (InferenceSettings, {"dataset": {"type": "ShapeClips"}}, "dataset"),
+        (TrainSettings, {"num_bucket_build_workers": 16}, "num_bucket_build_workers"),
+        (TrainSettings, {"save_dir": "x", "discriminator_factor": 0.5}, "save_dir, discriminator_factor"),
+        (InferenceSettings, {"cal_stats": False, "log_stats_every": 100, "num_workers": 4, "outputs": None}, ""),
+        (TrainSettings, {"num_bucket_build_workers": 1, "start_index": 0, "num_workers": 8}, ""),
+        (SearchSettings, {"base_step_time": 3.0}, ""),
+    ],
+)
+def test_what_has_no_effect_is_said(caplog, kind, given, named):
+    """In one line, unless it asks for nothing."""
+    with caplog.at_level(logging.WARNING, logger="opensora"):
+        kind.from_config({"model": MODEL, **({"num_frames": 1} if kind is InferenceSettings else {}), **given}, "c.py")
+    assert caplog.messages == ([f"c.py: no effect here: {named}"] if named else [])
+
+
+@pytest.mark.parametrize("value", [True, 1, "yes"])
+def test_images_are_asked_for_by_their_number_of_frames(value):
+    """`use_image_transform` of 1.0 said that rows are images, which num_frames = 1 says here."""
+    old = {"model": MODEL, "data_path": "a.csv", "use_image_transform": value}
+    for frames in ({}, {"num_frames": 16}):
+        with pytest.raises(ConfigError, match=r"^c\.py: use_image_transform reads images; set num_frames = 1"):
+            TrainSettings.from_config({**old, **frames}, "c.py")
+    assert TrainSettings.from_config({**old, "num_frames": 1}, "c.py").dataset["num_frames"] == 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import MISSING
 from functools import lru_cache
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
@@ -18,6 +19,7 @@ from opensora.config.legacy import OF_NO_EFFECT, modernised
 from opensora.errors import ConfigError, did_you_mean
 from opensora.schema import Int, Number, Schema, Text, check, shown
 
+logger = logging.getLogger("opensora")
 Settings = TypeVar("Settings", bound="Checked")
 
 
@@ -78,6 +80,8 @@ def _takes_none(hint: Any) -> bool:
 class Checked:
     """A frozen dataclass of settings; a wrong value raises ConfigError on construction."""
 
+    without_effect: ClassVar[tuple[str, ...]] = ()  # fields that this kind of run does not read
+
     def __post_init__(self) -> None:
         for name, kind in kinds(type(self)).items():
             value = check(kind, getattr(self, name), key=name)
@@ -89,7 +93,9 @@ class Checked:
     def from_config(cls: type[Settings], config: dict[str, Any], source: str) -> Settings:
         """The settings of a configuration dict; `source` (its file) opens every ConfigError."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        config = {n: value for n, value in modernised(config).items() if n in fields or n not in OF_NO_EFFECT}
+        config = modernised(config)
+        cls._tell_what_is_dropped(config, source)
+        config = {n: value for n, value in config.items() if n in fields or n not in OF_NO_EFFECT}
         try:
             for name in config:
                 if name not in fields:
@@ -103,6 +109,16 @@ class Checked:
             return cls(**{name: _shaped(value, fields[name].type) for name, value in config.items()})
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from error
+
+    @classmethod
+    def _tell_what_is_dropped(cls, config: dict[str, Any], source: str) -> None:
+        """Warns of settings that ask for something and have no effect."""
+        fields = {field.name: field.default for field in dataclasses.fields(cls)}
+        unread = {name: value for name, value in OF_NO_EFFECT.items() if name not in fields}
+        unread |= {name: fields[name] for name in cls.without_effect if name in fields}
+        dropped = [name for name, value in config.items() if name in unread and value not in (None, unread[name])]
+        if dropped:
+            logger.warning("%s: no effect here: %s", source, ", ".join(dropped))
 
 
 def _section(name: str, value: dict[str, Any]) -> dict[str, Any]:

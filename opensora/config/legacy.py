@@ -6,13 +6,16 @@ from typing import Any
 
 from opensora.errors import ConfigError
 
-# Settings of the documents' other programs, and such as only matter beside one of the above: accepted and left out.
-OF_NO_EFFECT = {
-    "base", "base_step_time", "bin_size", "cal_stats", "discriminator_factor", "discriminator_loss_type",
-    "discriminator_start", "end_index", "generator_factor", "generator_loss_type", "gradient_penalty_loss_weight",
-    "lecam_loss_weight", "log_stats_every", "log_time", "logvar_init", "model_max_length", "num_bucket_build_workers",
-    "num_eval_timesteps", "num_samples", "save_compressed_text_features", "save_dir", "save_text_features",
-    "start_index", "text_encoder_model_max_length", "text_encoder_output_dim", "vae_out_channels",
+# Settings of the documents' other programs, and such as only matter beside one that training cannot follow: accepted,
+# and said to have no effect unless they are as here.
+OF_NO_EFFECT: dict[str, Any] = {
+    "base": None, "base_step_time": None, "bin_size": None, "cal_stats": False, "discriminator_factor": 1,
+    "discriminator_loss_type": "hinge", "discriminator_start": -1, "end_index": None, "generator_factor": 0.5,
+    "generator_loss_type": "hinge", "gradient_penalty_loss_weight": None, "lecam_loss_weight": None,
+    "log_stats_every": 100, "log_time": False, "logvar_init": 0.0, "model_max_length": None,
+    "num_bucket_build_workers": 1, "num_eval_timesteps": None, "num_samples": None,
+    "save_compressed_text_features": False, "save_dir": None, "save_text_features": False, "start_index": 0,
+    "text_encoder_model_max_length": 300, "text_encoder_output_dim": 4096, "vae_out_channels": 4,
 }  # fmt: skip
 # Spellings of older documents and versions: `section.key` or `key` -> key, `section.key=value` -> value.
 LEGACY = {

@@ -226,7 +226,7 @@ def test_keys_that_programs_read(version: str, program: str):
     read = RECORDED[version]["config_keys_read_by_program"][program]
     settings = {field.name: field.default for field in fields(kind_of("inference" not in program))}
     names = {*read["optional_with_default"], *read["read_without_default"]}
-    unknown = names - settings.keys() - OF_NO_EFFECT - MISSPELT_KEYS
+    unknown = names - settings.keys() - OF_NO_EFFECT.keys() - MISSPELT_KEYS
     assert unknown == (DATA_KEYS if (version, program) == ("v1.0.0", "scripts/train.py") else set())
     for name, default in read["optional_with_default"].items():
         if name not in settings or default == "<computed>":

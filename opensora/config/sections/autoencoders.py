@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from opensora.config.sections.common import Frames, Loaded, arg
-from opensora.schema import Name, Number, Positive
+from opensora.schema import Many, Name, Number, Positive
 
-_as_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 MAX_LEVELS = 16
 Width = Annotated[Positive, Field(le=16_384)]
-Widths = Annotated[tuple[Width, ...], Field(min_length=1, max_length=MAX_LEVELS), _as_tuple]
-Names = Annotated[tuple[Name, ...], Field(min_length=1, max_length=MAX_LEVELS), _as_tuple]
-Switches = Annotated[tuple[bool, ...], Field(max_length=MAX_LEVELS), _as_tuple]
-Multiples = Annotated[tuple[Annotated[Positive, Field(le=64)], ...], Field(min_length=1, max_length=8), _as_tuple]
-Levels = Annotated[tuple[Number, ...], Field(min_length=1, max_length=1024), _as_tuple]
+Widths = Annotated[Many[Width], Field(min_length=1, max_length=MAX_LEVELS)]
+Names = Annotated[Many[Name], Field(min_length=1, max_length=MAX_LEVELS)]
+Switches = Annotated[Many[bool], Field(max_length=MAX_LEVELS)]
+Multiples = Annotated[Many[Annotated[Positive, Field(le=64)]], Field(min_length=1, max_length=8)]
+Levels = Annotated[Many[Number], Field(min_length=1, max_length=1024)]
 Layers = Annotated[Positive, Field(le=32)]
 AtOnce = Frames | None
 DOWN, UP = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
@@ -110,4 +109,4 @@ class VideoAutoencoderPipeline(Loaded):
 
 
 class OpenSoraVAE(VideoAutoencoderPipeline):
-    """The published 1.2 autoencoder."""
+    """The published 1.2 autoencoder: micro_frame_size is 17 and micro_batch_size 4 unless given."""

@@ -7,9 +7,22 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from opensora.config.sections.common import MAX_SIDE, Frames, Real, Section, Side, arg
-from opensora.schema import Count, FilePath, Int, Name, NonNegative, Number, Pair, Positive, Schema, Share, worded
+from opensora.schema import (
+    Count,
+    FilePath,
+    Int,
+    Many,
+    Name,
+    NonNegative,
+    Number,
+    Pair,
+    Positive,
+    Schema,
+    Share,
+    as_tuple,
+    worded,
+)
 
-_as_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Interval = Annotated[Positive, Field(le=1_000)]
 Seed = Annotated[Int, Field(ge=-(2**63))]
 Transform = Literal["center", "resize_crop"]
@@ -49,9 +62,9 @@ _Share = Annotated[Number, Field(gt=0, le=1e6)]
 _NumClips = Annotated[Positive, Field(le=10**9)]
 _SIZES = "(num_frames, height, width, share) or (num_frames, height, width, share, num_clips), all above 0"
 _Size = Annotated[
-    tuple[Frames, Side, Side, _Share] | tuple[Frames, Side, Side, _Share, _NumClips], _as_tuple, worded(_SIZES)
+    tuple[Frames, Side, Side, _Share] | tuple[Frames, Side, Side, _Share, _NumClips], as_tuple, worded(_SIZES)
 ]
-_Sizes = Annotated[tuple[_Size, ...], Field(max_length=1_000), _as_tuple]
+_Sizes = Annotated[Many[_Size], Field(max_length=1_000)]
 
 
 class ShapeClips(Section):
@@ -71,7 +84,7 @@ _Batch = Annotated[Count, Field(le=100_000)]
 BucketBatch = _Batch | Pair[_Batch] | None
 BucketKeep = NonNegative | Pair[Share] | None
 BUCKET = "(keep, batch size), such as (0.5, 4) or ((0.5, 0.3), None)"
-BucketEntry = Annotated[tuple[BucketKeep, BucketBatch], _as_tuple, worded(BUCKET)]
+BucketEntry = Annotated[tuple[BucketKeep, BucketBatch], as_tuple, worded(BUCKET)]
 _number = BeforeValidator(lambda key: int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key)
 BucketFrames = Annotated[Frames, _number]
 BucketConfig = dict[Name | Annotated[Int, Field(ge=1, le=MAX_SIDE)], dict[BucketFrames, BucketEntry]]
@@ -84,5 +97,5 @@ class CacheTable(Schema):
     halves: Annotated[str, Field(pattern=r"^[12][012]*$", max_length=10_000)] = arg(
         "2", "2: both halves, 1: with text, 0: none"
     )
-    text: tuple[Pair[Number], ...] = arg((), "weights of the latest two values, with text")
-    guidance: tuple[Pair[Number], ...] = arg((), "the same, of their difference to that without text")
+    text: Many[Pair[Number]] = arg((), "weights of the latest two values, with text")
+    guidance: Many[Pair[Number]] = arg((), "the same, of their difference to that without text")

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from opensora.config.sections.common import MAX_PARAMETERS, Depth, Loaded, Scale, Tokens, Width, arg
-from opensora.schema import Count, Name, Positive, Schema, Share, Triple
+from opensora.schema import Count, Many, Name, Positive, Schema, Share, Triple, as_tuple
 
 Heads = Annotated[Positive, Field(le=4_096)]
 Patch = Triple[Annotated[Positive, Field(le=64)]]
 LatentFrames = Annotated[Positive, Field(le=100_000)]
 LatentSide = Annotated[Positive, Field(le=4_096)]
 MAX_POSITIONS = 2**20  # tokens of a clip that fixed positions are made for
-_as_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
-FixedSize = Annotated[tuple[LatentFrames, LatentSide, LatentSide], _as_tuple]
-AnySize = Annotated[tuple[LatentFrames | None, LatentSide | None, LatentSide | None], _as_tuple]
+FixedSize = Annotated[tuple[LatentFrames, LatentSide, LatentSide], as_tuple]
+AnySize = Annotated[tuple[LatentFrames | None, LatentSide | None, LatentSide | None], as_tuple]
 Freeze = Literal["not_temporal", "text"]
 
 
@@ -95,12 +94,12 @@ class STDiT3(Transformer):
 
 
 class DiT(Transformer):
-    """Images and clips of one size, told classes or a pooled CLIP text."""
+    """Images and clips of one size, conditioned on classes or a pooled CLIP text."""
 
     input_size: FixedSize = arg((16, 32, 32), "latents (frames, height, width) of the one size it makes")
     learn_sigma: bool = arg(True, "also predict the variance, for IDDPM")
     condition: Annotated[str, Field(pattern=r"^(text|label_[1-9][0-9]{0,5})$")] = arg(
-        "text", "what it is told: text, or label_N for N classes", "label_1000"
+        "text", "conditioning: text, or label_N for N classes", "label_1000"
     )
     no_temporal_pos_emb: bool = arg(False, "without positions in time")
     caption_channels: Width = arg(512, "channels of the text features")
@@ -108,7 +107,7 @@ class DiT(Transformer):
 
 
 class Latte(DiT):
-    """Clips of one size, told classes or a pooled CLIP text; space and time in turn."""
+    """Clips of one size, conditioned on classes or a pooled CLIP text; space and time in turn."""
 
 
 class PixArt(Transformer):
@@ -126,7 +125,7 @@ class PixArt(Transformer):
 
 
 class PixArtMS(PixArt):
-    """PixArt-alpha that is told height, width and ratio (multi_resolution="PixArtMS")."""
+    """PixArt-alpha conditioned on height, width and ratio (multi_resolution="PixArtMS")."""
 
 
 class Compression(Schema):
@@ -134,11 +133,11 @@ class Compression(Schema):
 
     sampling: Name | None = arg(None, "how tokens are joined", "conv")
     scale_factor: Annotated[Positive, Field(le=64)] = arg(1, "by how many tokens of each side", 2)
-    kv_compress_layer: Annotated[tuple[Count, ...], _as_tuple] = arg((), "numbers of the blocks that do", (14, 15))
+    kv_compress_layer: Many[Count] = arg((), "numbers of the blocks that do", (14, 15))
 
 
 class PixArtSigma(PixArt):
-    """PixArt-Sigma."""
+    """PixArt-Sigma: images up to 4K."""
 
     model_max_length: Tokens = arg(300, "most tokens of a text")
     kv_compress_config: Compression | None = arg(None, "compressed keys and values", {"sampling": "conv"})
