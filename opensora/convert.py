@@ -11,7 +11,7 @@ import torch
 
 from opensora import components, registry, weights
 from opensora.acceleration.device import DTYPES
-from opensora.config import find_config, read_config
+from opensora.config import load_config
 from opensora.errors import ConfigError
 from opensora.hub import locate
 from opensora.weight_rules import POSITIONS, TensorDict, to_original
@@ -54,7 +54,7 @@ def _check_target(target: Path, to: str, force: bool) -> None:
 
 def _fit(config: str, path: Path, tensors: TensorDict, told: dict[str, Any]) -> tuple[dict, dict, dict]:
     """Tensors as a configuration's model has them, a config.json made of that of the file, and what was changed."""
-    section = read_config(find_config(config)).get("model")
+    section = load_config(config)[0].get("model")
     if not isinstance(section, dict) or not isinstance(section.get("type"), str):
         raise ConfigError(f"{config}: has no model = dict(type=...) that the weights could fit")
     registry.check_type("model", section["type"], {**registry.MODELS, **registry.AUTOENCODERS})

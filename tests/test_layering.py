@@ -82,6 +82,7 @@ EXCEPTIONS = {
     ("'cpu'", "opensora.acceleration.layout"): "a host's own sums are mended there alone",
     ("'cpu'", "opensora.acceleration.linear"): "a host's own kernel",
     ("'cpu'", "opensora.acceleration.memory"): "a host keeps its accounts in files",
+    ("'cuda'", "opensora.settings"): "an example in the document of settings; nothing runs on it",
     ("get_device_module()", "opensora.acceleration.memory"): "the accounts of a device, whatever its name",
     ("get_device_module()", "opensora.acceleration.peak"): "the name of a device, for a table of them",
     ("torch.accelerator", "opensora.estimate"): "how much memory is free, whatever the device's name",

@@ -172,13 +172,19 @@ def _build(section: dict[str, Any]) -> VideoAutoencoderPipeline:
 
 
 def _mixed(settings: TrainSettings, data: MixedClips, device: torch.device) -> Videos:
-    """The clips of a step, with mixed_strategy at times only their first frames; they repeat as those of `data` do."""
+    """The clips of a step, with mixed_strategy cut at times; they repeat as those of `data` do.
+
+    "mixed_video_image" leaves their first frame, in mixed_image_ratio of the steps; "mixed_video_random" any number of
+    frames, one to all.
+    """
     image_ratio = settings.mixed_image_ratio if settings.mixed_strategy == "mixed_video_image" else 0.0
 
     def videos(step: int) -> Tensor:
         step = step % data.period if data.period else step
         x = data.videos(step).to(device)  # [B, 3, T, H, W]
         chance = torch.rand((), generator=step_generator(settings.seed + 1, step)).item()
+        if settings.mixed_strategy == "mixed_video_random":
+            return x[:, :, : 1 + int(chance * x.shape[2])]
         return x[:, :, :1] if chance < image_ratio else x
 
     return videos

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import Field, fields
 from typing import Any, NoReturn
 
-from opensora.config import find_config, read_config
+from opensora.config import load_config
 from opensora.errors import ConfigError, OpenSoraError
 from opensora.settings import InferenceSettings, SearchSettings, Settings, TrainSettings
 
@@ -157,8 +157,8 @@ def parse_search_args(argv: Sequence[str] | None = None) -> SearchSettings:
 
 def settings_of(kind: type[Settings], args: argparse.Namespace) -> Settings:
     """The settings of parsed flags over the file `args.config`. Raises ConfigError."""
-    path = find_config(args.config)
-    merged = merge(read_config(path, trust=args.trust_config), args)
+    config, path = load_config(args.config, args.trust_config)
+    merged = merge(config, args)
     if kind is InferenceSettings:
         _tell_what_wins(merged, _given(args))
     return kind.from_config(merged, path.name)
