@@ -49,7 +49,15 @@ def find(section: Section, what: str, offline: bool = False) -> Path | None:
     check(section, what)
     if section["type"] in WITHOUT_WEIGHTS:
         return None
-    return locate(section["from_pretrained"], what=what, subfolder=section.get("subfolder"), offline=offline)
+    return located(section, what, offline)
+
+
+def located(section: Section, what: str, offline: bool = False) -> Path:
+    """The file or folder that a section names as `from_pretrained`, as its `subfolder`, `cache_dir` and
+    `local_files_only` say. Raises WeightsError if it cannot be had.
+    """
+    where = {key: section[key] for key in ("subfolder", "cache_dir", "local_files_only") if section.get(key)}
+    return locate(section["from_pretrained"], what=what, offline=offline, **where)
 
 
 def build(section: Section, path: Path | None, defaults: Section | None = None, forced: Section | None = None) -> Any:
