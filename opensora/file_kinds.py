@@ -29,7 +29,7 @@ def other_kind(path: Path) -> str | None:
     with path.open("rb") as file:
         head = file.read(HEAD)
     if not head:
-        return "is empty: a copy or download has failed; get it again"
+        return "is empty: truncated, damaged or never copied; get it again"
     if found := next((kind for start, kind in STARTS if head.startswith(start)), None):
         return found
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(HTML):

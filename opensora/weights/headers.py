@@ -27,10 +27,8 @@ def read_header(path: Path) -> dict[str, Any]:
     if entries is None or not all(map(_is_dict, entries.values())):
         raise WeightsError(f"{path}: truncated, damaged or no safetensors file (its header does not list tensors)")
     for name, entry in entries.items():
-        if (dtype := entry.get("dtype")) not in DTYPES:
-            raise WeightsError(
-                f"{path}: tensor '{name[:80]}' is of type {str(dtype)[:20]!r}, which no model here takes"
-            )
+        if (dtype := str(entry.get("dtype"))) not in DTYPES:
+            raise WeightsError(f"{path}: tensor '{name[:80]}' is of type {dtype[:20]!r}, which no model here takes")
     return header
 
 
