@@ -1,4 +1,4 @@
-"""Files that are given as weights and are none, or not all of them: each is told as what it is, in one line, at once."""
+"""Files that are given as weights and are none, or not all of them: each is told as what it is, in one line."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "a large text": (b"\x80\x02X" + struct.pack("<I", 2**32 - 1) + b"abc.", "truncated, damaged"),
     "digits": (b"\x80\x02I" + b"9" * 100_000 + b"\n.", "truncated, damaged"),
     "many opcodes": (b"\x80\x02" + b"N0" * 600_000 + b"N.", "truncated, damaged"),
-    "many marks": (b"\x80\x02" + b"(" * 600_000 + b".", "steps"),
+    "many marks": (b"\x80\x02" + b"(" * 600_000 + b".", "nested too deep"),
     "many memos": (b"\x80\x02N" + b"".join(b"r" + struct.pack("<I", i) for i in range(600_000)) + b".", "steps"),
     "a list read often": (
         b"\x80\x02](" + b"N" * 1000 + b"eq\x00" + b"ccollections\nOrderedDict\nh\x00\x85R" * 10_000 + b".",
@@ -591,7 +591,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, suffix: str, va
     ],
 )
 def test_weights_too_large_for_their_type_are_refused(
-    tmp_path: Path, value: float, dtype: torch.dtype, fits: bool
+    tmp_path: Path, value: float, dtype: torch.dtype, fits: int
 ) -> None:
     state = Model().state_dict()
     state["head.bias"][0] = value

@@ -167,16 +167,21 @@ def _build(section: dict[str, Any], offline: bool) -> VideoAutoencoderPipeline:
     Without one its parts start from those that their own sections name.
     """
     path = components.located(section, "model", offline) if section.get("from_pretrained") else None
+    parts = {} if path else _parts(section, offline)
     stated = read_config_json(path) if path else {}
     model = registry.build({**{name: stated[name] for name in ("shift", "scale") if name in stated}, **section})
     if path:
         print(weights.load_weights(model, path))
-        return model
-    for name, part in (("vae_2d", model.spatial_vae), ("vae_temporal", model.temporal_vae)):
-        own = section.get(name)
-        if isinstance(own, dict) and own.get("from_pretrained"):
-            print(weights.load_weights(part, components.located(own, name, offline)))
+    for name, found in parts.items():
+        print(weights.load_weights(model.spatial_vae if name == "vae_2d" else model.temporal_vae, found))
     return model
+
+
+def _parts(section: dict[str, Any], offline: bool) -> dict[str, Path]:
+    """Where the weights of the parts lie, of those that name any."""
+    own = {name: section.get(name) for name in ("vae_2d", "vae_temporal")}
+    named = {name: one for name, one in own.items() if isinstance(one, dict) and one.get("from_pretrained")}
+    return {name: components.located(one, name, offline) for name, one in named.items()}
 
 
 def _mixed(settings: TrainSettings, data: MixedClips, device: torch.device) -> Videos:

@@ -12,7 +12,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-MAX_STEPS = 500_000  # about 25 a tensor
+MAX_STEPS = 300_000  # about 25 a tensor
+MAX_DEPTH = 100  # of marks
 MAX_AXES = 64
 
 _STORAGES = {
@@ -125,6 +126,8 @@ class Machine:
             case "BINUNICODE" | "BININT1" | "BININT" | "BININT2" | "LONG1" | "BINFLOAT" | "SHORT_BINSTRING":
                 stack.append(argument)
             case "MARK":
+                if len(self._below) >= MAX_DEPTH:
+                    raise DamagedError("its pickle is nested too deep")
                 self._below.append(stack)
                 self._stack = []
             case "TUPLE":

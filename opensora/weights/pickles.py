@@ -77,7 +77,7 @@ def read_pickled(file: Path) -> Pickled:
             f"{file}: refused, it asks to run code ({str(error)[:80]}); "
             "only files that hold nothing but tensors are loaded, best as .safetensors"
         ) from error
-    except (DamagedError, OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+    except (DamagedError, OSError, zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError) as error:
         raise WeightsError(f"{file}: truncated, damaged or no PyTorch checkpoint ({_reason(error)})") from error
 
 
@@ -128,7 +128,8 @@ def _place(stream: BinaryIO, entry: zipfile.ZipInfo) -> tuple[int, int]:
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
         raise DamagedError("its archive is compressed or encrypted, which torch.save never does; save it again")
     stream.seek(entry.header_offset)
-    mark, name, extra = LOCAL_HEADER.unpack(stream.read(LOCAL_HEADER.size))
+    header = stream.read(LOCAL_HEADER.size)
+    mark, name, extra = LOCAL_HEADER.unpack(header.ljust(LOCAL_HEADER.size, b"\0"))
     begin = entry.header_offset + LOCAL_HEADER.size + name + extra
     if mark != ZIP or begin + entry.file_size > os.fstat(stream.fileno()).st_size:
         raise DamagedError("an entry of its archive lies beyond its end")
