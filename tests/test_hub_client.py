@@ -19,7 +19,7 @@ from opensora.published import PUBLISHED, published
 from opensora.settings import TrainSettings
 from opensora.weights import inspect, read_state_dict, save_file
 from tests.hub_server import COMMIT, StandIn, hub_server
-from tests.tiny import make_tiny_stdit3
+from tests.tiny import TINY_VAE, make_tiny_stdit3
 
 ROOT = Path(__file__).parents[1]
 REPO = "org/name"
@@ -90,6 +90,21 @@ def test_parts_of_an_autoencoder_say_where_and_whether(hub: StandIn, tmp_path: P
     with pytest.raises(WeightsError, match=r"^model: 'org/name' .*\(offline\)"):
         _build({"type": "VideoAutoencoderPipeline", "from_pretrained": REPO}, offline=True)
     assert not hub.asked
+
+
+def test_parts_of_an_autoencoder_start_from_the_weights_they_name(tmp_path: Path) -> None:
+    from opensora.training.vae import _build
+
+    trained = _build({"type": "VideoAutoencoderPipeline", **TINY_VAE}, offline=True)
+    for name, part in (("vae_2d", trained.spatial_vae), ("vae_temporal", trained.temporal_vae)):
+        save_file(part.state_dict(), tmp_path / f"{name}.pt")
+        section = {**TINY_VAE, name: {**TINY_VAE[name], "from_pretrained": str(tmp_path / f"{name}.pt")}}
+        found = _build({"type": "VideoAutoencoderPipeline", **section}, offline=True)
+        own = found.spatial_vae if name == "vae_2d" else found.temporal_vae
+        assert all(torch.equal(value, own.state_dict()[key]) for key, value in part.state_dict().items())
+        other = {"vae_2d": "temporal_vae", "vae_temporal": "spatial_vae"}[name]
+        before, now = (getattr(one, other).state_dict() for one in (trained, found))
+        assert any(not torch.equal(value, now[key]) for key, value in before.items())
 
 
 def test_training_says_whether(hub: StandIn) -> None:

@@ -107,7 +107,7 @@ def _unwrapped(file: Path, value: Any) -> Mapping[str, Any]:
 def _told(name: Any, value: Any) -> str:
     if not isinstance(name, str):
         return f"the name {str(name)[:20]!r} is no text"
-    return f"entry '{first([name])}' is {_kind(value)}, not a tensor"
+    return f"entry '{first([name])}' is {_kind(value)}, not a plain tensor"
 
 
 def _kind(value: Any) -> str:
