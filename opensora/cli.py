@@ -45,7 +45,8 @@ def _parser() -> Parser:
     replay.set_defaults(run=_replay)
 
     inspect = verbs.add_parser("inspect", help="say what a checkpoint holds")
-    inspect.add_argument("path", help="a file, a folder or a hub id")
+    inspect.add_argument("path", help="a file, a folder, a hub id or the name of a published file")
+    inspect.add_argument("--offline", action="store_true", help="never ask the network for anything")
     inspect.set_defaults(run=_inspect)
 
     convert = verbs.add_parser("convert", help="write a checkpoint in another format, or a published one in ours")
@@ -56,6 +57,7 @@ def _parser() -> Parser:
     convert.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="number format; default: as it is")
     convert.add_argument("--layout", choices=("ours", "original"), default="ours", help="'original': the authors' own")
     convert.add_argument("--force", action="store_true", help="replace what DST holds")
+    convert.add_argument("--offline", action="store_true", help="never ask the network for anything")
     convert.set_defaults(run=_convert)
 
     train = verbs.add_parser("train", help="train a diffusion model, as scripts/train.py does")
@@ -152,7 +154,7 @@ def _replay(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from opensora.weights import inspect
 
-    print(inspect(args.path))
+    print(inspect(args.path, args.offline))
     return 0
 
 

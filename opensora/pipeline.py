@@ -113,6 +113,7 @@ class VideoPipeline:
         self.drafts: dict[str, draft.Draft] = {}  # path of a request -> from where it goes on
         self.stopped: dict[str, Pause] = {}  # path of a request -> where it has stopped
         self.summaries: dict[str, Summary] = {}
+        self.tokenizer: dict[str, str] = {}  # its hash, once it is built
         self.read_frames: dict[str | None, list[int]] = {}
         self.timelines: dict[Request, list[Clip]] = {}
         self.seconds: dict[str, float] = {}  # that each stage has taken
@@ -196,6 +197,7 @@ class VideoPipeline:
         settings = self.settings
         self.paths = {part: components.find(getattr(settings, part), part, settings.offline) for part in PARTS}
         text_encoder = components.build_text_encoder(settings.text_encoder, self.paths["text_encoder"], self.dtype)
+        self.tokenizer = components.tokenizer_sha256(self.paths["text_encoder"])
         vae = components.build(settings.vae, self.paths["vae"])
         defaults = {"in_channels": vae.out_channels}
         if not isinstance(text_encoder, ClassIds):
@@ -432,7 +434,7 @@ class VideoPipeline:
         settings = begun.recipe["settings"] if begun else self._settings_of(request)
         return make_recipe(
             request.prompt, self.texts(request), settings["seed"], request.sample, settings=settings,
-            weights={part: summary.sha256 for part, summary in self.summaries.items()},
+            weights={part: one.sha256 for part, one in self.summaries.items()} | self.tokenizer,
             references=self.reference_hashes[request.reference_path],
         )  # fmt: skip
 

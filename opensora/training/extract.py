@@ -70,6 +70,9 @@ class Extraction:
         self.vae, vae_hash = self._load("vae", settings.save_video_features)
         self.text_encoder, text_hash = self._load("text_encoder", settings.save_text_features)
         self.identity = {**self._how(), "vae": vae_hash, "text_encoder": text_hash}
+        if settings.save_text_features and settings.text_encoder.get("from_pretrained"):
+            where = components.find(settings.text_encoder, "text_encoder", settings.offline)
+            self.identity |= components.tokenizer_sha256(where)
 
     def run(self) -> Path:
         """Encodes this rank's share of the shards that are missing."""
