@@ -41,6 +41,7 @@ from opensora.references import check_references, content_hashes, read_reference
 from opensora.request import PARTS, SPATIAL_FACTOR, Request, Size, check_supported, make_requests, make_size
 from opensora.schedulers.common import Pause
 from opensora.settings import InferenceSettings
+from opensora.signals import held
 from opensora.stages import Needs, count_tokens
 from opensora.weights import Summary
 
@@ -140,8 +141,7 @@ class VideoPipeline:
             told = [*(text for one in wanted for text in self.texts(one)), *tuning.prompts(self.settings)]
             texts = self.encode_texts(parts.pop("text_encoder"), told)
             vae, model = (self.fill(name, parts.pop(name)) for name in ("vae", "model"))
-            self._compile(model)
-            model = self._recorded(guidance_parallel(model, self.layout, self.settings.guidance_ranks))
+            model = self.accelerated(model)
             _tell_untrained(self.size, components.trained_sizes(self.paths["model"]))
             self._check_drafts(wanted, (vae.out_channels, *vae.get_latent_size(self.size)))
             self.cache = tuning.tuned(self, model, (vae.out_channels, *vae.get_latent_size(self.size)), texts)
@@ -161,6 +161,11 @@ class VideoPipeline:
         needs = Needs(self, parts, requests)
         self._use_memory(share(needs.choose(), self.layout))
         return needs
+
+    def accelerated(self, model: Any) -> Any:
+        """The model as it is called: compiled, divided among ranks, recorded, as the settings ask."""
+        self._compile(model)
+        return self._recorded(guidance_parallel(model, self.layout, self.settings.guidance_ranks))
 
     def _compile(self, model: Any) -> None:
         """Compiles the model, if the settings ask for it."""
@@ -515,9 +520,10 @@ def output_folder(path: str) -> Iterator[None]:
         check_folder(folder)
         yield
     finally:
-        for part in made:
-            with suppress(OSError):
-                part.rmdir()
+        with held():
+            for part in made:
+                with suppress(OSError):
+                    part.rmdir()
 
 
 @contextmanager

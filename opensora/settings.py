@@ -139,7 +139,7 @@ class InferenceSettings(_Settings):
     end_index: int | None = setting(None, "the prompt to stop before")
     num_sample: int = setting(1, "results for each prompt", least=1)
     sample_name: str | None = setting(None, "results are named {sample-name}_0000 instead of sample_0000")
-    batch_size: int = setting(1, "samples computed together", least=1)
+    batch_size: int = setting(1, "changes nothing yet: samples are computed one at a time", least=1)
     multi_resolution: str | None = None
     aes: float | None = setting(None, "aesthetic score added to the prompt")
     flow: float | None = setting(None, "motion score added to the prompt")

@@ -9,10 +9,10 @@ import pytest
 
 import benchmark_open_sora
 import demo_open_sora
+from opensora.cli.accelerator_guide import PUBLISHED, guide_parser, guide_settings
 from opensora.config import find_config, read_config
 from opensora.datasets.video import read_video
 from opensora.errors import ConfigError, MediaError, WeightsError
-from opensora.utils.device_guide import PUBLISHED, guide_parser, guide_settings
 from tests.tiny import make_tiny_stdit3, make_tiny_t5, make_tiny_vae
 from tests.zoo import MODELS, flags, make_parts
 

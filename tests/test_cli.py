@@ -57,14 +57,17 @@ def test_help(capsys, argv, words):
 @pytest.mark.parametrize(
     ("argv", "problem"),
     [
-        ([], "the following arguments are required: VERB"),
-        (["genrate", "x"], "invalid choice: 'genrate'"),
+        ([], 'the following arguments are required: VERB; type: opensora generate "a red circle moving right"; see'),
+        (["genrate", "x"], "unknown verb 'genrate'; did you mean 'generate'? See opensora --help"),
+        (["doctr"], "unknown verb 'doctr'"),
+        (["replya", "x.mp4"], "unknown verb 'replya'; did you mean 'replay'?"),
         (["generate", "x", "--image-size", "64"], "--image-size: expected 2 arguments"),
         (["generate", "x", "--image-size", "64x64"], "--image-size: "),
         (["generate", "x", "--seed", "one"], "--seed: invalid int value: 'one'"),
-        (["generate", "x", "--nope"], "unrecognized arguments: --nope"),
+        (["generate", "x", "--nope"], "unknown flag --nope"),
+        (["generate", "x", "--seed", "1", "y"], "'y' is one word too many here; quote what belongs together"),
         (["generate", "x", "--flash-attn", "maybe"], "--flash-attn: "),
-        (["replay"], "the following arguments are required: file"),
+        (["replay"], "the following arguments are required: FILE; type: opensora replay samples/sample_0000.mp4; see"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(capsys, argv, problem):
