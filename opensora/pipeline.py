@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from opensora import components, draft, estimate, refine, registry, tuning, watermark, wishes
-from opensora.acceleration import caching, eight_bits
+from opensora.acceleration import caching
 from opensora.acceleration.device import (
     check_graphs,
     inference_dtype,
     keep_allocations_in_heap,
     pick_device,
-    use_attention,
 )
 from opensora.acceleration.graphs import Recorded
 from opensora.acceleration.memory_plan import BY_NAME, FAST, LOW, MemoryPlan, Weights
@@ -90,8 +89,7 @@ class VideoPipeline:
         self.layout = start(self.device, world_size())
         check_guidance_ranks(settings.guidance_ranks, self.layout)
         self.dtype = inference_dtype(self.device, settings.dtype, settings.cpu_dtype)
-        eight_bits.check(settings.linear, self.device, self.dtype)
-        use_attention(settings.attention)
+        tuning.try_choices(settings, self.device, self.dtype)
         if settings.graphs and self.layout.world_size > 1:
             raise ConfigError("graphs are recorded on a single device; leave --graphs out under torchrun")
         if settings.graphs:

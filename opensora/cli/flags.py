@@ -210,7 +210,7 @@ def take_size(args: argparse.Namespace) -> None:
     if args.image_size is not None or (size is not None and width is not None):
         raise ConfigError(f"{given[0]} says the size, and so does another flag; give it once")
     if size is not None:
-        width, cross, height = size.lower().replace("×", "x").partition("x")
+        width, _, height = size.lower().replace("×", "x").partition("x")
         if not (width.isdecimal() and height.isdecimal() and len(width) < 7 and len(height) < 7):
             raise ConfigError(f"--size is {size!r}; write width x height in pixels, such as 640x480")
     args.image_size = [int(height), int(width)]

@@ -109,9 +109,8 @@ class Parser(argparse.ArgumentParser):
         if flag is None:
             self.error(f"{unknown[0]!r} is one word too many here; quote what belongs together, and put flags last")
         name = flag.partition("=")[0]
-        self.error(
-            f"unknown flag {name}{did_you_mean(name, [one for one in self._option_string_actions if one.startswith('--')])}"
-        )
+        known = [one for one in self._option_string_actions if one.startswith("--")]
+        self.error(f"unknown flag {name}{did_you_mean(name, known)}")
 
 
 def _check_text(word: str, number: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from opensora.datasets.bucket import Buckets
 from opensora.errors import ConfigError
 from opensora.files import replacing
+from opensora.ranks import world_size
 from opensora.settings import SearchSettings
 from opensora.training import search
 from opensora.training.probe import TrainingProbe

@@ -16,7 +16,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-# The flags that Open-Sora 1.2 had. Its programs took their beginnings, too, and command lines that are in use have them.
+# The flags that Open-Sora 1.2 had. Its programs took their beginnings, too, and so do commands that are in use.
 _SHARED = (
     "seed", "ckpt-path", "batch-size", "outputs", "flash-attn", "layernorm-kernel", "resolution", "data-path", "dtype",
 )  # fmt: skip
