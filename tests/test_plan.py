@@ -395,7 +395,6 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> float:
         ((6120.0, 3600.0), 30.6, 122.4, 0),  # neither do they alone: as without a run
         ((5.0, 9.9), 30.6, 122.4, 0),  # too short to tell
         ((11.0,) * 10 + (40.0,) * 8, 40, 40, 8),  # the last runs count
-        ((0.02, 10.0), 10, 10.2, 0),  # faster than the peak
     ],
 )
 def test_the_pace_of_earlier_runs_counts(steady: float, taken: tuple[float, ...], least: float, most: float, runs: int):
@@ -408,6 +407,14 @@ def test_the_pace_of_earlier_runs_counts(steady: float, taken: tuple[float, ...]
     assert estimate.seconds(COST, CPU, "sampling") == found.least >= COST.products / estimate.PRODUCTS
     assert estimate.span(COST, CPU, "decoding").source == "a moment's trial"
     assert estimate.seconds(COST, CPU, "sampling", torch.bfloat16) == pytest.approx(steady, rel=0.01)  # of its own kind
+
+
+@pytest.mark.parametrize("share", [2, 3, 30])
+def test_nothing_is_faster_than_the_peak(steady: float, monkeypatch: pytest.MonkeyPatch, share: int) -> None:
+    monkeypatch.setattr(estimate, "known_peak", lambda device, dtype: estimate.PRODUCTS / share)
+    estimate.remember(CPU, "sampling", COST, 12.0)
+    found = estimate.span(COST, CPU, "sampling")
+    assert found.least == found.most == pytest.approx(10 * share, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,11 @@ def _request(args: argparse.Namespace) -> InferenceSettings:
         raise ConfigError(f'{len(words)} prompts of one word each; for one prompt type "{one}", for several {several}')
     args.prompt = [*args.prompts, *(args.prompt or [])] or None
     prefer_flags_of_size(args)
-    return settings_of(InferenceSettings, args)
+    settings = settings_of(InferenceSettings, args)
+    if not settings.prompt and not settings.prompt_path:
+        remedy = f"give one, or --prompt-path with a file of prompts; type: {args.example}"
+        raise ConfigError(f"there is no prompt: {remedy}")
+    return settings
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -113,7 +117,7 @@ def _convert(args: argparse.Namespace) -> int:
     locate(args.source)
     from opensora.convert import convert
 
-    print(convert(**{name: value for name, value in vars(args).items() if name != "run"}))
+    print(convert(**{name: value for name, value in vars(args).items() if name not in ("run", "example")}))
     return 0
 
 

@@ -110,7 +110,8 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{unknown[0]!r} is one word too many here; quote what belongs together, and put flags last")
         name = flag.partition("=")[0]
         known = [one for one in self._option_string_actions if one.startswith("--")]
-        self.error(f"unknown flag {name}{did_you_mean(name, known)}")
+        begun = [one for one in known if one.startswith(name)]
+        self.error(f"unknown flag {name}{did_you_mean(name, begun or known)}")
 
 
 def _check_text(word: str, number: int) -> None:

@@ -42,8 +42,6 @@ def check_training(settings: TrainSettings) -> None:
     for name, table in known.items():
         if section := getattr(settings, name):
             registry.check_type(name, section["type"], table)
-    for part in PARTS:
-        _check_path(getattr(settings, part) or {}, part)
     table = (settings.dataset or {}).get("data_path")
     if isinstance(table, str) and table and not _is_there(table):
         raise ConfigError(f"{table}: there is no such table; check data_path")

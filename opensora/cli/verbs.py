@@ -31,7 +31,7 @@ def make_parser(runs: Mapping[str, Run]) -> Parser:
         text, example, add = VERBS[verb]
         one = below.add_parser(verb, help=text, description=f"{text[0].upper()}{text[1:]}.", example=example)
         add(one)
-        one.set_defaults(run=run)
+        one.set_defaults(run=run, example=example)
     parser.verbs = list(runs)
     return parser
 
