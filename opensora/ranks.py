@@ -39,14 +39,6 @@ def ranks(connecting: bool = False) -> Ranks:
     return Ranks(_number("RANK", 0, most=count - 1), count, _number("LOCAL_RANK", 0, most=count - 1))
 
 
-def can_connect() -> bool:
-    """Whether the environment names several ranks, and how they find one another."""
-    try:
-        return ranks(connecting=True).count > 1
-    except ConfigError:
-        return False
-
-
 def _number(name: str, default: int, least: int = 0, most: int = 2**20) -> int:
     text = os.environ.get(name) or str(default)
     if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):

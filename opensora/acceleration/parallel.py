@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,6 @@ from torch import Tensor, nn
 
 from opensora.acceleration.device import take_own
 from opensora.errors import ConfigError
-from opensora.ranks import can_connect, ranks, world_size
 from opensora.weights import kept_in_float32
 
 if TYPE_CHECKING:  # imported where they are used: they take as long as all of torch
@@ -61,28 +61,32 @@ class Layout:
         return self.rank == 0
 
 
+def world_size() -> int:
+    """The number of ranks that torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def start(device: torch.device, sp_size: int = 1) -> Layout:
     """The layout of the ranks that torchrun has started, `sp_size` to a sequence; they are connected on the first call.
 
     Other ranks than the first log errors only. Raises ConfigError when the ranks or the devices do not fit.
     """
-    count = world_size()
-    if count % sp_size:
+    ranks, rank = world_size(), int(os.environ.get("RANK", 0))
+    if ranks % sp_size:
         remedy = f"start a multiple of {sp_size} with torchrun --nproc_per_node, or change sp_size"
-        raise ConfigError(f"sp_size {sp_size} does not divide the number of ranks, {count}; {remedy}")
-    if count == 1:
+        raise ConfigError(f"sp_size {sp_size} does not divide the number of ranks, {ranks}; {remedy}")
+    if ranks == 1:
         return Layout()
-    rank, _, local_rank = ranks(connecting=not dist.is_initialized())
     from torch.distributed.device_mesh import init_device_mesh
 
     if not dist.is_initialized():
-        take_own(device, local_rank)
-        dist.init_process_group(dist.get_default_backend_for_device(device), rank=rank, world_size=count)
+        take_own(device, int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group(dist.get_default_backend_for_device(device), rank=rank, world_size=ranks)
         atexit.register(stop)
     if rank:
         logging.getLogger("opensora").setLevel(logging.ERROR)
-    mesh = init_device_mesh(device.type, (count // sp_size, sp_size), mesh_dim_names=("data", "sequence"))
-    return Layout(rank, count, sp_size, mesh)
+    mesh = init_device_mesh(device.type, (ranks // sp_size, sp_size), mesh_dim_names=("data", "sequence"))
+    return Layout(rank, ranks, sp_size, mesh)
 
 
 def stop(layout: Layout | None = None) -> None:
@@ -133,7 +137,7 @@ def one_voice() -> Iterator[None]:
     try:
         yield
     except Exception:
-        if (dist.is_initialized() or can_connect()) and not _is_first():
+        if world_size() > 1 and not _is_first():
             time.sleep(1)  # the message comes before torchrun ends the rank that has it
             raise SystemExit(1) from None
         raise
@@ -141,7 +145,7 @@ def one_voice() -> Iterator[None]:
 
 def _is_first() -> bool:
     """Whether no other rank has failed before, by the store that all ranks share."""
-    rank, connected = str(ranks().rank), dist.is_initialized()
+    rank, connected = os.environ["RANK"], dist.is_initialized()
     try:
         store = dist.distributed_c10d._get_default_store() if connected else next(dist.rendezvous("env://"))[0]
         return store.compare_set("opensora/failed", "", rank).decode() == rank

@@ -185,7 +185,7 @@ def _buckets(args: argparse.Namespace) -> int:
 def extract(args: argparse.Namespace) -> int:
     """Encodes a table of videos and prints the folder of the features."""
     settings = settings_of(ExtractSettings, args)
-    preflight.check_training(settings)
+    preflight.check_training(settings, connecting=False)
     from opensora.training.extract import extract as encode
 
     print(one_line(encode(settings)))
@@ -194,7 +194,7 @@ def extract(args: argparse.Namespace) -> int:
 
 def search(settings: SearchSettings) -> int:
     """Searches batch sizes, prints and writes them."""
-    preflight.check_training(settings)
+    preflight.check_training(settings, connecting=False)
     from opensora.training.search_report import search_batch_sizes
 
     search_batch_sizes(settings)

@@ -13,7 +13,7 @@ from opensora import registry
 from opensora.errors import ConfigError, MediaError, WeightsError
 from opensora.hub import EMBEDDED, SUFFIXES, locate
 from opensora.prompts import load_prompts
-from opensora.ranks import world_size
+from opensora.ranks import ranks
 from opensora.request import PARTS, check_sections, make_size
 from opensora.settings import InferenceSettings, TrainSettings
 
@@ -22,7 +22,7 @@ GIVEN = ("image", "first_frame", "last_frame", "extend", "edit")
 
 def check_request(settings: InferenceSettings) -> None:
     """Raises what a request would be refused for: its sections, size and prompts, files that are not there."""
-    world_size()
+    ranks(connecting=True)
     check_sections(settings)
     make_size(settings)
     if not settings.prompt and not settings.prompt_path:
@@ -34,9 +34,9 @@ def check_request(settings: InferenceSettings) -> None:
         _check_path(getattr(settings, part), part)
 
 
-def check_training(settings: TrainSettings) -> None:
-    """Raises what a training, or a search or an extraction like it, would be refused for."""
-    world_size()
+def check_training(settings: TrainSettings, connecting: bool = True) -> None:
+    """Raises what a training, or a search or an extraction (whose ranks need no connection), would be refused for."""
+    ranks(connecting)
     known = {"model": {**registry.MODELS, **registry.AUTOENCODERS}, "scheduler": registry.SCHEDULERS}
     known |= {"vae": registry.AUTOENCODERS, "text_encoder": registry.TEXT_ENCODERS}
     for name, table in known.items():
