@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import Any
 import pytest
 
 from opensora import cli
-from opensora.cli.flags import GROUPS, flags_of, option_of
-from opensora.cli.parser import PUBLISHED
+from opensora.cli.flags import GROUPS, add_flags, flags_of, group_of, option_of
+from opensora.cli.parser import PUBLISHED, Parser
 from opensora.cli.verbs import VERBS
-from opensora.settings import InferenceSettings, TrainSettings
+from opensora.settings import InferenceSettings, TrainSettings, setting
 from opensora.utils.config_utils import inference_parser, parse_inference_args, training_parser
 
 ROOT = Path(__file__).parents[1]
@@ -265,6 +266,29 @@ def test_a_verb_alone_says_what_to_type(capsys: pytest.CaptureFixture, verb: str
 @pytest.mark.parametrize("example", [row[1] for row in VERBS.values()])
 def test_what_is_told_to_be_typed_is_understood(example: str) -> None:
     assert cli._parser().parse_args(shlex.split(example)[1:]).run
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["-o", "out/a.mp4"], "output", "out/a.mp4"),
+        (["-oa.png"], "output", "a.png"),
+        (["--output", "a.mp4"], "output", "a.mp4"),
+        (["--negative-prompt", "blurred, dark"], "negative_prompt", "blurred, dark"),
+        (["--negative_prompt=dark"], "negative_prompt", "dark"),
+        (["--overwrite"], "overwrite", True),
+    ],
+)
+def test_flags_come_with_their_fields(argv: list[str], name: str, value: Any) -> None:
+    """As soon as settings have them."""
+    fields = [("output", "str | None", setting(None, "x")), ("negative_prompt", "str | None", setting(None, "x"))]
+    fields += [("overwrite", "bool", setting(False, "x", nargs=0))]
+    known = {field.name for field in dataclasses.fields(InferenceSettings)}
+    fields = [field for field in fields if field[0] not in known]
+    kind = dataclasses.make_dataclass("Later", fields, bases=(InferenceSettings,), frozen=True, kw_only=True)
+    parser = Parser()
+    add_flags(parser, kind, documented=False)
+    assert vars(parser.parse_args(argv))[name] == value and group_of(name)
 
 
 def test_settings_of_training_have_their_own_flags() -> None:

@@ -73,7 +73,9 @@ def flags_of(kind: type[Settings]) -> Iterator[Flag]:
     for field in dataclasses.fields(kind):
         if field.metadata.get("help"):
             yield Flag(field.name, _reading(field), field.metadata["help"], _shown(field.default))
-    for name, (convert, text, _) in (SECTION_FLAGS | (SAMPLING_FLAGS if kind is InferenceSettings else {})).items():
+    for name, (convert, text, _) in (
+        SECTION_FLAGS | (SAMPLING_FLAGS if issubclass(kind, InferenceSettings) else {})
+    ).items():
         yield Flag(name, {"type": convert}, text, CONFIGURED)
 
 
