@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 # Imports point down, or stay on a layer. Inside opensora/ each file has its own row, and so has each package below.
 LAYERS = {
     "scripts": 4,
+    "opensora.__main__": 4,
     "opensora.cli": 4,
     "opensora.utils": 4,
     "opensora.pipeline": 3,
@@ -36,6 +37,7 @@ LAYERS = {
     "opensora.hub": 2,
     "opensora.prompts": 2,
     "opensora.recipe": 2,
+    "opensora.recipe_report": 2,
     "opensora.references": 2,
     "opensora.refine": 2,
     "opensora.registry": 2,
@@ -54,8 +56,10 @@ LAYERS = {
     "opensora.files": 0,
     "opensora.noise": 0,
     "opensora.published": 0,
+    "opensora.ranks": 0,
     "opensora.schema": 0,
     "opensora.settings": 0,
+    "opensora.signals": 0,
 }
 STRANGERS = {"opensora.datasets", "opensora.models", "opensora.schedulers"}  # never import one another
 PURE = ("opensora.models", "opensora.schedulers")  # arithmetic: tensors in, tensors out
