@@ -129,6 +129,7 @@ class InferenceSettings(_Settings):
     aspect_ratio: str | None = setting(None, "height:width, such as 9:16 for landscape")
     prompt: Sequence[str] | None = setting(None, "prompts")
     prompt_path: str | None = setting(None, "text file with one prompt a line")
+    negative_prompt: str | None = setting(None, "what guidance leads away from, instead of the model's null text")
     prompt_as_path: bool = setting(False, "name the results after their prompts", nargs=0)
     prompt_generator: str = setting("", "program that makes prompts")
     llm_refine: bool = setting(False, "let a language model refine the prompts")
