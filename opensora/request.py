@@ -196,6 +196,8 @@ def negative_text(settings: InferenceSettings) -> str | None:
     if (settings.text_encoder or {}).get("type") == "classes":
         raise ConfigError("negative_prompt is a text, but these prompts are numbers of classes; leave it out")
     _check_encodable(text, "negative_prompt")
+    if prompts.split_segments(text)[1]:
+        raise ConfigError("negative_prompt is one text for all loops; leave out |0|")
     cleaned = prompts.prepare(text)
     if not cleaned.strip():
         raise ConfigError(f"negative_prompt {shown(text)} is empty once cleaned; give English words, or leave it out")

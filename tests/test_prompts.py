@@ -161,8 +161,9 @@ PLAIN = [  # the rules as they read, in any amount of time
     (r"\b\d+\.?\d*[xх×]\d+\.?\d*\b", r"\b\d+(?:\.\d*)?["),
 ]
 PIECES = [
-    *"ab1.-_/@x4é\"'#:,%+ \n\xa0 . . ", "12", "..", "  ", "com", ".com", ".co", ".ru", ".org/", ".net@", "http:", "https:/",
-    "http://", "https:x", "www:", "www:/", ".png", ".jpeg", "\u0445", "\u4e2d", "3.5", "1080x1920", "a1b2", "a1b2c",
+    *"ab1.-_/@x4é\"'#:,%+ \n\xa0 . . ", "12", "..", "  ", "com", ".com", ".co", ".ru", ".org/", ".net@", "http:",
+    "https:/", "http://", "https:x", "www:", "www:/", ".png", ".jpeg", "\u0445", "\u4e2d", "3.5", "1080x1920", "a1b2",
+    "a1b2c",
 ]  # fmt: skip
 
 
