@@ -109,6 +109,9 @@ class InferenceSettings(_Settings):
     prompt_path: str | None = setting(
         None, "text file with one prompt a line", kind=FilePath, example="assets/texts/t2v_samples.txt"
     )
+    negative_prompt: str | None = setting(
+        None, "what guidance leads away from, instead of the model's null text", example="blurred, low quality"
+    )
     prompt_as_path: bool = setting(False, "name the results after their prompts", nargs=0)
     prompt_generator: str = setting("", "program that makes prompts", kind=Name)
     llm_refine: bool = setting(False, "let a language model refine the prompts")
