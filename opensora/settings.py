@@ -220,7 +220,7 @@ class TrainSettings(_Settings):
     max_minutes: float | None = setting(None, least=0)
     log_every: int = setting(1, least=1)
     ckpt_every: int = setting(0, least=0)
-    keep_checkpoints: int = setting(2, least=1)
+    keep_checkpoints: int | None = setting(None, least=1)  # None: those of the run that goes on, or 2
     validate_every: int = setting(0, "steps between validations on clips that are held out; 0: none", least=0)
     validation_samples: int = setting(16, "clips of each bucket that are held out for it", least=1)
     sample_every: int = setting(0, "steps between videos of --sample-prompts; 0: none", least=0)
