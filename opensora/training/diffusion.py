@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from opensora import components, registry, weights
-from opensora.acceleration.device import DTYPES, keep_allocations_in_heap, pick_device, place
 from opensora.acceleration import peers
+from opensora.acceleration.device import DTYPES, keep_allocations_in_heap, pick_device, place
 from opensora.acceleration.parallel import Layout, barrier, of_main, one_voice, start
 from opensora.acceleration.parallelize import parallelize
 from opensora.acceleration.whole import whole

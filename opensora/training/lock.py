@@ -49,7 +49,7 @@ class Lock:
             file.close()
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise WeightsError(f"{folder}: is being trained already{_by(folder)}; {_REMEDY}") from None
-            logger.warning("%s: its file system has no locks (%s); see to it that one run at a time", folder, why(error))
+            logger.warning("%s: no locks there (%s); see to it that one run goes on in it", folder, why(error))
             return
         self._file = file
         self._tell()

@@ -52,7 +52,7 @@ def read(folder: Path) -> Manifest | None:
 
 
 def verify(folder: Path) -> bool:
-    """Whether the files of a checkpoint have hashes, all of which are right. Raises WeightsError naming a wrong file."""
+    """Whether the files of a checkpoint have hashes, all of them right. Raises WeightsError naming a wrong file."""
     made = read(folder)
     if made is None:
         return False

@@ -34,7 +34,7 @@ class Position(Schema):
     index: Bounded | None = None
     fingerprint: dict[Name, Text] | None = None
     guard: GuardState | None = None
-    losses: Annotated[list[Number], Field(max_length=1_000_000)] = []
+    losses: Annotated[list[Number], Field(max_length=1_000_000, default_factory=list)]
     samples: Count | None = None
 
 

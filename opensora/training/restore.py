@@ -85,12 +85,18 @@ def _optimizer(saved: Any, path: Path) -> tuple[dict[int, dict[str, Tensor]], in
         raise WeightsError(f"{path}: holds no state of an optimizer; {REMEDY}")
     flat = [one for part in numbers for one in part]
     check(list[Count], flat, f"{path}: params", WeightsError, REMEDY)
+    known = set(flat)
     for index, own in saved["state"].items():
-        whole = isinstance(own, dict) and own.keys() == MOMENTS and all(isinstance(one, Tensor) for one in own.values())
-        if index not in flat or not whole or own["step"].numel() != 1 or own["exp_avg"].shape != own["exp_avg_sq"].shape:
+        if index not in known or not _are_moments(own):
             raise WeightsError(f"{path}: the moments of parameter {str(index)[:20]} are not those of AdamW; {REMEDY}")
         _require_finite(path, ((f"{name} of parameter {index}", one) for name, one in own.items()))
     return saved["state"], len(flat)
+
+
+def _are_moments(own: Any) -> bool:
+    if not isinstance(own, dict) or own.keys() != MOMENTS or not all(isinstance(one, Tensor) for one in own.values()):
+        return False
+    return own["step"].numel() == 1 and own["exp_avg"].shape == own["exp_avg_sq"].shape
 
 
 def _require_finite(where: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:

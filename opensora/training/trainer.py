@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,11 +31,12 @@ from opensora.settings import TrainSettings
 from opensora.training import restore, state
 from opensora.training.data import Feed, Numbered, Place
 from opensora.training.ema import EMA
-from opensora.training.fingerprint import LENGTH, differences
+from opensora.training.fingerprint import differences
 from opensora.training.guard import Guard, Question
+from opensora.training.optimizer import make_optimizer
 from opensora.training.position import Position, read_position
 from opensora.training.run_folder import carry_over, newest_whole, open_run
-from opensora.training.schedule import learning_rate, steps_left
+from opensora.training.schedule import Schedule
 from opensora.training.stopping import Stopping, name_of
 from opensora.training.throughput import Throughput
 from opensora.training.tracking import Tracker
@@ -95,7 +95,7 @@ class Trainer:
         self.ema = EMA(model, settings.ema_decay)
         self.writer, self.stopping = state.Writer(), Stopping()
         self.step = self.samples = 0
-        self.empty = self.idle = 0  # turns without a sample: in this process, and since the last sample
+        self.idle = 0  # batches since the last sample
         self.stopped = 0  # the signal that ended the run
         self.losses: list[Tensor] = []  # of the steps since the last line of the log
         self.saved: Path | None = None  # the checkpoint of the present position
@@ -116,7 +116,8 @@ class Trainer:
         self.lock = None
         opened = of_main(on_main, self.layout)
         self.folder, self.run_id, self.kept = opened.folder, opened.run.run, opened.run.keep_checkpoints
-        self.begun, self.origin = (0, Place()), None  # origin: the folder of the run that this one goes on from
+        self.schedule = Schedule(self.settings, self.feed.source, self.batches)
+        self.origin: Path | None = None  # the folder of the run that this one goes on from
         if opened.checkpoint is None:
             return
         saved = restore.read(opened.checkpoint, hashes=False)  # the main rank has compared them
@@ -131,17 +132,18 @@ class Trainer:
                 logger.info("%s", self._end())
 
     def _go_to(self, position: Position) -> None:
-        self.step, self.begun = position.global_step, (position.global_step, self._place(position))
+        self.step, self.schedule = position.global_step, self._schedule(position)
         self.samples = position.global_step if position.samples is None else position.samples
-        self.feed.go_to(self.begun[1])
+        self.feed.go_to(self.schedule.place)
         self.losses = [torch.tensor(loss, device=self.device) for loss in position.losses]
         if position.guard is not None:
             self.guard.load_state_dict(position.guard.model_dump())
 
-    def _place(self, position: Position) -> Place:
-        """Where the data goes on; with fewer data than before, at the end of the epoch."""
+    def _schedule(self, position: Position) -> Schedule:
+        """The steps from a position on; with fewer data than before, from the end of its epoch on."""
         index = position.step * self.batches if position.index is None else position.index
-        return Place(position.epoch, min(index, self.feed.source.count(position.epoch)))
+        place = Place(position.epoch, min(index, self.feed.source.count(position.epoch)))
+        return Schedule(self.settings, self.feed.source, self.batches, position.global_step, place)
 
     def _check_whole(self, checkpoint: Path) -> None:
         restore.check_fit(restore.read(checkpoint), self.model, self.parameters)
@@ -149,26 +151,13 @@ class Trainer:
     def _differs(self, checkpoint: Path) -> list[str]:
         """What makes a checkpoint that of another run."""
         position = read_position(checkpoint)
-        if position.fingerprint is None:
-            return []
-        length = self._length(position.global_step, self._place(position))
-        return differences(position.fingerprint, {**self.prints, **length})
-
-    def _length(self, step: int, place: Place) -> dict[str, str]:
-        """The number of steps as a part of the fingerprint, where the learning rate depends on it."""
-        if self.settings.max_steps or self.settings.lr_schedule == "constant":
-            return {}
-        return {LENGTH: str(step + steps_left(self.feed.source, place, self.batches, self.settings.epochs))}
+        now = {**self.prints, **self._schedule(position).prints()}
+        return [] if position.fingerprint is None else differences(position.fingerprint, now)
 
     @property
     def total_steps(self) -> int:
-        """The number of the last step, as far as it is known: turns without samples are found out one by one."""
-        return self.settings.max_steps or self._foreseen - self.empty
-
-    @cached_property
-    def _foreseen(self) -> int:
-        step, place = self.begun
-        return step + steps_left(self.feed.source, place, self.batches, self.settings.epochs)
+        """The number of steps of the whole run, those without a sample left out as far as they are known."""
+        return self.schedule.total_steps
 
     @property
     def finished(self) -> bool:
@@ -179,8 +168,7 @@ class Trainer:
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then constant or half a cosine down to zero after the last step."""
-        constant = self.settings.lr_schedule == "constant"  # that of a million rows takes long to count
-        return learning_rate(self.settings, step, 0 if constant else self.total_steps)
+        return self.schedule.learning_rate(step)
 
     def run(self) -> Path:
         """Trains to the last step, or until max_minutes have passed; returns the last checkpoint's folder.
@@ -213,10 +201,8 @@ class Trainer:
         return self.saved
 
     def _bar(self) -> tqdm:
-        exact = self.settings.max_steps or self.settings.lr_schedule != "constant"
-        source, epochs = self.feed.source, self.settings.epochs
-        last = self.total_steps if exact else -(-epochs * source.count(0) // self.batches)
-        return tqdm(total=last, initial=self.step, unit="step", mininterval=5, disable=self.layout.rank > 0)
+        how = dict(unit="step", mininterval=5, disable=self.layout.rank > 0)
+        return tqdm(total=self.schedule.expected_steps, initial=self.step, **how)
 
     def _train(self, bar: tqdm, started: float) -> None:
         while not self.finished and not self._out_of_time(started):
@@ -239,7 +225,7 @@ class Trainer:
         what = f"step {self.step} is done" + (f", saved in {self.saved}" if self.saved else ", nothing was saved")
         if self.stopped:
             what = f"ended by {name_of(self.stopped)}: {what}"
-        again = f"go on with --load {self.folder}" if self.saved else "start again"
+        again = f"go on with --load {self.saved.parent}" if self.saved else "start again"
         if self.finished:
             name = "max_steps" if self.settings.max_steps else "epochs"
             again += f" and more {name} than {getattr(self.settings, name)} (--cfg-options {name}=...)"
@@ -279,7 +265,8 @@ class Trainer:
 
     def _pass_over(self) -> None:
         """Goes on after batches of which nothing could be read. Raises OpenSoraError after an epoch of them."""
-        self.empty, self.idle = self.empty + 1, self.idle + self.batches
+        self.idle += self.batches
+        self.schedule.left_out += self.batches
         if self.idle > self.feed.source.count(self.feed.place.epoch) + self.batches:
             raise OpenSoraError("no sample of a whole epoch could be read; check the files of the table")
 
@@ -355,7 +342,7 @@ class Trainer:
         norms = torch.stack(torch._foreach_norm([local(p.detach()) for p in self.parameters]))
         if not mean(norms, self.layout).isfinite().all():
             raise self._broken("the weights are")
-        place, prints = self.feed.place, {**self.prints, **self._length(self.step, self.feed.place)}
+        place, prints = self.feed.place, {**self.prints, **self.schedule.prints()}
         position = dict(epoch=place.epoch, step=place.index // self.batches, global_step=self.step)
         position |= dict(batch_size=self.settings.batch_size, index=place.index, samples=self.samples)
         position["fingerprint"] = prints
@@ -392,12 +379,6 @@ class Trainer:
         good = state.checkpoints(self.folder)
         again = f"resume with --load {good[-1]} and --accept-changes" if good else "start again"
         return OpenSoraError(f"{what} not finite at step {self.step}; {again}, with a lower lr or grad_clip")
-
-
-def make_optimizer(parameters: list[Tensor], settings: TrainSettings, device: torch.device) -> torch.optim.AdamW:
-    """AdamW as the settings have it, by the fastest kernels of the device."""
-    how = dict(betas=settings.adam_betas, eps=settings.adam_eps, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW(parameters, lr=settings.lr, **how, **optimizer_kernels(device))
 
 
 def _names(batches: list[Any]) -> list[str]:
