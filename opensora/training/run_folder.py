@@ -112,7 +112,7 @@ def _find(settings: TrainSettings, check_whole: Check, differs: Differs) -> Path
     if settings.load == AUTO:
         if settings.start_from_scratch:
             raise ConfigError("--load auto goes on where a run ended; leave out --start-from-scratch")
-        return _newest_that_fits(Path(settings.outputs), check_whole, differs)
+        return _newest_that_fits(settings, check_whole, differs)
     if settings.load is None:
         return None
     return newest_whole([path.resolve() for path in state.candidates(settings.load)], check_whole)
@@ -147,20 +147,21 @@ def newest_whole(found: list[Path], check_whole: Check) -> Path:
     raise WeightsError(f"{broken[0]}{more}")
 
 
-def _newest_that_fits(outputs: Path, check_whole: Check, differs: Differs) -> Path | None:
+def _newest_that_fits(settings: TrainSettings, check_whole: Check, differs: Differs) -> Path | None:
     """The checkpoint below `outputs` that was written last, of those that are whole and of such a run; else None."""
+    outputs = Path(settings.outputs)
     found = [path.resolve() for folder in state.experiments(outputs) for path in state.checkpoints(folder)]
     passed: dict[Path, str] = {}  # folder -> why it is passed over
     for checkpoint in sorted(found, key=_written, reverse=True):
         try:
+            if (changes := differs(checkpoint)) and not settings.accept_changes:
+                passed.setdefault(checkpoint.parent, changes[0])
+                continue
             check_whole(checkpoint)
-            changes = differs(checkpoint)
         except WeightsError as error:
             logger.warning("%s", error)
             continue
-        if not changes:
-            return checkpoint
-        passed.setdefault(checkpoint.parent, changes[0])
+        return checkpoint
     for folder, why in list(passed.items())[:3]:
         logger.info("%s is of another run: %s", folder, why)
     logger.info("--load auto: no checkpoint below %s fits, so the run begins", outputs)

@@ -25,7 +25,7 @@ from opensora.acceleration.device import (
     training_attention,
     training_context,
 )
-from opensora.acceleration.parallel import Layout, clip_grad_norm, gather, local, mean, of_main, share, total
+from opensora.acceleration.parallel import Layout, barrier, clip_grad_norm, gather, local, mean, of_main, share, total
 from opensora.errors import OpenSoraError
 from opensora.settings import TrainSettings
 from opensora.training import restore, state
@@ -194,6 +194,7 @@ class Trainer:
             finally:
                 if self.lock is not None:
                     self.lock.release()
+        barrier(self.layout)  # torchrun ends all ranks when one of them ends, so none does before all is written
         if self.step > first or self.stopped:
             logger.warning("%s", self._end()) if self.stopped else logger.info("%s", self._end())
         if self.stopped:
