@@ -236,6 +236,4 @@ def finish(settings: TrainSettings, model: nn.Module, trainer: Trainer, layout: 
         weights.save_pretrained(averaged, trainer.folder / "ema", config)
         return publish(trainer.folder)
 
-    final = of_main(write, layout)
-    logger.info("the averaged weights are in %s; generate with --ckpt-path %s", final, final)
-    return final
+    return of_main(write, layout)

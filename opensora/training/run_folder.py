@@ -205,6 +205,7 @@ def publish(folder: Path) -> Path:
     Where there are no links the result is in the folder of the run alone.
     """
     own, link = folder / "ema", folder.parent / "ema"
+    logger.info("the averaged weights are in %s", own)
     if link.exists() and not (link.is_symlink() and link.samefile(own)):
         logger.warning("%s is the result of another run and stays; that of this one is %s", link, own)
         return own
