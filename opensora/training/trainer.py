@@ -25,17 +25,18 @@ from opensora.acceleration.device import (
     training_attention,
     training_context,
 )
-from opensora.acceleration.parallel import Layout, barrier, clip_grad_norm, gather, local, mean, of_main, share, total
+from opensora.acceleration.parallel import Layout, barrier, clip_grad_norm, gather, mean, of_main, share, total
 from opensora.errors import OpenSoraError
 from opensora.settings import TrainSettings
-from opensora.training import restore, state
+from opensora.training import state
 from opensora.training.data import Feed, Numbered, Place
 from opensora.training.ema import EMA
 from opensora.training.fingerprint import differences
 from opensora.training.guard import Guard, Question
 from opensora.training.optimizer import make_optimizer
 from opensora.training.position import Position, read_position
-from opensora.training.run_folder import carry_over, newest_whole, open_run
+from opensora.training.run_folder import carry_over, open_run
+from opensora.training.saving import Saving
 from opensora.training.schedule import Schedule
 from opensora.training.stopping import Stopping, name_of
 from opensora.training.throughput import Throughput
@@ -93,7 +94,8 @@ class Trainer:
         self.taken: Taken | None = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "fp16")
         self.ema = EMA(model, settings.ema_decay)
-        self.writer, self.stopping = state.Writer(), Stopping()
+        self.saving = Saving(model, self.parameters, self.ema, self.optimizer, self.scaler, self.layout)
+        self.stopping = Stopping()
         self.step = self.samples = 0
         self.idle = 0  # batches since the last sample
         self.stopped = 0  # the signal that ended the run
@@ -109,7 +111,7 @@ class Trainer:
         """Finds or makes the folder of the run, and takes what the checkpoint holds that it goes on from."""
 
         def on_main() -> Any:
-            opened = open_run(self.settings, self._check_whole, self._differs)
+            opened = open_run(self.settings, self.saving.check, self._differs)
             self.lock = opened.lock
             return opened._replace(lock=None)
 
@@ -120,11 +122,10 @@ class Trainer:
         self.origin: Path | None = None  # the folder of the run that this one goes on from
         if opened.checkpoint is None:
             return
-        saved = restore.read(opened.checkpoint, hashes=False)  # the main rank has compared them
-        restore.fill_in(saved, self.model, self.ema, self.optimizer, self.scaler)
+        position = self.saving.load(opened.checkpoint)  # the main rank has checked it
         if not opened.goes_on:
             return
-        self._go_to(saved.position)
+        self._go_to(position)
         self.saved, self.origin = opened.checkpoint, opened.checkpoint.parent
         if self.layout.is_main:
             carry_over(opened, self.step)
@@ -144,9 +145,6 @@ class Trainer:
         index = position.step * self.batches if position.index is None else position.index
         place = Place(position.epoch, min(index, self.feed.source.count(position.epoch)))
         return Schedule(self.settings, self.feed.source, self.batches, position.global_step, place)
-
-    def _check_whole(self, checkpoint: Path) -> None:
-        restore.check_fit(restore.read(checkpoint), self.model, self.parameters)
 
     def _differs(self, checkpoint: Path) -> list[str]:
         """What makes a checkpoint that of another run."""
@@ -190,7 +188,7 @@ class Trainer:
             self.feed.close()
             self.tracker.close()
             try:
-                self.writer.wait()
+                self.saving.writer.wait()
             finally:
                 if self.lock is not None:
                     self.lock.release()
@@ -290,7 +288,7 @@ class Trainer:
             return True
         self.optimizer.zero_grad(set_to_none=True)
         if verdict == "roll back":
-            self._roll_back()
+            self.saving.roll_back(self.folder)
         return False
 
     def _gradients(self, batches: list[Any]) -> Tensor:
@@ -315,18 +313,6 @@ class Trainer:
         losses = [self._loss(taken.step, part, batch) for part, batch in enumerate(taken.batches)]
         return torch.cat(losses) if losses[0].ndim else torch.stack(losses).mean()
 
-    def _roll_back(self) -> None:
-        """Takes weights and optimizer from the last checkpoint, if there is one; the data goes on."""
-
-        def on_main() -> Path | None:
-            self.writer.wait()
-            found = state.checkpoints(self.folder)[::-1]
-            return newest_whole(found, self._check_whole) if found else None
-
-        if good := of_main(on_main, self.layout):
-            saved = restore.read(good, hashes=False)
-            restore.fill_in(saved, self.model, self.ema, self.optimizer, self.scaler)
-
     def _watch(self) -> None:
         if any(
             every and self.step % every == 0 for every in (self.settings.validate_every, self.settings.sample_every)
@@ -340,8 +326,7 @@ class Trainer:
     def save(self) -> Path:
         """Takes a checkpoint of the present position, to be written in the background; broken weights are refused."""
         self.settle()
-        norms = torch.stack(torch._foreach_norm([local(p.detach()) for p in self.parameters]))
-        if not mean(norms, self.layout).isfinite().all():
+        if not self.saving.is_finite():
             raise self._broken("the weights are")
         place, prints = self.feed.place, {**self.prints, **self.schedule.prints()}
         position = dict(epoch=place.epoch, step=place.index // self.batches, global_step=self.step)
@@ -351,12 +336,7 @@ class Trainer:
         if self.losses:  # from here on their means, as in a run that is resumed here
             self.losses = list(mean(torch.stack(self.losses), self.layout))
             position["losses"] = torch.stack(self.losses).tolist()
-        self.writer.wait()
-        taken = state.snapshot(self.model, self.ema, self.optimizer, self.scaler, self.layout)
-        if taken is not None:
-            config = {"model_type": self.settings.model["type"], **getattr(self.model, "config", {})}
-            self.writer.write(self.folder, taken, config, position, self.kept, self.run_id)
-        return state.checkpoint_folder(self.folder, position)
+        return self.saving.write(self.folder, self.settings.model["type"], position, self.kept, self.run_id)
 
     def _log(self, norm: Tensor) -> float:
         """Writes a line of the log with the mean loss since the last one, and returns that: NaN without a good step."""
@@ -376,7 +356,7 @@ class Trainer:
         return share(time.monotonic() >= started + 60 * minutes, self.layout)
 
     def _broken(self, what: str) -> OpenSoraError:
-        self.writer.wait()
+        self.saving.writer.wait()
         good = state.checkpoints(self.folder)
         again = f"resume with --load {good[-1]} and --accept-changes" if good else "start again"
         return OpenSoraError(f"{what} not finite at step {self.step}; {again}, with a lower lr or grad_clip")
