@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import logging
@@ -487,3 +488,16 @@ def test_keep_is_not_lost_in_a_new_folder(tmp_path: Path) -> None:
     run.run()
     rest = trainer(tmp_path, load=str(state.checkpoints(run.folder)[0]))
     assert rest.folder != run.folder and run_folder.identify(rest.folder).keep_checkpoints == 7
+
+
+@pytest.mark.parametrize("words", [{}, {"the table": "3 rows of it are others"}, {"lr": "unused"}])
+def test_changes_are_told_in_words(tmp_path: Path, words: dict[str, str]) -> None:
+    run = trainer(tmp_path, prints={"the table": "a" * 64})
+    run.run()
+    prints, asked = {"the table": "b" * 64}, run.settings
+    told = words.get("the table", "the table was aaa")
+    with pytest.raises(ConfigError, match=told):
+        run.__class__(
+            dataclasses.replace(asked, load=str(run.folder)), nn.Linear(4, 4), run.loss, torch.device("cpu"), 5,
+            prints=prints, explain=lambda folder, saved: words,
+        )  # fmt: skip

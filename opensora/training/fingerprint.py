@@ -48,12 +48,16 @@ def content_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def differences(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What differs, one sentence a setting. What an earlier version did not record counts as the same."""
+def differences(saved: Mapping[str, str], now: Mapping[str, str], words: Mapping[str, str] | None = None) -> list[str]:
+    """What differs, one sentence a setting, or what `words` say of it.
+
+    What an earlier version did not record counts as the same.
+    """
     saved = _of_training(saved)
     names = sorted(name for name in {*saved, *now} if saved.get(name) != now.get(name))
     names = [name for name in names if name in saved or name not in ADDED]
-    return [f"{name} was {_shown(saved.get(name))} and is {_shown(now.get(name))}" for name in names]
+    values = {name: f"{name} was {_shown(saved.get(name))} and is {_shown(now.get(name))}" for name in names}
+    return [(words or {}).get(name, text) for name, text in values.items()]
 
 
 def require_accepted(changes: list[str], accept: bool) -> list[str]:
@@ -64,9 +68,11 @@ def require_accepted(changes: list[str], accept: bool) -> list[str]:
     return changes
 
 
-def compare(saved: Mapping[str, str], now: Mapping[str, str], accept: bool) -> list[str]:
+def compare(
+    saved: Mapping[str, str], now: Mapping[str, str], accept: bool, words: Mapping[str, str] | None = None
+) -> list[str]:
     """What differs. Raises ConfigError with it unless it is accepted."""
-    return require_accepted(differences(saved, now), accept)
+    return require_accepted(differences(saved, now, words), accept)
 
 
 def _of_training(prints: Mapping[str, str]) -> dict[str, str]:

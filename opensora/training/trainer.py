@@ -82,9 +82,11 @@ class Trainer:
         self, settings: TrainSettings, model: nn.Module, loss: Loss, device: torch.device, feed: Feed | int,
         layout: Layout | None = None, prints: dict[str, str] | None = None,
         work: Callable[[], tuple[float, ...]] = lambda: (1,),
+        explain: Callable[[Path, dict[str, str]], dict[str, str]] = lambda folder, saved: {},
     ) -> None:  # fmt: skip
         self.settings, self.model, self.loss, self.device = settings, model, loss, device
         self.layout, self.prints, self.work = layout or Layout(), prints or {}, work
+        self.explain = explain  # the folder of a run and its fingerprint -> what has changed since, in words
         self.feed = Feed(Numbered(feed)) if isinstance(feed, int) else feed
         self.feed.placed = copied_alongside(device)
         self.batches = settings.accumulation_steps * self.feed.ranks  # of a step
@@ -150,7 +152,9 @@ class Trainer:
         """What makes a checkpoint that of another run."""
         position = read_position(checkpoint)
         now = {**self.prints, **self._schedule(position).prints()}
-        return [] if position.fingerprint is None else differences(position.fingerprint, now)
+        if position.fingerprint is None:
+            return []
+        return differences(position.fingerprint, now, self.explain(checkpoint.parent, position.fingerprint))
 
     @property
     def total_steps(self) -> int:
