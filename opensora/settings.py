@@ -212,7 +212,7 @@ class TrainSettings(_Settings):
     outputs: str = setting("outputs", "folder of training runs")
     wandb: bool = setting(False, "log to Weights & Biases", nargs="?")
     tensorboard: bool = setting(True, "write event files for tensorboard, if it is installed", nargs="?")
-    load: str | None = setting(None, "checkpoint folder to resume from")
+    load: str | None = setting(None, "folder of a run or checkpoint to go on from, or auto: the newest that fits")
     start_from_scratch: bool = setting(False, "take all of --load but its position in the data", nargs=0)
     accept_changes: bool = setting(False, "go on from --load with other data or settings, and say which", nargs=0)
     epochs: int = setting(1000, least=1)
