@@ -15,7 +15,11 @@ from opensora.files import replacing
 
 log = logging.getLogger("opensora")
 
-SUFFIXES = {*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, ".gif", ".m4v", ".webm"}
+OTHER_SUFFIXES = {
+    ".3gp", ".apng", ".asf", ".flv", ".gif", ".m2ts", ".m4v", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv",
+    ".avif", ".heic", ".heif", ".jxl",  # photos that are not read, which is said of each
+}  # fmt: skip
+SUFFIXES = {*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, *OTHER_SUFFIXES}
 CAPTION = ".txt"
 READERS = 4  # threads; a file is mostly waited for
 DECIMALS = 4
@@ -91,7 +95,7 @@ def find_media(folder: Path) -> list[Path]:
 def read_row(file: Path) -> Row:
     """The row of one file. Raises MediaError if it or its text cannot be read."""
     text, fps = caption_of(file), None
-    if file.suffix.lower() in IMAGE_SUFFIXES or (file.suffix.lower() not in VIDEO_SUFFIXES and is_image(file)):
+    if is_image(file):
         num_frames, (height, width) = 1, read_image(file).shape[:2]
     else:
         counts: list[int] = []
