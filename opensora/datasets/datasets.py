@@ -103,7 +103,7 @@ class _TableDataset(Dataset):
 
     def _clip(self, row: int, num_frames: int, size: tuple[int, int], start: int | None) -> tuple[Tensor, float]:
         """A video's crop [3, num_frames, H, W] or an image [3, 1, H, W], and frames per second."""
-        path = self.table.path[row]
+        path = self.table.file(row)
         self._check(size)
         if is_image(path):
             return self._sized(read_image(path), size), IMAGE_FPS
@@ -199,7 +199,7 @@ class VariableVideoTextDataset(_TableDataset):
         if video.shape[1] != num_frames:
             problem = f"is an image where the table says {num_frames} frames or more"
             raise MediaError(f"{self.table.path[row]}: {problem}; write 1 in its column num_frames")
-        fps = fps if is_image(self.table.path[row]) else fps // self.frame_interval
+        fps = fps if is_image(self.table.file(row)) else fps // self.frame_interval
         told = {"num_frames": num_frames, "height": height, "width": width, "ar": height / width, "fps": fps}
         sample = {"video": video, **told}
         return self._captioned(row, sample) if self.with_text else sample
