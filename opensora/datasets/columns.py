@@ -36,9 +36,8 @@ def find(names: Sequence[str], source: str) -> dict[str, int]:
         documented = [place for place in places if plain[place] == column]
         shown = " and ".join(repr(shortened(names[place].strip())) for place in places)
         if len(documented) > 1 or (not documented and len(places) > 1):
-            raise ConfigError(
-                f"{source}: has the columns {shown}, of which one is '{column}'; remove or rename the rest"
-            )
+            problem = f"has the columns {shown}, each of which may be its '{column}'"
+            raise ConfigError(f"{source}: {problem}; remove or rename all but one")
         if len(places) > 1:
             log.warning("%s: has %s; %r is read, as documented", source, shown, column)
         if places:

@@ -41,9 +41,7 @@ def parts(source: str) -> Iterator[tuple[int, dict[str, Sequence[Any]]]]:
             for batch in content.iter_batches(rows, columns=[names[place] for place in places.values()]):
                 taken = {column: batch.column(names[place]) for column, place in places.items()}
                 cells = {column: _cells(column, array, first, source) for column, array in taken.items()}
-                budget -= len(batch) * ROW_BYTES + sum(
-                    sum(map(len, filter(None, cells[c]))) for c in cells if c in TEXTS
-                )
+                budget -= len(batch) * ROW_BYTES + sum(_length(cells[column]) for column in cells if column in TEXTS)
                 if budget < 0:
                     raise _too_large(source)
                 yield first, cells

@@ -95,7 +95,8 @@ class Table:
         of a folder that is laid out as on the hub.
         """
         stripped = path.strip()
-        spellings = dict.fromkeys((path, stripped, os.path.expanduser(stripped), stripped.replace("\\", "/")))
+        slashed = stripped.replace("\\", "/")
+        spellings = dict.fromkeys((path, stripped, slashed, os.path.expanduser(slashed)))
         for base in (self.folder, "") if self.folder_first else ("", self.folder):
             yield from (os.path.join(base, spelling) for spelling in spellings if spelling and base is not None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import os
 import re
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice, zip_longest
@@ -21,7 +22,8 @@ from opensora.schema import MAX_TEXT
 CHUNK = 2**11  # rows read together: their texts take many times the memory of the arrays they become, and fit a cache
 MAX_LINE = 2**20  # characters
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-_SEPARATOR_LINE = re.compile(r'"?sep=([^"\w\r\n])"?[,;\t|\s]*', re.IGNORECASE)  # as spreadsheets write it
+_SEPARATOR_LINE = re.compile(r'"?sep=([^"\w\r\n])"?(?:\1|[,;\t|\s])*', re.IGNORECASE)  # as spreadsheets write it
+_FIRST = re.compile(r"[^,;\t|]*")  # cell of a line
 _MARKS = {
     codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
@@ -86,7 +88,7 @@ class _Csv:
             self.before = before
             if match := _SEPARATOR_LINE.fullmatch(line.strip("\r\n")):
                 separator = match[1]
-            elif line.strip() and not (line.startswith("#") and not _names_media(line)):
+            elif line.strip() and not (line.startswith("#") and not _names_media(_FIRST.match(line)[0])):
                 break
         else:
             line = ""
@@ -130,15 +132,8 @@ def _understood(line: str, separators: Sequence[str], source: str) -> tuple[str,
 
 def _names_media(text: str) -> bool:
     """Whether a text may be the path of an image or video."""
-    path = Path(text.strip().strip('"'))
-    return path.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) or (len(text) < 4096 and _is_file(path))
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # too long for a name
-        return False
+    path = text.strip().strip('"')
+    return Path(path).suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) or os.path.isfile(path)
 
 
 def _even(part: list[list[str]], table: _Csv, where: Where, notes: Notes) -> list[list[str]]:
