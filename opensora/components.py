@@ -24,6 +24,7 @@ from opensora.models.text_encoder.t5 import T5_DROPPED, make_t5
 from opensora.schema import check as check_value
 from opensora.weight_rules import Drop, Rename
 from opensora.weights import Summary, load_weights
+from opensora.weights.tokenizer import check_tokenizer, tokenizer_hash
 
 TRAINING_ONLY = ("freeze", "freeze_y_embedder", "only_train_temporal", "drop_path", "freeze_vae_2d", "cal_loss")
 TABLES = {"model": registry.MODELS, "vae": registry.AUTOENCODERS, "text_encoder": registry.TEXT_ENCODERS}
@@ -54,7 +55,15 @@ def find(section: Section, what: str, offline: bool = False) -> Path | None:
     check(section, what)
     if section["type"] in WITHOUT_WEIGHTS:
         return None
-    return locate(section["from_pretrained"], what=what, subfolder=section.get("subfolder"), offline=offline)
+    return located(section, what, offline)
+
+
+def located(section: Section, what: str, offline: bool = False) -> Path:
+    """The file or folder that a section names as `from_pretrained`, as its `subfolder`, `cache_dir` and
+    `local_files_only` say. Raises WeightsError if it cannot be had.
+    """
+    where = {key: section[key] for key in ("subfolder", "cache_dir", "local_files_only") if section.get(key)}
+    return locate(section["from_pretrained"], what=what, offline=offline, **where)
 
 
 def build(section: Section, path: Path | None, defaults: Section | None = None, forced: Section | None = None) -> Any:
@@ -112,19 +121,43 @@ def build_text_encoder(section: Section, path: Path | None, dtype: torch.dtype) 
     """The text encoder of a section with its tokenizer, but without its weights."""
     if path is None:
         return registry.build(section)
-    folder, kind = path if path.is_dir() else path.parent, section["type"]
+    folder, kind = _folder(path), section["type"]
     make, config = {"t5": make_t5, "clip": make_clip}[kind], config_json(path)
     check_value(TEXT_CONFIGS["clip_text" if kind == "clip" and "text_config" not in config else kind], config,
                 str(config_file(path)), WeightsError)  # fmt: skip
+    check_tokenizer(folder)
     if (tokenizer := folder / "tokenizer_config.json").is_file():
         check_value(TokenizerConfig, read_json(tokenizer, WeightsError), str(tokenizer), WeightsError)
     try:
-        return make(config, folder, section.get("model_max_length", MAX_LENGTHS[kind]), dtype)
+        encoder = make(config, folder, section.get("model_max_length", MAX_LENGTHS[kind]), dtype)
+        _check_vocabulary(encoder, folder)
+        return encoder
     except OpenSoraError:
         raise
     except Exception as error:  # the tokenizer's libraries raise anything
         name = kind.upper()
         raise WeightsError(f"{folder}: no usable {name} configuration and tokenizer ({one_line(error)})") from error
+
+
+def tokenizer_sha256(path: Path | None) -> dict[str, str]:
+    """The hash of the tokenizer beside a text encoder's weights as `tokenizer`; empty where there are no weights."""
+    return {"tokenizer": tokenizer_hash(_folder(path))} if path else {}
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _check_vocabulary(encoder: Any, folder: Path) -> None:
+    """Raises WeightsError for a tokenizer that knows more tokens than its model, or none to pad with."""
+    config = getattr(encoder.model, "text_model", encoder.model).config
+    known, tokens = config.vocab_size, encoder.tokenizer.vocab_size
+    if tokens > known:
+        raise WeightsError(
+            f"{folder}: its tokenizer has {tokens:,} tokens, its model {known:,}; one is of another model"
+        )
+    if encoder.tokenizer.pad_token_id is None:
+        raise WeightsError(f"{folder}: its tokenizer has no padding token; get tokenizer_config.json again")
 
 
 def fill_text_encoder(

@@ -27,6 +27,7 @@ from opensora.datasets.datasets import Quarantine, VariableVideoTextDataset, Vid
 from opensora.datasets.encoded import PLAN, caption_key
 from opensora.errors import ConfigError
 from opensora.models.text_encoder.cleaning import preprocess
+from opensora.ranks import ranks
 from opensora.settings import ExtractSettings
 from opensora.training.features import claim
 from opensora.training.shards import (
@@ -58,7 +59,7 @@ class Extraction:
 
     def __init__(self, settings: ExtractSettings) -> None:
         self.settings, self.folder = settings, Path(settings.save_dir)
-        self.rank, self.world_size = (int(os.environ.get(name, one)) for name, one in (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.rank, self.world_size, _ = ranks()
         keep_allocations_in_heap()
         self.dataset = make_dataset(settings)
         self.table = self.dataset.table
@@ -70,6 +71,9 @@ class Extraction:
         self.vae, vae_hash = self._load("vae", settings.save_video_features)
         self.text_encoder, text_hash = self._load("text_encoder", settings.save_text_features)
         self.identity = {**self._how(), "vae": vae_hash, "text_encoder": text_hash}
+        if settings.save_text_features and settings.text_encoder.get("from_pretrained"):
+            where = components.find(settings.text_encoder, "text_encoder", settings.offline)
+            self.identity |= components.tokenizer_sha256(where)
 
     def run(self) -> Path:
         """Encodes this rank's share of the shards that are missing."""
@@ -283,5 +287,5 @@ def _own_device(name: str | None) -> torch.device:
     """The device of this process; processes on one machine get one each, and share them if they are more."""
     device = pick_device(name)
     if device.index is None:
-        take_own(device, int(os.environ.get("LOCAL_RANK", 0)), share=True)
+        take_own(device, ranks().local, share=True)
     return device
