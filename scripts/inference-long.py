@@ -3,7 +3,7 @@
 import sys
 
 from opensora.cli import generate
-from opensora.utils.config_utils import parse_inference_args, run_program
+from opensora.utils.config_utils import parse_inference_args, run_program, with_prompts
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda: generate(parse_inference_args())))
+    sys.exit(run_program(lambda: generate(with_prompts(parse_inference_args()))))
