@@ -100,7 +100,7 @@ def _replay(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    locate(args.path)  # before the libraries are loaded
+    locate(args.path, offline=args.offline)  # before the libraries are loaded
     from opensora.recipe_report import describe_output, is_output
 
     if is_output(args.path):
@@ -113,7 +113,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    locate(args.source)
+    locate(args.source, offline=args.offline)
     from opensora.convert import convert
 
     print(convert(**{name: value for name, value in vars(args).items() if name not in ("run", "example")}))
