@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from opensora import components, draft, estimate, refine, registry, tuning, watermark, wishes
-from opensora.acceleration import caching, eight_bits
+from opensora.acceleration import caching
 from opensora.acceleration.device import (
     check_graphs,
     inference_dtype,
     keep_allocations_in_heap,
     pick_device,
-    use_attention,
 )
 from opensora.acceleration.graphs import Recorded
 from opensora.acceleration.memory_plan import BY_NAME, FAST, LOW, MemoryPlan, Weights
@@ -41,6 +40,7 @@ from opensora.references import References
 from opensora.request import PARTS, Request, Size, check_supported, make_requests, make_size, negative_text
 from opensora.schedulers.common import Pause
 from opensora.settings import InferenceSettings
+from opensora.signals import held
 from opensora.stages import Needs, count_tokens
 from opensora.weights import Summary
 
@@ -91,8 +91,7 @@ class VideoPipeline:
         self.layout = start(self.device, world_size())
         check_guidance_ranks(settings.guidance_ranks, self.layout)
         self.dtype = inference_dtype(self.device, settings.dtype, settings.cpu_dtype)
-        eight_bits.check(settings.linear, self.device, self.dtype)
-        use_attention(settings.attention)
+        tuning.try_choices(settings, self.device, self.dtype)
         if settings.graphs and self.layout.world_size > 1:
             raise ConfigError("graphs are recorded on a single device; leave --graphs out under torchrun")
         if settings.graphs:
@@ -121,6 +120,7 @@ class VideoPipeline:
         self.drafts: dict[str, draft.Draft] = {}  # path of a request -> from where it goes on
         self.stopped: dict[str, Pause] = {}  # path of a request -> where it has stopped
         self.summaries: dict[str, Summary] = {}
+        self.tokenizer: dict[str, str] = {}  # its hash, once it is built
         self.timelines: dict[Request, list[Clip]] = {}
         self.seconds: dict[str, float] = {}  # that each stage has taken
         self.overlap = 0  # frames that each clip takes over from the one before
@@ -147,8 +147,7 @@ class VideoPipeline:
             told = [*self.texts_of(portions[0]), *tuning.prompts(self.settings)]
             texts = self.encode_texts(parts.pop("text_encoder"), told)
             vae, model = (self.fill(name, parts.pop(name)) for name in ("vae", "model"))
-            self._compile(model)
-            model = self._recorded(guidance_parallel(model, self.layout, self.settings.guidance_ranks))
+            model = self.accelerated(model)
             _tell_untrained(self.size, components.trained_sizes(self.paths["model"]))
             self._check_drafts(wanted, (vae.out_channels, *vae.get_latent_size(self.size)))
             self.cache = tuning.tuned(self, model, (vae.out_channels, *vae.get_latent_size(self.size)), texts)
@@ -172,6 +171,11 @@ class VideoPipeline:
         needs = Needs(self, parts, requests)
         self._use_memory(share(needs.choose(), self.layout))
         return needs
+
+    def accelerated(self, model: Any) -> Any:
+        """The model as it is called: compiled, divided among ranks, recorded, as the settings ask."""
+        self._compile(model)
+        return self._recorded(guidance_parallel(model, self.layout, self.settings.guidance_ranks))
 
     def _compile(self, model: Any) -> None:
         """Compiles the model, if the settings ask for it."""
@@ -224,6 +228,7 @@ class VideoPipeline:
         settings = self.settings
         self.paths = {part: components.find(getattr(settings, part), part, settings.offline) for part in PARTS}
         text_encoder = components.build_text_encoder(settings.text_encoder, self.paths["text_encoder"], self.dtype)
+        self.tokenizer = components.tokenizer_sha256(self.paths["text_encoder"])
         vae = components.build(settings.vae, self.paths["vae"])
         defaults = {"in_channels": vae.out_channels}
         if not isinstance(text_encoder, ClassIds):
@@ -480,7 +485,7 @@ class VideoPipeline:
         settings = begun.recipe["settings"] if begun else self._settings_of(request)
         return make_recipe(
             request.prompt, self.texts(request), settings["seed"], request.sample, settings=settings,
-            weights={part: summary.sha256 for part, summary in self.summaries.items()},
+            weights={part: one.sha256 for part, one in self.summaries.items()} | self.tokenizer,
             references=self.reference_hashes[request.reference_path],
         )  # fmt: skip
 
@@ -592,9 +597,10 @@ def output_folder(path: str) -> Iterator[None]:
         check_folder(folder)
         yield
     finally:
-        for part in made:
-            with suppress(OSError):
-                part.rmdir()
+        with held():
+            for part in made:
+                with suppress(OSError):
+                    part.rmdir()
 
 
 @contextmanager

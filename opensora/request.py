@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from opensora import components, prompts, refine, registry
-from opensora.conditioning import parse_mask_strategy
+from opensora import prompts, refine, registry
 from opensora.datasets.aspect import get_image_size, get_num_frames, get_num_pixels, parse_ratio
 from opensora.errors import ConfigError
 from opensora.schema import shown
@@ -78,6 +77,21 @@ class Size(NamedTuple):
 
 def check_supported(settings: InferenceSettings) -> None:
     """Raises ConfigError for a section that is missing or cannot be built, and for what this version cannot do."""
+    from opensora import components
+
+    check_sections(settings)
+    for part in PARTS:
+        components.check(getattr(settings, part), part)
+    if refine.is_wanted(settings):
+        if settings.offline:
+            raise ConfigError("llm_refine asks a language model, but offline asks nobody; leave out one of the two")
+        refine.endpoint(settings)
+        if settings.text_encoder["type"] == "classes":
+            raise ConfigError("llm_refine rewrites words, but these prompts are numbers of classes; leave it out")
+
+
+def check_sections(settings: InferenceSettings) -> None:
+    """The part of `check_supported` that loads no model's code."""
     for section in (*PARTS, "scheduler"):
         if getattr(settings, section) is None:
             raise ConfigError(f"the configuration has no {section}; add {section} = dict(type=..., ...)")
@@ -85,15 +99,9 @@ def check_supported(settings: InferenceSettings) -> None:
         value = getattr(settings, name)
         if value != getattr(InferenceSettings, name) and any(value if isinstance(value, list) else [value]):
             raise ConfigError(f"{name} is not supported yet; leave it out")
-    for part in PARTS:
-        components.check(getattr(settings, part), part)
-    registry.check_type("scheduler", settings.scheduler["type"], registry.SCHEDULERS)
-    if refine.is_wanted(settings):
-        if settings.offline:
-            raise ConfigError("llm_refine asks a language model, but offline asks nobody; leave out one of the two")
-        refine.endpoint(settings)
-        if settings.text_encoder["type"] == "classes":
-            raise ConfigError("llm_refine rewrites words, but these prompts are numbers of classes; leave it out")
+    tables = (registry.TEXT_ENCODERS, registry.AUTOENCODERS, registry.MODELS, registry.SCHEDULERS)
+    for section, table in zip((*PARTS, "scheduler"), tables, strict=True):
+        registry.check_type(section, getattr(settings, section)["type"], table)
 
 
 def make_size(settings: InferenceSettings) -> Size:
@@ -131,6 +139,8 @@ def make_size(settings: InferenceSettings) -> Size:
 
 def make_requests(settings: InferenceSettings) -> list[Request]:
     """The results to make, in order. File numbers count from the first prompt of the list, whatever slice is made."""
+    from opensora.conditioning import parse_mask_strategy
+
     texts = settings.prompt or (prompts.load_prompts(settings.prompt_path) if settings.prompt_path else [])
     if (count := len(texts[settings.start_index : settings.end_index]) * settings.num_sample) > MAX_RESULTS:
         raise ConfigError(f"{shown(count)} results are asked for, and at most {MAX_RESULTS:,} are made; ask for fewer")
@@ -143,7 +153,8 @@ def make_requests(settings: InferenceSettings) -> list[Request]:
             told = (shown(text), unused[:10], settings.loop)
             logger.warning("prompt %s has texts for loops %s, but --loop is %d", *told)
         conditions = {"reference_path": reference_path, "mask_strategy": mask_strategy, **info}
-        parse_mask_strategy(conditions["mask_strategy"])
+        if conditions["mask_strategy"]:
+            parse_mask_strategy(conditions["mask_strategy"])
         for sample in range(settings.num_sample):
             name = (settings.sample_name, index, text, settings.prompt_as_path, settings.num_sample, sample)
             path = prompts.save_path_name(settings.save_dir, *name)

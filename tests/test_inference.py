@@ -28,6 +28,7 @@ from opensora.pipeline import VideoPipeline
 from opensora.recipe import frames_digest, read_recipe
 from opensora.settings import InferenceSettings
 from opensora.weights import read_state_dict, save_file, save_pretrained, summarize
+from opensora.weights.tokenizer import tokenizer_hash
 from tests.checkpoints import SAMPLE, SCRIPT, run_script, snapshot
 from tests.tiny import make_tiny_stdit3, make_tiny_t5
 
@@ -113,6 +114,7 @@ def test_two_seconds_of_two_prompts_with_two_samples(here, hub_cache, capsys):
     for part in ("model", "vae", "text_encoder"):
         folder = snapshot(hub_cache, part)
         assert recipe["weights"][part] == summarize(folder, read_state_dict(folder)).sha256
+    assert recipe["weights"]["tokenizer"] == tokenizer_hash(snapshot(hub_cache, "text_encoder"))
 
 
 def test_weights_named_by_folder_and_by_file(here, hub_cache):

@@ -107,7 +107,7 @@ def test_half_head(frames: int) -> None:
 @pytest.mark.parametrize("name", OLD["valid_types"])
 def test_old_names(name: str) -> None:
     """Under v1.1.0's names too; that version refuses ratios below 1 in sum, here identity takes the rest (G4)."""
-    settings = TrainSettings.from_config({"model": {"type": "A"}, "mask_ratios": {name: 1.0}}, "a.py")
+    settings = TrainSettings.from_config({"model": {"type": "STDiT3"}, "mask_ratios": {name: 1.0}}, "a.py")
     kind = "identity" if name == "mask_no" else name.removeprefix("mask_")
     recorded = [case for case in OLD["per_type"] if case["type"] == kind and "masks" in case and case["num_frames"] > 3]
     for case in [needed(recorded, f"masks of {kind}"), *recorded[1:]]:
