@@ -200,12 +200,14 @@ def _regular(source: str) -> str:
     """The path of a local file. Raises MediaError for a folder, device or pipe, and what is not there or too large."""
     try:
         found = os.stat(source)
-    except (OSError, ValueError) as error:
-        raise MediaError(f"reference {shown(source)}: cannot be read ({why(error)}); give another") from error
+    except PermissionError as error:
+        raise MediaError(f"reference {source!r}: cannot be read ({why(error)}); give another") from error
+    except (OSError, ValueError) as error:  # the last of a NUL in the name
+        raise MediaError(f"reference {source!r}: no such file; give another") from error
     if not stat.S_ISREG(found.st_mode):
-        raise MediaError(f"reference {shown(source)}: is no regular file; give an image or a video")
+        raise MediaError(f"reference {source!r}: no such file, but a folder, device or pipe; give an image or a video")
     if found.st_size > MAX_FILE_BYTES:
-        raise MediaError(f"reference {shown(source)}: is larger than {MAX_FILE_BYTES:,} bytes; cut out what is needed")
+        raise MediaError(f"reference {source!r}: is larger than {MAX_FILE_BYTES:,} bytes; cut out what is needed")
     return source
 
 
