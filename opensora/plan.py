@@ -34,7 +34,7 @@ class Plan:
     timelines: list[list[Clip]]
     notes: list[str]
     base: int  # bytes that the process occupies before the first stage
-    grid: tuple[int, int, int]  # frames, rows and columns of pixels that are worked on together
+    grid: tuple[int, int, int]  # frames, rows and columns of pixels that the autoencoder takes together
 
     @property
     def stages(self) -> list[Stage]:
@@ -102,7 +102,8 @@ class Plan:
 
     def _size(self) -> Iterator[str]:
         size = self.pipeline.size
-        yield f"legal sizes near {size.height}x{size.width}: " + ", ".join(f"{h}x{w}" for h, w in near_sizes(self))
+        near = ", ".join(f"{h}x{w}" for h, w in near_sizes(self))
+        yield f"legal sizes near {size.height}x{size.width} (multiples of {SPATIAL_FACTOR}): {near}"
         yield f"legal lengths near {size.num_frames}: " + ", ".join(map(str, near_lengths(self)))
 
     def _notes(self) -> Iterator[str]:
@@ -145,7 +146,7 @@ def make_plan(settings: InferenceSettings) -> Plan:
     notes += [f"{part}: '{getattr(settings, part)['from_pretrained']}' would be downloaded" for part in absent]
     timelines = [pipeline.timelines[request] for request in requests]
     notes += [note for request in requests for note in _snapped(pipeline, request)]
-    grid = (parts["vae"].group[0], *(SPATIAL_FACTOR * side for side in parts["model"].patch_size[1:]))
+    grid = (parts["vae"].group[0], SPATIAL_FACTOR, SPATIAL_FACTOR)
     base = estimate.resident() + LIBRARIES
     needs = pipeline.choose_memory(requests, parts)
     return Plan(pipeline, needs, requests, timelines, list(dict.fromkeys(notes)), base, grid)
@@ -206,9 +207,8 @@ def _names(request: Request) -> list[str]:
 def _snapped(pipeline: VideoPipeline, request: Request) -> Iterator[str]:
     """What is not done as it was asked for, because sizes and starts come in steps."""
     settings, size = pipeline.settings, pipeline.size
-    if (size.height, size.width) != pipeline.made:
-        height, width = pipeline.made
-        yield f"{size.height}x{size.width} becomes {height}x{width}: sides are multiples of 8"
+    if size.rounding:
+        yield size.rounding
     if settings.image_size is None:
         yield f"{settings.resolution} at {settings.aspect_ratio} is {size.height}x{size.width}"
     resolved = [one for clip in pipeline.timelines[request] for one in clip.placements]

@@ -108,6 +108,9 @@ class InferenceSettings(_Settings):
     prompt_path: str | None = setting(
         None, "text file with one prompt a line", kind=FilePath, example="assets/texts/t2v_samples.txt"
     )
+    negative_prompt: str | None = setting(
+        None, "what guidance leads away from, instead of the model's null text", example="blurred, low quality"
+    )
     prompt_as_path: bool = setting(False, "name the results after their prompts", nargs=0)
     prompt_generator: str = setting("", "program that makes prompts", kind=Name)
     llm_refine: bool = setting(False, "let a language model refine the prompts")
@@ -230,8 +233,9 @@ class TrainSettings(_Settings):
     wandb: bool = setting(False, "log to Weights & Biases", nargs="?")
     tensorboard: bool = setting(True, "write event files for tensorboard, if it is installed", nargs="?")
     load: str | None = setting(
-        None, "checkpoint folder to resume from", kind=FilePath, example="outputs/000-STDiT3-XL-2/epoch0-global_step500"
-    )
+        None, "folder of a run or checkpoint to go on from, or auto: the newest that fits", kind=FilePath,
+        example="outputs/000-STDiT3-XL-2/epoch0-global_step500",
+    )  # fmt: skip
     start_from_scratch: bool = setting(False, "take all of --load but its position in the data", nargs=0)
     accept_changes: bool = setting(False, "go on from --load with other data or settings, and say which", nargs=0)
     epochs: int = setting(1000, least=1, about="passes over the data")
@@ -239,7 +243,9 @@ class TrainSettings(_Settings):
     max_minutes: float | None = setting(None, least=0, about="minutes after which the run ends", example=60)
     log_every: int = setting(1, least=1, about="steps between lines of the log")
     ckpt_every: int = setting(0, least=0, about="steps between checkpoints; 0: only at the end")
-    keep_checkpoints: int = setting(2, least=1, about="how many of the newest checkpoints are kept")
+    keep_checkpoints: int | None = setting(
+        None, least=1, example=3, about="newest checkpoints that are kept; None: as many as the run has kept, or 2"
+    )
     validate_every: int = setting(0, "steps between validations on clips that are held out; 0: none", least=0)
     validation_samples: int = setting(16, "clips of each bucket that are held out for it", least=1, most=1_000_000)
     sample_every: int = setting(0, "steps between videos of --sample-prompts; 0: none", least=0)

@@ -73,10 +73,11 @@ def tuned(pipeline: Any, model: Any, shape: tuple[int, ...], texts: Mapping[str,
     if settings.max_error == 0:
         return pipeline.cache
     names, interval = prompts(settings), settings.guidance_interval
+    negative = {} if pipeline.negative_text is None else {"negative": pipeline.negative_text}
     key = calibration.key_of(
         weights=pipeline.summaries["model"].sha256, scheduler=settings.scheduler, shape=shape, size=pipeline.size,
         dtype=pipeline.dtype, fps=settings.fps, prompts=names, max_error=settings.max_error, interval=interval,
-        linear=settings.linear,
+        linear=settings.linear, **negative,
     )  # fmt: skip
     found = share(calibration.remembered(key) if pipeline.layout.is_main else None, pipeline.layout)
     if found is None:

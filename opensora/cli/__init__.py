@@ -160,9 +160,8 @@ def _table(args: argparse.Namespace) -> int:
     preflight.check_exists(args.folder)
     from opensora.video_table import make_table
 
-    made = make_table(args.folder, args.table, args.force)
-    left_out = f"; left out: {len(made.broken)}" if made.broken else ""
-    print(f"{args.table}: {made.num_rows} rows, {made.num_captions} of them with a text of their own{left_out}")
+    made = make_table(args.folder, args.table, args.force, args.captions)
+    print(f"{one_line(args.table)}: {made.summary()}")
     return 0
 
 

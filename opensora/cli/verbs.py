@@ -109,6 +109,8 @@ def _add_table(parser: Parser) -> None:
     )
     parser.add_argument("table", metavar="OUT.csv", help="table to write; it appears whole or not at all")
     parser.add_argument("--force", action="store_true", help="replace a table that is there [no]")
+    text = "files without a text: make it of their names, or refuse them [names]"
+    parser.add_argument("--captions", choices=("names", "required"), default="names", help=text)
 
 
 def _add_buckets(parser: Parser) -> None:

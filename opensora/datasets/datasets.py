@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from opensora.datasets.bucket import random_words
 from opensora.datasets.table import read_table
 from opensora.datasets.transforms import get_transform
-from opensora.datasets.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_image, read_image, read_span
+from opensora.datasets.video import is_image, read_image, read_span
 from opensora.errors import ConfigError, MediaError
 
 if TYPE_CHECKING:
@@ -103,9 +103,9 @@ class _TableDataset(Dataset):
 
     def _clip(self, row: int, num_frames: int, size: tuple[int, int], start: int | None) -> tuple[Tensor, float]:
         """A video's crop [3, num_frames, H, W] or an image [3, 1, H, W], and frames per second."""
-        path = self.table.path[row]
+        path = self.table.file(row)
         self._check(size)
-        if _is_image(path):
+        if is_image(path):
             return self._sized(read_image(path), size), IMAGE_FPS
 
         def choose(total: int) -> Sequence[int]:
@@ -199,7 +199,7 @@ class VariableVideoTextDataset(_TableDataset):
         if video.shape[1] != num_frames:
             problem = f"is an image where the table says {num_frames} frames or more"
             raise MediaError(f"{self.table.path[row]}: {problem}; write 1 in its column num_frames")
-        fps = fps if _is_image(self.table.path[row]) else fps // self.frame_interval
+        fps = fps if is_image(self.table.file(row)) else fps // self.frame_interval
         told = {"num_frames": num_frames, "height": height, "width": width, "ar": height / width, "fps": fps}
         sample = {"video": video, **told}
         return self._captioned(row, sample) if self.with_text else sample
@@ -268,12 +268,6 @@ def _named(content: bytes) -> Iterator[str]:
     for line in content.splitlines():
         with suppress(ValueError, LookupError, TypeError):
             yield str(json.loads(line)["path"])
-
-
-def _is_image(path: str) -> bool:
-    """By suffix, as documented; a file of another suffix is recognised by its content."""
-    suffix = Path(path).suffix.lower()
-    return suffix in IMAGE_SUFFIXES or (suffix not in VIDEO_SUFFIXES and is_image(path))
 
 
 def _parsed(index: str) -> tuple[int, int, int, int]:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from opensora import components, registry, weights
+from opensora.acceleration import peers
 from opensora.acceleration.device import DTYPES, keep_allocations_in_heap, pick_device, place
-from opensora.acceleration.parallel import Layout, barrier, one_voice, start
+from opensora.acceleration.parallel import Layout, barrier, of_main, one_voice, start
 from opensora.acceleration.parallelize import parallelize
 from opensora.acceleration.whole import whole
 from opensora.datasets.datasets import Quarantine
@@ -27,6 +28,7 @@ from opensora.training.data import Feed, Source
 from opensora.training.examples import Encoders, Examples
 from opensora.training.fingerprint import content_of, fingerprint
 from opensora.training.masks import MaskRatios
+from opensora.training.run_folder import publish, refuse_a_second
 from opensora.training.sources import table_source
 from opensora.training.throughput import StepCost
 from opensora.training.trainer import Trainer
@@ -66,7 +68,8 @@ def train(settings: TrainSettings) -> Path:
     scheduler, ratios = check_training(settings)
     keep_allocations_in_heap()
     device = pick_device(settings.device)
-    layout = start(device, settings.sp_size)
+    layout = start(device, settings.sp_size, peers.timeout())
+    of_main(lambda: refuse_a_second(settings), layout)
     data = make_data(settings, device, layout)
     model = build_model(settings, data, device)
     parallelize(model, layout, DTYPES[settings.dtype], settings.grad_checkpoint, settings.compile)
@@ -223,10 +226,12 @@ def end_in_image(latents: Tensor, last: Tensor, mask: Tensor) -> Tensor:
 
 
 def finish(settings: TrainSettings, model: nn.Module, trainer: Trainer, layout: Layout) -> Path:
-    """Writes the averaged model into `outputs/ema`, as it is used for inference."""
-    final = Path(settings.outputs) / "ema"
+    """Writes the averaged model into the folder of the run, as it is used for inference, and returns where it is."""
     averaged = whole(trainer.ema.state_dict(), layout)
-    if layout.is_main:
-        weights.save_pretrained(averaged, final, {"model_type": settings.model["type"], **model.config})
-    barrier(layout)
-    return final
+
+    def write() -> Path:
+        config = {"model_type": settings.model["type"], **model.config}
+        weights.save_pretrained(averaged, trainer.folder / "ema", config)
+        return publish(trainer.folder)
+
+    return of_main(write, layout)
