@@ -387,10 +387,10 @@ def test_class_numbers_are_not_refined(here, server, capsys):
     ("refined", "problem"),
     [
         ({}, "refined has no text for 'a cat'"),
-        ({"a cat": 3}, "refined has no text for 'a cat'"),
+        ({"a cat": 3}, "refined.a cat must be a text; it is 3"),
         ({"a cat": " "}, "prompt 'a cat' is empty once cleaned"),
-        ({"a cat": "\ud800"}, "refined has no text for 'a cat'"),
-        ("a cat", "refined must be dict or None"),
+        ({"a cat": "\ud800"}, r"refined.a cat must be UTF-8 text; it is '\ud800'"),
+        ("a cat", "refined must be a dict; it is 'a cat'"),
     ],
 )
 def test_damaged_recipes(here, server, capsys, refined, problem):
