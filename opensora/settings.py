@@ -44,6 +44,7 @@ Interval = Annotated[Pair[Share], worded("two rising numbers from 0 to 1")]
 Bucket = Annotated[Pair[Name | Int], worded("(resolution, number of frames)")]
 Seconds = Annotated[Number, Field(gt=0, le=1e9)]
 Refined = dict[Text, Text]
+NumFrames = Annotated[Text, Field(max_length=100)] | Annotated[Positive, Field(le=MAX_FRAMES)]
 # Settings of the documents that training, or that of autoencoders, cannot follow; their defaults ask for nothing.
 NOT_YET_IN_TRAINING = ("discriminator", "use_image_identity_loss")
 NOT_YET_IN_VAE_TRAINING = (
@@ -92,9 +93,7 @@ class InferenceSettings(_Settings):
 
     without_effect = ("num_workers", "perceptual_loss_weight", "kl_loss_weight", "dataset", "outputs")
 
-    num_frames: str | int = setting(
-        help="number of frames, or 4s; 1 makes an image", least=1, most=MAX_FRAMES, example="4s"
-    )
+    num_frames: str | int = setting(help="number of frames, or 4s; 1 makes an image", kind=NumFrames, example="4s")
     image_size: tuple[int, int] | None = setting(
         None, "height and width; wins over --resolution", kind=ImageSize, example=(256, 256)
     )

@@ -98,6 +98,7 @@ EXCEPTIONS = {
     ("PIL", "opensora.datasets.transforms"): "images are scaled by Pillow's own filter; no file is opened",
     ("safetensors", "opensora.datasets.encoded"): "reads single samples out of features, which are no checkpoint",
     ("safetensors", "scripts.train_text_encoder"): "writes the encoder it trained",
+    ("PIL", "scripts.misc.draw_assets"): "draws pictures; no file is opened",
     ("PIL", "opensora.watermark"): "writes a text into frames; no file is opened",
     ("PIL", "scripts.misc.eval_embedded"): "writes captions into a picture",
     ("PIL", "opensora.training.tracking"): "tensorboard plays GIFs only; they are made in memory",
