@@ -161,6 +161,7 @@ class TestTables:
 
     def test_held_out_clips_are_never_trained_on(self, files: Path, tmp_path: Path) -> None:
         rows = [(tmp_path / f"{number}.png", "", 1, 192, 192) for number in range(40)]
+        [path.touch() for path, *_ in rows]
         with (tmp_path / "many.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("path", "text", "num_frames", "height", "width"), *rows])
         for make in (settings, variable):

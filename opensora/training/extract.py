@@ -24,8 +24,10 @@ from tqdm import tqdm
 from opensora import components, registry, weights
 from opensora.acceleration.device import DTYPES, inference_dtype, keep_allocations_in_heap, pick_device, take_own
 from opensora.datasets.bucket import Buckets
-from opensora.datasets.datasets import Quarantine, VariableVideoTextDataset, VideoTextDataset, collate, to_levels
-from opensora.datasets.encoded import PLAN, caption_key
+from opensora.datasets.datasets import VariableVideoTextDataset, VideoTextDataset, collate, to_levels
+from opensora.datasets.feature_files import PLAN, caption_key
+from opensora.datasets.file_content import content_keys, file_stamps
+from opensora.datasets.quarantine import Quarantine
 from opensora.errors import ConfigError
 from opensora.models.text_encoder.cleaning import preprocess
 from opensora.settings import TrainSettings, setting
@@ -35,8 +37,6 @@ from opensora.training.shards import (
     LatentShard,
     TextShard,
     bucket_groups,
-    content_key,
-    file_stamps,
     fixed_group,
     latent_shards,
     missing,
@@ -169,6 +169,7 @@ class Extraction:
             for s in latents
         ]
         plan = {"num_rows": len(self.table), "num_crops": self.settings.crops, "latents": parts}
+        plan["table"] = os.path.abspath(self.table.source)
         plan["text"] = [{"file": shard.file} for shard in texts]
         replace_text(self.folder / PLAN, json.dumps(plan, indent=1))
 
@@ -212,7 +213,7 @@ class Extraction:
         self, shard: LatentShard, batches: Iterator[dict[str, Any]], quarantine: Quarantine, progress: tqdm
     ) -> None:
         paths = [self.table.path[row] for row in shard.rows.tolist()]
-        stamps, keys = file_stamps(paths), np.stack([content_key(path) for path in paths])
+        stamps, keys = file_stamps(paths), content_keys(paths)
         rows, fps, latents, last = [], [], [], []
         for asked in _batched(shard):
             batch = next(batches)

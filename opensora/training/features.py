@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from opensora import weights
 from opensora.errors import ConfigError
-from opensora.hub import read_json
+from opensora.files import read_json
+from opensora.schema import check
 from opensora.training.state import replace_text
 
 SHARD = 500
@@ -67,7 +68,7 @@ def claim(folder: Path, identity: dict[str, Any], write: bool = True) -> None:
             return
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(described, text)
-    found, wanted = read_json(described), json.loads(text)
+    found, wanted = check(dict[str, Any], read_json(described, ConfigError), str(described)), json.loads(text)
     if changed := sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key)):
         remedy = "remove it or name another features folder"
         raise ConfigError(f"{folder} was encoded with another {', '.join(changed)}; {remedy}")

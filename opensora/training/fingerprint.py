@@ -47,11 +47,14 @@ def content_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def compare(saved: Mapping[str, str], now: Mapping[str, str], accept: bool) -> list[str]:
-    """What differs, one sentence a setting. Raises ConfigError with them unless they are accepted."""
+def compare(
+    saved: Mapping[str, str], now: Mapping[str, str], accept: bool, words: Mapping[str, str] | None = None
+) -> list[str]:
+    """What differs, one sentence a setting, or what `words` say of it. Raises ConfigError unless it is accepted."""
     saved = _of_training(saved)
     names = sorted(name for name in {*saved, *now} if saved.get(name) != now.get(name))
-    changes = [f"{name} was {_shown(saved.get(name))} and is {_shown(now.get(name))}" for name in names]
+    values = {name: f"{name} was {_shown(saved.get(name))} and is {_shown(now.get(name))}" for name in names}
+    changes = [(words or {}).get(name, text) for name, text in values.items()]
     if changes and not accept:
         remedy = "undo that, or go on with --accept-changes"
         raise ConfigError(f"the checkpoint is of another run: {'; '.join(changes)}; {remedy}")

@@ -25,6 +25,7 @@ from opensora.acceleration.device import (
     training_attention,
     training_context,
 )
+from opensora.acceleration.host_group import HostGroup
 from opensora.acceleration.parallel import Layout, clip_grad_norm, local, mean, share
 from opensora.errors import OpenSoraError
 from opensora.settings import TrainSettings
@@ -35,6 +36,7 @@ from opensora.training.fingerprint import compare
 from opensora.training.guard import Guard, Question
 from opensora.training.throughput import Throughput
 from opensora.training.tracking import Tracker, copy_log
+from opensora.training.turns import Turns
 
 logger = logging.getLogger("opensora")
 Loss = Callable[[Any, torch.Generator], Tensor]  # what the feed gives -> the loss of each sample [B], or of all
@@ -73,11 +75,14 @@ class Trainer:
         self, settings: TrainSettings, model: nn.Module, loss: Loss, device: torch.device, feed: Feed | int,
         layout: Layout | None = None, prints: dict[str, str] | None = None,
         work: Callable[[], tuple[float, ...]] = lambda: (1,),
+        explain: Callable[[Path, dict[str, str]], dict[str, str]] = lambda folder, saved: {},
     ) -> None:  # fmt: skip
         self.settings, self.model, self.loss, self.device = settings, model, loss, device
         self.layout, self.prints, self.work = layout or Layout(), prints or {}, work
+        self.explain = explain  # the folder of a run and its fingerprint -> what has changed since, in words
         self.feed = Feed(Numbered(feed)) if isinstance(feed, int) else feed
         self.feed.placed = copied_alongside(device)
+        self.turns = Turns(HostGroup(self.layout))
         self.batches = settings.accumulation_steps * self.feed.ranks  # of a step
         self.steps_per_epoch = max(self.feed.source.count(0) // self.batches, 1)
         self.total_steps = settings.max_steps or settings.epochs * self.steps_per_epoch
@@ -91,6 +96,7 @@ class Trainer:
         self.step = 0
         self.losses: list[Tensor] = []  # of the steps since the last line of the log
         self.saved: Path | None = None  # the checkpoint of the present position
+        self.origin: Path | None = None  # the folder of the run that this one goes on from
         self.watches: list[Watch] = []
         self.guard = Guard(model, settings, self.layout, lambda line: self.tracker.step(line))
         self.throughput = Throughput(device, settings.dtype, self.layout)
@@ -107,12 +113,13 @@ class Trainer:
         checkpoint = share(state.find_checkpoint(self.settings.load).resolve(), self.layout)
         position = state.read_position(checkpoint)
         if not self.settings.start_from_scratch and "fingerprint" in position:
-            for change in compare(position["fingerprint"], self.prints, self.settings.accept_changes):
+            words = self.explain(checkpoint.parent, position["fingerprint"])
+            for change in compare(position["fingerprint"], self.prints, self.settings.accept_changes, words):
                 logger.warning("going on although %s", change)
         state.load(checkpoint, self.model, self.ema, self.optimizer, self.scaler)
         if self.settings.start_from_scratch:
             return self._new_folder()
-        self.step, self.saved = position["global_step"], checkpoint
+        self.step, self.saved, self.origin = position["global_step"], checkpoint, checkpoint.parent
         self.feed.go_to(Place(position["epoch"], position.get("index", position["step"] * self.batches)))
         self.losses = [torch.tensor(loss, device=self.device) for loss in position.get("losses", ())]
         if "guard" in position:
@@ -154,6 +161,8 @@ class Trainer:
         try:
             while not self.finished and not self._out_of_time(started):
                 norm = self.train_step()
+                if norm is None:
+                    continue
                 self.step += 1
                 self.saved = None
                 bar.update()
@@ -170,9 +179,11 @@ class Trainer:
             self.writer.wait()
         return self.saved
 
-    def train_step(self) -> Tensor:
-        """One optimizer step, unless the guard forbids it; returns the gradient norm."""
-        batches = [next(self.feed) for _ in range(self.settings.accumulation_steps)]
+    def train_step(self) -> Tensor | None:
+        """One optimizer step, unless the guard forbids it; returns the gradient norm. None if no rank has a sample."""
+        batches, samples = self.turns([next(self.feed) for _ in range(self.settings.accumulation_steps)])
+        if not samples:
+            return None
         loss = self._gradients(batches)
         if not self.settle():
             loss = self._gradients(batches)
