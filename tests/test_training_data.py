@@ -201,9 +201,29 @@ class TestTraining:
     def test_a_changed_table_is_noticed(self, files: Path, tmp_path: Path) -> None:
         first = train(settings(files, "table", outputs=str(tmp_path), max_steps=2)).parent
         again = dict(outputs=str(tmp_path), load=str(first / "000-STDiT3"))
-        with pytest.raises(ConfigError, match=r"the table was .* and is .*--accept-changes"):
+        with pytest.raises(ConfigError, match=r"the table is another: 1 rows removed: .*broken\.mp4; .*--accept-changes"):
             train(settings(files, "whole", **again))
         assert train(settings(files, "whole", accept_changes=True, **again)).name == "ema"
+
+    @pytest.mark.parametrize("change", ["replaced", "mended", "gone", "text"])
+    def test_changed_data_is_named(self, files: Path, tmp_path: Path, change: str) -> None:
+        """Files replaced under the same names, with the same sizes and times, and texts that were written anew."""
+        whole = TestSmall(tmp_path, files)
+        first = train(whole.settings())
+        stat = (tmp_path / "2.png").stat()
+        if change == "text":
+            whole.write(text="another text")
+        elif change == "gone":
+            (tmp_path / "2.png").unlink()
+        else:
+            content = bytearray((tmp_path / "2.png").read_bytes())
+            content[-20] ^= 1
+            (tmp_path / "2.png").write_bytes(content)
+            os.utime(tmp_path / "2.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        what = {"text": "its cells", "gone": "its file is not there"}.get(change, "its file")
+        again = dict(load=str(first.parent / "000-STDiT3"), max_steps=3)
+        with pytest.raises(ConfigError, match=rf"the table is another: 1 rows changed: .*2\.png \({what}\); undo that"):
+            train(whole.settings(**again))
 
     @pytest.mark.parametrize("scheduler", ["rflow", "iddpm", "iddpm-speed"])
     @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def make_data(settings: TrainSettings, device: torch.device, layout: Layout, gat
     if settings.batch_size is None:
         raise ConfigError("training on rendered clips needs a batch_size")
     clips = shape_clips(section, settings.batch_size, section.get("seed", 0), "features", "num_clips")
-    encoders = Encoders(settings, device, layout)
+    encoders = Encoders(settings, device, Layout())  # one rank encodes while the others wait: nothing is sharded
     source = _first_on_main(layout, lambda: ClipSource(clips, encode_clips(clips, settings, encoders), settings))
     sizes = [(one.num_frames, *one.image_size) for one in clips.sets if not one.continued]
     held, keywords = held_clips(clips, settings, encoders), encoders.keywords(sizes)
