@@ -91,7 +91,7 @@ class Quarantine:
     def _count(self, folder: Path) -> list[Broken]:
         """Counts what the lists in a folder name, if that is still so; returns what is new of it."""
         found = []
-        for path in sorted(folder.glob(f"{self.path.stem}*{self.path.suffix}")):
+        for path in sorted(folder.glob(f"{self.path.name.partition('.')[0]}*{self.path.suffix}")):
             for one, key in _listed(_content(path)):
                 if one.row not in self.rows and self._still(one, key):
                     self.rows.add(one.row)

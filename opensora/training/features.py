@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from opensora import weights
 from opensora.errors import ConfigError
-from opensora.files import read_json
+from opensora.files import read_json, why
 from opensora.schema import check
 from opensora.training.state import replace_text
 
@@ -66,8 +66,11 @@ def claim(folder: Path, identity: dict[str, Any], write: bool = True) -> None:
     if not described.is_file():
         if not write:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_text(described, text)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_text(described, text)
+        except OSError as error:
+            raise ConfigError(f"{described}: cannot be written ({why(error)}); name another folder") from error
     found, wanted = check(dict[str, Any], read_json(described, ConfigError), str(described)), json.loads(text)
     if changed := sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key)):
         remedy = "remove it or name another features folder"
