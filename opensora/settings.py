@@ -212,7 +212,7 @@ class TrainSettings(_Settings):
     outputs: str = setting("outputs", "folder of training runs")
     wandb: bool = setting(False, "log to Weights & Biases", nargs="?")
     tensorboard: bool = setting(True, "write event files for tensorboard, if it is installed", nargs="?")
-    load: str | None = setting(None, "checkpoint folder to resume from")
+    load: str | None = setting(None, "folder of a run or checkpoint to go on from, or auto: the newest that fits")
     start_from_scratch: bool = setting(False, "take all of --load but its position in the data", nargs=0)
     accept_changes: bool = setting(False, "go on from --load with other data or settings, and say which", nargs=0)
     epochs: int = setting(1000, least=1)
@@ -220,7 +220,7 @@ class TrainSettings(_Settings):
     max_minutes: float | None = setting(None, least=0)
     log_every: int = setting(1, least=1)
     ckpt_every: int = setting(0, least=0)
-    keep_checkpoints: int = setting(2, least=1)
+    keep_checkpoints: int | None = setting(None, least=1)  # None: those of the run that goes on, or 2
     validate_every: int = setting(0, "steps between validations on clips that are held out; 0: none", least=0)
     validation_samples: int = setting(16, "clips of each bucket that are held out for it", least=1)
     sample_every: int = setting(0, "steps between videos of --sample-prompts; 0: none", least=0)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from opensora.utils.config_utils import run_program
 
 TIMEOUT = 250  # seconds, for all that the ranks do
 PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor", "torch.multiprocessing.spawn", "opensora.registry"]
@@ -40,6 +43,45 @@ def run(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = T
             for process in context.processes:
                 process.kill()
         return [torch.load(Path(folder) / f"result{rank}", weights_only=False) for rank in range(ranks)]
+
+
+class End(NamedTuple):
+    """How a rank ended: its exit code, negative for a signal, and what it wrote to standard error."""
+
+    code: int
+    stderr: str
+
+
+def ends(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[End]:
+    """How the ranks end that run `function(*args)` as the program of each of them."""
+    with TemporaryDirectory() as folder:
+        context = get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        processes = [
+            context.Process(target=_program, args=(rank, ranks, folder, function, args)) for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(deadline - time.monotonic(), 0.1))
+            process.kill()
+            process.join()
+        told = [(Path(folder) / f"stderr{rank}").read_text() for rank in range(ranks)]
+        return [End(process.exitcode, text) for process, text in zip(processes, told, strict=True)]
+
+
+def _program(rank: int, ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
+    os.dup2(os.open(Path(folder) / f"stderr{rank}", os.O_WRONLY | os.O_CREAT), 2)
+
+    def program() -> Any:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+        return function(*args)
+
+    sys.exit(run_program(program))
 
 
 def _rank(rank: int, ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -23,6 +23,7 @@ from opensora.training.vae import train_vae
 from tests.tiny import TINY_VAE
 
 CPU = torch.device("cpu")
+OF_A_RUN = ["log.jsonl", "run.json", "run.lock"]
 TIMINGS = {"step_s", "clips_per_s", "tokens_per_s", "data_wait", "mfu"}
 
 
@@ -211,13 +212,6 @@ class TestResume:
         with pytest.raises(WeightsError, match="holds no finished checkpoint"):
             trainer(tmp_path, load=str(empty))
 
-    @pytest.mark.parametrize("part", ["model/model.safetensors", "ema.pt", "optimizer/optimizer.pt"])
-    def test_damaged_checkpoint_is_named(self, tmp_path: Path, whole: Trainer, part: str) -> None:
-        file = state.find_checkpoint(whole.folder) / part
-        file.write_bytes(file.read_bytes()[:100])
-        with pytest.raises(WeightsError, match="epoch2-global_step10"):
-            trainer(tmp_path, load=str(whole.folder))
-
 
 class TestAccumulation:
     def batches(self, outputs: Path, size: int, **changes: Any) -> Trainer:
@@ -358,7 +352,7 @@ class TestTrouble:
         monkeypatch.setattr(state, "_sync", sync)
         with pytest.raises(raised):
             run.run()
-        assert sorted(path.name for path in run.folder.iterdir()) == ["epoch0-global_step2", "latest", "log.jsonl"]
+        assert sorted(path.name for path in run.folder.iterdir()) == ["epoch0-global_step2", "latest", *OF_A_RUN]
 
     @pytest.mark.parametrize(
         ("dataset", "words"),

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
+from opensora.acceleration.parallel import Layout
 from opensora.datasets.quarantine import Broken, Quarantine
 from opensora.datasets.video import write_image
 from opensora.errors import MediaError
 from opensora.settings import TrainSettings
+from opensora.training import turns
 from opensora.training.diffusion import train
 from opensora.training.turns import Turns
 from tests.ranks import run
@@ -23,17 +24,13 @@ from tests.tiny import TINY_STDIT3, make_tiny_t5, make_tiny_vae
 ROWS = 8  # of an epoch: 4 steps of one row on each rank
 
 
-class Group:
+def as_ranks(
+    monkeypatch: pytest.MonkeyPatch, numbers: list[tuple[float, ...]], broken: list[list[Broken]] = ()
+) -> Layout:
     """One rank of several, of which the others say the same each time."""
-
-    def __init__(self, numbers: list[tuple[float, ...]] = (), broken: list[list[Broken]] = ()) -> None:
-        self.others, self.broken, self.ranks = numbers, broken, len(numbers) + 1
-
-    def numbers(self, *values: float) -> torch.Tensor:
-        return torch.tensor([values, *self.others], dtype=torch.float64)
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value, *self.broken]
+    monkeypatch.setattr(turns, "total", lambda own, _: [sum(column) for column in zip(own, *numbers, strict=True)])
+    monkeypatch.setattr(turns, "gather", lambda own, _: [own, *broken])
+    return Layout(0, len(numbers) + 1)
 
 
 def batch(*names: str, broken: tuple = ()) -> dict[str, Any]:
@@ -47,22 +44,22 @@ class TestTurns:
             ([batch("a", "b")], [], [1], 2),
             ([batch()], [], [0], 0),
             ([batch("a"), batch()], [], [2, 0], 1),
-            ([batch("a")], [(0, 0, 0)], [2], 1),
-            ([batch()], [(2, 1, 0)], [0], 2),
-            ([batch("a"), batch("b")], [(2, 1, 0), (0, 0, 0)], [2, 2], 4),
-            ([batch()], [(0, 0, 0)], [0], 0),
+            ([batch("a")], [(0, 0, 0, 0)], [2], 1),
+            ([batch()], [(2, 1, 0, 0)], [0], 2),
+            ([batch("a"), batch("b")], [(2, 1, 0, 0), (0, 0, 0, 0)], [2, 2], 4),
+            ([batch()], [(0, 0, 0, 0)], [0], 0),
         ],
     )
     def test_batches_without_samples_take_no_weight_from_the_others(
-        self, own: list, others: list, weights: list[float], samples: int
+        self, own: list, others: list, weights: list[float], samples: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        made, count = Turns(Group(others))(own)
-        assert [one["weight"] for one in made] == weights and count == samples
+        made = Turns(as_ranks(monkeypatch, others))(own)
+        assert [one["weight"] for one in made.batches] == weights and made.samples == samples and not made.stops
 
-    def test_broken_files_of_all_ranks_are_counted_once(self, tmp_path: Path) -> None:
+    def test_broken_files_of_all_ranks_are_counted_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         broken = [Broken(row, f"{row}.mp4", "is cut off") for row in range(6)]
         quarantine = Quarantine(tmp_path / "quarantine.jsonl", 100)
-        group = Group([(0, 0, 3), (0, 0, 0)], [broken[1:4], []])
+        group = as_ranks(monkeypatch, [(0, 0, 3, 0), (0, 0, 0, 0)], [broken[1:4], []])
         Turns(group, quarantine)([batch("a", broken=broken[:2])])
         Turns(group, quarantine)([batch("a", broken=broken[:2])])
         assert quarantine.rows == {0, 1, 2, 3}

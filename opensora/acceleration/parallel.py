@@ -9,26 +9,31 @@ from __future__ import annotations
 import atexit
 import logging
 import math
-import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from opensora.acceleration import peers
 from opensora.acceleration.device import take_own
-from opensora.errors import ConfigError
+from opensora.acceleration.peers import world_size
+from opensora.errors import ConfigError, OpenSoraError
 from opensora.weights import kept_in_float32
 
 if TYPE_CHECKING:  # imported where they are used: they take as long as all of torch
     from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=1)  # for what one rank does while the others wait: encoding, hashing, writing
+FAILED = "opensora/failed"  # key of the rank that tells of an error, in the store of all ranks
 
 
 @dataclass(frozen=True)
@@ -61,17 +66,13 @@ class Layout:
         return self.rank == 0
 
 
-def world_size() -> int:
-    """The number of ranks that torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def start(device: torch.device, sp_size: int = 1) -> Layout:
+def start(device: torch.device, sp_size: int = 1, timeout: float | None = None) -> Layout:
     """The layout of the ranks that torchrun has started, `sp_size` to a sequence; they are connected on the first call.
 
-    Other ranks than the first log errors only. Raises ConfigError when the ranks or the devices do not fit.
+    They wait for one another for `timeout` seconds, or for as long as their back end has it. Other ranks than the
+    first log errors only. Raises ConfigError when the ranks or the devices do not fit.
     """
-    ranks, rank = world_size(), int(os.environ.get("RANK", 0))
+    ranks, rank = world_size(), peers.rank()
     if ranks % sp_size:
         remedy = f"start a multiple of {sp_size} with torchrun --nproc_per_node, or change sp_size"
         raise ConfigError(f"sp_size {sp_size} does not divide the number of ranks, {ranks}; {remedy}")
@@ -80,25 +81,73 @@ def start(device: torch.device, sp_size: int = 1) -> Layout:
     from torch.distributed.device_mesh import init_device_mesh
 
     if not dist.is_initialized():
-        take_own(device, int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group(dist.get_default_backend_for_device(device), rank=rank, world_size=ranks)
+        take_own(device, peers.local_rank())
+        _connect(device, rank, ranks, timeout)
         atexit.register(stop)
+        peers.end_with_launcher()
     if rank:
         logging.getLogger("opensora").setLevel(logging.ERROR)
     mesh = init_device_mesh(device.type, (ranks // sp_size, sp_size), mesh_dim_names=("data", "sequence"))
     return Layout(rank, ranks, sp_size, mesh)
 
 
+def _connect(device: torch.device, rank: int, ranks: int, timeout: float | None) -> None:
+    how = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
+    try:
+        dist.init_process_group(dist.get_default_backend_for_device(device), rank=rank, world_size=ranks, **how)
+    except ValueError as error:  # MASTER_ADDR or MASTER_PORT is not set, or no address
+        said = " ".join(str(error).split())
+        raise ConfigError(f"the ranks cannot be connected ({said}); {peers.ENVIRONMENT}") from error
+
+
 def stop(layout: Layout | None = None) -> None:
     """Ends what connects the ranks."""
+    _hosts.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+@cache
+def _hosts(patient: bool = False) -> Any:
+    """A group of all ranks that no device takes part in, for a few numbers on the host, or to wait for long."""
+    if not patient and dist.get_backend() == "gloo":
+        return None  # the group of all that there is
+    return dist.new_group(backend="gloo", **({"timeout": PATIENCE} if patient else {}))
+
+
 def barrier(layout: Layout) -> None:
-    """Waits until all ranks are here."""
+    """Waits until all ranks are here, however long that takes."""
     if layout.world_size > 1:
-        dist.barrier()
+        dist.barrier(group=_hosts(patient=True))
+
+
+def of_main(make: Callable[[], T], layout: Layout) -> T:
+    """What `make` gives on the main rank, on every rank, however long it takes.
+
+    Its OpenSoraError is raised on all of them.
+    """
+    if layout.world_size == 1:
+        return make()
+    made: Any = None
+    if layout.is_main:
+        try:
+            made = make()
+        except OpenSoraError as error:
+            made = error
+    barrier(layout)
+    made = share(made, layout)
+    if isinstance(made, OpenSoraError):
+        raise made
+    return made
+
+
+def total(values: Sequence[float], layout: Layout) -> list[float]:
+    """The sums over all ranks of a few numbers of their hosts; no device is waited for."""
+    if layout.world_size == 1:
+        return list(values)
+    numbers = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(numbers, group=_hosts())
+    return numbers.tolist()
 
 
 def share(value: T, layout: Layout) -> T:
@@ -132,25 +181,36 @@ def mean(tensor: Tensor, layout: Layout) -> Tensor:
 def one_voice() -> Iterator[None]:
     """Lets one rank alone tell of what ended the run: the first that fails raises, the others leave with exit code 1.
 
-    A rank that fails takes the others with it: they lose their connection or are ended by torchrun.
+    A rank that fails takes the others with it: they lose their connection or are ended by torchrun. Where a rank has
+    gone without a word, each of the others says in one line that it has lost it.
     """
     try:
         yield
-    except Exception:
-        if world_size() > 1 and not _is_first():
+    except Exception as error:
+        if world_size() == 1:
+            raise
+        gone = peers.lost(error)
+        if _told_by_another(silent=gone is None):
             time.sleep(1)  # the message comes before torchrun ends the rank that has it
             raise SystemExit(1) from None
+        if gone is not None:
+            raise gone from error
         raise
 
 
-def _is_first() -> bool:
-    """Whether no other rank has failed before, by the store that all ranks share."""
-    rank, connected = os.environ["RANK"], dist.is_initialized()
+def _told_by_another(silent: bool) -> bool:
+    """Whether another rank has failed before, by the store that all ranks share; else this one tells of it.
+
+    `silent` is the answer where that store has gone with the rank that failed first.
+    """
+    own, connected = str(peers.rank()), dist.is_initialized()
     try:
         store = dist.distributed_c10d._get_default_store() if connected else next(dist.rendezvous("env://"))[0]
-        return store.compare_set("opensora/failed", "", rank).decode() == rank
-    except Exception:  # the store went with the rank that failed first
-        return False
+        if not silent:  # a rank that was lost has told of nothing
+            return store.check([FAILED])
+        return store.compare_set(FAILED, "", own).decode() != own
+    except Exception:
+        return silent
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from opensora import components, registry, weights
+from opensora.acceleration import peers
 from opensora.acceleration.device import DTYPES, keep_allocations_in_heap, pick_device, place
-from opensora.acceleration.host_group import HostGroup
-from opensora.acceleration.parallel import Layout, barrier, one_voice, share, start
+from opensora.acceleration.parallel import Layout, barrier, gather, of_main, one_voice, start
 from opensora.acceleration.parallelize import parallelize
 from opensora.acceleration.whole import whole
 from opensora.datasets.datasets import VideoTextDataset
@@ -32,8 +32,9 @@ from opensora.training.data_record import DataRecord, cells_of, read_record, rec
 from opensora.training.examples import Encoders, Examples
 from opensora.training.fingerprint import fingerprint
 from opensora.training.masks import MaskRatios
+from opensora.training.run_folder import publish, refuse_a_second
 from opensora.training.sources import table_source
-from opensora.training.table_checks import Gather, alone, check_texts, missing_files, same_on_all_ranks
+from opensora.training.table_checks import check_texts, missing_files, same_on_all_ranks
 from opensora.training.throughput import StepCost
 from opensora.training.trainer import Trainer
 from opensora.training.turns import Turns
@@ -77,9 +78,9 @@ def train(settings: TrainSettings) -> Path:
     scheduler, ratios = check_training(settings)
     keep_allocations_in_heap()
     device = pick_device(settings.device)
-    layout = start(device, settings.sp_size)
-    group = HostGroup(layout)
-    data = make_data(settings, device, layout, group.gather)
+    layout = start(device, settings.sp_size, peers.timeout())
+    of_main(lambda: refuse_a_second(settings), layout)
+    data = make_data(settings, device, layout)
     model = build_model(settings, data, device)
     parallelize(model, layout, DTYPES[settings.dtype], settings.grad_checkpoint, settings.compile)
     feed = Feed(data.source, layout.data_rank, layout.data_size, settings.num_workers if data.reads_files else 0)
@@ -90,13 +91,11 @@ def train(settings: TrainSettings) -> Path:
         return len(loss.examples.names), *cost(latents, {**cond, "y": _rounded(cond["y"])})
 
     prints = fingerprint(settings, **data.contents)
-    trainer = Trainer(
-        settings, model, loss, device, feed, layout, prints, work, partial(changed_items, data.record, layout)
-    )
+    trainer = Trainer(settings, model, loss, device, feed, layout, prints, work, partial(changed_items, data.record))
     if data.record is not None:
         data.record.save(trainer.folder)
     if data.reads_files:
-        trainer.turns = Turns(group, quarantine_of(trainer, data, layout, group.gather))
+        trainer.turns = Turns(layout, quarantine_of(trainer, data, layout))
     if data.encoders is not None:
         size = data.sizes[0] if data.sizes else data.source.batches(0)[0][1]  # of the samples
         trainer.watches += watches(settings, model, scheduler, data.held, data.encoders, size, layout)
@@ -104,12 +103,12 @@ def train(settings: TrainSettings) -> Path:
     return finish(settings, model, trainer, layout) if trainer.finished else folder
 
 
-def quarantine_of(trainer: Trainer, data: Data, layout: Layout, gather: Gather) -> Quarantine:
+def quarantine_of(trainer: Trainer, data: Data, layout: Layout) -> Quarantine:
     """The broken files of the run as far as they are known. MediaError if they are more than may be."""
     table, former = data.source.dataset.table, [] if trainer.origin is None else [trainer.origin]
     path = trainer.folder / "quarantine.jsonl"
     quarantine = Quarantine(path, len(table), paths=table.path, former=former, writes=layout.is_main)
-    quarantine.add(one for part in gather(data.broken) for one in part)
+    quarantine.add(one for part in gather(data.broken, layout) for one in part)
     return quarantine
 
 
@@ -120,7 +119,7 @@ def changed_items(record: DataRecord | None, layout: Layout, folder: Path, saved
         name = {"row": "the table", "shard": "the features"}[record.kind]
         if before.digest == saved.get(name) and (changes := record.changes_since(before)):
             told = {name: f"{name} is another: {changes}"}
-    return share(told, layout)
+    return told
 
 
 def check_training(settings: TrainSettings) -> tuple[Any, MaskRatios | None]:
@@ -139,7 +138,7 @@ def check_training(settings: TrainSettings) -> tuple[Any, MaskRatios | None]:
     return scheduler, ratios
 
 
-def make_data(settings: TrainSettings, device: torch.device, layout: Layout, gather: Gather = alone) -> Data:
+def make_data(settings: TrainSettings, device: torch.device, layout: Layout) -> Data:
     """The data that the settings name, and the frozen encoders for it. Raises ConfigError if there is none to train on.
 
     Latents of rendered clips are made here, if they are not there yet.
@@ -149,14 +148,12 @@ def make_data(settings: TrainSettings, device: torch.device, layout: Layout, gat
         if settings.load_text_features or settings.load_video_features or section.get("dummy_text_feature"):
             problem = "a table gives videos and captions, no encoded features"
             raise ConfigError(f"{problem}; train on those with dataset = dict(type='EncodedDataset', data_path=FOLDER)")
-        return _of_table(settings, device, layout, gather)
+        return _of_table(settings, device, layout)
     if section.get("type") in encoded.TYPES:
         source = encoded.EncodedSource(settings, layout.data_size)
-        record = None
-        if layout.is_main:
-            encoded.refuse_other_encoders(source.dataset, settings)
-            record = record_of_features(source.dataset)
-        contents = {"the features": share(record and record.digest, layout), **source.contents()}
+        of_main(lambda: encoded.refuse_other_encoders(source.dataset, settings), layout)
+        record, digest = _record(lambda: record_of_features(source.dataset), layout)
+        contents = {"the features": digest, **source.contents()}
         if settings.validate_every or settings.sample_every:
             logger.warning("validate_every and sample_every have no effect with encoded features")
         return Data(source, _placed_on(device), [], source.keywords(), contents, record=record)
@@ -170,23 +167,37 @@ def make_data(settings: TrainSettings, device: torch.device, layout: Layout, gat
     return Data(source, _placed_on(device), sizes, keywords, encoders.contents, encoders, held)
 
 
-def _of_table(settings: TrainSettings, device: torch.device, layout: Layout, gather: Gather) -> Data:
+def _of_table(settings: TrainSettings, device: torch.device, layout: Layout) -> Data:
     """The data of a table, which is checked before the encoders are loaded."""
+
+    gathered = partial(gather, layout=layout)
 
     def look(dataset: VideoTextDataset) -> list[Broken]:
         check_texts(dataset.table, dataset.captions)
-        return missing_files(dataset.table, gather)
+        return missing_files(dataset.table, gathered)
 
     source = table_source(settings, layout.data_size, look)
     cells = cells_of(source.dataset.table)
-    same_on_all_ranks(cells, source.dataset.table.source, gather)
-    record = record_of_table(source.dataset.table, cells) if layout.is_main else None
+    same_on_all_ranks(cells, source.dataset.table.source, gathered)
+    record, digest = _record(lambda: record_of_table(source.dataset.table, cells), layout)
     encoders = Encoders(settings, device, layout)
-    contents = {"the table": share(record and record.digest, layout), **encoders.contents}
+    contents = {"the table": digest, **encoders.contents}
     sizes = [source.batches(0).size] if isinstance(source.dataset, VideoTextDataset) else []
-    held, broken = held_out(source, encoders, settings.seed, gather)
+    held, broken = held_out(source, encoders, settings.seed, gathered)
     keywords, broken = encoders.keywords(sizes), [*source.broken, *broken]
     return Data(source, encoders, sizes, keywords, contents, encoders, held, broken, record, reads_files=True)
+
+
+def _record(make: Callable[[], DataRecord], layout: Layout) -> tuple[DataRecord | None, str]:
+    """The record of what is trained on, on the main rank, and its digest on every one."""
+    made: list[DataRecord] = []
+
+    def digest() -> str:
+        made.append(make())
+        return made[0].digest
+
+    found = of_main(digest, layout)
+    return (made[0] if made else None), found
 
 
 def _placed_on(device: torch.device) -> Prepare:
@@ -278,10 +289,12 @@ def end_in_image(latents: Tensor, last: Tensor, mask: Tensor) -> Tensor:
 
 
 def finish(settings: TrainSettings, model: nn.Module, trainer: Trainer, layout: Layout) -> Path:
-    """Writes the averaged model into `outputs/ema`, as it is used for inference."""
-    final = Path(settings.outputs) / "ema"
+    """Writes the averaged model into the folder of the run, as it is used for inference, and returns where it is."""
     averaged = whole(trainer.ema.state_dict(), layout)
-    if layout.is_main:
-        weights.save_pretrained(averaged, final, {"model_type": settings.model["type"], **model.config})
-    barrier(layout)
-    return final
+
+    def write() -> Path:
+        config = {"model_type": settings.model["type"], **model.config}
+        weights.save_pretrained(averaged, trainer.folder / "ema", config)
+        return publish(trainer.folder)
+
+    return of_main(write, layout)

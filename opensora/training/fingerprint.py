@@ -23,6 +23,7 @@ FREE = {
 PLACES = {"from_pretrained", "data_path", "features", "cache_dir", "local_files_only", "shardformer", "subfolder"}
 # Settings of a scheduler that only samples depend on; also found in what earlier versions saved.
 OF_SAMPLES = {"scheduler.cfg_scale", "scheduler.cfg_channel", "scheduler.ddim_eta"}
+ADDED = {"the length of the schedule", "steps of an epoch"}  # what earlier versions did not record
 SHOWN = 60  # characters of a value in a message
 
 
@@ -47,18 +48,31 @@ def content_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def compare(
-    saved: Mapping[str, str], now: Mapping[str, str], accept: bool, words: Mapping[str, str] | None = None
-) -> list[str]:
-    """What differs, one sentence a setting, or what `words` say of it. Raises ConfigError unless it is accepted."""
+def differences(saved: Mapping[str, str], now: Mapping[str, str], words: Mapping[str, str] | None = None) -> list[str]:
+    """What differs, one sentence a setting, or what `words` say of it.
+
+    What an earlier version did not record counts as the same.
+    """
     saved = _of_training(saved)
     names = sorted(name for name in {*saved, *now} if saved.get(name) != now.get(name))
+    names = [name for name in names if name in saved or name not in ADDED]
     values = {name: f"{name} was {_shown(saved.get(name))} and is {_shown(now.get(name))}" for name in names}
-    changes = [(words or {}).get(name, text) for name, text in values.items()]
+    return [(words or {}).get(name, text) for name, text in values.items()]
+
+
+def require_accepted(changes: list[str], accept: bool) -> list[str]:
+    """The changes, if there are none or they are accepted. Raises ConfigError with them otherwise."""
     if changes and not accept:
         remedy = "undo that, or go on with --accept-changes"
         raise ConfigError(f"the checkpoint is of another run: {'; '.join(changes)}; {remedy}")
     return changes
+
+
+def compare(
+    saved: Mapping[str, str], now: Mapping[str, str], accept: bool, words: Mapping[str, str] | None = None
+) -> list[str]:
+    """What differs. Raises ConfigError with it unless it is accepted."""
+    return require_accepted(differences(saved, now, words), accept)
 
 
 def _of_training(prints: Mapping[str, str]) -> dict[str, str]:

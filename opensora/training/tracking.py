@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import re
 import socket
 import urllib.request
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,10 +19,11 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from opensora.datasets.video import write_image, write_video
-from opensora.errors import ConfigError
-from opensora.files import replacing
+from opensora.errors import ConfigError, MediaError, WeightsError
+from opensora.files import parse_json, replacing, why
 from opensora.settings import TrainSettings
 
+logger = logging.getLogger("opensora")
 WANDB_SERVER = "https://api.wandb.ai"
 PATIENCE = 5  # seconds to wait for it
 
@@ -41,13 +44,15 @@ class Board(Protocol):
 class Tracker:
     """Writes `folder/log.jsonl`, samples, and what tensorboard and wandb show; on the main rank alone.
 
-    A run that goes on after `step` forgets what is there of later steps. Raises ConfigError when wandb is asked for
-    and cannot be had; tensorboard is left out where it is not installed.
+    A run that goes on after `step` forgets what is there of later steps. What cannot be written, on a full disk, is
+    said once, and training goes on. Raises ConfigError when wandb is asked for and cannot be had; tensorboard is left
+    out where it is not installed.
     """
 
     def __init__(self, folder: Path, settings: TrainSettings, is_main: bool = True, step: int = 0) -> None:
         self.folder, self.is_main = Path(folder), is_main
         self.boards: list[Board] = []
+        self._told = False  # that the log cannot be written
         if not is_main:
             return
         copy_log(self.folder / "log.jsonl", self.folder / "log.jsonl", step)
@@ -61,13 +66,29 @@ class Tracker:
         if not self.is_main:
             return
         line = {name: _plain(value) for name, value in line.items()}
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._write(json.dumps(line, allow_nan=False) + "\n")
         rest = {name: value for name, value in line.items() if name != "step"}
         numbers = {name: value for name, value in rest.items() if type(value) in (int, float)}
         texts = {name: json.dumps(value) for name, value in rest.items() if name not in numbers}
-        for board in self.boards:
-            board.step(line["step"], numbers, texts)
+        self._show(lambda board: board.step(line["step"], numbers, texts))
+
+    def _write(self, line: str) -> None:
+        try:
+            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            if not self._told:
+                logger.warning("%s: lines are missing (%s); training goes on", self.folder / "log.jsonl", why(error))
+            self._told = True
+
+    def _show(self, what: Callable[[Board], None]) -> None:
+        """Has each board show something; one that cannot write is left out from then on."""
+        for board in list(self.boards):
+            try:
+                what(board)
+            except OSError as error:
+                logger.warning("%s is left out (%s); training goes on", type(board).__name__, why(error))
+                self.boards.remove(board)
 
     def video(self, name: str, frames: np.ndarray, fps: float, step: int) -> Path | None:
         """Writes frames uint8 [T, H, W, 3] into `folder/samples` and shows them: an mp4, or a png of a single frame.
@@ -83,14 +104,12 @@ class Tracker:
             path = write_image(frames[0], path.with_name(f"{path.name}.png"))
         else:
             path = write_video(frames, path.with_name(f"{path.name}.mp4"), fps)
-        for board in self.boards:
-            board.video(f"samples/{name}", path, frames, fps, step)
+        self._show(lambda board: board.video(f"samples/{name}", path, frames, fps, step))
         return path
 
     def close(self) -> None:
         """Writes what is left; the tracker is not used afterwards."""
-        for board in self.boards:
-            board.close()
+        self._show(lambda board: board.close())
         self.boards = []
 
 
@@ -166,12 +185,33 @@ def import_wandb() -> Any:
 
 
 def copy_log(old: Path, new: Path, step: int) -> None:
-    """Copies a log without the lines of steps after `step`, which will be taken again; both paths may be one file."""
-    if old.is_file():
-        # A line that is cut off is the last one, of a run that was killed while writing it.
-        lines = [line for line in old.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
-        with replacing(new) as [temporary]:
-            temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+    """Copies a log without the lines of steps after `step`, which will be taken again; both paths may be one file.
+
+    Lines that are damaged are left out. Raises WeightsError where the new one cannot be written.
+    """
+    try:
+        lines = old.read_bytes().splitlines(keepends=True) if old.is_file() else None
+    except OSError as error:
+        raise WeightsError(f"{old}: cannot be read ({why(error)})") from error
+    if lines is None:
+        return
+    steps = [_step_of(line) for line in lines]
+    if damaged := steps[:-1].count(None):  # the last one may be cut off, by a kill
+        logger.warning("%s: %d damaged lines are left out", old, damaged)
+    with replacing(new, error=WeightsError) as [temporary]:
+        temporary.write_bytes(
+            b"".join(line for line, at in zip(lines, steps, strict=True) if at is not None and at <= step)
+        )
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step that a line of the log is about; None for a damaged line."""
+    try:
+        value = parse_json(line, "a line of the log") if line.endswith(b"}\n") else None
+    except MediaError:
+        return None
+    at = value.get("step") if isinstance(value, dict) else None
+    return at if type(at) is int else None
 
 
 def _plain(value: Any) -> Any:

@@ -25,18 +25,23 @@ from opensora.acceleration.device import (
     training_attention,
     training_context,
 )
-from opensora.acceleration.host_group import HostGroup
-from opensora.acceleration.parallel import Layout, clip_grad_norm, local, mean, share
+from opensora.acceleration.parallel import Layout, barrier, clip_grad_norm, gather, mean, of_main, share
 from opensora.errors import OpenSoraError
 from opensora.settings import TrainSettings
 from opensora.training import state
 from opensora.training.data import Feed, Numbered, Place
 from opensora.training.ema import EMA
-from opensora.training.fingerprint import compare
+from opensora.training.fingerprint import differences
 from opensora.training.guard import Guard, Question
+from opensora.training.optimizer import make_optimizer
+from opensora.training.position import Position, read_position
+from opensora.training.run_folder import carry_over, open_run
+from opensora.training.saving import Saving
+from opensora.training.schedule import Schedule
+from opensora.training.stopping import Stopping, name_of
 from opensora.training.throughput import Throughput
-from opensora.training.tracking import Tracker, copy_log
-from opensora.training.turns import Turns
+from opensora.training.tracking import Tracker
+from opensora.training.turns import Turns, names_of
 
 logger = logging.getLogger("opensora")
 Loss = Callable[[Any, torch.Generator], Tensor]  # what the feed gives -> the loss of each sample [B], or of all
@@ -55,6 +60,7 @@ class Taken(NamedTuple):
 
     step: int
     batches: list[Any]
+    samples: int  # of all ranks
     loss: Tensor
     question: Question
 
@@ -64,6 +70,8 @@ class Trainer:
 
     A number instead of a `feed` means batches that are nothing but their number, so many to an epoch. `prints` is the
     fingerprint that a resumed run is compared with; `work()` tells the clips, tokens and operations of the last batch.
+    Batches that know their samples have `names` and a `weight`, 0 where nothing could be read; where that is so on all
+    ranks, nothing is a step. `samples` counts those of the steps that were taken.
     `watches` are called after every step; those that come at other steps than the settings say call `settle` first.
 
     Where `late`, a device computes a step while the next one is prepared: whether it was bad is decided on the device,
@@ -82,57 +90,78 @@ class Trainer:
         self.explain = explain  # the folder of a run and its fingerprint -> what has changed since, in words
         self.feed = Feed(Numbered(feed)) if isinstance(feed, int) else feed
         self.feed.placed = copied_alongside(device)
-        self.turns = Turns(HostGroup(self.layout))
+        self.turns = Turns(self.layout)
         self.batches = settings.accumulation_steps * self.feed.ranks  # of a step
-        self.steps_per_epoch = max(self.feed.source.count(0) // self.batches, 1)
-        self.total_steps = settings.max_steps or settings.epochs * self.steps_per_epoch
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, settings, device)
         self.late = settings.dtype != "fp16" and optimizer_kernels(device)["fused"] and runs_ahead(device)
         self.taken: Taken | None = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "fp16")
         self.ema = EMA(model, settings.ema_decay)
-        self.writer = state.Writer()
-        self.step = 0
+        self.saving = Saving(model, self.parameters, self.ema, self.optimizer, self.scaler, self.layout)
+        self.stopping = Stopping()
+        self.step = self.samples = 0
+        self.idle = 0  # batches since the last sample
+        self.stopped = 0  # the signal that ended the run
         self.losses: list[Tensor] = []  # of the steps since the last line of the log
         self.saved: Path | None = None  # the checkpoint of the present position
-        self.origin: Path | None = None  # the folder of the run that this one goes on from
         self.watches: list[Watch] = []
         self.guard = Guard(model, settings, self.layout, lambda line: self.tracker.step(line))
         self.throughput = Throughput(device, settings.dtype, self.layout)
-        self.folder = self._open()
+        self._open()
         self.tracker = Tracker(self.folder, settings, self.layout.is_main, self.step)
 
-    def _open(self) -> Path:
-        """The experiment folder: the one that `load` points into, with its state restored, or a new one.
+    def _open(self) -> None:
+        """Finds or makes the folder of the run, and takes what the checkpoint holds that it goes on from."""
 
-        A run that does not go on where the newest checkpoint of its folder ends gets a new folder too.
-        """
-        if self.settings.load is None:
-            return self._new_folder()
-        checkpoint = share(state.find_checkpoint(self.settings.load).resolve(), self.layout)
-        position = state.read_position(checkpoint)
-        if not self.settings.start_from_scratch and "fingerprint" in position:
-            words = self.explain(checkpoint.parent, position["fingerprint"])
-            for change in compare(position["fingerprint"], self.prints, self.settings.accept_changes, words):
-                logger.warning("going on although %s", change)
-        state.load(checkpoint, self.model, self.ema, self.optimizer, self.scaler)
-        if self.settings.start_from_scratch:
-            return self._new_folder()
-        self.step, self.saved, self.origin = position["global_step"], checkpoint, checkpoint.parent
-        self.feed.go_to(Place(position["epoch"], position.get("index", position["step"] * self.batches)))
-        self.losses = [torch.tensor(loss, device=self.device) for loss in position.get("losses", ())]
-        if "guard" in position:
-            self.guard.load_state_dict(position["guard"])
-        newest = share(state.checkpoints(checkpoint.parent)[-1:] == [checkpoint], self.layout)
-        folder = checkpoint.parent if newest else self._new_folder()
+        def on_main() -> Any:
+            opened = open_run(self.settings, self.saving.check, self._differs)
+            self.lock = opened.lock
+            return opened._replace(lock=None)
+
+        self.lock = None
+        opened = of_main(on_main, self.layout)
+        self.folder, self.run_id, self.kept = opened.folder, opened.run.run, opened.run.keep_checkpoints
+        self.schedule = Schedule(self.settings, self.feed.source, self.batches)
+        self.origin: Path | None = None  # the folder of the run that this one goes on from
+        if opened.checkpoint is None:
+            return
+        position = self.saving.load(opened.checkpoint)  # the main rank has checked it
+        if not opened.goes_on:
+            return
+        self._go_to(position)
+        self.saved, self.origin = opened.checkpoint, opened.checkpoint.parent
         if self.layout.is_main:
-            copy_log(checkpoint.parent / "log.jsonl", folder / "log.jsonl", self.step)
-        return folder
+            carry_over(opened, self.step)
+            if self.finished:
+                logger.info("%s", self._end())
 
-    def _new_folder(self) -> Path:
-        made = self.layout.is_main and state.experiment_folder(self.settings.outputs, self.settings.model["type"])
-        return share(made, self.layout)
+    def _go_to(self, position: Position) -> None:
+        self.step, self.schedule = position.global_step, self._schedule(position)
+        self.samples = position.global_step if position.samples is None else position.samples
+        self.feed.go_to(self.schedule.place)
+        self.losses = [torch.tensor(loss, device=self.device) for loss in position.losses]
+        if position.guard is not None:
+            self.guard.load_state_dict(position.guard.model_dump())
+
+    def _schedule(self, position: Position) -> Schedule:
+        """The steps from a position on; with fewer data than before, from the end of its epoch on."""
+        index = position.step * self.batches if position.index is None else position.index
+        place = Place(position.epoch, min(index, self.feed.source.count(position.epoch)))
+        return Schedule(self.settings, self.feed.source, self.batches, position.global_step, place)
+
+    def _differs(self, checkpoint: Path) -> list[str]:
+        """What makes a checkpoint that of another run."""
+        position = read_position(checkpoint)
+        now = {**self.prints, **self._schedule(position).prints()}
+        if position.fingerprint is None:
+            return []
+        return differences(position.fingerprint, now, self.explain(checkpoint.parent, position.fingerprint))
+
+    @property
+    def total_steps(self) -> int:
+        """The number of steps of the whole run, those without a sample left out as far as they are known."""
+        return self.schedule.total_steps
 
     @property
     def finished(self) -> bool:
@@ -142,48 +171,85 @@ class Trainer:
         return self.feed.place.epoch >= self.settings.epochs
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then constant or half a cosine down to zero at the last step."""
-        warmup = self.settings.warmup_steps or 0
-        if step < warmup:
-            return self.settings.lr * (step + 1) / (warmup + 1)
-        if self.settings.lr_schedule == "constant":
-            return self.settings.lr
-        progress = min((step - warmup) / max(self.total_steps - warmup, 1), 1.0)
-        return self.settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        """Linear warm-up, then constant or half a cosine down to zero after the last step."""
+        return self.schedule.learning_rate(step)
 
     def run(self) -> Path:
         """Trains to the last step, or until max_minutes have passed; returns the last checkpoint's folder.
 
-        Raises OpenSoraError when the loss or the weights are no longer finite; the checkpoints before that stay.
+        A signal that asks for its end has it save at the end of the step, and raises SystemExit with 128 and its
+        number. Raises OpenSoraError when the loss or the weights are no longer finite, or when there was no sample to
+        train on; the checkpoints before that stay.
         """
-        started = time.monotonic()
-        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", mininterval=5, disable=self.layout.rank > 0)
+        started, first = time.monotonic(), self.step
         try:
-            while not self.finished and not self._out_of_time(started):
-                norm = self.train_step()
-                if norm is None:
-                    continue
-                self.step += 1
-                self.saved = None
-                bar.update()
-                if self.step % self.settings.log_every == 0:
-                    bar.set_postfix(loss=f"{self._log(norm):.4f}")
-                self._watch()
-                if self.settings.ckpt_every and self.step % self.settings.ckpt_every == 0:
+            with self.stopping, self._bar() as bar:
+                self._train(bar, started)
+                self.settle()
+                if not self.samples and not self.stopped:
+                    raise OpenSoraError("no sample was trained on: there was none that could be read; nothing is saved")
+                if self.saved is None and self.samples:
                     self.saved = self.save()
-            self.saved = self.saved or self.save()
         finally:
-            bar.close()
             self.feed.close()
             self.tracker.close()
-            self.writer.wait()
+            try:
+                self.saving.writer.wait()
+            finally:
+                if self.lock is not None:
+                    self.lock.release()
+        barrier(self.layout)  # torchrun ends all ranks when one of them ends, so none does before all is written
+        if self.step > first or self.stopped:
+            logger.warning("%s", self._end()) if self.stopped else logger.info("%s", self._end())
+        if self.stopped:
+            raise SystemExit(128 + self.stopped)
         return self.saved
 
+    def _bar(self) -> tqdm:
+        how = dict(unit="step", mininterval=5, disable=self.layout.rank > 0)
+        return tqdm(total=self.schedule.expected_steps, initial=self.step, **how)
+
+    def _train(self, bar: tqdm, started: float) -> None:
+        while not self.finished and not self._out_of_time(started):
+            norm = self.train_step()
+            if self.stopped:
+                return
+            self.saved = None
+            if norm is None:
+                continue
+            self.step += 1
+            bar.update()
+            if self.step % self.settings.log_every == 0:
+                bar.set_postfix(loss=f"{self._log(norm):.4f}")
+            self._watch()
+            if self.settings.ckpt_every and self.step % self.settings.ckpt_every == 0:
+                self.saved = self.save()
+
+    def _end(self) -> str:
+        """How the run ended, and how it goes on."""
+        what = f"step {self.step} is done" + (f", saved in {self.saved}" if self.saved else ", nothing was saved")
+        if self.stopped:
+            what = f"ended by {name_of(self.stopped)}: {what}"
+        again = f"go on with --load {self.saved.parent}" if self.saved else "start again"
+        if self.finished:
+            name = "max_steps" if self.settings.max_steps else "epochs"
+            again += f" and more {name} than {getattr(self.settings, name)} (--cfg-options {name}=...)"
+        return f"{what}; {again}"
+
     def train_step(self) -> Tensor | None:
-        """One optimizer step, unless the guard forbids it; returns the gradient norm. None if no rank has a sample."""
-        batches, samples = self.turns([next(self.feed) for _ in range(self.settings.accumulation_steps)])
-        if not samples:
+        """One optimizer step, unless the guard forbids it; returns the gradient norm.
+
+        None where no rank has a sample, or where a rank was asked to end (`stopped`): nothing is done then.
+        """
+        place = self.feed.place
+        asked, batches = self.stopping.asked, [next(self.feed) for _ in range(self.settings.accumulation_steps)]
+        batches, samples, stops = self.turns(batches, asked > 0)
+        if stops:
+            self.stopped, self.feed.place = max(gather(asked, self.layout)), place
             return None
+        if not samples:
+            return self._pass_over()
+        self.idle = 0
         loss = self._gradients(batches)
         if not self.settle():
             loss = self._gradients(batches)
@@ -191,7 +257,7 @@ class Trainer:
             group["lr"] = self.learning_rate(self.step)
         self.scaler.unscale_(self.optimizer)
         norm = clip_grad_norm(self.parameters, self.settings.grad_clip or math.inf)
-        self.taken = Taken(self.step, batches, loss, self.guard.ask(loss, norm))
+        self.taken = Taken(self.step, batches, samples, loss, self.guard.ask(loss, norm))
         if self.late:
             self.optimizer.found_inf = self.taken.question.bad  # its kernel does nothing where that is 1
             self.optimizer.step()
@@ -200,25 +266,33 @@ class Trainer:
             self.settle()
         return norm
 
+    def _pass_over(self) -> None:
+        """Goes on after batches of which nothing could be read. Raises OpenSoraError after an epoch of them."""
+        self.idle += self.batches
+        self.schedule.left_out += self.batches
+        if self.idle > self.feed.source.count(self.feed.place.epoch) + self.batches:
+            raise OpenSoraError("no sample of a whole epoch could be read; check the files of the table")
+
     def settle(self) -> bool:
         """Waits for the last step and does what the guard says of it; False if that was bad, and gradients are lost."""
         taken, self.taken = self.taken, None
         if taken is None:
             return True
         with training_attention(self.device):
-            verdict = self.guard.answer(taken.question, _names(taken.batches), taken.step, lambda: self._again(taken))
+            verdict = self.guard.answer(taken.question, names_of(taken.batches), taken.step, lambda: self._again(taken))
         if not self.late:
             if verdict == "go":
                 self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
         if verdict == "go":
+            self.samples += taken.samples
             self.ema.update()
             self.losses.append(taken.loss)
             return True
         self.optimizer.zero_grad(set_to_none=True)
         if verdict == "roll back":
-            self._roll_back()
+            self.saving.roll_back(self.folder)
         return False
 
     def _gradients(self, batches: list[Any]) -> Tensor:
@@ -243,12 +317,6 @@ class Trainer:
         losses = [self._loss(taken.step, part, batch) for part, batch in enumerate(taken.batches)]
         return torch.cat(losses) if losses[0].ndim else torch.stack(losses).mean()
 
-    def _roll_back(self) -> None:
-        """Takes weights and optimizer from the last checkpoint, if there is one; the data goes on."""
-        self.writer.wait()
-        if good := share(state.checkpoints(self.folder)[-1:], self.layout):
-            state.load(good[0], self.model, self.ema, self.optimizer, self.scaler)
-
     def _watch(self) -> None:
         if any(
             every and self.step % every == 0 for every in (self.settings.validate_every, self.settings.sample_every)
@@ -262,22 +330,17 @@ class Trainer:
     def save(self) -> Path:
         """Takes a checkpoint of the present position, to be written in the background; broken weights are refused."""
         self.settle()
-        norms = torch.stack(torch._foreach_norm([local(p.detach()) for p in self.parameters]))
-        if not mean(norms, self.layout).isfinite().all():
+        if not self.saving.is_finite():
             raise self._broken("the weights are")
-        place = self.feed.place
+        place, prints = self.feed.place, {**self.prints, **self.schedule.prints()}
         position = dict(epoch=place.epoch, step=place.index // self.batches, global_step=self.step)
-        position |= dict(batch_size=self.settings.batch_size, index=place.index, fingerprint=self.prints)
+        position |= dict(batch_size=self.settings.batch_size, index=place.index, samples=self.samples)
+        position["fingerprint"] = prints
         position["guard"] = self.guard.state_dict()
         if self.losses:  # from here on their means, as in a run that is resumed here
             self.losses = list(mean(torch.stack(self.losses), self.layout))
             position["losses"] = torch.stack(self.losses).tolist()
-        self.writer.wait()
-        taken = state.snapshot(self.model, self.ema, self.optimizer, self.scaler, self.layout)
-        if taken is not None:
-            config = {"model_type": self.settings.model["type"], **getattr(self.model, "config", {})}
-            self.writer.write(self.folder, taken, config, position, self.settings.keep_checkpoints)
-        return state.checkpoint_folder(self.folder, position)
+        return self.saving.write(self.folder, self.settings.model["type"], position, self.kept, self.run_id)
 
     def _log(self, norm: Tensor) -> float:
         """Writes a line of the log with the mean loss since the last one, and returns that: NaN without a good step."""
@@ -297,26 +360,7 @@ class Trainer:
         return share(time.monotonic() >= started + 60 * minutes, self.layout)
 
     def _broken(self, what: str) -> OpenSoraError:
-        self.writer.wait()
+        self.saving.writer.wait()
         good = state.checkpoints(self.folder)
         again = f"resume with --load {good[-1]} and --accept-changes" if good else "start again"
         return OpenSoraError(f"{what} not finite at step {self.step}; {again}, with a lower lr or grad_clip")
-
-
-def make_optimizer(parameters: list[Tensor], settings: TrainSettings, device: torch.device) -> torch.optim.AdamW:
-    """AdamW as the settings have it, by the fastest kernels of the device, whatever those of a checkpoint are."""
-    how = dict(betas=settings.adam_betas, eps=settings.adam_eps, weight_decay=settings.weight_decay)
-    kernels = optimizer_kernels(device)
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, **how, **kernels)
-
-    def keep_kernels(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
-        return {**saved, "param_groups": [{**group, **kernels} for group in saved["param_groups"]]}
-
-    optimizer.register_load_state_dict_pre_hook(keep_kernels)
-    return optimizer
-
-
-def _names(batches: list[Any]) -> list[str]:
-    """Of the samples of a step's batches, where they have names."""
-    found = [batch["names"] if isinstance(batch, dict) else getattr(batch, "names", ()) for batch in batches]
-    return [name for names in found for name in names]

@@ -20,6 +20,7 @@ from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.models.vae.vae import SPATIAL_SCALE, VideoAutoencoderPipeline
 from opensora.settings import NOT_YET_IN_VAE_TRAINING, TrainSettings, check_trainable
 from opensora.training.fingerprint import fingerprint
+from opensora.training.run_folder import publish, refuse_a_second
 from opensora.training.trainer import Loss, Trainer, step_generator
 
 Videos = Callable[[int], Tensor]  # step -> [B, 3, T, H, W] in [-1, 1]
@@ -120,6 +121,7 @@ def train_vae(settings: TrainSettings) -> Path:
         raise ConfigError("an autoencoder is trained on one rank; start it without torchrun")
     if settings.perceptual_loss_weight:
         raise ConfigError("perceptual_loss_weight needs the weights of a perceptual network; set it to 0")
+    refuse_a_second(settings)
     keep_allocations_in_heap()
     device = pick_device(settings.device)
     torch.manual_seed(settings.seed)
@@ -133,16 +135,17 @@ def train_vae(settings: TrainSettings) -> Path:
         loss = decoder_loss(model, videos)
     else:
         loss = video_loss(model, settings, videos, data.period) if temporal else frame_loss(model, settings, videos)
-    trainer = Trainer(settings, model, loss, device, settings.ckpt_every, prints=fingerprint(settings))
+    prints = fingerprint(settings, **{"steps of an epoch": str(max(settings.ckpt_every, 1))})
+    trainer = Trainer(settings, model, loss, device, settings.ckpt_every, prints=prints)
     folder = trainer.run()
     if not trainer.finished:
         return folder
     model.load_state_dict(trainer.ema.state_dict())
     if temporal and model.shift.ndim == 0:  # a later stage keeps the latents as they are
         _normalise(model.eval(), data, device)
-    final = Path(settings.outputs) / "ema"
-    weights.save_pretrained(model.state_dict(), final, {"model_type": settings.model["type"], **model.config})
-    return final
+    config = {"model_type": settings.model["type"], **model.config}
+    weights.save_pretrained(model.state_dict(), trainer.folder / "ema", config)
+    return publish(trainer.folder)
 
 
 def _freeze(model: VideoAutoencoderPipeline, settings: TrainSettings, temporal: bool) -> None:
