@@ -76,7 +76,7 @@ def describe(sampler: BucketBatchSampler) -> str:
 
 def write(sampler: BucketBatchSampler, paths: Sequence[str], folder: str | Path, table: str | Path) -> list[Path]:
     """Writes the list of all rows and the picture, named after the table; returns their paths. Raises MediaError."""
-    targets = [Path(folder) / f"{Path(table).stem}.buckets.{suffix}" for suffix in ("csv", "svg")]
+    targets = [Path(folder) / f"{Path(table).absolute().stem}.buckets.{suffix}" for suffix in ("csv", "svg")]
     with replacing(*targets, make_folders=True) as [rows, picture]:
         write_rows(sampler, paths, rows)
         picture.write_text(picture_of(sampler), encoding="utf-8")
@@ -90,7 +90,7 @@ def write_rows(sampler: BucketBatchSampler, paths: Sequence[str], target: Path) 
     cells = [(*bucket, *bucket.size[1:], "") for bucket in buckets] + [("",) * 5 + (text,) for text in REASONS.values()]
     kind = len(buckets) + placement.fate.astype(int)  # REASONS has the order of Fate, which counts from 0
     kind[rows] = group
-    with open(target, "w", newline="", encoding="utf-8", errors="replace") as file:
+    with open(target, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(ROW_FIELDS)
         writer.writerows((row, path, *cells[which]) for row, (path, which) in enumerate(zip(paths, kind, strict=True)))

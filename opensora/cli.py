@@ -67,6 +67,10 @@ def _parser() -> Parser:
     table.add_argument("folder", metavar="FOLDER", help="folder with videos and images, each beside its text in a .txt")
     table.add_argument("table", metavar="OUT.csv", help="table to write; it appears whole or not at all")
     table.add_argument("--force", action="store_true", help="replace a table that is there")
+    table.add_argument(
+        "--captions", choices=("names", "required"), default="names",
+        help="files without a text: make it of their names (default), or refuse them",
+    )  # fmt: skip
     table.set_defaults(run=_table)
 
     buckets = verbs.add_parser("buckets", help="say which rows of a table are trained at what size, or why not")
@@ -173,9 +177,7 @@ def _train(args: argparse.Namespace) -> int:
 def _table(args: argparse.Namespace) -> int:
     from opensora.video_table import make_table
 
-    made = make_table(args.folder, args.table, args.force)
-    left_out = f"; left out: {len(made.broken)}" if made.broken else ""
-    print(f"{args.table}: {made.num_rows} rows, {made.num_captions} of them with a text of their own{left_out}")
+    print(f"{args.table}: {make_table(args.folder, args.table, args.force, args.captions).summary()}")
     return 0
 
 

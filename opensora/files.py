@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from opensora.errors import MediaError, OpenSoraError
 
@@ -24,16 +24,24 @@ def read_bytes(path: str | os.PathLike[str], most: int, error: type[OpenSoraErro
     Devices, pipes and folders are refused without being read. Raises `error`, which says nothing of the content.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with open(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise error(f"{path}: is no regular file; give a file")
+        with open_regular(path, error) as file:
             content = file.read(most + 1)
+    except error:
+        raise
     except (OSError, ValueError) as failure:
         raise error(f"{path}: cannot be read ({why(failure)})") from failure
     if len(content) > most:
         raise error(f"{path}: is larger than {most:,} bytes, the limit here")
     return content
+
+
+def open_regular(path: str | os.PathLike[str], error: type[OpenSoraError] = MediaError) -> BinaryIO:
+    """A regular file, opened for reading. Devices, pipes and folders raise `error` unread; OSError as from `open`."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise error(f"{path}: is no regular file; give a file")
+    return open(handle, "rb")
 
 
 def read_json(path: str | os.PathLike[str], error: type[OpenSoraError] = MediaError, most: int = MAX_JSON_BYTES) -> Any:

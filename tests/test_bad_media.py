@@ -198,6 +198,9 @@ USABLE: dict[str, tuple[Callable[[Path], Path], tuple[int, int, int]]] = {
     "moving.gif": (moving, (5, 32, 48)),
     "still.gif": (image, (1, 32, 48)),
     "moving.png": (moving, (5, 32, 48)),
+    "moving.webp": (moving, (5, 32, 48)),
+    "moving": (lambda p: named(p, ".webp", moving), (5, 32, 48)),
+    "still.webp": (image, (1, 32, 48)),
     "16bit.png": (lambda p: deep(p, np.uint16, 257), (1, 32, 48)),
     "alpha.png": (lambda p: image(p, "RGBA"), (1, 32, 48)),
     "gray_alpha.png": (lambda p: image(p, "LA"), (1, 32, 48)),
@@ -250,7 +253,6 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "floats.tif": (lambda p: deep(p, np.float32, 1), "32-bit levels"),
     "deep.tif": (lambda p: deep(p, np.int32, 1), "32-bit levels"),
     "f" * 400 + ".png": (lambda p: None, "no such file"),
-    "moving.webp": (moving, "cannot be read as a video"),
     "nul\0.png": (lambda p: None, "no such file"),
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -132,31 +131,6 @@ def test_parquet_without_its_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError, match="pip install pyarrow"):
         read(tmp_path, "", "a.parquet")
-
-
-def test_columns_taken_from_parquet(tmp_path, monkeypatch):
-    """With a stand-in for the package: only the columns that are used are read."""
-    columns = all_columns = {"aes": [1.0], "text": [None], "path": ["a.mp4"], "width": [48]}
-
-    class ParquetFile:
-        schema_arrow = SimpleNamespace(names=list(columns))
-
-        def __init__(self, file):
-            assert file.read() == b"PAR1"
-
-        def iter_batches(self, size, columns):
-            held = {name: all_columns[name] for name in columns}
-            yield SimpleNamespace(column=lambda name: SimpleNamespace(to_pylist=lambda: held[name]))
-
-    package = SimpleNamespace(ArrowException=ArithmeticError, parquet=SimpleNamespace(ParquetFile=ParquetFile))
-    monkeypatch.setitem(sys.modules, "pyarrow", package)
-    table = read(tmp_path, b"PAR1", "a.PARQUET")
-    assert (list(table.path), list(table.text), table.width.tolist()) == (["a.mp4"], [""], [48])
-    assert table.num_frames is table.height is None
-    del columns["path"]
-    ParquetFile.schema_arrow.names.remove("path")
-    with pytest.raises(ConfigError, match="no column 'path'"):
-        read(tmp_path, b"PAR1", "a.parquet")
 
 
 def test_parquet(tmp_path):

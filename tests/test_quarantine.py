@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from opensora.datasets.quarantine import Broken, Quarantine
+from opensora.datasets.table import Table, Texts
 from opensora.errors import MediaError
 
 
@@ -76,19 +77,19 @@ def test_what_was_mended_no_longer_counts(remedy: str, tmp_path: Path) -> None:
     paths = [tmp_path / f"{row}.mp4" for row in range(4)]
     [path.write_bytes(b"cut off") for path in paths[:2]]
     listed(tmp_path, "quarantine.jsonl", *paths)
-    table = list(map(str, paths))
-    assert len(Quarantine(tmp_path / "quarantine.jsonl", 100, paths=table)) == 4
+    table = Table("table.csv", Texts(map(str, paths)))
+    assert len(Quarantine(tmp_path / "quarantine.jsonl", 100, table=table)) == 4
     if remedy == "mended":
         [path.write_bytes(b"whole") for path in paths[1:3]]
     elif remedy == "taken out":
-        table = table[:2]
+        table = Table("table.csv", Texts(map(str, paths[:2])))
     else:
         [path.unlink() for path in paths[:2]]
-    again = Quarantine(tmp_path / "quarantine.jsonl", 100, paths=table)
+    again = Quarantine(tmp_path / "quarantine.jsonl", 100, table=table)
     left = 4 if remedy == "removed" else 2  # a file that is gone is not mended
     assert len(again) == left
-    again.add([Broken(1, table[1], "is cut off")])
-    assert len(Quarantine(tmp_path / "quarantine.jsonl", 100, paths=table)) == left + (remedy == "mended")
+    again.add([Broken(1, table.path[1], "is cut off")])
+    assert len(Quarantine(tmp_path / "quarantine.jsonl", 100, table=table)) == left + (remedy == "mended")
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ class TestFiles:
         "paths",
         [
             ["videos\\a.mp4", "videos\\b.mp4"], ["~/no such folder/a.mp4"], ["my videos/a 1.mp4 "], ["", ""],
-            ["folder.mp4"], ["pipe.mp4", "gone.png"], ["/nowhere/a.mp4"] * 40, ["nul\0.mp4", "x" * 5000],
+            ["folder.mp4"], ["pipe.mp4", "gone.png"], ["/nowhere/a.mp4"] * 40, ["x" * 5000, "line\nbreak.mp4"],
         ],
         ids=lambda paths: repr(paths[0])[:20],
     )  # fmt: skip

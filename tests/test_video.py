@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from contextlib import contextmanager
 
@@ -148,7 +149,7 @@ def test_interruption_leaves_nothing(interruption, tmp_path, monkeypatch):
 
 
 def test_replacing_is_all_or_nothing(tmp_path, monkeypatch):
-    rename, names = media.os.replace, []
+    rename, names = os.replace, []
 
     def fails_at_second(source, target):
         names.append(target.name)
@@ -156,7 +157,7 @@ def test_replacing_is_all_or_nothing(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         rename(source, target)
 
-    monkeypatch.setattr(media.os, "replace", fails_at_second)
+    monkeypatch.setattr("os.replace", fails_at_second)
     with (
         pytest.raises(MediaError, match="No space left"),
         media.replacing(tmp_path / "a", tmp_path / "b") as temporaries,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 import numpy as np
@@ -130,8 +131,86 @@ def test_other_files_are_mentioned(folder: Path, caplog: pytest.LogCaptureFixtur
     assert "left alone, because of their suffixes: 1, such as videos/readme.md" in caplog.text
 
 
+def test_texts_made_of_names_are_counted_and_can_be_refused(
+    folder: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
+) -> None:
+    assert make_table(folder, "videos.csv").num_named == 2
+    assert "texts made of file names: 2, such as 'boat on a lake' of videos/boat_on_a_lake.mp4" in caplog.text
+    assert cli.main(["table", "videos", "new.csv", "--captions", "required"]) == 1
+    error = capsys.readouterr().err
+    assert "2 of 3 files have no text of their own, such as videos/boat_on_a_lake.mp4" in error
+    assert "write it into boat_on_a_lake.txt" in error and not Path("new.csv").exists()
+    (folder / "boat_on_a_lake.txt").write_text("a boat")
+    (folder / "more" / "dark.txt").write_text("")
+    with pytest.raises(ConfigError, match=r"1 of 3 .* such as videos/more/dark\.png"):
+        make_table(folder, "new.csv", captions="required")
+    assert make_table(folder, "new.csv").summary() == "3 rows, 2 of them with a text of their own, 1 with an empty one"
+    (folder / "more" / "dark.txt").write_text("night")
+    assert make_table(folder, "new.csv", force=True, captions="required").num_captions == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"\xef\xbb\xbfa boat\r\n", "a boat"),
+        ("a boat, café".encode("utf-16"), "a boat, café"),
+        (b" \n ", ""),
+        (b"207", "207"),
+    ],
+)
+def test_texts_as_editors_save_them(content: bytes, text: str, folder: Path) -> None:
+    (folder / "b.txt").write_bytes(content)
+    assert read_row(folder / "b.mp4").text == text
+
+
+def test_a_text_without_end_is_left_out(folder: Path) -> None:
+    (folder / "b.txt").write_text("a" * 100_001)
+    (folder / "more" / "dark.txt").write_text("a" * 500_000)
+    [first, second] = make_table(folder, "videos.csv").broken
+    assert "b.mp4: its text cannot be taken, the value must be at most 100000 characters long" in first
+    assert "dark.txt: is larger than" in second
+
+
+def test_what_folders_hold_besides_good_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its line, and the table is written."""
+    (folder / "zero.mp4").touch()
+    (folder / "loop.mp4").symlink_to("loop.mp4")
+    (folder / "gone.png").symlink_to("nowhere.png")
+    (folder / "again").symlink_to("..")
+    (folder / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    (folder / "pages.mp4").write_text("<html>")
+    (folder / "more" / "closed").mkdir()
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: refuse(path) if str(path).endswith("closed") else scan(path))
+    made = make_table(folder, "videos.csv")
+    assert made.num_rows == 3
+    lines = {Path(line.split(":")[0]).name: line for line in made.broken}
+    assert len(lines) == len(made.broken) == 7
+    for name, words in {
+        "zero.mp4": "cannot be read", "loop.mp4": "leads nowhere", "gone.png": "leads nowhere", "again": "not followed",
+        "photo.heic": "HEIC", "pages.mp4": "cannot be read", "closed": "cannot be read (Permission denied)",
+    }.items():  # fmt: skip
+        assert words in lines[name]
+
+
+def refuse(path: object) -> None:
+    raise PermissionError(13, "Permission denied", str(path))
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"\xff\xfe", b'a\x80b, "c"', b" blanks ", b"#hash", b"a;b|c\td"])
+def test_folders_of_any_name_make_tables_that_can_be_read(name: bytes, folder: Path) -> None:
+    videos = folder.rename(os.fsdecode(name))
+    (videos / os.fsdecode(name + b".png")).write_bytes((videos / "more" / "dark.png").read_bytes())
+    made = make_table(videos, "videos.csv")
+    assert made.num_rows == 4 and not made.broken
+    table = read_table("videos.csv")
+    assert all(os.path.isfile(table.file(row)) for row in range(4)) and not len(table.missing().rows)
+    assert table.num_frames.tolist().count(1) == 2
+
+
 def test_the_verb(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["table", "videos", "videos.csv"]) == 0
-    assert capsys.readouterr().out == "videos.csv: 3 rows, 1 of them with a text of their own\n"
+    counts = "3 rows, 1 of them with a text of their own, 2 with one made of their file names"
+    assert capsys.readouterr().out == f"videos.csv: {counts}\n"
     assert cli.main(["table", "videos", "videos.csv"]) == 1
     assert "--force" in capsys.readouterr().err

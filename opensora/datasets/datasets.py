@@ -20,7 +20,7 @@ from opensora.datasets.bucket import random_words
 from opensora.datasets.quarantine import Broken
 from opensora.datasets.table import read_table
 from opensora.datasets.transforms import get_transform
-from opensora.datasets.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_image, read_image, read_span
+from opensora.datasets.video import is_image, read_image, read_span
 from opensora.errors import ConfigError, MediaError
 from opensora.schema import check
 
@@ -89,16 +89,16 @@ class _TableDataset(Dataset):
         except MediaError as error:
             row = self._row(index)
             path = self.table.path[row]
-            return Broken(row, path, str(error).removeprefix(f"{path}: "))
+            return Broken(row, path, str(error).removeprefix(f"{path}: ").removeprefix(f"{self.table.file(row)}: "))
 
     def _row(self, index: Any) -> int:
         return int(index)
 
     def _clip(self, row: int, num_frames: int, size: tuple[int, int], start: int | None) -> tuple[Tensor, float]:
         """A video's crop [3, num_frames, H, W] or an image [3, 1, H, W], and frames per second."""
-        path = self.table.path[row]
+        path = self.table.file(row)
         self._check(size)
-        if _is_image(path):
+        if is_image(path):
             return self._sized(read_image(path), size), IMAGE_FPS
 
         def choose(total: int) -> Sequence[int]:
@@ -194,7 +194,7 @@ class VariableVideoTextDataset(_TableDataset):
         if video.shape[1] != num_frames:
             problem = f"is an image where the table says {num_frames} frames or more"
             raise MediaError(f"{self.table.path[row]}: {problem}; write 1 in its column num_frames")
-        fps = fps if _is_image(self.table.path[row]) else fps // self.frame_interval
+        fps = fps if is_image(self.table.file(row)) else fps // self.frame_interval
         told = {"num_frames": num_frames, "height": height, "width": width, "ar": height / width, "fps": fps}
         sample = {"video": video, **told}
         return self._captioned(row, sample) if self.with_text else sample
@@ -217,12 +217,6 @@ def collate(samples: Iterable[dict[str, Any] | Broken]) -> dict[str, Any]:
         else:
             batch[name] = torch.from_numpy(np.array(values))
     return batch
-
-
-def _is_image(path: str) -> bool:
-    """By suffix, as documented; a file of another suffix is recognised by its content."""
-    suffix = Path(path).suffix.lower()
-    return suffix in IMAGE_SUFFIXES or (suffix not in VIDEO_SUFFIXES and is_image(path))
 
 
 def _parsed(index: str) -> tuple[int, int, int, int]:

@@ -53,18 +53,6 @@ def content_keys(paths: Sequence[str]) -> np.ndarray:
     return np.stack(keys) if keys else np.zeros((0, KEY_BYTES), np.uint8)
 
 
-def absent(paths: Sequence[str]) -> np.ndarray:
-    """The numbers of the paths that lead to no regular file, int64, ascending."""
-    return np.flatnonzero(np.fromiter(_in_threads(_is_absent, paths), bool, len(paths)))
-
-
-def _is_absent(path: str) -> bool:
-    try:
-        return not stat.S_ISREG(os.stat(path).st_mode)
-    except (OSError, ValueError):
-        return True
-
-
 def _in_threads(read: Callable[[str], Any], paths: Iterable[str]) -> list[Any]:
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(read, paths))

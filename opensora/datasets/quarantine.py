@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from opensora.datasets.file_content import content_key
+from opensora.datasets.table import Table
 from opensora.errors import MediaError
 from opensora.files import parse_json
 from opensora.schema import Count, Schema, Text, check
@@ -48,15 +49,15 @@ class Quarantine:
 
     The list is `path`, a JSON object a line: row, path, reason, and the key of the file's content. Those of other
     ranks lie beside it, under names that begin as its own; `former` folders have those of the run it goes on from. What
-    they name counts as long as row `row` of `paths` is that file with that content. `most` is the share of the table's
+    they name counts as long as row `row` of `table` is that file with that content. `most` is the share of the table's
     rows that may be broken. Only the rank that `writes` has the list.
     """
 
     def __init__(
-        self, path: str | Path, num_rows: int, most: float = MOST_BROKEN, paths: Sequence[str] | None = None,
+        self, path: str | Path, num_rows: int, most: float = MOST_BROKEN, table: Table | None = None,
         former: Iterable[Path] = (), writes: bool = True,
     ) -> None:  # fmt: skip
-        self.path, self.num_rows, self.paths, self.writes = Path(path), num_rows, paths, writes
+        self.path, self.num_rows, self.table, self.writes = Path(path), num_rows, table, writes
         self.limit = most_broken(num_rows, most)
         self.rows: set[int] = set()
         content = _content(self.path)
@@ -99,16 +100,20 @@ class Quarantine:
         return found
 
     def _still(self, one: Broken, key: str | None) -> bool:
-        path = one.path
-        if self.paths is not None:
-            if not 0 <= one.row < len(self.paths) or Path(self.paths[one.row]).name != Path(path).name:
-                return False  # a row of another table
-            path = self.paths[one.row]
-        now = content_key(path)
-        return key in (None, now.tobytes().hex()) or not now.any()
+        if self.table is not None and (
+            one.row >= len(self.table) or Path(self.table.path[one.row]).name != Path(one.path).name
+        ):
+            return False  # a row of another table
+        now = self._key(one)
+        return key in (None, now) or not int(now, 16)
+
+    def _key(self, one: Broken) -> str:
+        """Of the content of the file."""
+        path = one.path if self.table is None else self.table.file(one.row)
+        return content_key(path).tobytes().hex()
 
     def _list(self, one: Broken) -> None:
-        key = content_key(one.path).tobytes().hex()
+        key = self._key(one)
         if self.named.get(one.path, "") in (None, key):  # earlier versions listed no keys
             return
         self.named[one.path] = key

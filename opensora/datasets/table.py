@@ -1,4 +1,4 @@
-"""Tables of images and videos: CSV, or Parquet where pyarrow is installed.
+"""Tables of images and videos: CSV, JSON lines, or Parquet where pyarrow is installed.
 
 A table has a column `path`, `text` for captions, and `num_frames`, `height`, `width` where samples go into buckets;
 others are ignored. A CSV file of version 1.0 has no header: its columns are path and text.
@@ -6,22 +6,21 @@ others are ignored. A CSV file of version 1.0 has no header: its columns are pat
 
 from __future__ import annotations
 
-import csv
-import math
+import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, zip_longest
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from opensora.datasets.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from opensora.errors import ConfigError, did_you_mean
-
-TEXTS, NUMBERS = ("path", "text"), ("num_frames", "height", "width")
-CHUNK = 2**11  # rows read together: their texts take many times the memory of the arrays they become, and fit a cache
+from opensora.datasets import columns
+from opensora.datasets.columns import NUMBERS, TEXTS, Notes
+from opensora.datasets.table_files import CHUNK, READERS, kinds, metadata_of
+from opensora.errors import ConfigError
+from opensora.files import why
 
 
 class Texts(Sequence[str]):
@@ -44,10 +43,26 @@ class Texts(Sequence[str]):
         first = self.ends[index - 1] if index else 0
         return self.data[first : self.ends[index]].tobytes().decode("utf-8", "surrogatepass")
 
+    def count_empty(self) -> int:
+        """How many are empty or blank."""
+        lengths = np.diff(self.ends, prepend=0)
+        blank = sum(not self[row].strip() for row in np.flatnonzero((lengths > 0) & (lengths <= 16)).tolist())
+        return int(np.count_nonzero(lengths == 0)) + blank
+
+
+class Missing(NamedTuple):
+    """Rows [N] whose files are not there, and the paths that were tried for the first of them."""
+
+    rows: np.ndarray
+    tried: list[str]
+
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of N rows. `num_frames`, `height`, `width` are float64 [N] with NaN for cells that hold no number."""
+    """Columns of N rows. `num_frames`, `height`, `width` are float64 [N] with NaN for cells that hold no number.
+
+    `path` is what the cells hold; `file` is where that leads.
+    """
 
     source: str
     path: Texts
@@ -55,6 +70,8 @@ class Table:
     num_frames: np.ndarray | None = None
     height: np.ndarray | None = None
     width: np.ndarray | None = None
+    folder: str = ""
+    folder_first: bool = False
 
     def __len__(self) -> int:
         return len(self.path)
@@ -66,25 +83,97 @@ class Table:
                 raise ConfigError(f"{self.source}: has no column {name}, which bucket_config needs; add it")
         return self.num_frames, self.height, self.width
 
+    def file(self, row: int) -> str:
+        """The file of a row: the first of `places` that is there, or else the path as it is written."""
+        path = self.path[row]
+        return next((place for place in self.places(path) if os.path.isfile(place)), path)
+
+    def places(self, path: str) -> Iterator[str]:
+        """Where a path may lead: as it is written, without blanks around it, with `~` and backslashes replaced.
+
+        Each of these from the working directory, then from the folder of the table; the other way round for the table
+        of a folder that is laid out as on the hub.
+        """
+        stripped = path.strip()
+        slashed = stripped.replace("\\", "/")
+        spellings = dict.fromkeys((path, stripped, slashed, os.path.expanduser(slashed)))
+        for base in (self.folder, "") if self.folder_first else ("", self.folder):
+            yield from (os.path.join(base, spelling) for spelling in spellings if spelling and base is not None)
+
+    def missing(self) -> Missing:
+        """The rows whose files are not there. It lists each folder once, rather than to look for each file."""
+        there = _Listings()
+        rows = [
+            row
+            for row, path in enumerate(self.path)
+            if path not in there and not any(map(there.holds, self.places(path)))
+        ]
+        tried = list(dict.fromkeys(self.places(self.path[rows[0]]))) if rows else []
+        return Missing(np.array(rows, np.int64), tried)
+
+    def empty_texts(self) -> int:
+        """How many rows have no caption."""
+        return len(self) if self.text is None else self.text.count_empty()
+
+
+class _Listings:
+    """The names of files in folders, each of which is read once."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, frozenset[str] | None] = {}
+
+    def __contains__(self, path: str) -> bool:
+        folder, separator, name = path.rpartition(os.sep)
+        if folder not in self.names:
+            self.names[folder] = _listed(folder + separator or os.curdir)
+        names = self.names[folder]
+        return names is not None and name in names
+
+    def holds(self, path: str) -> bool:
+        """Whether there is such a file, also where a disk finds names in other spellings."""
+        return path in self or (self.names[path.rpartition(os.sep)[0]] is not None and os.path.isfile(path))
+
+
+def _listed(folder: str) -> frozenset[str] | None:
+    """The names of the files in a folder; None where there is no such folder, empty where it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return frozenset(entry.name for entry in entries if entry.is_file())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    except OSError:
+        return frozenset()
+
 
 def read_table(path: str | Path | None) -> Table:
-    """The table in a .csv or .parquet file; ConfigError if it cannot be read, has no column `path`, or no rows."""
+    """The table in a .csv, .tsv, .jsonl or .parquet file, or in a folder with metadata.csv or metadata.jsonl.
+
+    ConfigError if it cannot be read, has no column `path`, or no rows.
+    """
     if not path:
         raise ConfigError("data_path is not set; give a table of videos with --data-path")
-    source, suffix = str(path), Path(path).suffix.lower()
-    if suffix not in (".csv", ".parquet"):
-        raise ConfigError(f"{source}: a table is a .csv or .parquet file; convert it")
-    columns: dict[str, list[Any]] = {}
+    source, laid_out = str(path), os.path.isdir(path)
+    source = metadata_of(source) if laid_out else source
+    reader = READERS.get(Path(source).suffix.lower())
+    if reader is None:
+        raise ConfigError(f"{source}: a table is a {kinds()} file; convert it")
+    parts: dict[str, list[Any]] = {}
+    notes = Notes(source)
     try:
-        for name, cells in _read_csv(source) if suffix == ".csv" else _read_parquet(source):
-            columns.setdefault(name, []).append(Texts(cells) if name in TEXTS else _numbers(cells))
+        for part in reader(source, notes):
+            for name, cells in part.cells.items():
+                parts.setdefault(name, []).append(
+                    Texts(columns.texts(name, cells, part.where, source))
+                    if name in TEXTS
+                    else columns.numbers(name, cells, part.where, source, notes)
+                )
     except OSError as error:
-        raise ConfigError(f"{source}: cannot be read ({error.strerror or error}); check data_path") from error
-    if not columns:
+        raise ConfigError(f"{source}: cannot be read ({why(error)}); check data_path") from error
+    if not parts:
         raise ConfigError(f"{source}: has no rows; give a table with at least one")
-    return Table(
-        source, **{name: (_joined if name in TEXTS else np.concatenate)(columns.pop(name)) for name in [*columns]}
-    )
+    notes.tell()
+    whole = {name: (_joined if name in TEXTS else np.concatenate)(parts.pop(name)) for name in notes.columns}
+    return Table(source, **whole, folder=os.path.dirname(source), folder_first=laid_out)
 
 
 def _joined(parts: Sequence[Texts]) -> Texts:
@@ -93,86 +182,3 @@ def _joined(parts: Sequence[Texts]) -> Texts:
     lengths = np.concatenate([np.diff(part.ends, prepend=0) for part in parts])
     whole.ends, whole.data = np.cumsum(lengths), np.concatenate([part.data for part in parts])
     return whole
-
-
-def _numbers(cells: Sequence[Any]) -> np.ndarray:
-    """float64 [N], NaN for what is no finite number."""
-    try:
-        numbers = np.fromiter(map(float, cells), np.float64, len(cells))
-    except (TypeError, ValueError):
-        numbers = np.fromiter(map(_number, cells), np.float64, len(cells))
-    numbers[~np.isfinite(numbers)] = math.nan
-    return numbers
-
-
-def _number(cell: object) -> float:
-    """NaN for what is no number."""
-    try:
-        return float(cell)
-    except (TypeError, ValueError):
-        return math.nan
-
-
-def _read_csv(source: str) -> Iterator[tuple[str, Sequence[str]]]:
-    """Columns that a table has a use for, some thousand rows of each at a time."""
-    try:
-        with open(source, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            rows = (row for row in reader if row)
-            first = next(rows, ["path"])
-            names, header = _names(first, source)
-            wanted = {name: names.index(name) for name in (*TEXTS, *NUMBERS) if name in names}
-            rows = rows if header else chain([first], rows)
-            while part := list(islice(rows, CHUNK)):
-                if max(map(len, part)) > len(names):
-                    raise _too_long(part, names, source)
-                cells = list(zip_longest(*part, fillvalue=""))
-                cells += [("",) * len(part)] * (len(names) - len(cells))
-                yield from ((name, cells[number]) for name, number in wanted.items())
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{source}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except csv.Error as error:
-        raise ConfigError(f"{source}: line {reader.line_num}: {error}; check its quotes") from error
-
-
-def _names(first: list[str], source: str) -> tuple[list[str], bool]:
-    """The names of the columns, and whether the first row has them."""
-    names = [name.strip() for name in first]
-    if "path" in names:
-        return names, True
-    if Path(names[0]).suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) or Path(names[0]).is_file():
-        return list(TEXTS), False  # a table of 1.0
-    raise _no_path(names, source)
-
-
-def _too_long(rows: Sequence[list[str]], names: Sequence[str], source: str) -> ConfigError:
-    row = next(row for row in rows if len(row) > len(names))
-    problem = f"has {len(row)} cells, more than the {len(names)} columns ({', '.join(names)})"
-    return ConfigError(f"{source}: the row of {row[0]!r} {problem}; put texts with commas in quotes")
-
-
-def _no_path(names: list[str], source: str) -> ConfigError:
-    near = [name for name in names if did_you_mean("path", [name])]
-    problem = f"has no column 'path', only {', '.join(names)[:200]}"
-    return ConfigError(f"{source}: {problem}; {f'rename {near[0]!r}' if near else 'name one so'}")
-
-
-def _read_parquet(source: str) -> Iterator[tuple[str, Sequence[Any]]]:
-    """As `_read_csv`."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise ConfigError(f"{source}: Parquet needs pyarrow; pip install pyarrow, or save it as CSV") from error
-    try:
-        with open(source, "rb") as file:
-            content = parquet.ParquetFile(file)
-            names = content.schema_arrow.names
-            if "path" not in names:
-                raise _no_path(names, source)
-            wanted = [name for name in (*TEXTS, *NUMBERS) if name in names]
-            for batch in content.iter_batches(CHUNK, columns=wanted):
-                for name in wanted:
-                    cells = batch.column(name).to_pylist()
-                    yield name, ["" if cell is None else str(cell) for cell in cells] if name in TEXTS else cells
-    except ArrowException as error:
-        raise ConfigError(f"{source}: cannot be read as Parquet ({error}); save it anew") from error

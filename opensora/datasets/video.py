@@ -1,12 +1,10 @@
-"""Media in and out: H.264 videos and PNG images with text metadata. The only module that opens media files."""
+"""Media in and out: H.264 videos and PNG images with text metadata. `decoding` opens the files."""
 
 from __future__ import annotations
 
 import math
-import os
-import re
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,23 +12,29 @@ from typing import Any
 import numpy as np
 import torch
 
+from opensora.datasets import webp
+from opensora.datasets.decoding import (
+    DEFAULT_FPS,
+    Video,
+    check_pixels,
+    num_packets,
+    opened_image,
+    opened_video,
+    rate_of,
+    timeline,
+)
+from opensora.datasets.decoding import frames as _frames
 from opensora.errors import MediaError
 from opensora.files import replacing, why
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv")  # those documented; content tells the others
-DEFAULT_FPS = 24
 SIZE_KEY = "opensora_size"  # "HxW" before padding to even sides; present only where padding took place
 # Quality of x264: 0 is lossless, 23 its default. Its macroblock tree makes the bytes depend on uninitialised memory.
 ENCODING = {"crf": "10", "mbtree": "0"}
-MAX_SIDE = 8192  # pixels; a file that claims more is refused before it is decoded
 MAX_PIXELS = 2**31  # of all frames that `read_video` returns: 6 GiB
-# What files from strangers may be: no playlists, which lead to other files, and nothing that starts a program.
-IMAGE_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-VIDEO_FORMATS = "mov,matroska,avi,gif,apng,mpegts,mpeg,flv,asf,ogg,yuv4mpegpipe"
-_VIDEO_OPTIONS = {
-    "options": {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file"}, "metadata_errors": "replace",
-}  # fmt: skip
+MAX_DECODED = 2**33  # pixels of all frames that `iterate_video` decodes: 4,096 frames of 1080x1920
+PREDICTED = (2, 3)  # kinds of pictures that FFmpeg makes of others: P, B
 SMPTE170M = 6  # the colour matrix of ITU-R BT.601, noted in the file so that players need not guess
 
 
@@ -66,23 +70,43 @@ def write_image(frame: np.ndarray, path: str | Path, metadata: dict[str, str] | 
 
 
 def read_video(path: str | Path, max_frames: int | None = None) -> tuple[np.ndarray, float]:
-    """All frames of a video as uint8 [T, H, W, 3], and its frames per second on average.
+    """All frames of a video or animated image as uint8 [T, H, W, 3], and its frames per second on average.
 
     Frames are turned upright, transparency is dropped, deeper colours become 8-bit. MediaError for a file that is
     broken, cut off or empty, has no video, or exceeds 8192 pixels a side, `max_frames`, or 2**31 pixels in all.
     """
-    with _opened(path, "a video") as container:
-        stream = _video_stream(container)
-        most = MAX_PIXELS // max(4096, stream.width * stream.height)
-        frames = list(_decoded(container, path, most if max_frames is None else min(most, max_frames)))
-        fps = stream.average_rate or stream.guessed_rate or DEFAULT_FPS
-    return np.stack(frames), float(fps)
+    if moving := webp.find(path):
+        pictures, fps, height, width = webp.frames(path), moving.fps, moving.height, moving.width
+        most = _most_frames(height, width, max_frames)
+        return np.stack(list(_counted(pictures, path, most))), fps
+    with opened_video(path) as video:
+        most = _most_frames(video.stream.height, video.stream.width, max_frames)
+        pictures = (_upright(video, frame) for frame in _frames(video))
+        return np.stack(list(_counted(pictures, path, most))), rate_of(video)
 
 
 def iterate_video(path: str | Path, max_frames: int) -> Iterator[np.ndarray]:
-    """The frames of `read_video` one by one, uint8 [H, W, 3], without a limit to their pixels in all."""
-    with _opened(path, "a video") as container:
-        yield from _decoded(container, path, max_frames)
+    """The frames of `read_video` one by one, uint8 [H, W, 3].
+
+    MediaError before anything is decoded for more than 2**33 pixels in all, or 2**29 of an animated image.
+    """
+    if webp.find(path):
+        yield from _counted(webp.frames(path), path, max_frames)
+        return
+    with opened_video(path) as video:
+        count, size = num_packets(video), (video.stream.height, video.stream.width)
+        if video.animated:
+            check_pixels(path, count, *size)
+        check_pixels(path, min(count, max_frames), *size, MAX_DECODED)
+        yield from _counted((_upright(video, frame) for frame in _frames(video)), path, max_frames)
+
+
+def count_frames(path: str | Path) -> int:
+    """The number of frames of `read_video`, of which few are decoded. MediaError as from `read_span`."""
+    if moving := webp.find(path):
+        return moving.num_frames
+    with opened_video(path) as video:
+        return len(timeline(video).shown)
 
 
 def read_span(
@@ -90,25 +114,29 @@ def read_span(
     choose: Callable[[int], Sequence[int]],
     convert: Callable[[np.ndarray], Any] = np.asarray,
 ) -> tuple[list[Any], float]:
-    """Some frames of a video, each as `convert` makes it of uint8 [H, W, 3], and its frames per second on average.
+    """Some frames of a video or animated image, each as `convert` makes it of uint8 [H, W, 3], and its average rate.
 
-    `choose` gets the number of frames and returns the indices wanted, ascending. Only what lies between the key frame
-    before the first of them and the last is decoded, one frame held at a time. MediaError as from `read_video`.
+    `choose` gets the number of frames and returns the indices wanted, ascending; it is asked again if that number
+    turns out to be smaller. Only what lies between the key frame before the first of them and the last is decoded, one
+    frame held at a time. MediaError as from `read_video`, also where the times in the file are broken.
     """
-    with _opened(path, "a video") as container:
-        stream = _video_stream(container)
-        fps = float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
-        shown, keys = _timeline(container, path)
-        if not shown:
-            raise MediaError(f"{path}: holds no frames; the file is empty or cut off")
-        indices = list(choose(len(shown)))
-        if None not in shown and len(set(shown)) == len(shown):
+    if moving := webp.find(path):
+        indices = list(choose(moving.num_frames))
+        found, _ = _pick(webp.frames(path), indices, convert)
+        return _whole(found, indices, path), moving.fps
+    with opened_video(path) as video:
+        shown, keys = timeline(video)
+        fps, total = rate_of(video), len(shown)
+        indices = list(choose(total))
+        if None not in shown and len(set(shown)) == total and indices[-1] < total:
             times = [shown[index] for index in indices]
             before = [key for key in keys if key <= times[0]]
-            if before and (found := _span_from_key(container, path, max(before), times, convert)) is not None:
+            if before and (found := _span_from_key(video, max(before), times, convert)) is not None:
                 return found, fps
-    with _opened(path, "a video") as container:
-        return _span_from_start(container, path, indices, convert), fps
+    found, count = _span_from_start(path, indices, convert)
+    if len(found) < len(indices) and count < total:
+        found, _ = _span_from_start(path, indices := list(choose(count)), convert)
+    return _whole(found, indices, path), fps
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -118,7 +146,7 @@ def read_image(path: str | Path) -> np.ndarray:
     """
     from PIL import Image, ImageOps
 
-    with _opened(path, "an image") as image:
+    with opened_image(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F"):
             raise MediaError(f"{path}: holds 32-bit levels; save it with 8 or 16 bits")
@@ -128,22 +156,24 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def is_image(path: str | Path) -> bool:
-    """Whether a file is an image rather than a video or moving picture, by its content, or else by its suffix."""
-    with suppress(MediaError), _opened(path, "an image") as image:
+    """Whether a file is a still image rather than a video or animated image, by its content, or else by its suffix."""
+    with suppress(MediaError), opened_image(path) as image:
         return image.format not in ("GIF", "PNG", "WEBP") or not getattr(image, "is_animated", False)
-    with suppress(MediaError), _opened(path, "a video"):
+    if Path(path).suffix.lower() not in IMAGE_SUFFIXES:
         return False
-    return Path(path).suffix.lower() in IMAGE_SUFFIXES
+    with suppress(MediaError), opened_video(path):
+        return False
+    return True
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The text metadata of an image or video (the suffix tells which); MediaError if the file is broken."""
     if Path(path).suffix.lower() in IMAGE_SUFFIXES:
-        with _opened(path, "an image") as image:
+        with opened_image(path) as image:
             image.load()  # text after the pixels counts too
             return {key: value for key, value in image.info.items() if isinstance(value, str)}
-    with _opened(path, "a video") as container:
-        return dict(container.metadata)
+    with opened_video(path) as video:
+        return dict(video.container.metadata)
 
 
 def contact_sheet(frames: np.ndarray, columns: int | None = None, most: int = 12, side: int = 160) -> np.ndarray:
@@ -207,142 +237,71 @@ def _check_frames(frames: np.ndarray, num_dims: int) -> np.ndarray:
     return frames
 
 
-def _decoded(container: Any, path: str | Path, max_frames: int) -> Iterator[np.ndarray]:
-    """The frames uint8 [H, W, 3] of an opened video; MediaError where `read_video` says so."""
-    for count, frame in enumerate(_frames(container, path), start=1):
+def _most_frames(height: int, width: int, max_frames: int | None) -> int:
+    most = MAX_PIXELS // max(4096, height * width)
+    return most if max_frames is None else min(most, max_frames)
+
+
+def _counted(pictures: Iterator[np.ndarray], path: str | Path, max_frames: int) -> Iterator[np.ndarray]:
+    """MediaError once there are more than `max_frames`."""
+    for count, picture in enumerate(pictures, start=1):
         if count > max_frames:
             raise MediaError(f"{path}: holds more than {max_frames} frames, the limit here; make it shorter")
-        yield _upright(container, frame)
+        yield picture
 
 
-def _frames(
-    container: Any, path: str | Path, whole: bool = True, wanted: Collection[int] | None = None
-) -> Iterator[Any]:
-    """The frames of PyAV from where the container stands; MediaError if they differ in size or the file is cut off.
-
-    Whether it is cut off can only be told if all of it is read: `whole`. Frames shown at other times than the `wanted`
-    may be missing where no other frame needs them.
-    """
-    stream, size, count, num_packets = _video_stream(container), None, 0, 0
-    stream.codec_context.options = {"max_pixels": str(MAX_SIDE**2)}  # a frame may be larger than the header says
-    for packet in container.demux(stream):
-        num_packets += packet.size > 0 and not packet.is_corrupt
-        if wanted is not None:
-            stream.codec_context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in wanted else "NONREF"
-        for frame in packet.decode():
-            count, size = count + 1, size or (frame.height, frame.width)
-            if size != (frame.height, frame.width):
-                raise MediaError(f"{path}: its frames differ in size; convert it to one size")
-            yield frame
-    if not count:
-        raise MediaError(f"{path}: holds no frames; the file is empty or cut off")
-    if whole:
-        _check_whole(container, path, num_packets)
-
-
-def _upright(container: Any, frame: Any) -> np.ndarray:
+def _upright(video: Video, frame: Any) -> np.ndarray:
     """A frame of PyAV as uint8 [H, W, 3], without padding, turned as the file says."""
-    height, width = _true_size(container.metadata.get(SIZE_KEY), frame.height, frame.width)
+    height, width = _true_size(video.container.metadata.get(SIZE_KEY), frame.height, frame.width)
     return np.rot90(frame.to_ndarray(format="rgb24")[:height, :width], round(frame.rotation / 90))
 
 
-def _check_whole(container: Any, path: str | Path, num_packets: int) -> None:
-    """Raises MediaError if the file has fewer packets or bytes than its head says."""
-    expected = _video_stream(container).frames
-    if "mp4" in container.format.name and num_packets < expected:
-        raise MediaError(f"{path}: is cut off; {num_packets} of its {expected} frames are there")
-    with open(path, "rb") as file:
-        if os.path.getsize(path) < (declared := _declared_size(file.read(128))):
-            raise MediaError(f"{path}: is cut off; it should have {declared} bytes")
-
-
-def _timeline(container: Any, path: str | Path) -> tuple[list[int | None], list[int]]:
-    """When each frame is shown, in order, and each key frame; nothing is decoded. MediaError for a file cut off."""
-    shown, keys, num_packets = [], [], 0
-    for packet in container.demux(_video_stream(container)):
-        if packet.size:
-            num_packets += not packet.is_corrupt
-            shown += [] if packet.is_discard else [packet.pts]
-            keys += [packet.pts] if packet.is_keyframe and packet.pts is not None else []
-    _check_whole(container, path, num_packets)
-    return (shown if None in shown else sorted(shown)), keys
-
-
-def _span_from_key(
-    container: Any, path: str | Path, key: int, times: list[int], convert: Callable[[np.ndarray], Any]
-) -> list[Any] | None:
+def _span_from_key(video: Video, key: int, times: list[int], convert: Callable[[np.ndarray], Any]) -> list[Any] | None:
     """The frames shown at `times` (ascending), decoded from a key frame; None where that does not lead to them."""
     import av
 
     found: list[Any] = []
     with suppress(MediaError, av.FFmpegError):  # the caller starts anew, and says what is wrong
-        container.seek(key, stream=_video_stream(container))
-        for frame in _frames(container, path, whole=False, wanted=frozenset(times)):
+        video.container.seek(key, stream=video.stream)
+        for frame in _frames(video, whole=False, wanted=frozenset(times)):
             if frame.pts is None or frame.pts > times[len(found)]:
                 return None
+            if frame.pts == key and frame.pict_type in PREDICTED:
+                return None  # what it shows is made of frames before it
             if frame.pts == times[len(found)]:
                 if frame.is_corrupt:
                     return None
-                found.append(convert(_upright(container, frame)))
+                found.append(convert(_upright(video, frame)))
                 if len(found) == len(times):
                     return found
     return None
 
 
 def _span_from_start(
-    container: Any, path: str | Path, indices: Sequence[int], convert: Callable[[np.ndarray], Any]
-) -> list[Any]:
-    """The frames at `indices` (ascending); all before them are decoded too."""
-    found: list[Any] = []
-    for index, frame in enumerate(_frames(container, path, whole=False)):
-        if index == indices[len(found)]:
-            found.append(convert(_upright(container, frame)))
+    path: str | Path, indices: Sequence[int], convert: Callable[[np.ndarray], Any]
+) -> tuple[list[Any], int]:
+    """The frames at `indices` (ascending) as far as there are any, and how many were decoded for them."""
+    with opened_video(path) as video:
+        return _pick(_frames(video, whole=False), indices, lambda frame: convert(_upright(video, frame)))
+
+
+def _pick(pictures: Iterable[Any], indices: Sequence[int], convert: Callable[[Any], Any]) -> tuple[list[Any], int]:
+    found, count = [], 0
+    for count, picture in enumerate(pictures, start=1):
+        if count - 1 == indices[len(found)]:
+            found.append(convert(picture))
             if len(found) == len(indices):
-                return found
-    raise MediaError(f"{path}: frame {indices[len(found)]} cannot be decoded; the file is damaged")
+                break
+    return found, count
+
+
+def _whole(found: list[Any], indices: Sequence[int], path: str | Path) -> list[Any]:
+    if len(found) < len(indices):
+        raise MediaError(f"{path}: frame {indices[len(found)]} cannot be decoded; the file is damaged")
+    return found
 
 
 def _true_size(text: str | None, height: int, width: int) -> tuple[int, int]:
     """The size before padding to even sides as `text` says, unless that cannot come from padding."""
     sizes = ((height - down, width - right) for down in (0, 1) for right in (0, 1))
     return next((size for size in sizes if text == f"{size[0]}x{size[1]}"), (height, width))
-
-
-def _declared_size(head: bytes) -> int:
-    """The bytes that an AVI or Matroska file should have by its head; 0 where that does not say."""
-    if head.startswith(b"RIFF"):
-        return int.from_bytes(head[4:8], "little") + 8
-    segment = re.match(rb"\x1a\x45\xdf\xa3.*?\x18\x53\x80\x67\x01(.{7})", head, re.DOTALL)
-    length = int.from_bytes(segment[1], "big") if segment else 0
-    return segment.end() + length if segment and length < 2**56 - 1 else 0  # all ones: not known
-
-
-def _video_stream(container: Any) -> Any | None:
-    """The first video stream that is not the cover of a piece of music."""
-    return next((s for s in container.streams.video if not s.disposition & type(s.disposition).attached_pic), None)
-
-
-@contextmanager
-def _opened(path: str | Path, what: str) -> Iterator[Any]:
-    """The Pillow image or PyAV container of "an image" or "a video"; MediaError where opening or reading it fails."""
-    import av
-    from PIL import Image, UnidentifiedImageError
-
-    if not os.path.isfile(path):
-        raise MediaError(f"{path}: no such file")
-    image = what == "an image"
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) if image else av.open(f"file:{path}", **_VIDEO_OPTIONS) as media:
-            stream = media if image else _video_stream(media)
-            if stream is None or not (image or stream.codec_context):
-                raise MediaError(f"{path}: holds no video that can be read")
-            if max(stream.width, stream.height) > MAX_SIDE:
-                size = f"{stream.height}x{stream.width}"
-                raise MediaError(f"{path}: is {size} pixels, over the limit of {MAX_SIDE} a side; make it smaller")
-            yield media
-    except MediaError:
-        raise
-    except Exception as error:  # decoders raise anything for a file made to break them
-        unknown = f"it is none of {', '.join(IMAGE_FORMATS)}" if isinstance(error, UnidentifiedImageError) else ""
-        reason, remedy = unknown or why(error), f"save it anew as {'PNG' if image else 'MP4'}"
-        raise MediaError(f"{path}: cannot be read as {what} ({reason}); {remedy}") from error

@@ -92,7 +92,7 @@ def cells_of(table: Table) -> np.ndarray:
 
 def record_of_table(table: Table, cells: np.ndarray) -> DataRecord:
     """The rows of a table: what `cells_of` tells of them, and their files as `content_key` tells them."""
-    return DataRecord("row", table.path, cells, content_keys([table.path[row] for row in range(len(table))]))
+    return DataRecord("row", table.path, cells, content_keys([table.file(row) for row in range(len(table))]))
 
 
 def record_of_features(dataset: EncodedDataset) -> DataRecord:

@@ -107,7 +107,7 @@ def quarantine_of(trainer: Trainer, data: Data, layout: Layout) -> Quarantine:
     """The broken files of the run as far as they are known. MediaError if they are more than may be."""
     table, former = data.source.dataset.table, [] if trainer.origin is None else [trainer.origin]
     path = trainer.folder / "quarantine.jsonl"
-    quarantine = Quarantine(path, len(table), paths=table.path, former=former, writes=layout.is_main)
+    quarantine = Quarantine(path, len(table), table=table, former=former, writes=layout.is_main)
     quarantine.add(one for part in gather(data.broken, layout) for one in part)
     return quarantine
 

@@ -208,7 +208,7 @@ class Extraction:
         if not shards:
             return
         name = f"quarantine.rank{self.rank}.jsonl" if self.rank else "quarantine.jsonl"
-        quarantine = Quarantine(self.folder / name, len(self.table), paths=self.table.path)
+        quarantine = Quarantine(self.folder / name, len(self.table), table=self.table)
         quarantine.check()
         progress = self._progress("videos", sum(shard.num_pixels for shard in shards), unit="px")
         for crop in sorted({shard.crop for shard in shards}):
@@ -222,7 +222,7 @@ class Extraction:
     def _encode_shard(
         self, shard: LatentShard, batches: Iterator[dict[str, Any]], quarantine: Quarantine, progress: tqdm
     ) -> None:
-        paths = [self.table.path[row] for row in shard.rows.tolist()]
+        paths = [self.table.file(row) for row in shard.rows.tolist()]
         stamps, keys = file_stamps(paths), content_keys(paths)
         rows, fps, latents, last = [], [], [], []
         for asked in _batched(shard):

@@ -127,7 +127,7 @@ def _why_stale(path: Path, shard: LatentShard | TextShard, table: Table) -> str 
         return f"{shard.file} holds other rows than the table asks for now"
     if len(planned) and planned.max() >= len(table):
         return f"row {planned.max()} is no longer in the table"
-    paths = [table.path[int(row)] for row in shard.rows]
+    paths = [table.file(int(row)) for row in shard.rows]
     stamps = file_stamps(paths)
     touched = (stamps != stamp).any(axis=1) & (stamps >= 0).all(axis=1)
     for number in np.flatnonzero(touched):

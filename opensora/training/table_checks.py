@@ -6,13 +6,11 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from opensora.datasets.datasets import CAPTIONS
-from opensora.datasets.file_content import absent
 from opensora.datasets.quarantine import Broken, most_broken
 from opensora.datasets.table import Table
 from opensora.errors import ConfigError, MediaError
@@ -21,6 +19,7 @@ logger = logging.getLogger("opensora")
 Gather = Callable[[Any], list[Any]]  # what one rank knows -> what each knows
 
 SHOWN = 3  # names in a message
+LONGEST = 120  # characters of a path in a message
 NOT_THERE = "no such file"
 
 
@@ -35,12 +34,12 @@ def missing_files(table: Table, gather: Gather = alone, rows: np.ndarray | None 
     Raises MediaError if that is all of them, or more than may be.
     """
     rows = np.arange(len(table)) if rows is None else rows
-    own = rows[absent([table.path[row] for row in rows.tolist()])]
-    found = np.unique(np.concatenate(gather(own)))
+    missing = table.missing()
+    found = np.unique(np.concatenate(gather(np.intersect1d(missing.rows, rows))))
     if not len(found):
         return []
-    names = _some([table.path[row] or f"an empty cell in row {row}" for row in found[:SHOWN].tolist()], len(found))
-    where, most = f"looked for {_tried(table)}", most_broken(len(rows))
+    names = _some(table, found)
+    where, most = _tried(missing.tried), most_broken(len(rows))
     if len(found) == len(rows):
         remedy = "start in the folder that the paths begin from, or mend them"
         raise MediaError(f"{table.source}: none of its {len(rows)} files is there: {names}; {where}; {remedy}")
@@ -67,7 +66,7 @@ def check_texts(table: Table, captions: str = CAPTIONS[0], rows: np.ndarray | No
     empty = empty_texts(table, rows)
     if not len(empty):
         return
-    names = _some([table.path[row] for row in empty[:SHOWN].tolist()], len(empty))
+    names = _some(table, empty)
     problem = f"{table.source}: {len(empty)} of {len(rows)} texts are empty: {names}"
     most = {"required": 0, "optional": len(rows)}.get(captions, most_broken(len(rows)))
     if len(empty) > most:
@@ -91,12 +90,20 @@ def same_on_all_ranks(cells: np.ndarray, source: str, gather: Gather = alone) ->
         raise ConfigError(f"{source}: rank {', '.join(other)} reads another table than rank 0; {remedy}")
 
 
-def _tried(table: Table) -> str:
-    """Where files were looked for, in words."""
-    return f"from {os.getcwd()}, the working directory" + (
-        "" if Path(table.source).parent == Path() else f", and from {Path(table.source).parent}, the table's folder"
-    )
+def _tried(paths: Sequence[str]) -> str:
+    """Where the first of the files was looked for, in words."""
+    if not paths:  # it is another rank that lacks it, or an empty cell
+        return f"looked for from {os.getcwd()}, the working directory"
+    return f"looked for {', '.join(map(_short, paths))} from {os.getcwd()}, the working directory"
 
 
-def _some(names: Sequence[str], count: int) -> str:
-    return ", ".join(names) + (f" and {count - len(names)} more" if count > len(names) else "")
+def _some(table: Table, rows: np.ndarray) -> str:
+    """The first files of some rows, and how many more there are."""
+    names = [_short(table.path[row]) or f"an empty cell in row {row}" for row in rows[:SHOWN].tolist()]
+    return ", ".join(names) + (f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else "")
+
+
+def _short(path: str) -> str:
+    """A path on one line."""
+    line = " ".join(path.split())
+    return line if len(line) <= LONGEST else f"...{line[-LONGEST:]}"
