@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
 from opensora.errors import MediaError, OpenSoraError
+from opensora.signals import held
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_JSON_DEPTH = 50
@@ -119,13 +120,15 @@ def replacing(
             temporary.chmod(mode)  # some writers let nobody else read their files
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
-        _rename_all(pairs)
+        with held():
+            _rename_all(pairs)
     except (OSError, *failures) as failure:
         raise error(f"{pairs[0][1]}: cannot be written ({why(failure)})") from failure
     finally:
-        for temporary, _ in pairs:
-            with suppress(OSError):
-                temporary.unlink()
+        with held():
+            for temporary, _ in pairs:
+                with suppress(OSError):
+                    temporary.unlink()
 
 
 def _rename_all(pairs: list[tuple[Path, Path]]) -> None:

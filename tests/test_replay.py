@@ -140,7 +140,7 @@ def damaged(recipe: dict, *path: str, value: object = None) -> dict:
         (("settings", "image_size"), [3, 3], "too small"),
         (("settings", "save_dir"), 3, "incomplete or damaged"),
         (("prompt",), None, "incomplete or damaged (KeyError('prompt'))"),
-        (("prompt",), 5, "prompt must be a list of texts"),
+        (("prompt",), 5, "prompt[0] must be a text; it is 5"),
         (("prompt",), " ", "a prompt is empty"),
         (("sample_index",), None, "incomplete or damaged"),
         (("sample_index",), 9, "sample 9"),

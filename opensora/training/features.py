@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from opensora import weights
 from opensora.errors import ConfigError
-from opensora.files import read_json, why
-from opensora.schema import check
+from opensora.files import why
+from opensora.hub import read_json
 from opensora.training.state import replace_text
 
 SHARD = 500
@@ -71,7 +71,8 @@ def claim(folder: Path, identity: dict[str, Any], write: bool = True) -> None:
             replace_text(described, text)
         except OSError as error:
             raise ConfigError(f"{described}: cannot be written ({why(error)}); name another folder") from error
-    found, wanted = check(dict[str, Any], read_json(described, ConfigError), str(described)), json.loads(text)
+    wanted = json.loads(text)
+    found = {"tokenizer": wanted.get("tokenizer"), **read_json(described)}  # earlier versions did not note it
     if changed := sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key)):
         remedy = "remove it or name another features folder"
         raise ConfigError(f"{folder} was encoded with another {', '.join(changed)}; {remedy}")

@@ -23,7 +23,7 @@ FREE = {
 PLACES = {"from_pretrained", "data_path", "features", "cache_dir", "local_files_only", "shardformer", "subfolder"}
 # Settings of a scheduler that only samples depend on; also found in what earlier versions saved.
 OF_SAMPLES = {"scheduler.cfg_scale", "scheduler.cfg_channel", "scheduler.ddim_eta"}
-ADDED = {"the length of the schedule", "steps of an epoch"}  # what earlier versions did not record
+ADDED = {"the length of the schedule", "steps of an epoch", "tokenizer"}  # what earlier versions did not record
 SHOWN = 60  # characters of a value in a message
 
 
