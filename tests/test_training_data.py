@@ -264,18 +264,16 @@ class TestTraining:
             assert len(named.splitlines()) == 1 and "broken.mp4" in named
         assert ends[0] == ends[1] and len(ends[0]) == 7
 
-    @pytest.mark.parametrize(("rows", "steps"), [([0], 7), ([7], 7), ([3], 14)])
-    def test_a_batch_without_a_sample_is_no_step(
-        self, files: Path, tmp_path: Path, rows: list[int], steps: int
-    ) -> None:
+    @pytest.mark.parametrize("row", [0, 3, 7])
+    def test_a_batch_without_a_sample_is_no_step(self, files: Path, tmp_path: Path, row: int) -> None:
+        """An epoch of eight batches, one of them without a sample, has seven steps."""
         small = Small(tmp_path, files)
-        [(tmp_path / f"{row}.png").write_bytes(b"nothing") for row in rows]
-        train(small.settings(max_steps=steps, ckpt_every=1, keep_checkpoints=99))
-        assert [line["step"] for line in small.log()] == [*range(1, steps + 1)]
+        (tmp_path / f"{row}.png").write_bytes(b"nothing")
+        train(small.settings(max_steps=8))
+        assert [line["step"] for line in small.log()] == [*range(1, 9)]
         assert all(line["loss"] > 0.1 and line["grad_norm"] > 0 for line in small.log())
-        saved = sorted(tmp_path.glob("000-*/epoch*/running_states.json"), key=lambda path: path.stat().st_mtime_ns)
-        places = [json.loads(path.read_text()) for path in saved]
-        assert sum(place["epoch"] == 0 for place in places) in (6, 7), "one of its eight batches is no step"
+        [place] = [json.loads(path.read_text()) for path in tmp_path.glob("000-*/epoch*/running_states.json")]
+        assert (place["epoch"], place["index"]) in ((1, 1), (1, 2))
 
     @pytest.mark.parametrize("gone", [True, False])
     def test_the_limit_of_broken_files_is_that_of_the_run(self, files: Path, tmp_path: Path, gone: bool) -> None:
