@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -14,8 +13,6 @@ from torch.utils.data import DataLoader
 
 from opensora.datasets import video as media
 from opensora.datasets.datasets import (
-    Broken,
-    Quarantine,
     VariableVideoTextDataset,
     VideoTextDataset,
     collate,
@@ -23,6 +20,7 @@ from opensora.datasets.datasets import (
     num_starts,
     to_levels,
 )
+from opensora.datasets.quarantine import Broken
 from opensora.datasets.table import Texts, read_table
 from opensora.datasets.transforms import resize_crop
 from opensora.errors import ConfigError, MediaError
@@ -381,39 +379,6 @@ def test_workers_follow_the_epoch(mixed, persistent):
         [batch] = loader
         assert torch.equal(batch["video"][0], data[0]["video"])
         assert all(isinstance(one, Broken) for one in batch["broken"])
-
-
-def test_quarantine_names_each_file_once(tmp_path, caplog):
-    path = tmp_path / "broken.jsonl"
-    broken = [Broken(row, f"{row}\n.mp4", "is cut off") for row in range(4)]
-    quarantine = Quarantine(path, num_rows=100, most=0.03)
-    quarantine.add(broken[:2])
-    quarantine.add(broken[:3])
-    assert len(quarantine) == 3
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [one._asdict() for one in broken[:3]]
-    with pytest.raises(MediaError, match=r"4 of 100 files cannot be read, over the limit of 3.*broken.jsonl"):
-        quarantine.add(broken[3:])
-    path.write_bytes(path.read_bytes()[:-9])  # as a crash leaves it
-    again = Quarantine(path, num_rows=100)
-    again.add(broken)
-    lines = path.read_text().splitlines()
-    assert len(again) == 4 and len(lines) == 5 and json.loads(lines[4])["path"] == broken[3].path
-    assert "is skipped: is cut off" in caplog.text
-
-
-@pytest.mark.parametrize(("num_rows", "may_be"), [(1, 0), (2, 1), (10, 1), (100, 5)])
-def test_how_many_may_be_broken(num_rows, may_be, tmp_path):
-    quarantine = Quarantine(tmp_path / "broken.jsonl", num_rows)
-    broken = [Broken(row, f"{row}.mp4", "is cut off") for row in range(num_rows)]
-    quarantine.add(broken[:may_be])
-    with pytest.raises(MediaError, match="over the limit"):
-        quarantine.add(broken[: may_be + 1])
-
-
-def test_quarantine_that_cannot_be_written(tmp_path):
-    quarantine = Quarantine(tmp_path / "no folder" / "broken.jsonl", 10)
-    with pytest.raises(MediaError, match="cannot be written"):
-        quarantine.add([Broken(0, "a.mp4", "is cut off")])
 
 
 @pytest.mark.parametrize(("height", "width"), [(720, 1280), (719, 481), (33, 570), (64, 48)])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from opensora.datasets import encoded as module
+from opensora.datasets import feature_files as module
 from opensora.datasets.bucket import Buckets
 from opensora.datasets.datasets import VariableVideoTextDataset, to_levels
 from opensora.datasets.encoded import (

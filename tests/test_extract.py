@@ -269,9 +269,31 @@ def test_broken_files_are_left_out_and_listed(
 
 
 def test_too_many_broken_files_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [(tmp_path / f"{number}.mp4", "gone", 20, 144, 256) for number in range(4)]
+    rows = [(tmp_path / f"{number}.mp4", "broken", 20, 144, 256) for number in range(4)]
+    [row[0].write_bytes(b"no video") for row in rows]
     with pytest.raises(MediaError, match="cannot be read, over the limit"):
         run(write_rows(tmp_path / "table.csv", rows), tmp_path / "features", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("there", "texts", "changes", "words"),
+    [
+        (0, ["x"] * 4, {}, "none of its 4 files is there"),
+        (2, ["x"] * 4, {}, "2 of 4 files are not there: .*over the limit of 1"),
+        (1, ["x"] * 4, {"start_index": 1}, "none of its 3 files is there"),
+        (4, [""] * 4, {}, "4 of 4 texts are empty"),
+        (4, ["x", " ", "x", ""], {}, "2 of 4 texts are empty: .*over the limit of 1"),
+        (4, ["x", "x", "x", ""], {"start_index": 3}, "1 of 1 texts are empty"),
+    ],
+)
+def test_what_a_table_lacks_is_told_before_anything_is_made(
+    there: int, texts: list[str], changes: dict, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [(tmp_path / f"{number}.mp4", text, 20, 144, 256) for number, text in enumerate(texts)]
+    [row[0].touch() for row in rows[:there]]
+    with pytest.raises((ConfigError, MediaError), match=words):
+        run(write_rows(tmp_path / "table.csv", rows), tmp_path / "features", monkeypatch, **changes)
+    assert not (tmp_path / "features").exists()
 
 
 def test_one_size_without_buckets(clips: list[tuple], table: Path, tmp_path: Path, monkeypatch) -> None:

@@ -94,7 +94,7 @@ EXCEPTIONS = {
     ("torch.accelerator", "opensora.estimate"): "how much memory is free, whatever the device's name",
     ("torch.save", "opensora.training.state"): "the same, written, and ema.pt as the documents name it",
     ("PIL", "opensora.datasets.transforms"): "images are scaled by Pillow's own filter; no file is opened",
-    ("safetensors", "opensora.datasets.encoded"): "reads single samples out of features, which are no checkpoint",
+    ("safetensors", "opensora.datasets.feature_files"): "reads single samples out of features, which are no checkpoint",
     ("safetensors", "scripts.train_text_encoder"): "writes the encoder it trained",
     ("PIL", "scripts.misc.draw_assets"): "draws pictures; no file is opened",
     ("PIL", "opensora.watermark"): "writes a text into frames; no file is opened",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from opensora.errors import ConfigError, MediaError
 from opensora.settings import TrainSettings, check_trainable
 from opensora.training.data import Feed, Place
 from opensora.training.diffusion import DiffusionLoss, build_model, check_training, make_data, train
+from opensora.training.examples import Examples
 from opensora.training.extract import ExtractSettings, extract
 from opensora.training.sources import read_batch, table_source
 from opensora.training.trainer import step_generator
+from opensora.training.watching import held_out
 from tests.test_encoders import make_clip_folder
 from tests.tiny import TINY_STDIT3, make_tiny_t5, make_tiny_vae
 from tests.zoo import SMALL, make_vae
@@ -122,6 +125,30 @@ def variable(files: Path, table: str = "table", **changes: Any) -> TrainSettings
     return settings(files, **{"dataset": section, "bucket_config": BUCKETS, "batch_size": None, **changes})
 
 
+class Small:
+    """A table of `count` tiny images, with texts, in a folder of its own."""
+
+    def __init__(self, folder: Path, files: Path, count: int = 8) -> None:
+        self.folder, self.files, self.count, rng = folder, files, count, np.random.default_rng(0)
+        for number in range(count):
+            write_image(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8), folder / f"{number}.png")
+        self.write()
+
+    def write(self, text: str = "image 2") -> None:
+        texts = [text if number == 2 else f"image {number}" for number in range(self.count)]
+        with (self.folder / "table.csv").open("w", newline="") as file:
+            rows = [(self.folder / f"{number}.png", text) for number, text in enumerate(texts)]
+            csv.writer(file).writerows([("path", "text"), *rows])
+
+    def settings(self, **changes: Any) -> TrainSettings:
+        section = dict(type="VideoTextDataset", data_path=str(self.folder / "table.csv"), num_frames=1)
+        base = dict(dataset={**section, "image_size": (16, 16)}, batch_size=1, num_workers=0, max_steps=1)
+        return settings(self.files, **{**base, "outputs": str(self.folder), "tensorboard": False, **changes})
+
+    def log(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in next(self.folder.glob("0*/log.jsonl")).read_text().splitlines()]
+
+
 class TestTables:
     def test_batches_are_a_function_of_their_place(self, files: Path) -> None:
         one, other = (table_source(settings(files, "whole"), 1) for _ in range(2))
@@ -161,6 +188,7 @@ class TestTables:
 
     def test_held_out_clips_are_never_trained_on(self, files: Path, tmp_path: Path) -> None:
         rows = [(tmp_path / f"{number}.png", "", 1, 192, 192) for number in range(40)]
+        [path.touch() for path, *_ in rows]
         with (tmp_path / "many.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("path", "text", "num_frames", "height", "width"), *rows])
         for make in (settings, variable):
@@ -172,6 +200,52 @@ class TestTables:
             }
             assert not held & trained and len(trained) > 30
             assert not table_source(make(tmp_path, "many"), 1).held
+
+
+class TestWhatIsSaid:
+    """What a run will not do is said before it begins."""
+
+    def test_without_validation(self, files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        source = table_source(Small(tmp_path, files, 9).settings(validate_every=1), 1)
+        assert not source.held and "no validation of 1x16x16 (9 rows): one clip in 10 is held out" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("rows", "without", "untrained"),
+        [
+            ({1: 12, 20: 9}, ["144p 17f 1.00 (9 rows)"], []),
+            ({1: 5, 20: 3}, ["144p 1f 1.00 (5 rows)", "144p 17f 1.00 (3 rows)"], []),
+            ({1: 2, 20: 30}, ["144p 1f 1.00 (2 rows)"], ["144p 1f 1.00 (2 of 3)"]),
+        ],
+    )
+    def test_of_buckets(
+        self, rows: dict[int, int], without: list[str], untrained: list[str], tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:  # fmt: skip
+        paths = [
+            (tmp_path / f"{frames}-{n}.mp4", "x", frames, 192, 192) for frames, c in rows.items() for n in range(c)
+        ]
+        [path.touch() for path, *_ in paths]
+        with (tmp_path / "many.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("path", "text", "num_frames", "height", "width"), *paths])
+        table_source(variable(tmp_path, "many", validate_every=1), 1)
+        assert all(one in caplog.text for one in (*without, *untrained))
+        assert ("not trained on" in caplog.text) == bool(untrained)
+
+    @pytest.mark.parametrize(("broken", "left"), [([0, 1], 1), ([0, 1, 2, 3], 0), ([], 2)])
+    def test_held_out_clips_that_cannot_be_read(
+        self, files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, broken: list[int], left: int
+    ) -> None:
+        small = Small(tmp_path, files, 40)
+        source = table_source(small.settings(validate_every=1, validation_samples=4, batch_size=2), 1)
+        held = [key for one in source.held for key in one.keys]
+        [Path(source.dataset.name(held[number])).write_bytes(b"nothing") for number in broken]
+
+        def encode(batch: dict[str, Any], _: torch.Generator) -> Examples:
+            return Examples(torch.zeros(1), {}, batch["size"], batch["names"], weight=batch["weight"])
+
+        found, unread = held_out(source, encode, 0)
+        assert sum(examples.weight > 0 for _, examples in found) == left and len(unread) == len(broken)
+        assert ("no validation of 1x16x16: none of the clips" in caplog.text) == (left == 0) == (not found)
 
 
 class TestTraining:
@@ -190,6 +264,28 @@ class TestTraining:
             assert len(named.splitlines()) == 1 and "broken.mp4" in named
         assert ends[0] == ends[1] and len(ends[0]) == 7
 
+    @pytest.mark.parametrize("row", [0, 3, 7])
+    def test_a_batch_without_a_sample_is_no_step(self, files: Path, tmp_path: Path, row: int) -> None:
+        """An epoch of eight batches, one of them without a sample, has seven steps."""
+        small = Small(tmp_path, files)
+        (tmp_path / f"{row}.png").write_bytes(b"nothing")
+        train(small.settings(max_steps=8))
+        assert [line["step"] for line in small.log()] == [*range(1, 9)]
+        assert all(line["loss"] > 0.1 and line["grad_norm"] > 0 for line in small.log())
+        [place] = [json.loads(path.read_text()) for path in tmp_path.glob("000-*/epoch*/running_states.json")]
+        assert (place["epoch"], place["index"]) in ((1, 1), (1, 2))
+
+    @pytest.mark.parametrize("gone", [True, False])
+    def test_the_limit_of_broken_files_is_that_of_the_run(self, files: Path, tmp_path: Path, gone: bool) -> None:
+        """One file of eight may be broken: not one more in each process."""
+        small = Small(tmp_path, files)
+        (tmp_path / "1.png").write_bytes(b"nothing")
+        train(small.settings(max_steps=7))
+        (tmp_path / "4.png").unlink() if gone else (tmp_path / "4.png").write_bytes(b"nothing")
+        again = dict(load=str(tmp_path / "000-STDiT3"), max_steps=14, accept_changes=True)
+        with pytest.raises(MediaError, match="2 of 8 files cannot be read, over the limit of 1"):
+            train(small.settings(**again))
+
     def test_too_many_broken_files_stop_the_run(self, files: Path, tmp_path: Path) -> None:
         (tmp_path / "more.csv").write_text("path,text\n" + f"{files / 'broken.mp4'},a\n" * 3 + f"{files / '0.mp4'},b\n")
         asked = settings(tmp_path, "more", outputs=str(tmp_path), batch_size=4)
@@ -200,9 +296,31 @@ class TestTraining:
     def test_a_changed_table_is_noticed(self, files: Path, tmp_path: Path) -> None:
         first = train(settings(files, "table", outputs=str(tmp_path), max_steps=2)).parent
         again = dict(outputs=str(tmp_path), load=str(first / "000-STDiT3"))
-        with pytest.raises(ConfigError, match=r"the table was .* and is .*--accept-changes"):
+        with pytest.raises(
+            ConfigError, match=r"the table is another: 1 rows removed: .*broken\.mp4; .*--accept-changes"
+        ):
             train(settings(files, "whole", **again))
         assert train(settings(files, "whole", accept_changes=True, **again)).name == "ema"
+
+    @pytest.mark.parametrize("change", ["replaced", "mended", "gone", "text"])
+    def test_changed_data_is_named(self, files: Path, tmp_path: Path, change: str) -> None:
+        """Files replaced under the same names, with the same sizes and times, and texts that were written anew."""
+        whole = Small(tmp_path, files)
+        first = train(whole.settings())
+        stat = (tmp_path / "2.png").stat()
+        if change == "text":
+            whole.write(text="another text")
+        elif change == "gone":
+            (tmp_path / "2.png").unlink()
+        else:
+            content = bytearray((tmp_path / "2.png").read_bytes())
+            content[-20] ^= 1
+            (tmp_path / "2.png").write_bytes(content)
+            os.utime(tmp_path / "2.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        what = {"text": "its cells", "gone": "its file is not there"}.get(change, "its file")
+        again = dict(load=str(first.parent / "000-STDiT3"), max_steps=3)
+        with pytest.raises(ConfigError, match=rf"the table is another: 1 rows changed: .*2\.png \({what}\); undo that"):
+            train(whole.settings(**again))
 
     @pytest.mark.parametrize("scheduler", ["rflow", "iddpm", "iddpm-speed"])
     @pytest.mark.parametrize(

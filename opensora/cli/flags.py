@@ -28,6 +28,7 @@ SECTION_FLAGS = {
     "flash_attn": (boolean, "for old commands", "model.enable_flash_attn"),
     "layernorm_kernel": (boolean, "for old commands", "model.enable_layernorm_kernel"),
     "data_path": (str, "table of the data set", "dataset.data_path"),
+    "captions": (str, "rows that must have a text: mostly, required or optional", "dataset.captions"),
     "vae_path": (str, "weights of the autoencoder", "vae.from_pretrained"),
     "text_encoder_path": (str, "weights of the text encoder", "text_encoder.from_pretrained"),
 }
@@ -43,7 +44,7 @@ ALIASES = {
     "output": ("-o",),
 }
 # The documents' programs take these for inference, too; `opensora generate` does not.
-OF_TRAINING = ("outputs", "data_path")
+OF_TRAINING = ("outputs", "data_path", "captions")
 READ_AS = {
     "int": {"type": int}, "float": {"type": float}, "str": {"type": str}, "bool": {"type": boolean},
     "Sequence[str]": {"type": str, "nargs": "+"}, "tuple[int, int]": {"type": int, "nargs": 2},
@@ -122,7 +123,7 @@ GROUPS: dict[str, tuple[Any, ...]] = {
     ),
     "output": (
         "output", "save_dir", "sample_name", "overwrite", "preview", "watermark", ...,
-        "prompt_as_path", "verbose", "outputs", "data_path",
+        "prompt_as_path", "verbose", "outputs", "data_path", "captions",
     ),
 }  # fmt: skip
 GENERAL = (

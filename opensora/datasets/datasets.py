@@ -1,18 +1,15 @@
 """Videos and images of a table as training samples: a crop in time, at a size, with its caption.
 
 Which crop is a function of (seed, epoch, row). What cannot be read is skipped, never replaced: the sample is a
-`Broken`, `collate` sets it apart, and `Quarantine` counts it, names it in a list, and stops a run of too many.
+`Broken`, `collate` sets it apart, and a `Quarantine` counts it, names it in a list, and stops a run of too many.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -20,28 +17,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from opensora.datasets.bucket import random_words
+from opensora.datasets.quarantine import Broken
 from opensora.datasets.table import read_table
 from opensora.datasets.transforms import get_transform
 from opensora.datasets.video import is_image as _is_image
 from opensora.datasets.video import read_image, read_span
 from opensora.errors import ConfigError, MediaError
+from opensora.schema import check
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-log = logging.getLogger(__name__)
-
 IMAGE_FPS = 120  # what models are told for an image
+CAPTIONS = ("mostly", "required", "optional")  # how many rows must have a text: nearly all, all, or none
 CROPS = 4  # the stream of random numbers; bucket.py and samplers.py number theirs from 0
-LEAST_BROKEN = 1  # so many broken files never stop a run that has others
-
-
-class Broken(NamedTuple):
-    """A row that gives no sample, and why."""
-
-    row: int
-    path: str
-    reason: str
 
 
 def num_starts(total: int, num_frames: int, interval: int) -> int:
@@ -66,11 +55,15 @@ def to_levels(video: Tensor) -> Tensor:
 class _TableDataset(Dataset):
     """What both data sets share. `as_uint8` rounds to 8 bits, which are a quarter to move and to keep in memory."""
 
-    def __init__(self, data_path: str | Path | None, interval: int, transform: str, seed: int, as_uint8: bool) -> None:
+    def __init__(
+        self, data_path: str | Path | None, interval: int, transform: str, captions: str, seed: int, as_uint8: bool
+    ) -> None:
         if not isinstance(interval, int) or interval < 1:
             raise ConfigError(f"dataset.frame_interval must be a positive whole number; it is {interval!r}")
+        check(Literal[CAPTIONS], captions, "dataset.captions")
         self.table = read_table(data_path)
         self.frame_interval, self.transform, self.seed, self.as_uint8 = interval, transform, seed, as_uint8
+        self.captions = captions
         self.to_size = get_transform(transform)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # worker processes that stay see it too
 
@@ -97,7 +90,7 @@ class _TableDataset(Dataset):
         except MediaError as error:
             row = self._row(index)
             path = self.table.path[row]
-            return Broken(row, path, str(error).removeprefix(f"{path}: "))
+            return Broken(row, path, str(error).removeprefix(f"{path}: ").removeprefix(f"{self.table.file(row)}: "))
 
     def _row(self, index: Any) -> int:
         return int(index)
@@ -149,11 +142,12 @@ class VideoTextDataset(_TableDataset):
         frame_interval: int = 1,
         image_size: tuple[int, int] = (256, 256),
         transform_name: str = "center",
+        captions: str = CAPTIONS[0],
         *,
         seed: int = 1024,
         as_uint8: bool = False,
     ) -> None:
-        super().__init__(data_path, frame_interval, transform_name, seed, as_uint8)
+        super().__init__(data_path, frame_interval, transform_name, captions, seed, as_uint8)
         if not isinstance(num_frames, int) or num_frames < 1:
             raise ConfigError(f"dataset.num_frames must be a positive whole number; it is {num_frames!r}")
         self.num_frames, self.image_size = num_frames, _size(image_size)
@@ -183,11 +177,12 @@ class VariableVideoTextDataset(_TableDataset):
         image_size: tuple[int | None, int | None] | None = None,
         transform_name: str = "resize_crop",
         dummy_text_feature: bool = False,
+        captions: str = CAPTIONS[0],
         *,
         seed: int = 1024,
         as_uint8: bool = False,
     ) -> None:
-        super().__init__(data_path, frame_interval, transform_name, seed, as_uint8)
+        super().__init__(data_path, frame_interval, transform_name, captions, seed, as_uint8)
         self.with_text = not dummy_text_feature
 
     def _row(self, index: str) -> int:
@@ -223,52 +218,6 @@ def collate(samples: Iterable[dict[str, Any] | Broken]) -> dict[str, Any]:
         else:
             batch[name] = torch.from_numpy(np.array(values))
     return batch
-
-
-class Quarantine:
-    """The broken files of a run: counted, each named once in a list, one JSON object a line.
-
-    `most` is the share of the table's rows that may be broken.
-    """
-
-    def __init__(self, path: str | Path, num_rows: int, most: float = 0.05) -> None:
-        self.path, self.num_rows = Path(path), num_rows
-        self.limit = min(max(LEAST_BROKEN, int(most * num_rows)), num_rows - 1)
-        self.rows: set[int] = set()
-        content = self.path.read_bytes() if self.path.exists() else b""
-        self.named = set(_named(content))
-        self.mended = "" if content.endswith(b"\n") or not content else "\n"  # a crash may have cut off its last line
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def add(self, broken: Iterable[Broken]) -> None:
-        """Takes up what `collate` set apart; MediaError once more rows are broken than may be."""
-        for one in broken:
-            self.rows.add(one.row)
-            self._name(one)
-        if len(self.rows) > self.limit:
-            problem = f"{len(self.rows)} of {self.num_rows} files cannot be read, over the limit of {self.limit}"
-            raise MediaError(f"{problem}; they are listed with reasons in {self.path}")
-
-    def _name(self, one: Broken) -> None:
-        if one.path in self.named:
-            return
-        self.named.add(one.path)
-        log.warning("%s is skipped: %s", one.path or f"row {one.row}", one.reason)
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(self.mended + json.dumps(one._asdict()) + "\n")
-            self.mended = ""
-        except OSError as error:
-            raise MediaError(f"{self.path}: cannot be written ({error.strerror}); free some space") from error
-
-
-def _named(content: bytes) -> Iterator[str]:
-    """The files in a list of broken ones; a line cut off by a crash names none."""
-    for line in content.splitlines():
-        with suppress(ValueError, LookupError, TypeError):
-            yield str(json.loads(line)["path"])
 
 
 def _parsed(index: str) -> tuple[int, int, int, int]:

@@ -22,13 +22,9 @@ Shards are mapped into memory, and only the samples that are asked for are read.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -37,60 +33,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from opensora.datasets.bucket import Bucket, Buckets
+from opensora.datasets.feature_files import COMMAND, Shards, caption_key
 from opensora.datasets.samplers import BucketBatchSampler, Epoch, lay_out
 from opensora.errors import ConfigError
-
-IDENTITY, PLAN = "features.json", "plan.json"
-COMMAND = "scripts/misc/extract_feat.py"
-MOST_OPEN = 128  # shards mapped at a time
-
-
-def caption_key(text: str) -> np.ndarray:
-    """16 bytes that tell captions apart."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    return np.frombuffer(digest, np.uint8)
-
-
-class Shards:
-    """The files of a features folder: checked to be complete, opened when they are needed, `MOST_OPEN` at a time."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.identity, self.plan = (_read_json(self.folder / name) for name in (IDENTITY, PLAN))
-        planned = [part["file"] for part in (*self.plan["latents"], *self.plan["text"])]
-        missing = [name for name in planned if not (self.folder / name).is_file()]
-        if missing:
-            problem = f"{len(missing)} of {len(planned)} shards are not there yet (the first is {missing[0]})"
-            raise ConfigError(f"{self.folder}: {problem}; run {COMMAND} again, which encodes those alone")
-        self._forget()
-
-    def _forget(self) -> None:
-        self._open: OrderedDict[str, Any] = OrderedDict()
-        self._turn = Lock()  # threads that read ahead share the open shards
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_turn")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
-
-    def require(self, **expected: Any) -> None:
-        """Raises ConfigError unless the folder was made with these; `vae`, `text_encoder`: SHA-256 of their weights."""
-        for name, value in expected.items():
-            if self.identity.get(name) != value:
-                problem = f"was encoded with {name} {self.identity.get(name)}, and the run has {value}"
-                raise ConfigError(f"{self.folder} {problem}; encode it anew with {COMMAND}, into another folder")
-
-    def __getitem__(self, name: str) -> Any:
-        """The opened shard."""
-        with self._turn:
-            if name not in self._open:
-                if len(self._open) >= MOST_OPEN:
-                    self._open.popitem(last=False)
-                self._open[name] = open_shard(self.folder / name)
-            self._open.move_to_end(name)
-            return self._open[name]
 
 
 class TextFeatures:
@@ -98,7 +43,7 @@ class TextFeatures:
 
     def __init__(self, folder: str | Path, shards: Shards | None = None) -> None:
         self.shards = shards or Shards(folder)
-        self._names = [part["file"] for part in self.shards.plan["text"]]
+        self._names = [part.file for part in self.shards.plan.text]
         if not self._names:
             problem = "holds no text features (save_text_features was off)"
             raise ConfigError(f"{folder} {problem}; set load_text_features=False, or encode the texts too")
@@ -109,8 +54,7 @@ class TextFeatures:
         self._length = np.concatenate([lengths for _, _, lengths in heads])
 
     def _head(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        shard = self.shards[name]
-        return shard.get_tensor("row").numpy(), shard.get_tensor("length").numpy()
+        return self.shards.column(name, "row", np.int64), self.shards.column(name, "length", np.int32)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -126,7 +70,7 @@ class TextFeatures:
     def check(self, captions: Sequence[str]) -> None:
         """Raises ConfigError if the captions of a table are not those that were encoded."""
         for name in self._names:
-            rows, keys = (self.shards[name].get_tensor(part).numpy() for part in ("row", "key"))
+            rows, keys = self.shards.column(name, "row", np.int64), self.shards.column(name, "key", np.uint8)
             for row, key in zip(rows, keys, strict=True):
                 if row >= len(captions) or not np.array_equal(caption_key(captions[row]), key):
                     problem = f"the caption of row {row} is not the one that was encoded"
@@ -145,20 +89,24 @@ class EncodedDataset(Dataset):
     def __init__(self, folder: str | Path, with_text: bool = True) -> None:
         self.shards = Shards(folder)
         self.folder, self.identity, self.require = self.shards.folder, self.shards.identity, self.shards.require
-        parts = self.shards.plan["latents"]
+        parts = self.shards.plan.latents
         if not parts:
             raise ConfigError(f"{folder} holds no video features; set load_video_features=False, or encode them too")
-        self.num_rows, self.num_crops = self.shards.plan["num_rows"], self.shards.plan["num_crops"]
-        self._names = [part["file"] for part in parts]
-        keys = [(tuple(part["bucket"]), tuple(part["size"]), part["batch_size"]) for part in parts]
+        self.num_rows, self.num_crops = self.shards.plan.num_rows, self.shards.plan.num_crops
+        self._names = [part.file for part in parts]
+        keys = [(part.bucket, part.size, part.batch_size) for part in parts]
         groups = list(dict.fromkeys(keys))
         self.buckets = [Bucket(*bucket) for bucket, _, _ in groups]
         self.sizes = [size for _, size, _ in groups]
         self.batch_sizes = [batch_size for _, _, batch_size in groups]
-        heads = [[self.shards[name].get_tensor(key).numpy() for key in ("row", "fps")] for name in self._names]
-        counts = [len(rows) for rows, _ in heads]
-        self.row, self.fps = (np.concatenate(column) for column in zip(*heads, strict=True))
-        self.crop = np.repeat([part["crop"] for part in parts], counts)
+        self.row, self.fps = (
+            np.concatenate([self.shards.column(name, key, kind) for name in self._names])
+            for key, kind in (("row", np.int64), ("fps", np.float32))
+        )
+        counts = [len(self.shards.column(name, "row", np.int64)) for name in self._names]
+        if len(self.row) != len(self.fps):
+            raise ConfigError(f"{folder}: is damaged (not as many rows as frame rates); run {COMMAND} again")
+        self.crop = np.repeat([part.crop for part in parts], counts)
         self.group = np.repeat([groups.index(key) for key in keys], counts)
         self._shard = np.repeat(np.arange(len(parts)), counts)
         self._place = np.concatenate([np.arange(count) for count in counts])
@@ -288,21 +236,3 @@ def _batch_sizes(dataset: EncodedDataset, batch_size: int | Mapping[str, Any] | 
             problem = f"has features of {bucket}, and bucket_config no batch size for them"
             raise ConfigError(f"{dataset.folder} {problem}; add it, or encode into another folder")
     return [entries[bucket[:2]] for bucket in dataset.buckets]
-
-
-def open_shard(path: Path) -> Any:
-    """A shard mapped into memory; ConfigError if it is damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, "pt")
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: is damaged ({error}); remove it and run {COMMAND} again") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        problem = f"is no folder of encoded features ({path.name} cannot be read)"
-        raise ConfigError(f"{path.parent} {problem}; make one with {COMMAND}") from error

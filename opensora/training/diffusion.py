@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from opensora import components, registry, weights
 from opensora.acceleration import peers
 from opensora.acceleration.device import DTYPES, keep_allocations_in_heap, pick_device, place
-from opensora.acceleration.parallel import Layout, barrier, of_main, one_voice, start
+from opensora.acceleration.parallel import Layout, barrier, gather, of_main, one_voice, start
 from opensora.acceleration.parallelize import parallelize
 from opensora.acceleration.whole import whole
-from opensora.datasets.datasets import Quarantine
+from opensora.datasets.datasets import VideoTextDataset
+from opensora.datasets.quarantine import Broken, Quarantine
 from opensora.datasets.shape_clips import shape_clips
 from opensora.errors import ConfigError
 from opensora.models.layers.transformer import FixedPositions
@@ -25,13 +27,16 @@ from opensora.settings import TrainSettings, check_trainable
 from opensora.training import encoded
 from opensora.training.clip_features import ClipSource, encode_clips, held_clips
 from opensora.training.data import Feed, Source
+from opensora.training.data_record import DataRecord, cells_of, read_record, record_of_features, record_of_table
 from opensora.training.examples import Encoders, Examples
-from opensora.training.fingerprint import content_of, fingerprint
+from opensora.training.fingerprint import fingerprint
 from opensora.training.masks import MaskRatios
 from opensora.training.run_folder import publish, refuse_a_second
 from opensora.training.sources import table_source
+from opensora.training.table_checks import check_texts, missing_files, same_on_all_ranks
 from opensora.training.throughput import StepCost
 from opensora.training.trainer import Trainer
+from opensora.training.turns import Turns
 from opensora.training.watching import held_out, watches
 
 logger = logging.getLogger("opensora")
@@ -49,6 +54,8 @@ class Data(NamedTuple):
     keywords: of a model that fits the encoders
     contents: what identifies the data and the encoders
     held: clips that are never trained on, and the bucket of each batch of them
+    broken: rows that are known to give no sample
+    record: of what it learns from, item by item, on the main rank
     """
 
     source: Source
@@ -58,6 +65,8 @@ class Data(NamedTuple):
     contents: dict[str, str]
     encoders: Encoders | None = None
     held: Sequence[tuple[str, Examples]] = ()
+    broken: Sequence[Broken] = ()
+    record: DataRecord | None = None
     reads_files: bool = False
 
 
@@ -78,17 +87,38 @@ def train(settings: TrainSettings) -> Path:
 
     def work() -> tuple[float, ...]:
         latents, cond = loss.examples.latents, loss.examples.cond
-        return len(latents), *cost(latents, {**cond, "y": _rounded(cond["y"])})
+        return len(loss.examples.names), *cost(latents, {**cond, "y": _rounded(cond["y"])})
 
-    trainer = Trainer(settings, model, loss, device, feed, layout, fingerprint(settings, **data.contents), work)
+    prints = fingerprint(settings, **data.contents)
+    trainer = Trainer(settings, model, loss, device, feed, layout, prints, work, partial(changed_items, data.record))
+    if data.record is not None:
+        data.record.save(trainer.folder)
     if data.reads_files:
-        own = f".{layout.rank}" if layout.rank else ""
-        data.prepare.name_broken(Quarantine(trainer.folder / f"quarantine{own}.jsonl", len(data.source.dataset)))
+        trainer.turns = Turns(layout, quarantine_of(trainer, data, layout))
     if data.encoders is not None:
         size = data.sizes[0] if data.sizes else data.source.batches(0)[0][1]  # of the samples
         trainer.watches += watches(settings, model, scheduler, data.held, data.encoders, size, layout)
     folder = trainer.run()
     return finish(settings, model, trainer, layout) if trainer.finished else folder
+
+
+def quarantine_of(trainer: Trainer, data: Data, layout: Layout) -> Quarantine:
+    """The broken files of the run as far as they are known. MediaError if they are more than may be."""
+    table, former = data.source.dataset.table, [] if trainer.origin is None else [trainer.origin]
+    path = trainer.folder / "quarantine.jsonl"
+    quarantine = Quarantine(path, len(table), table=table, former=former, writes=layout.is_main)
+    quarantine.add(one for part in gather(data.broken, layout) for one in part)
+    return quarantine
+
+
+def changed_items(record: DataRecord | None, layout: Layout, folder: Path, saved: Mapping[str, str]) -> dict[str, str]:
+    """What has changed in the data since a run in `folder` saved its fingerprint, in words where that is known."""
+    told = {}
+    if record is not None and (before := read_record(folder, record.kind)) is not None:
+        name = {"row": "the table", "shard": "the features"}[record.kind]
+        if before.digest == saved.get(name) and (changes := record.changes_since(before)):
+            told = {name: f"{name} is another: {changes}"}
+    return told
 
 
 def check_training(settings: TrainSettings) -> tuple[Any, MaskRatios | None]:
@@ -117,25 +147,56 @@ def make_data(settings: TrainSettings, device: torch.device, layout: Layout) -> 
         if settings.load_text_features or settings.load_video_features or section.get("dummy_text_feature"):
             problem = "a table gives videos and captions, no encoded features"
             raise ConfigError(f"{problem}; train on those with dataset = dict(type='EncodedDataset', data_path=FOLDER)")
-        source = table_source(settings, layout.data_size)
-        encoders = Encoders(settings, device, layout)
-        contents = {"the table": content_of(source.dataset.table.source), **encoders.contents}
-        sizes = [source.batches(0).size] if section["type"] == "VideoTextDataset" else []
-        held = held_out(source, encoders, settings.seed)
-        return Data(source, encoders, sizes, encoders.keywords(sizes), contents, encoders, held, reads_files=True)
+        return _of_table(settings, device, layout)
     if section.get("type") in encoded.TYPES:
         source = encoded.EncodedSource(settings, layout.data_size)
+        of_main(lambda: encoded.refuse_other_encoders(source.dataset, settings), layout)
+        record, digest = _record(lambda: record_of_features(source.dataset), layout)
+        contents = {"the features": digest, **source.contents()}
         if settings.validate_every or settings.sample_every:
             logger.warning("validate_every and sample_every have no effect with encoded features")
-        return Data(source, _placed_on(device), [], source.keywords(), source.contents())
+        return Data(source, _placed_on(device), [], source.keywords(), contents, record=record)
     if settings.batch_size is None:
         raise ConfigError("training on rendered clips needs a batch_size")
     clips = shape_clips(section, settings.batch_size, section.get("seed", 0), "features", "num_clips")
-    encoders = Encoders(settings, device, layout)
+    encoders = Encoders(settings, device, Layout())  # one rank encodes while the others wait: nothing is sharded
     source = _first_on_main(layout, lambda: ClipSource(clips, encode_clips(clips, settings, encoders), settings))
     sizes = [(one.num_frames, *one.image_size) for one in clips.sets if not one.continued]
     held, keywords = held_clips(clips, settings, encoders), encoders.keywords(sizes)
     return Data(source, _placed_on(device), sizes, keywords, encoders.contents, encoders, held)
+
+
+def _of_table(settings: TrainSettings, device: torch.device, layout: Layout) -> Data:
+    """The data of a table, which is checked before the encoders are loaded."""
+
+    gathered = partial(gather, layout=layout)
+
+    def look(dataset: VideoTextDataset) -> list[Broken]:
+        check_texts(dataset.table, dataset.captions)
+        return missing_files(dataset.table, gathered)
+
+    source = table_source(settings, layout.data_size, look)
+    cells = cells_of(source.dataset.table)
+    same_on_all_ranks(cells, source.dataset.table.source, gathered)
+    record, digest = _record(lambda: record_of_table(source.dataset.table, cells), layout)
+    encoders = Encoders(settings, device, layout)
+    contents = {"the table": digest, **encoders.contents}
+    sizes = [source.batches(0).size] if isinstance(source.dataset, VideoTextDataset) else []
+    held, broken = held_out(source, encoders, settings.seed, gathered)
+    keywords, broken = encoders.keywords(sizes), [*source.broken, *broken]
+    return Data(source, encoders, sizes, keywords, contents, encoders, held, broken, record, reads_files=True)
+
+
+def _record(make: Callable[[], DataRecord], layout: Layout) -> tuple[DataRecord | None, str]:
+    """The record of what is trained on, on the main rank, and its digest on every one."""
+    made: list[DataRecord] = []
+
+    def digest() -> str:
+        made.append(make())
+        return made[0].digest
+
+    found = of_main(digest, layout)
+    return (made[0] if made else None), found
 
 
 def _placed_on(device: torch.device) -> Prepare:

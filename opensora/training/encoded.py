@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
-from opensora.datasets.encoded import IDENTITY, PLAN, EncodedBatchSampler, EncodedDataset, collate_encoded
-from opensora.errors import ConfigError
+import numpy as np
+
+from opensora import weights
+from opensora.datasets.bucket import Bucket
+from opensora.datasets.encoded import EncodedBatchSampler, EncodedDataset, collate_encoded
+from opensora.datasets.feature_files import COMMAND, IDENTITY
+from opensora.datasets.table import read_table
+from opensora.errors import ConfigError, WeightsError
+from opensora.hub import locate
 from opensora.settings import TrainSettings
 from opensora.training.data import Read
 from opensora.training.examples import Examples, told_of
 from opensora.training.fingerprint import content_of
+from opensora.training.shards import LatentShard, TextShard, missing
 
 TYPES = ("EncodedDataset", "BatchFeatureDataset")
+
+
+def refuse_other_encoders(dataset: EncodedDataset, settings: TrainSettings) -> None:
+    """Raises ConfigError where the settings name encoders that are here and are not those of the features."""
+    for name in ("vae", "text_encoder"):
+        section = getattr(settings, name) or {}
+        if not section.get("from_pretrained") or dataset.identity.get(name) is None:
+            continue
+        try:
+            path = locate(section["from_pretrained"], what=name, subfolder=section.get("subfolder"), offline=True)
+        except WeightsError:  # they are not needed
+            continue
+        dataset.require(**{name: weights.content_hash(weights.read_state_dict(path))})
 
 
 class EncodedSource:
@@ -23,6 +47,7 @@ class EncodedSource:
         if not folder:
             raise ConfigError("data_path is not set; give a folder of encoded features with --data-path")
         self.settings, self.dataset = settings, EncodedDataset(folder)
+        refuse_stale(self.dataset)
         self._sampler(0, ranks).require_steps()
         self.batches = lru_cache(2)(lambda epoch: list(self._sampler(epoch)))
 
@@ -57,5 +82,26 @@ class EncodedSource:
         return fitting | ({"input_size": tuple(sample["latents"].shape[1:])} if len(self.dataset.sizes) == 1 else {})
 
     def contents(self) -> dict[str, str]:
-        """What identifies the features."""
-        return {f"the features' {name}": content_of(self.dataset.folder / name) for name in (IDENTITY, PLAN)}
+        """What identifies how the features were made, and how they are divided; see `data_record` for what they are."""
+        plan = self.dataset.shards.plan.model_dump(exclude={"table"})
+        divided = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+        return {f"the features' {IDENTITY}": content_of(self.dataset.folder / IDENTITY), "the features' plan": divided}
+
+
+def refuse_stale(dataset: EncodedDataset) -> None:
+    """Raises ConfigError where the table that was encoded is there and its captions, or videos, have changed since.
+
+    The folder names that table, so nothing of what is found there is told.
+    """
+    shards, folder, planned = dataset.shards, dataset.folder, []
+    if shards.plan.table is None or not Path(shards.plan.table).is_file():
+        return
+    try:
+        table = read_table(shards.plan.table)
+    except ConfigError:  # no longer a table
+        return
+    for part in shards.plan.latents:
+        rows = shards.column(part.file, "planned", np.int64)
+        planned.append(LatentShard(part.file, part.crop, Bucket(*part.bucket), part.size, part.batch_size, rows))
+    planned += [TextShard(part.file, shards.column(part.file, "row", np.int64)) for part in shards.plan.text]
+    missing(folder, planned, table, replace_stale=False, remedy=f"encode them again: {COMMAND} with replace_stale=True")

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from opensora import components
 from opensora.acceleration.device import inference_dtype, training_context
-from opensora.acceleration.parallel import Layout, shard
-from opensora.datasets.datasets import Quarantine, to_levels
+from opensora.acceleration.parallel import Layout
+from opensora.datasets.datasets import to_levels
 from opensora.errors import ConfigError
 from opensora.models.sizes import size_conditioning
 from opensora.models.text_encoder.classes import ClassIds
@@ -69,14 +69,12 @@ class Encoders:
         how = (device, self.dtype, settings.offline)
         self.vae, vae = components.load(settings.vae, "vae", *how)
         self.contents = {"weights of the vae": vae.sha256}
-        self.text, self.quarantine = self._text_encoder(settings.text_encoder, how), None
-        if settings.text_encoder.get("shardformer") and layout.world_size > 1 and hasattr(self.text, "model"):
-            shard(self.text.model, layout, self.dtype)
+        self.text = self._text_encoder(settings.text_encoder, how, layout)
 
-    def _text_encoder(self, section: dict[str, Any], how: tuple[Any, ...]) -> Any:
+    def _text_encoder(self, section: dict[str, Any], how: tuple[Any, ...], layout: Layout) -> Any:
         if section["type"] in components.WITHOUT_WEIGHTS:
             return components.build_text_encoder(section, None, self.dtype)
-        encoder, summary = components.load(section, "text_encoder", *how)
+        encoder, summary = components.load(section, "text_encoder", *how, layout)
         self.contents["weights of the text encoder"] = summary.sha256
         self.contents |= components.tokenizer_sha256(summary.path)
         return encoder
@@ -93,8 +91,6 @@ class Encoders:
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any], generator: torch.Generator) -> Examples:
         """Examples of a batch of clips as `sources.TableSource` reads them; latents are the posterior's means."""
-        if self.quarantine is not None:
-            self.quarantine.add(batch["broken"])
         video, (frames, height, width) = batch["video"], batch["size"]
         with training_context(self.device, self.settings.dtype):
             levels = to_levels(video.to(self.device, non_blocking=True)).to(self.dtype)
@@ -104,7 +100,3 @@ class Encoders:
         cond = {"y": y, **({} if mask is None else {"mask": mask}), **told}
         size = (frames, height, width)
         return Examples(latents, cond, size, batch["names"], weight=batch["weight"]).to(self.device)
-
-    def name_broken(self, quarantine: Quarantine) -> None:
-        """Files that cannot be read go on this list."""
-        self.quarantine = quarantine

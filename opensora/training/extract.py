@@ -23,9 +23,12 @@ from tqdm import tqdm
 from opensora import components, registry, weights
 from opensora.acceleration.device import DTYPES, inference_dtype, keep_allocations_in_heap, pick_device, take_own
 from opensora.datasets.bucket import Buckets
-from opensora.datasets.datasets import Quarantine, VariableVideoTextDataset, VideoTextDataset, collate, to_levels
-from opensora.datasets.encoded import PLAN, caption_key
-from opensora.errors import ConfigError
+from opensora.datasets.datasets import VariableVideoTextDataset, VideoTextDataset, collate, to_levels
+from opensora.datasets.feature_files import PLAN, caption_key
+from opensora.datasets.file_content import content_keys, file_stamps
+from opensora.datasets.quarantine import Quarantine
+from opensora.errors import ConfigError, MediaError
+from opensora.files import why
 from opensora.models.text_encoder.cleaning import preprocess
 from opensora.ranks import ranks
 from opensora.settings import ExtractSettings
@@ -35,14 +38,13 @@ from opensora.training.shards import (
     LatentShard,
     TextShard,
     bucket_groups,
-    content_key,
-    file_stamps,
     fixed_group,
     latent_shards,
     missing,
     text_shards,
 )
 from opensora.training.state import replace_text
+from opensora.training.table_checks import check_texts, missing_files
 
 FORMAT = 1  # of what is written, and of how videos and captions are prepared
 SHARD_BYTES = 2**28  # of latents, at most
@@ -66,6 +68,11 @@ class Extraction:
         if settings.save_text_features and self.table.text is None:
             problem = "has no column text, which text features need"
             raise ConfigError(f"{self.table.source}: {problem}; add it, or set save_text_features=False")
+        self.rows = np.arange(len(self.table))[settings.start_index : settings.end_index]
+        if settings.save_text_features:
+            check_texts(self.table, self.dataset.captions, self.rows)
+        if settings.save_video_features:
+            missing_files(self.table, rows=self.rows)
         self.device = _own_device(settings.device)
         self.dtype = inference_dtype(self.device, settings.dtype)
         self.tokenizer: dict[str, str] = {}  # its hash, if texts are encoded
@@ -91,8 +98,7 @@ class Extraction:
 
     def plan(self) -> tuple[list[LatentShard], list[TextShard]]:
         """All shards, whether they are there or not, of all ranks."""
-        settings = self.settings
-        rows, latents = np.arange(len(self.table))[settings.start_index : settings.end_index], []
+        settings, rows, latents = self.settings, self.rows, []
         if not len(rows):
             raise ConfigError(f"{self.table.source}: no rows from {settings.start_index} on, end_index excluded")
         used = np.empty(0, np.int64)
@@ -147,8 +153,12 @@ class Extraction:
             for s in latents
         ]
         plan = {"num_rows": len(self.table), "num_crops": self.settings.crops, "latents": parts}
+        plan["table"] = os.path.abspath(self.table.source)
         plan["text"] = [{"file": shard.file} for shard in texts]
-        replace_text(self.folder / PLAN, json.dumps(plan, indent=1))
+        try:
+            replace_text(self.folder / PLAN, json.dumps(plan, indent=1))
+        except OSError as error:
+            raise _unwritable(self.folder / PLAN, error) from error
 
     def _encode_texts(self, shards: Sequence[TextShard]) -> None:
         progress = self._progress("texts", sum(len(shard.rows) for shard in shards), unit="text")
@@ -176,7 +186,8 @@ class Extraction:
         if not shards:
             return
         name = f"quarantine.rank{self.rank}.jsonl" if self.rank else "quarantine.jsonl"
-        quarantine = Quarantine(self.folder / name, len(self.table))
+        quarantine = Quarantine(self.folder / name, len(self.table), table=self.table)
+        quarantine.check()
         progress = self._progress("videos", sum(shard.num_pixels for shard in shards), unit="px")
         for crop in sorted({shard.crop for shard in shards}):
             self.dataset.set_epoch(crop)
@@ -189,8 +200,8 @@ class Extraction:
     def _encode_shard(
         self, shard: LatentShard, batches: Iterator[dict[str, Any]], quarantine: Quarantine, progress: tqdm
     ) -> None:
-        paths = [self.table.path[row] for row in shard.rows.tolist()]
-        stamps, keys = file_stamps(paths), np.stack([content_key(path) for path in paths])
+        paths = [self.table.file(row) for row in shard.rows.tolist()]
+        stamps, keys = file_stamps(paths), content_keys(paths)
         rows, fps, latents, last = [], [], [], []
         for asked in _batched(shard):
             batch = next(batches)
@@ -248,10 +259,12 @@ class Extraction:
         for leftover in path.parent.glob(f".*.{path.name}"):
             shutil.rmtree(leftover, ignore_errors=True)
         own = path.with_name(f".{os.getpid()}.{path.name}")  # with what safetensors may leave there
-        own.mkdir(parents=True)
         try:
+            own.mkdir(parents=True)
             weights.save_file(tensors, own / ".whole.safetensors")
             os.replace(own / ".whole.safetensors", path)
+        except OSError as error:
+            raise _unwritable(path, error) from error
         finally:
             shutil.rmtree(own, ignore_errors=True)
 
@@ -272,6 +285,10 @@ def make_dataset(settings: ExtractSettings) -> VideoTextDataset | VariableVideoT
         problem = "VariableVideoTextDataset and bucket_config go together"
         raise ConfigError(f"dataset: {problem}; without buckets take VideoTextDataset with num_frames and image_size")
     return registry.build({**section, "seed": settings.seed, "as_uint8": True})
+
+
+def _unwritable(path: Path, error: OSError) -> MediaError:
+    return MediaError(f"{path}: cannot be written ({why(error)}); free some space, or name another --save-dir")
 
 
 def _batched(shard: LatentShard) -> Iterator[np.ndarray]:

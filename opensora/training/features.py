@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from opensora import weights
 from opensora.errors import ConfigError
+from opensora.files import why
 from opensora.hub import read_json
 from opensora.training.state import replace_text
 
@@ -65,8 +66,11 @@ def claim(folder: Path, identity: dict[str, Any], write: bool = True) -> None:
     if not described.is_file():
         if not write:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_text(described, text)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_text(described, text)
+        except OSError as error:
+            raise ConfigError(f"{described}: cannot be written ({why(error)}); name another folder") from error
     wanted = json.loads(text)
     found = {"tokenizer": wanted.get("tokenizer"), **read_json(described)}  # earlier versions did not note it
     if changed := sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key)):

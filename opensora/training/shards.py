@@ -7,8 +7,6 @@ only.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,12 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from opensora.datasets.bucket import Bucket, Buckets, Fate
-from opensora.datasets.encoded import caption_key, open_shard
+from opensora.datasets.feature_files import caption_key, open_shard, tensor_of
+from opensora.datasets.file_content import content_key, file_stamps
 from opensora.datasets.table import Table
 from opensora.errors import ConfigError
 
 FIXED = "fixed"  # the resolution of samples that have one size, whatever their own
-SAMPLE, PARTS = 2**16, 3  # bytes of each of the parts of a file that tell its content
 
 
 class LatentShard(NamedTuple):
@@ -95,39 +93,14 @@ def text_shards(rows: np.ndarray, most: int) -> list[TextShard]:
     ]
 
 
-def file_stamps(paths: Sequence[str]) -> np.ndarray:
-    """(bytes, time of the last change in ns) of files [N, 2]; -1 for what is not there."""
-    stamps = np.full((len(paths), 2), -1, np.int64)
-    for number, path in enumerate(paths):
-        try:
-            status = os.stat(path)
-        except (OSError, ValueError):
-            continue
-        stamps[number] = status.st_size, status.st_mtime_ns
-    return stamps
-
-
-def content_key(path: str) -> np.ndarray:
-    """16 bytes that tell contents of files apart: of its length, its beginning, middle and end; zeros if unreadable.
-
-    A video's index of frames lies in its beginning or end, so that a file made anew differs there.
-    """
-    try:
-        with open(path, "rb") as file:
-            length = os.fstat(file.fileno()).st_size
-            digest = hashlib.blake2b(str(length).encode(), digest_size=16)
-            for part in range(PARTS):
-                file.seek(max(length - SAMPLE, 0) * part // (PARTS - 1))
-                digest.update(file.read(SAMPLE))
-    except (OSError, ValueError):
-        return np.zeros(16, np.uint8)
-    return np.frombuffer(digest.digest(), np.uint8)
-
-
-def missing(folder: Path, shards: Sequence[LatentShard | TextShard], table: Table, replace_stale: bool) -> list:
+def missing(
+    folder: Path, shards: Sequence[LatentShard | TextShard], table: Table, replace_stale: bool,
+    remedy: str = "encode these again with replace_stale=True, or name another --save-dir",
+) -> list:  # fmt: skip
     """The shards that have to be encoded: not there, or stale and to be replaced.
 
     Raises ConfigError for a stale one otherwise: its videos, its captions or its rows are no longer those of the table.
+    A video that is no longer there is none that has changed.
     """
     stale: list[tuple[LatentShard | TextShard, str]] = []
     absent = []
@@ -139,7 +112,6 @@ def missing(folder: Path, shards: Sequence[LatentShard | TextShard], table: Tabl
         stale += [(shard, reason)] if reason else []
     if stale and not replace_stale:
         problem = f"{len(stale)} shards are stale, the first because {stale[0][1]}"
-        remedy = "encode these again with replace_stale=True, or name another --save-dir"
         raise ConfigError(f"{folder}: {problem}; {remedy}")
     return absent
 
@@ -147,13 +119,17 @@ def missing(folder: Path, shards: Sequence[LatentShard | TextShard], table: Tabl
 def _why_stale(path: Path, shard: LatentShard | TextShard, table: Table) -> str | None:
     """What has changed since a shard was written; empty where rows were added, None where all is as it was."""
     held = open_shard(path)
-    keys = held.get_tensor("key").numpy()
+    keys = tensor_of(held, "key", path).numpy()
     if isinstance(shard, TextShard):
-        return _why_text_is_stale(held.get_tensor("row").numpy(), keys, shard.rows, table)
-    if not np.array_equal(held.get_tensor("planned").numpy(), shard.rows):
+        return _why_text_is_stale(tensor_of(held, "row", path).numpy(), keys, shard.rows, table)
+    planned, stamp = (tensor_of(held, name, path).numpy() for name in ("planned", "stamp"))
+    if not np.array_equal(planned, shard.rows):
         return f"{shard.file} holds other rows than the table asks for now"
-    paths = [table.path[int(row)] for row in shard.rows]
-    touched = (file_stamps(paths) != held.get_tensor("stamp").numpy()).any(axis=1)
+    if len(planned) and planned.max() >= len(table):
+        return f"row {planned.max()} is no longer in the table"
+    paths = [table.file(int(row)) for row in shard.rows]
+    stamps = file_stamps(paths)
+    touched = (stamps != stamp).any(axis=1) & (stamps >= 0).all(axis=1)
     for number in np.flatnonzero(touched):
         if not np.array_equal(content_key(paths[number]), keys[number]):
             return f"{paths[number]} has changed since it was encoded"

@@ -25,7 +25,7 @@ from opensora.acceleration.device import (
     training_attention,
     training_context,
 )
-from opensora.acceleration.parallel import Layout, barrier, clip_grad_norm, gather, mean, of_main, share, total
+from opensora.acceleration.parallel import Layout, barrier, clip_grad_norm, gather, mean, of_main, share
 from opensora.errors import OpenSoraError
 from opensora.settings import TrainSettings
 from opensora.training import state
@@ -41,6 +41,7 @@ from opensora.training.schedule import Schedule
 from opensora.training.stopping import Stopping, name_of
 from opensora.training.throughput import Throughput
 from opensora.training.tracking import Tracker
+from opensora.training.turns import Turns, names_of
 
 logger = logging.getLogger("opensora")
 Loss = Callable[[Any, torch.Generator], Tensor]  # what the feed gives -> the loss of each sample [B], or of all
@@ -89,6 +90,7 @@ class Trainer:
         self.explain = explain  # the folder of a run and its fingerprint -> what has changed since, in words
         self.feed = Feed(Numbered(feed)) if isinstance(feed, int) else feed
         self.feed.placed = copied_alongside(device)
+        self.turns = Turns(self.layout)
         self.batches = settings.accumulation_steps * self.feed.ranks  # of a step
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, settings, device)
@@ -240,9 +242,8 @@ class Trainer:
         None where no rank has a sample, or where a rank was asked to end (`stopped`): nothing is done then.
         """
         place = self.feed.place
-        batches = [next(self.feed) for _ in range(self.settings.accumulation_steps)]
-        asked = self.stopping.asked
-        samples, stops = total([sum(map(_samples, batches)), float(asked > 0)], self.layout)
+        asked, batches = self.stopping.asked, [next(self.feed) for _ in range(self.settings.accumulation_steps)]
+        batches, samples, stops = self.turns(batches, asked > 0)
         if stops:
             self.stopped, self.feed.place = max(gather(asked, self.layout)), place
             return None
@@ -256,7 +257,6 @@ class Trainer:
             group["lr"] = self.learning_rate(self.step)
         self.scaler.unscale_(self.optimizer)
         norm = clip_grad_norm(self.parameters, self.settings.grad_clip or math.inf)
-        samples = int(samples) // self.layout.sequence_size
         self.taken = Taken(self.step, batches, samples, loss, self.guard.ask(loss, norm))
         if self.late:
             self.optimizer.found_inf = self.taken.question.bad  # its kernel does nothing where that is 1
@@ -279,7 +279,7 @@ class Trainer:
         if taken is None:
             return True
         with training_attention(self.device):
-            verdict = self.guard.answer(taken.question, _names(taken.batches), taken.step, lambda: self._again(taken))
+            verdict = self.guard.answer(taken.question, names_of(taken.batches), taken.step, lambda: self._again(taken))
         if not self.late:
             if verdict == "go":
                 self.scaler.step(self.optimizer)
@@ -364,16 +364,3 @@ class Trainer:
         good = state.checkpoints(self.folder)
         again = f"resume with --load {good[-1]} and --accept-changes" if good else "start again"
         return OpenSoraError(f"{what} not finite at step {self.step}; {again}, with a lower lr or grad_clip")
-
-
-def _names(batches: list[Any]) -> list[str]:
-    """Of the samples of a step's batches, where they have names."""
-    found = [batch["names"] if isinstance(batch, dict) else getattr(batch, "names", ()) for batch in batches]
-    return [name for names in found for name in names]
-
-
-def _samples(batch: Any) -> int:
-    """How many samples a batch has to train on; 1 where it has no names."""
-    read = batch.get if isinstance(batch, dict) else lambda name, default: getattr(batch, name, default)
-    names = read("names", None)
-    return 1 if names is None else len(names) if read("weight", 1.0) else 0

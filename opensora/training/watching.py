@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import nn
 
 from opensora.acceleration.parallel import Layout
+from opensora.datasets.quarantine import Broken
 from opensora.models.text_encoder.cleaning import preprocess
 from opensora.settings import TrainSettings
 from opensora.training.examples import Encoders, Examples, told_of
 from opensora.training.sources import TableSource, read_batch
+from opensora.training.table_checks import Gather, alone
 from opensora.training.trainer import Trainer, Watch, step_generator
 from opensora.training.validation import Prompt, Samples, Validation, report
 
+logger = logging.getLogger("opensora")
 Size = tuple[int, int, int]
 FPS = 24
 
 
-def held_out(source: TableSource, encoders: Encoders, seed: int) -> list[tuple[str, Examples]]:
-    """The bucket and the clips of each batch that is held out, encoded, in memory."""
+def held_out(
+    source: TableSource, encoders: Encoders, seed: int, gather: Gather = alone
+) -> tuple[list[tuple[str, Examples]], list[Broken]]:
+    """The bucket and the clips of each batch that is held out, encoded, in memory; and the files that are broken.
+
+    There are none where no rank can read any of them. Says which buckets are left without a clip.
+    """
     host, dataset = torch.empty(0).device, source.dataset.at(0)
-    found = []
+    found, broken, own = [], [], set()
     for number, (name, keys, size) in enumerate(source.held):
         batch = read_batch(dataset, keys, size)
         found.append((name, encoders(batch, step_generator(seed, -1, number)).to(host)))
-    return found
+        broken += batch["broken"]
+        own |= {name} if batch["names"] else set()
+    read = set().union(*gather(own))
+    if lost := sorted({one.name for one in source.held} - read):
+        logger.warning("no validation of %s: none of the clips held out for it can be read", ", ".join(lost))
+    return found if read else [], broken
 
 
 def watches(

@@ -26,6 +26,10 @@ from opensora.schema import (
 Interval = Annotated[Positive, Field(le=1_000)]
 Seed = Annotated[Int, Field(ge=-(2**63))]
 Transform = Literal["center", "resize_crop"]
+Captions = Literal["mostly", "required", "optional"]
+
+
+CAPTIONS = "which rows must have a text: nearly all (mostly: 95 %), all (required), or none (optional)"
 
 
 class _Table(Section):
@@ -41,6 +45,7 @@ class VideoTextDataset(_Table):
     num_frames: Frames = arg(16, "frames of a clip; 1 for images")
     image_size: Pair[Side] = arg((256, 256), "height and width in pixels")
     transform_name: Transform = arg("center", "how frames get their size: center (squares), resize_crop")
+    captions: Captions = arg("mostly", CAPTIONS)
 
 
 class VariableVideoTextDataset(_Table):
@@ -50,6 +55,7 @@ class VariableVideoTextDataset(_Table):
     image_size: Pair[Side | None] | None = arg(None, "accepted from older files; bucket_config decides", (None, None))
     transform_name: Transform = arg("resize_crop", "how frames get their size: center (squares), resize_crop")
     dummy_text_feature: bool = arg(False, "the texts come from load_text_features")
+    captions: Captions = arg("mostly", CAPTIONS)
 
 
 class EncodedDataset(Section):

@@ -1,0 +1,145 @@
+"""The files of a features folder: what they are, checked before anything is made of them.
+
+`features.json` says what was encoded, and how; `plan.json` which shards there should be. See `encoded.py` for those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from pathlib import Path
+from threading import Lock
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor
+
+from opensora.errors import ConfigError
+from opensora.files import read_json
+from opensora.schema import Count, Name, Positive, Schema, Text, Triple, check
+
+IDENTITY, PLAN = "features.json", "plan.json"
+COMMAND = "scripts/misc/extract_feat.py"
+MOST_OPEN = 128  # shards mapped at a time
+MAX_PLAN_BYTES = 2**26
+MAX_ROWS = 2**28
+
+# A file below the folder; no name leads out of it.
+LatentFile = Annotated[str, Field(pattern=r"^latents/crop\d+/[\w.-]*\w[\w.-]*/\d+-\d+\.safetensors$", max_length=200)]
+TextFile = Annotated[str, Field(pattern=r"^text/\d+\.safetensors$", max_length=200)]
+
+
+class PlannedLatents(Schema):
+    """A shard of latents: of one crop and one size (T, H, W)."""
+
+    file: LatentFile
+    crop: Count
+    bucket: Triple[Name | Positive]  # resolution, frames, ratio
+    size: Triple[Positive]
+    batch_size: Positive
+
+
+class PlannedTexts(Schema):
+    """A shard of texts."""
+
+    file: TextFile
+
+
+class Plan(Schema):
+    """The shards there should be, and the table that they were made of."""
+
+    num_rows: Annotated[Count, Field(le=MAX_ROWS)]
+    num_crops: Positive
+    latents: list[PlannedLatents]
+    text: list[PlannedTexts]
+    table: Text | None = None
+
+
+def caption_key(text: str) -> np.ndarray:
+    """16 bytes that tell captions apart."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return np.frombuffer(digest, np.uint8)
+
+
+class Shards:
+    """The files of a features folder: checked to be complete, opened when they are needed, `MOST_OPEN` at a time."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.identity, plan = (_read(self.folder / name) for name in (IDENTITY, PLAN))
+        self.plan = check(Plan, plan, str(self.folder / PLAN), remedy=f"run {COMMAND} again, which writes it anew")
+        planned = self.files = [part.file for part in (*self.plan.latents, *self.plan.text)]
+        missing = [name for name in planned if not (self.folder / name).is_file()]
+        if missing:
+            problem = f"{len(missing)} of {len(planned)} shards are not there yet (the first is {missing[0]})"
+            raise ConfigError(f"{self.folder}: {problem}; run {COMMAND} again, which encodes those alone")
+        self._forget()
+
+    def _forget(self) -> None:
+        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._turn = Lock()  # threads that read ahead share the open shards
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_turn")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def require(self, **expected: Any) -> None:
+        """Raises ConfigError unless the folder was made with these; `vae`, `text_encoder`: SHA-256 of their weights."""
+        for name, value in expected.items():
+            if self.identity.get(name) != value:
+                problem = f"was encoded with {name} {self.identity.get(name)}, and the run has {value}"
+                raise ConfigError(f"{self.folder} {problem}; encode it anew with {COMMAND}, into another folder")
+
+    def column(self, name: str, key: str, kind: type[np.generic]) -> np.ndarray:
+        """A column of a shard. Raises ConfigError where it is not there, or not of numbers of this kind."""
+        column = tensor_of(self[name], key, self.folder / name).numpy()
+        if column.dtype != kind:
+            raise _damaged(self.folder / name, f"its column {key} is of another type")
+        if key == "row" and len(column) and not 0 <= column.min() <= column.max() < self.plan.num_rows:
+            raise _damaged(self.folder / name, f"its rows are not those of a table of {self.plan.num_rows} rows")
+        return column
+
+    def __getitem__(self, name: str) -> Any:
+        """The opened shard."""
+        with self._turn:
+            if name not in self._open:
+                if len(self._open) >= MOST_OPEN:
+                    self._open.popitem(last=False)
+                self._open[name] = open_shard(self.folder / name)
+            self._open.move_to_end(name)
+            return self._open[name]
+
+
+def open_shard(path: Path) -> Any:
+    """A shard mapped into memory; ConfigError if it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def tensor_of(shard: Any, key: str, path: Path) -> Tensor:
+    """A tensor of an opened shard; ConfigError if it has no such tensor."""
+    from safetensors import SafetensorError
+
+    try:
+        return shard.get_tensor(key)
+    except SafetensorError as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _damaged(path: Path, why: str) -> ConfigError:
+    return ConfigError(f"{path}: is damaged ({why}); remove it and run {COMMAND} again")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        problem = f"is no folder of encoded features ({path.name} cannot be read)"
+        raise ConfigError(f"{path.parent} {problem}; make one with {COMMAND}")
+    return check(dict[str, Any], read_json(path, ConfigError, MAX_PLAN_BYTES), str(path))

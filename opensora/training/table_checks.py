@@ -1,0 +1,109 @@
+"""What is wrong with a table, told before the first step: files that are not there, texts that are not written."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from opensora.datasets.datasets import CAPTIONS
+from opensora.datasets.quarantine import Broken, most_broken
+from opensora.datasets.table import Table
+from opensora.errors import ConfigError, MediaError
+
+logger = logging.getLogger("opensora")
+Gather = Callable[[Any], list[Any]]  # what one rank knows -> what each knows
+
+SHOWN = 3  # names in a message
+LONGEST = 120  # characters of a path in a message
+NOT_THERE = "no such file"
+
+
+def alone(value: Any) -> list[Any]:
+    """What each rank knows, where there is one."""
+    return [value]
+
+
+def missing_files(table: Table, gather: Gather = alone, rows: np.ndarray | None = None) -> list[Broken]:
+    """The rows (of `rows`, or of all) whose files are not there, for any rank; they are counted and said.
+
+    Raises MediaError if that is all of them, or more than may be.
+    """
+    rows = np.arange(len(table)) if rows is None else rows
+    missing = table.missing()
+    found = np.unique(np.concatenate(gather(np.intersect1d(missing.rows, rows))))
+    if not len(found):
+        return []
+    names = _some(table, found)
+    where, most = _tried(missing.tried), most_broken(len(rows))
+    if len(found) == len(rows):
+        remedy = "start in the folder that the paths begin from, or mend them"
+        raise MediaError(f"{table.source}: none of its {len(rows)} files is there: {names}; {where}; {remedy}")
+    problem = f"{len(found)} of {len(rows)} files are not there: {names}; {where}"
+    if len(found) > most:
+        remedy = "mend the paths, or take out the rows"
+        raise MediaError(f"{table.source}: {problem}; that is over the limit of {most}; {remedy}")
+    logger.warning("%s: %s; their rows are left out", table.source, problem)
+    return [Broken(row, table.path[row], NOT_THERE) for row in found.tolist()]
+
+
+def check_texts(table: Table, captions: str = CAPTIONS[0], rows: np.ndarray | None = None) -> None:
+    """Says how many rows (of `rows`, or of all) have no text.
+
+    Raises ConfigError if that is all of them, more than may be with "mostly", or any with "required".
+    """
+    rows = np.arange(len(table)) if rows is None else rows
+    if table.text is None:
+        problem = "has no column text, and without texts there is nothing to train on but videos"
+        if captions != "optional":
+            raise ConfigError(f"{table.source}: {problem}; add it, or set captions='optional' in the section dataset")
+        logger.warning("%s: has no column text; every text is empty", table.source)
+        return
+    empty = empty_texts(table, rows)
+    if not len(empty):
+        return
+    names = _some(table, empty)
+    problem = f"{table.source}: {len(empty)} of {len(rows)} texts are empty: {names}"
+    most = {"required": 0, "optional": len(rows)}.get(captions, most_broken(len(rows)))
+    if len(empty) > most:
+        limit = "captions='required' allows none" if captions == "required" else f"that is over the limit of {most}"
+        remedy = "write them, take out the rows, or set captions='optional' in the section dataset"
+        raise ConfigError(f"{problem}; {limit}; {remedy}")
+    logger.warning("%s; they are trained on as they are", problem)
+
+
+def empty_texts(table: Table, rows: np.ndarray) -> np.ndarray:
+    """Those of `rows` whose texts are empty or blank."""
+    return rows[np.fromiter((not table.text[row].strip() for row in rows.tolist()), bool, len(rows))]
+
+
+def same_on_all_ranks(cells: np.ndarray, source: str, gather: Gather = alone) -> None:
+    """Raises ConfigError where the ranks have read other tables under one name; `cells` tell rows apart."""
+    digests = gather(hashlib.sha256(cells.tobytes()).digest())
+    other = [str(rank) for rank, one in enumerate(digests) if one != digests[0]]
+    if other:
+        remedy = "give all machines the same one, and do not change it while a run starts"
+        raise ConfigError(f"{source}: rank {', '.join(other)} reads another table than rank 0; {remedy}")
+
+
+def _tried(paths: Sequence[str]) -> str:
+    """Where the first of the files was looked for, in words."""
+    if not paths:  # it is another rank that lacks it, or an empty cell
+        return f"looked for from {os.getcwd()}, the working directory"
+    return f"looked for {', '.join(map(_short, paths))} from {os.getcwd()}, the working directory"
+
+
+def _some(table: Table, rows: np.ndarray) -> str:
+    """The first files of some rows, and how many more there are."""
+    names = [_short(table.path[row]) or f"an empty cell in row {row}" for row in rows[:SHOWN].tolist()]
+    return ", ".join(names) + (f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else "")
+
+
+def _short(path: str) -> str:
+    """A path on one line."""
+    line = " ".join(path.split())
+    return line if len(line) <= LONGEST else f"...{line[-LONGEST:]}"

@@ -1,0 +1,116 @@
+"""Two ranks learn what one learns: with a text encoder sharded over them, and where one of them has no sample."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from opensora.acceleration.parallel import Layout
+from opensora.datasets.quarantine import Broken, Quarantine
+from opensora.datasets.video import write_image
+from opensora.errors import MediaError
+from opensora.settings import TrainSettings
+from opensora.training import turns
+from opensora.training.diffusion import train
+from opensora.training.turns import Turns
+from tests.ranks import run
+from tests.tiny import TINY_STDIT3, make_tiny_t5, make_tiny_vae
+
+ROWS = 8  # of an epoch: 4 steps of one row on each rank
+
+
+def as_ranks(
+    monkeypatch: pytest.MonkeyPatch, numbers: list[tuple[float, ...]], broken: list[list[Broken]] = ()
+) -> Layout:
+    """One rank of several, of which the others say the same each time."""
+    monkeypatch.setattr(turns, "total", lambda own, _: [sum(column) for column in zip(own, *numbers, strict=True)])
+    monkeypatch.setattr(turns, "gather", lambda own, _: [own, *broken])
+    return Layout(0, len(numbers) + 1)
+
+
+def batch(*names: str, broken: tuple = ()) -> dict[str, Any]:
+    return {"names": list(names), "weight": float(bool(names)), "broken": list(broken)}
+
+
+class TestTurns:
+    @pytest.mark.parametrize(
+        ("own", "others", "weights", "samples"),
+        [
+            ([batch("a", "b")], [], [1], 2),
+            ([batch()], [], [0], 0),
+            ([batch("a"), batch()], [], [2, 0], 1),
+            ([batch("a")], [(0, 0, 0, 0)], [2], 1),
+            ([batch()], [(2, 1, 0, 0)], [0], 2),
+            ([batch("a"), batch("b")], [(2, 1, 0, 0), (0, 0, 0, 0)], [2, 2], 4),
+            ([batch()], [(0, 0, 0, 0)], [0], 0),
+        ],
+    )
+    def test_batches_without_samples_take_no_weight_from_the_others(
+        self, own: list, others: list, weights: list[float], samples: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = Turns(as_ranks(monkeypatch, others))(own)
+        assert [one["weight"] for one in made.batches] == weights and made.samples == samples and not made.stops
+
+    def test_broken_files_of_all_ranks_are_counted_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        broken = [Broken(row, f"{row}.mp4", "is cut off") for row in range(6)]
+        quarantine = Quarantine(tmp_path / "quarantine.jsonl", 100)
+        group = as_ranks(monkeypatch, [(0, 0, 3, 0), (0, 0, 0, 0)], [broken[1:4], []])
+        Turns(group, quarantine)([batch("a", broken=broken[:2])])
+        Turns(group, quarantine)([batch("a", broken=broken[:2])])
+        assert quarantine.rows == {0, 1, 2, 3}
+        assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 4
+        with pytest.raises(MediaError, match="6 of 100 files cannot be read, over the limit of 5"):
+            Turns(group, quarantine)([batch("a", broken=broken[4:])])
+
+
+def make_settings(folder: Path, name: str, sharded: bool = False, **changes: Any) -> TrainSettings:
+    encoder = {"type": "t5", "from_pretrained": str(folder / "t5"), "model_max_length": 32, "shardformer": sharded}
+    section = {"type": "VideoTextDataset", "data_path": str(folder / "table.csv"), "num_frames": 1}
+    base = dict(
+        dataset={**section, "image_size": (16, 16)}, model={"type": "STDiT3", **TINY_STDIT3}, batch_size=1,
+        vae={"type": "VideoAutoencoderPipeline", "from_pretrained": str(folder / "vae")}, text_encoder=encoder,
+        scheduler={"type": "rflow"}, dtype="fp32", device="cpu", num_workers=0, max_steps=4, lr=1e-3, tensorboard=False,
+        outputs=str(folder / name),
+    )  # fmt: skip
+    return TrainSettings(**{**base, **changes})
+
+
+def make_folder(folder: Path) -> None:
+    """A table of images, one of them broken, and tiny encoders."""
+    rng, rows = np.random.default_rng(0), []
+    for number in range(ROWS):
+        path = folder / f"{number}.png"
+        write_image(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8), path)
+        rows.append((path, f"image {number}"))
+    (folder / "3.png").write_bytes(b"nothing")
+    with (folder / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "text"), *rows])
+    make_tiny_vae(folder / "vae"), make_tiny_t5(folder / "t5")
+
+
+def on_rank(folder: Path) -> None:
+    train(make_settings(folder, "two", sharded=True))
+
+
+def lines_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in next(folder.glob("0*/log.jsonl")).read_text().splitlines()]
+
+
+def test_two_ranks_with_a_sharded_encoder_learn_what_one_learns(tmp_path: Path) -> None:
+    """In one of the steps one rank has no sample, and then the batch of the other is all that counts."""
+    make_folder(tmp_path)
+    run(2, on_rank, tmp_path)
+    train(make_settings(tmp_path, "one", accumulation_steps=2))
+    one, two = (lines_of(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(two) == ROWS // 2
+    for first, second in zip(one, two, strict=True):
+        assert [first[name] for name in ("loss", "grad_norm")] == pytest.approx(
+            [second[name] for name in ("loss", "grad_norm")], rel=1e-4
+        )
+    lists = [next((tmp_path / name).glob("0*/quarantine.jsonl")).read_text() for name in ("one", "two")]
+    assert lists[0] == lists[1] and "3.png" in lists[0]
