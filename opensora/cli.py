@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -40,6 +41,7 @@ def _parser() -> Parser:
     replay.add_argument("file", help="an mp4, png or recipe .json that opensora wrote")
     replay.add_argument("--save-dir", default="./samples/replay", help="folder for the result")
     replay.add_argument("--device", help="device to run on")
+    replay.add_argument("--allow-downloads", action="store_true", help="fetch weights and references that it names")
     for flag, part in (("--ckpt-path", "model"), ("--vae-path", "vae"), ("--text-encoder-path", "text_encoder")):
         replay.add_argument(flag, dest=part, help=f"where the weights of the {part.replace('_', ' ')} lie now")
     replay.set_defaults(run=_replay)
@@ -108,6 +110,11 @@ def _generate(args: argparse.Namespace) -> int:
     return generate(_request(args))
 
 
+def keeping_names(settings: InferenceSettings) -> InferenceSettings:
+    """The settings as the documents' script takes them: results keep their names, and replace what lies there."""
+    return dataclasses.replace(settings, overwrite=settings.overwrite or not settings.prompt_as_path)
+
+
 def generate(settings: InferenceSettings) -> int:
     """Makes what the settings ask for and prints the path of each result."""
     from opensora.pipeline import VideoPipeline
@@ -140,7 +147,7 @@ def _replay(args: argparse.Namespace) -> int:
     from opensora.replay import replay
 
     weights = {"model": args.model, "vae": args.vae, "text_encoder": args.text_encoder}
-    result = replay(args.file, args.save_dir, args.device, weights)
+    result = replay(args.file, args.save_dir, args.device, weights, args.allow_downloads)
     print(result.output.path)
     if result.identical:
         print("identical: every decoded frame has the same bytes")

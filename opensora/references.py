@@ -27,11 +27,12 @@ from torch import Tensor
 from opensora.datasets.transforms import get_transform
 from opensora.datasets.video import is_image, iterate_video, read_image
 from opensora.errors import ConfigError, MediaError
-from opensora.files import why
+from opensora.files import file_digest
 
 MAX_FRAMES = 4096  # of a reference
 MAX_PIXELS = 2**30  # of all its frames at the size that is made: 12 GiB
-MAX_BYTES = 200 * 10**6
+MAX_BYTES = 200 * 10**6  # of a download
+MAX_FILE_BYTES = 2**32  # of a file that is here
 MAX_REDIRECTS = 5
 TOTAL_SECONDS = 60.0
 CONNECT_SECONDS = 10.0
@@ -80,26 +81,31 @@ def check_references(text: str | None, *, allow_private: bool = False, offline: 
 
     Files are decoded to their end, so that what `read_references` would refuse is refused before long work.
     """
-    if offline and (urls := [source for source in _split(text) if _URL.match(source)]):
-        raise ConfigError(f"reference {urls[0]!r} is a URL, but offline asks nobody; download it and give its path")
+    if offline and (found := urls(text)):
+        raise ConfigError(f"reference {found[0]!r} is a URL, but offline asks nobody; download it and give its path")
     return [_check(source, allow_private) for source in _split(text)]
 
 
+def urls(text: str | None) -> list[str]:
+    """Those of the references that would be fetched."""
+    return [source for source in _split(text) if _URL.match(source)]
+
+
 def content_hashes(text: str | None, *, allow_private: bool = False) -> dict[str, str]:
-    """The SHA-256 of the bytes of each file or URL that references name. Raises MediaError where there are none."""
+    """The SHA-256 of the bytes of each file or URL that references name. Raises MediaError where there are none.
+
+    Only regular files of at most 4 GiB are read.
+    """
     files = dict.fromkeys(match[1] if (match := _PART.fullmatch(one)) else one for one in _split(text))
     return {file: _content_hash(file, allow_private) for file in files}
 
 
 def _content_hash(source: str, allow_private: bool) -> str:
-    path, digest = fetch(source, None, allow_private) if _URL.match(source) else source, hashlib.sha256()
+    path = str(fetch(source, None, allow_private)) if _URL.match(source) else source
     try:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except OSError as error:
-        raise MediaError(f"reference {source!r}: cannot be read ({why(error)}); give another") from error
-    return digest.hexdigest()
+        return file_digest(path, MAX_FILE_BYTES)
+    except MediaError as error:
+        raise _named(source, path, error) from error
 
 
 def _split(text: str | None) -> list[str]:
