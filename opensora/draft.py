@@ -103,8 +103,9 @@ def load(file: str | Path) -> Draft:
     if told.done >= told.num_steps:
         raise WeightsError(f"{file}: stands after {told.done} of {told.num_steps} steps; make the draft again")
     _check_tensors(file, tensors)
-    name = file.name.removesuffix(f"{SUFFIX}.safetensors")
-    name = plain_name(told.name if name == file.name else name, str(file), WeightsError)
+    name = plain_name(told.name, str(file), WeightsError)
+    if (own := file.name.removesuffix(f"{SUFFIX}.safetensors")) != file.name:
+        name = plain_name(own, str(file), WeightsError)  # the file may have taken another number, or name, since
     return Draft(file, recipe, name, Pause(done=told.done, tensors=tensors), told.num_steps, told.device)
 
 

@@ -212,5 +212,6 @@ def _ways_out(settings: InferenceSettings) -> Iterator[None]:
         yield
     except WeightsError as error:
         remedy = "if weights have moved, say where with --ckpt-path, --vae-path or --text-encoder-path"
-        fetch = "" if settings.allow_downloads else "; --allow-downloads has those of the hub fetched"
-        raise WeightsError(f"{error}; {remedy}{fetch}") from error
+        if "(offline)" in str(error) and not settings.allow_downloads:
+            remedy += "; --allow-downloads has those of the hub fetched"
+        raise WeightsError(f"{error}; {remedy}") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 
 PROGRAM = """
 import os, signal, sys
-from opensora.pipeline import output_folder
+from opensora.outputs import output_folder
 from opensora.utils.config_utils import run_program
 
 def program():
