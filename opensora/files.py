@@ -184,13 +184,18 @@ def _cleared(
     except (OSError, *failures) as failure:
         raise error(f"{pairs[0][1]}: cannot be written ({why(failure)})") from failure
     finally:
-        renamed = not any(os.path.lexists(temporary) for temporary, _ in pairs)
-        for temporary, final in pairs:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            with suppress(OSError):
-                if renamed or _is_same(_kept(temporary), final):
-                    _kept(temporary).unlink(missing_ok=True)
+        _clear(pairs)
+
+
+def _clear(pairs: list[tuple[Path, Path]]) -> None:
+    """Removes temporary files, and old ones that have been replaced or are back in their place."""
+    renamed = not any(os.path.lexists(temporary) for temporary, _ in pairs)
+    for temporary, final in pairs:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            if renamed or _is_same(_kept(temporary), final):
+                _kept(temporary).unlink(missing_ok=True)
 
 
 def _create(path: Path, make_folders: bool) -> int:

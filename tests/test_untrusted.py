@@ -338,9 +338,7 @@ def test_only_weights_are_weights(here: Path, capsys: pytest.CaptureFixture, par
 
 @pytest.mark.parametrize("file", ["/dev/zero", "fifo", "out", "/proc/self/mem", "fifo.mp4", "out.png", "fifo.json"])
 @pytest.mark.parametrize("command", ["replay", "continue"])
-def test_only_files_are_recipes_and_drafts(
-    here: Path, capsys: pytest.CaptureFixture, file: str, command: str
-) -> None:
+def test_only_files_are_recipes_and_drafts(here: Path, capsys: pytest.CaptureFixture, file: str, command: str) -> None:
     for name in ("fifo", "fifo.mp4", "fifo.json"):
         os.mkfifo(name)
     os.mkdir("out.png")
