@@ -151,7 +151,7 @@ def test_two_results_with_one_name_are_refused(prompts: tuple[str, ...]) -> None
         one._replace(path=outputs.save_path_name("out", prompt=one.prompt, prompt_as_path=True))
         for one in requests(*prompts)
     ]
-    with pytest.raises(ConfigError, match="would both be written to out/.*; leave out one of them, or --prompt-as"):
+    with pytest.raises(ConfigError, match=r"would both be written to out/.*; leave out one of them, or --prompt-as"):
         found.place(placed)
 
 
