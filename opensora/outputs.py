@@ -19,8 +19,8 @@ import numpy as np
 
 from opensora.datasets.video import contact_sheet, encode_image
 from opensora.draft import SUFFIX
-from opensora.errors import ConfigError, MediaError
-from opensora.files import adding, replacing
+from opensora.errors import ConfigError, MediaError, WeightsError
+from opensora.files import adding, replacing, why
 from opensora.prompts import save_path_name
 from opensora.recipe import Recipe, check_folder, encode_output
 from opensora.request import Request
@@ -117,7 +117,10 @@ class Outputs:
             if self.settings.preview:
                 encode_image(contact_sheet(frames), others[0])
             if save_state:
-                save_state(others[-1], Path(path).name)
+                try:
+                    save_state(others[-1], Path(path).name)
+                except WeightsError as error:  # which names the temporary file
+                    raise OSError(why(error.__cause__ or error)) from error
         preview, state = names[2] if self.settings.preview else None, names[-1] if save_state else None
         return Output(names[0], frames, preview, state)
 

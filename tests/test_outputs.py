@@ -16,7 +16,7 @@ import pytest
 
 from opensora import files, outputs
 from opensora.datasets.video import read_image
-from opensora.errors import ConfigError, MediaError
+from opensora.errors import ConfigError, MediaError, WeightsError
 from opensora.files import adding, replacing
 from opensora.outputs import Outputs
 from opensora.recipe import make_recipe, read_recipe
@@ -314,3 +314,15 @@ def test_the_script_keeps_its_names_and_says_what_it_replaces(
     assert run_script(*argv, "a boat") == 1
     assert "out/sample_0000.json: is no file" in capsys.readouterr().err
     assert np.array_equal(read_image("out/sample_0000.png"), image)
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("I/O error")])
+def test_a_draft_that_cannot_be_written_is_named_by_its_result(failure: Exception) -> None:
+    def save(file: Path, name: str) -> None:
+        raise WeightsError(f"{file}: cannot be written") from failure
+
+    found = Outputs(SETTINGS, 1, True)
+    [request] = found.place(requests("a"))
+    with pytest.raises(MediaError, match=r"^out/sample_0000\.draft\.png: cannot be written \((No space|I/O)"):
+        found.write(request.path, FRAME, recipe("a"), save)
+    assert names() == []
