@@ -8,24 +8,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from opensora.benchmark import check_report_path, run_benchmark, table_of, write_report
-from opensora.utils.config_utils import run_program
-from opensora.utils.device_guide import guide_parser, guide_settings
+from opensora.cli import benchmark
+from opensora.cli.accelerator_guide import add_counts, guide_parser, guide_settings
+from opensora.cli.program import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark, prints its table and the path of its report."""
     parser = guide_parser("Time text encoder, denoising and decoding on a device.")
-    parser.add_argument("--warmup-count", type=int, default=3, help="untimed runs at the start")
-    parser.add_argument("--eval-count", type=int, default=5, help="timed runs")
-    parser.add_argument("--benchmark-save-path", default="./benchmark/report.json", help="JSON file to write")
+    add_counts(parser)
     args = parser.parse_args(argv)
-    settings = guide_settings(args)
-    check_report_path(args.benchmark_save_path)
-    report = run_benchmark(settings, args.warmup_count, args.eval_count)
-    print(table_of(report))
-    print(write_report(report, args.benchmark_save_path))
-    return 0
+    return benchmark(guide_settings(args), args)
 
 
 if __name__ == "__main__":

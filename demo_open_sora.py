@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from opensora.cli import generate
-from opensora.utils.config_utils import run_program
-from opensora.utils.device_guide import guide_parser, guide_settings
+from opensora.cli.accelerator_guide import guide_parser, guide_settings
+from opensora.cli.program import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:

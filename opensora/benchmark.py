@@ -70,10 +70,13 @@ class _Bench:
         pipeline.choose_memory(requests, parts)
         self.encoder, told = parts["text_encoder"], pipeline.texts(self.request)
         texts = pipeline.encode_texts(self.encoder, [*told, *tuning.prompts(settings)])
+        self.latent = tuple(parts["vae"].get_latent_size(pipeline.size))
+        self.step = self._count_step(parts["model"], told)  # as it was built: not compiled, and without numbers
         self.vae, self.model = (pipeline.fill(name, parts[name]) for name in ("vae", "model"))
-        self.latent = tuple(self.vae.get_latent_size(pipeline.size))
-        pipeline.cache = tuning.tuned(pipeline, self.model, (self.vae.out_channels, *self.latent), texts)
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.texts = {text: texts[text] for text in told}
+        self.model = pipeline.accelerated(self.model)
+        pipeline.cache = tuning.tuned(pipeline, self.model, (self.vae.out_channels, *self.latent), texts)
         self.peak = peak_flops(pipeline.device, next(name for name, one in DTYPES.items() if one == pipeline.dtype))
 
     def run(self) -> dict[str, float]:
@@ -91,23 +94,26 @@ class _Bench:
             "text": encoded - begin, "denoise": taken["sampling"], "decode": taken["decoding"], "total": end - begin,
         }  # fmt: skip
 
+    def _count_step(self, model: Any, texts: Sequence[str]) -> estimate.Cost:
+        """The cost of one evaluation of the model, with both branches of guidance."""
+        pipeline, batch = self.pipeline, 1 if self.pipeline.scheduler.cfg_scale == 1 else 2
+        self.tokens = max(count_tokens(self.encoder, text) for text in texts)
+        where = (pipeline.dtype, pipeline.device)
+        work = estimate.step(model, self.latent, pipeline.conditioning, self.tokens, *where, batch)
+        return estimate.count(work, pipeline.device)
+
     def flops(self) -> dict[str, float | None]:
         """Stage -> floating-point operations; None where they are not known."""
         pipeline, loops = self.pipeline, self.pipeline.settings.loop
         scheduler, where = pipeline.scheduler, (pipeline.dtype, pipeline.device)
-        tokens = max(count_tokens(self.encoder, text) for text in self.texts)
-        step = estimate.step(
-            self.model, self.latent, pipeline.conditioning, tokens, *where, 1 if scheduler.cfg_scale == 1 else 2
-        )
-        cost = estimate.count(step, pipeline.device)
         found: dict[str, float | None] = {"denoise": None, "text": None}
         if pipeline.cache.is_exact and scheduler.num_sampling_steps:
-            found["denoise"] = _operations(cost.times(scheduler.num_sampling_steps * loops))
+            found["denoise"] = _operations(self.step.times(scheduler.num_sampling_steps * loops))
         found["decode"] = _operations(estimate.decoding(self.vae, pipeline.size, *where).times(loops))
         if not isinstance(self.encoder, ClassIds):
             reader = self.encoder.model
             config = getattr(reader, "config", None) or reader.text_model.config
-            read = estimate.reading_text(config, sum(one.numel() for one in reader.parameters()), tokens)
+            read = estimate.reading_text(config, sum(one.numel() for one in reader.parameters()), self.tokens)
             found["text"] = _operations(read.times(len(self.texts)))
         return found
 
@@ -120,7 +126,8 @@ class _Bench:
             "platform": platform.platform(), "device": str(pipeline.device), "device_name": name_of(pipeline.device),
             "dtype": str(pipeline.dtype).removeprefix("torch."), "peak_flops": self.peak,
             "model": settings.model["type"], "weights": {n: one.sha256 for n, one in pipeline.summaries.items()},
-            "parameters": sum(p.numel() for p in self.model.parameters()), "scheduler": dict(settings.scheduler),
+            "parameters": self.parameters, "scheduler": dict(settings.scheduler),
+            "compile": settings.compile, "graphs": settings.graphs,
             "num_frames": pipeline.size.num_frames, "height": pipeline.made[0], "width": pipeline.made[1],
             "loops": settings.loop, "prompt": self.request.prompt, "sample_name": settings.sample_name,
             "cache": "none" if pipeline.cache.is_exact else pipeline.cache.method,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,21 @@ from opensora import registry
 from opensora.acceleration.device import place
 from opensora.acceleration.eight_bits import quantize
 from opensora.acceleration.parallel import Layout, shard
+from opensora.config.sections import check_type, checked
+from opensora.config.sections.checkpoints import CLIPConfig, CLIPTextConfig, Stated, T5Config, TokenizerConfig
 from opensora.errors import ConfigError, OpenSoraError, WeightsError
+from opensora.files import read_json
 from opensora.hub import locate, one_line, read_config_json
 from opensora.models.text_encoder.clip import CLIP_DROPPED, CLIP_RENAMED, make_clip
 from opensora.models.text_encoder.t5 import T5_DROPPED, make_t5
+from opensora.schema import check as check_value
 from opensora.weight_rules import Drop, Rename
 from opensora.weights import Summary, load_weights
+from opensora.weights.tokenizer import check_tokenizer, tokenizer_hash
 
 TRAINING_ONLY = ("freeze", "freeze_y_embedder", "only_train_temporal", "drop_path", "freeze_vae_2d", "cal_loss")
 TABLES = {"model": registry.MODELS, "vae": registry.AUTOENCODERS, "text_encoder": registry.TEXT_ENCODERS}
+TEXT_CONFIGS = {"t5": T5Config, "clip": CLIPConfig, "clip_text": CLIPTextConfig}
 WITHOUT_WEIGHTS = ("classes",)
 TEXT_RULES = {
     "t5": [Drop(pattern) for pattern in T5_DROPPED],
@@ -35,8 +41,8 @@ ALONE = Layout()  # one rank
 
 def check(section: Section, what: str) -> None:
     """Raises ConfigError unless a "model", "vae" or "text_encoder" section can be built and names its weights."""
-    registry.check_type(what, section["type"], TABLES[what])
-    registry.arguments(section)
+    check_type(what, section.get("type"), TABLES[what])
+    checked(section, what)
     if not section.get("from_pretrained") and section["type"] not in WITHOUT_WEIGHTS:
         raise ConfigError(f"{what} has no weights: set from_pretrained to a folder, a file or a hub id")
 
@@ -49,7 +55,15 @@ def find(section: Section, what: str, offline: bool = False) -> Path | None:
     check(section, what)
     if section["type"] in WITHOUT_WEIGHTS:
         return None
-    return locate(section["from_pretrained"], what=what, subfolder=section.get("subfolder"), offline=offline)
+    return located(section, what, offline)
+
+
+def located(section: Section, what: str, offline: bool = False) -> Path:
+    """The file or folder that a section names as `from_pretrained`, as its `subfolder`, `cache_dir` and
+    `local_files_only` say. Raises WeightsError if it cannot be had.
+    """
+    where = {key: section[key] for key in ("subfolder", "cache_dir", "local_files_only") if section.get(key)}
+    return locate(section["from_pretrained"], what=what, offline=offline, **where)
 
 
 def build(section: Section, path: Path | None, defaults: Section | None = None, forced: Section | None = None) -> Any:
@@ -59,11 +73,18 @@ def build(section: Section, path: Path | None, defaults: Section | None = None, 
     `strict=False` in the section the model has initial values instead, for what the checkpoint may lack.
     """
     known = registry.keywords(section["type"]).difference(TRAINING_ONLY)
-    stated = config_json(path) if path else {}
-    keywords = {key: value for key, value in {**(defaults or {}), **stated}.items() if key in known}
+    stated = stated_keywords(section["type"], path, known) if path else {}
+    keywords = {**{key: value for key, value in (defaults or {}).items() if key in known}, **stated}
     forced = {key: value for key, value in (forced or {}).items() if key in known}
     with torch.device("meta") if section.get("strict", True) else nullcontext():
         return registry.build({**keywords, **section, **forced})
+
+
+def stated_keywords(name: str, path: Path, known: Collection[str]) -> dict[str, Any]:
+    """Those of the `known` keywords of a type that the config.json of a checkpoint states. Raises WeightsError."""
+    stated = {key: value for key, value in config_json(path).items() if key in known}
+    found = checked({"type": name, **stated}, where=str(config_file(path)), error=WeightsError)
+    return {key: found[key] for key in stated}
 
 
 def fill(
@@ -83,15 +104,43 @@ def build_text_encoder(section: Section, path: Path | None, dtype: torch.dtype) 
     """The text encoder of a section with its tokenizer, but without its weights."""
     if path is None:
         return registry.build(section)
-    folder, kind = path if path.is_dir() else path.parent, section["type"]
-    make = {"t5": make_t5, "clip": make_clip}[kind]
+    folder, kind = _folder(path), section["type"]
+    make, config = {"t5": make_t5, "clip": make_clip}[kind], config_json(path)
+    check_value(TEXT_CONFIGS["clip_text" if kind == "clip" and "text_config" not in config else kind], config,
+                str(config_file(path)), WeightsError)  # fmt: skip
+    check_tokenizer(folder)
+    if (tokenizer := folder / "tokenizer_config.json").is_file():
+        check_value(TokenizerConfig, read_json(tokenizer, WeightsError), str(tokenizer), WeightsError)
     try:
-        return make(config_json(path), folder, section.get("model_max_length", MAX_LENGTHS[kind]), dtype)
+        encoder = make(config, folder, section.get("model_max_length", MAX_LENGTHS[kind]), dtype)
+        _check_vocabulary(encoder, folder)
+        return encoder
     except OpenSoraError:
         raise
     except Exception as error:  # the tokenizer's libraries raise anything
         name = kind.upper()
         raise WeightsError(f"{folder}: no usable {name} configuration and tokenizer ({one_line(error)})") from error
+
+
+def tokenizer_sha256(path: Path | None) -> dict[str, str]:
+    """The hash of the tokenizer beside a text encoder's weights as `tokenizer`; empty where there are no weights."""
+    return {"tokenizer": tokenizer_hash(_folder(path))} if path else {}
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _check_vocabulary(encoder: Any, folder: Path) -> None:
+    """Raises WeightsError for a tokenizer that knows more tokens than its model, or none to pad with."""
+    config = getattr(encoder.model, "text_model", encoder.model).config
+    known, tokens = config.vocab_size, encoder.tokenizer.vocab_size
+    if tokens > known:
+        raise WeightsError(
+            f"{folder}: its tokenizer has {tokens:,} tokens, its model {known:,}; one is of another model"
+        )
+    if encoder.tokenizer.pad_token_id is None:
+        raise WeightsError(f"{folder}: its tokenizer has no padding token; get tokenizer_config.json again")
 
 
 def fill_text_encoder(
@@ -127,9 +176,19 @@ def load(
 
 def trained_sizes(path: Path) -> list[list[int]]:
     """The (frames, height, width) that a checkpoint says it was trained on; empty when it does not say."""
-    return config_json(path).get("trained_sizes", [])
+    found = check_value(Stated, config_json(path), str(config_file(path)), WeightsError).trained_sizes
+    return [list(size) for size in found]
 
 
 def config_json(path: Path) -> dict[str, Any]:
     """What config.json states about the weights at `path`; a training checkpoint and its ema.pt have it in model/."""
-    return read_config_json(path) or read_config_json((path if path.is_dir() else path.parent) / "model")
+    return read_config_json(path) or read_config_json(_folder(path) / "model")
+
+
+def config_file(path: Path) -> Path:
+    """The config.json that `config_json` reads."""
+    return (_folder(path) if read_config_json(path) else _folder(path) / "model") / "config.json"
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent

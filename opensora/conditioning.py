@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 
 from opensora.errors import ConfigError
+from opensora.schema import shown
+
+MAX_PLACEMENTS = 1_000  # tuples of one mask strategy
+MAX_NUMBER = 10**6  # in a tuple, either sign: more than any clip has frames
 
 logger = logging.getLogger("opensora")
 
@@ -44,23 +48,29 @@ class Clip(NamedTuple):
 def parse_mask_strategy(text: str | None) -> list[Placement]:
     """The placements of "loop,reference,reference start,target start,length,edit;...", right ends left out.
 
-    None and "" place nothing. Raises ConfigError naming the tuple that cannot be read.
+    None and "" place nothing. Raises ConfigError naming the tuple that cannot be read, and for more than a thousand.
     """
-    return [_placement(group, text) for group in text.split(";")] if text else []
+    if not text:
+        return []
+    if (count := text.count(";") + 1) > MAX_PLACEMENTS:
+        raise ConfigError(f"mask_strategy {shown(text)} has {count:,} groups; give at most {MAX_PLACEMENTS:,}")
+    return [_placement(group, text) for group in text.split(";")]
 
 
 def _placement(group: str, text: str) -> Placement:
     values = group.split(",")
     try:
-        if len(values) > 6:
+        if len(values) > 6 or "_" in group:  # which Python reads as part of a number
             raise ValueError
         placement = Placement(*map(int, values[:5]), **({"edit": float(values[5])} if len(values) == 6 else {}))
         if not 0 <= placement.edit <= 1 or placement.length < 0:
             raise ValueError
+        if any(abs(number) > MAX_NUMBER for number in astuple(placement)):
+            raise ValueError
     except ValueError:
         raise ConfigError(
-            f"mask_strategy '{text}': '{group}' is not loop,reference,reference start,target start,length,edit rate "
-            "(five whole numbers and a rate from 0 to 1, groups separated by ';')"
+            f"mask_strategy {shown(text)}: {shown(group)} is not loop,reference,reference start,target start,length,"
+            f"edit rate (five whole numbers up to {MAX_NUMBER:,} and a rate from 0 to 1, groups separated by ';')"
         ) from None
     return placement
 

@@ -11,7 +11,7 @@ import torch
 
 from opensora import components, registry, weights
 from opensora.acceleration.device import DTYPES
-from opensora.config import find_config, read_config
+from opensora.config import load_config
 from opensora.errors import ConfigError
 from opensora.hub import locate
 from opensora.weight_rules import POSITIONS, TensorDict, to_original
@@ -21,7 +21,7 @@ ENDINGS = {"safetensors": (".safetensors",), "pt": (".pt", ".pth", ".bin"), "hf"
 
 def convert(
     source: str, destination: str, to: str, config: str | None = None, dtype: str | None = None,
-    layout: str = "ours", force: bool = False,
+    layout: str = "ours", force: bool = False, offline: bool = False,
 ) -> weights.Summary:  # fmt: skip
     """Writes a checkpoint (file, folder or hub id) as "safetensors", "pt" or "hf", a folder with config.json.
 
@@ -29,20 +29,27 @@ def convert(
     positions; layout "original" gives those of the model's authors. Floating tensors become `dtype`, save those kept
     in float32. Only `force` replaces what exists. Raises ConfigError or WeightsError, and then has written nothing.
     """
-    target, path = Path(destination), locate(source)
+    target, path = Path(destination), locate(source, offline=offline)
     _check_target(target, to, force)
     tensors, stated, changes = weights.read_state_dict(path), components.config_json(path), {}
     if config:
         tensors, stated, changes = _fit(config, path, tensors, stated)
     tensors = to_original(tensors) if layout == "original" else tensors
-    for name, tensor in tensors.items() if dtype else ():
-        if tensor.is_floating_point():
-            tensors[name] = tensor.to(torch.float32 if weights.kept_in_float32(name) else DTYPES[dtype])
+    types = {name: _wanted(name, tensor, dtype) for name, tensor in tensors.items()}
+    weights.check_finite(path, {name: (tensor, types[name]) for name, tensor in tensors.items()})
+    tensors = {name: tensor.to(types[name]) for name, tensor in tensors.items()}
     if to == "hf":
         _write_folder(tensors, target, stated)
     else:
         weights.save_file(tensors, target)
     return weights.summarize(target, tensors)._replace(**changes)
+
+
+def _wanted(name: str, tensor: torch.Tensor, dtype: str | None) -> torch.dtype:
+    """The type of a tensor in what is written."""
+    if dtype is None or not tensor.is_floating_point():
+        return tensor.dtype
+    return torch.float32 if weights.kept_in_float32(name) else DTYPES[dtype]
 
 
 def _check_target(target: Path, to: str, force: bool) -> None:
@@ -54,7 +61,7 @@ def _check_target(target: Path, to: str, force: bool) -> None:
 
 def _fit(config: str, path: Path, tensors: TensorDict, told: dict[str, Any]) -> tuple[dict, dict, dict]:
     """Tensors as a configuration's model has them, a config.json made of that of the file, and what was changed."""
-    section = read_config(find_config(config)).get("model")
+    section = load_config(config)[0].get("model")
     if not isinstance(section, dict) or not isinstance(section.get("type"), str):
         raise ConfigError(f"{config}: has no model = dict(type=...) that the weights could fit")
     registry.check_type("model", section["type"], {**registry.MODELS, **registry.AUTOENCODERS})

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -30,13 +31,17 @@ from torch.utils.flop_counter import flop_registry
 
 from opensora.acceleration.device import synchronize
 from opensora.acceleration.memory import free_on_host
+from opensora.acceleration.peak import known_peak
 from opensora.errors import MediaError
-from opensora.files import replacing
+from opensora.files import read_json, replacing
+from opensora.schema import Name, Number, Schema, check
 from opensora.weights import kept_in_float32
 
 PRODUCTS, CONVOLUTIONS, BANDWIDTH = 1e11, 5e10, 5e9  # operations and bytes a second at the nominal pace
 DISPATCH = 1e-5  # seconds that an operation takes however small it is
-RUNS_KEPT, LONG_ENOUGH = 64, 10.0  # earlier runs of a device; seconds below which a run says nothing about the pace
+RUNS_KEPT, LONG_ENOUGH = 8, 10.0  # last runs of a device; seconds below which a run says nothing about the pace
+ENOUGH_WORK = 0.1  # seconds at the nominal pace below which a run says nothing either: it was something else that took
+BUSY, UNSURE = 20, 4  # times a trial's pace: what no stage needs that has a machine to itself; what one may need
 
 
 class Cost(NamedTuple):
@@ -265,38 +270,63 @@ def reading_text(config: Any, parameters: int, tokens: int) -> Cost:
     return Cost(products=2.0 * tokens * blocks, moved=4.0 * blocks, calls=500, peak=peak)
 
 
+class Span(NamedTuple):
+    """Seconds that work takes, at best and at worst, and what they are known from."""
+
+    least: float
+    most: float
+    source: str
+
+
+class _Run(Schema):
+    """An earlier run in the record: how long a stage took, as seconds for each second at the nominal pace."""
+
+    device: Name
+    stage: Name
+    pace: Annotated[Number, Field(gt=0)]
+    seconds: Annotated[Number, Field(ge=LONG_ENOUGH)]
+
+
 def seconds(cost: Cost, device: torch.device, stage: str, dtype: torch.dtype = torch.float32) -> float:
-    """Seconds that a stage of this cost takes on this device, which computes in this type."""
-    pace = _remembered(name_of(device, dtype)).get(stage) or _trial(device, dtype)
-    return cost.nominal_seconds * pace + DISPATCH * cost.calls
+    """Seconds that a stage of this cost takes at best on this device, which computes in this type."""
+    return span(cost, device, stage, dtype).least
+
+
+def span(cost: Cost, device: torch.device, stage: str, dtype: torch.dtype = torch.float32) -> Span:
+    """From the fastest to the middle one of the last runs here, or from a moment's trial.
+
+    Runs far slower than the trial were those of a busy machine and are left out. Nothing is faster than the peak.
+    """
+    trial, name = _trial(device, dtype), name_of(device, dtype)
+    known = [run.pace for run in _runs() if (run.device, run.stage) == (name, stage)]
+    paces = [pace for pace in known[-RUNS_KEPT:] if pace <= BUSY * trial]
+    source = f"{len(paces)} earlier run{'s' * (len(paces) > 1)} here" if paces else "a moment's trial"
+    fast, slow = (min(paces), statistics.median(paces)) if paces else (trial, UNSURE * trial)
+    dispatch, peak = DISPATCH * cost.calls, known_peak(device, dtype)
+    floor = (cost.products + cost.convolutions) / peak if peak else 0.0
+    least, most = (max(cost.nominal_seconds * pace, floor) + dispatch for pace in (fast, slow))
+    return Span(least, most, source)
 
 
 def remember(device: torch.device, stage: str, cost: Cost, taken: float, dtype: torch.dtype = torch.float32) -> None:
     """Notes how long a stage took on this device, if it was long enough to say something about its pace."""
-    if taken < LONG_ENOUGH:
+    dispatch = DISPATCH * cost.calls
+    if taken < LONG_ENOUGH or cost.nominal_seconds < ENOUGH_WORK or dispatch > taken / 2:
         return
-    name = name_of(device, dtype)
-    runs = [run for run in _runs() if (run["device"], run["stage"]) != (name, stage)]
-    same = [run for run in _runs() if (run["device"], run["stage"]) == (name, stage)][1 - RUNS_KEPT :]
-    pace = max(taken - DISPATCH * cost.calls, 0.1 * taken) / max(cost.nominal_seconds, 1e-9)
-    text = json.dumps([*runs, *same, {"device": name, "stage": stage, "pace": pace}])
+    pace = (taken - dispatch) / cost.nominal_seconds
+    run = _Run(device=name_of(device, dtype), stage=stage, pace=pace, seconds=taken)
+    same = [one for one in _runs() if (one.device, one.stage) == (run.device, run.stage)][1 - RUNS_KEPT :]
+    others = [one for one in _runs() if (one.device, one.stage) != (run.device, run.stage)]
+    text = json.dumps([one.model_dump() for one in [*others, *same, run]])
     with suppress(MediaError), replacing(_file(), make_folders=True) as [temporary]:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _remembered(name: str) -> dict[str, float]:
-    """Stage -> the median pace of the runs of this device."""
-    paces: dict[str, list[float]] = {}
-    for run in _runs():
-        if run["device"] == name:
-            paces.setdefault(run["stage"], []).append(run["pace"])
-    return {stage: statistics.median(found) for stage, found in paces.items()}
-
-
-def _runs() -> list[dict[str, Any]]:
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        runs = json.loads(_file().read_text(encoding="utf-8"))
-        return [{"device": str(run["device"]), "stage": str(run["stage"]), "pace": float(run["pace"])} for run in runs]
+def _runs() -> list[_Run]:
+    """The record of runs; none where it cannot be read. Those of older versions say too little."""
+    with suppress(MediaError):
+        known = check(list[dict], read_json(_file()), error=MediaError)
+        return check(list[_Run], [run for run in known if "seconds" in run], error=MediaError)
     return []
 
 
@@ -325,15 +355,15 @@ def _trial(device: torch.device, dtype: torch.dtype) -> float:
     """How much slower than the nominal pace this device is in a type: matrix products and sums of some milliseconds."""
     one = torch.ones(1024, 1024, device=device, dtype=dtype)
     large = torch.ones(8, 1024, 1024, device=device, dtype=dtype)
-    work = Cost(products=4 * 2.0 * 1024**3, moved=4 * 3.0 * _bytes(large))
-    for _attempt in range(2):  # the first one pays for the start of threads and kernels
+    work, found = Cost(products=4 * 2.0 * 1024**3, moved=4 * 3.0 * _bytes(large)), []
+    for _attempt in range(3):  # the first one pays for the start of threads and kernels
         begin = time.perf_counter()
         for _ in range(4):
             one @ one
             large + large
         wait(device)
-        taken = time.perf_counter() - begin
-    return taken / work.nominal_seconds
+        found.append(time.perf_counter() - begin)
+    return min(found) / work.nominal_seconds
 
 
 def available(device: torch.device) -> int | None:

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from opensora.errors import MediaError, OpenSoraError
+from opensora.signals import held
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_JSON_DEPTH = 50
@@ -145,7 +146,8 @@ def replacing(
         modes = [_create(temporary, make_folders) for temporary, _ in pairs]
         yield [temporary for temporary, _ in pairs]
         _settle(pairs, modes)
-        _rename_all(pairs)
+        with held():
+            _rename_all(pairs)
 
 
 @contextmanager
@@ -164,8 +166,9 @@ def adding(
         _settle(pairs, modes)
         for choice in chain([[final for _, final in pairs]], others):
             names[:] = choice
-            if _link_all([(temporary, final) for (temporary, _), final in zip(pairs, choice, strict=True)]):
-                return
+            with held():
+                if _link_all([(temporary, final) for (temporary, _), final in zip(pairs, choice, strict=True)]):
+                    return
         raise error(f"{pairs[0][1]}: it, or what belongs to it, is there already; nothing was replaced")
 
 
@@ -184,7 +187,8 @@ def _cleared(
     except (OSError, *failures) as failure:
         raise error(f"{pairs[0][1]}: cannot be written ({why(failure)})") from failure
     finally:
-        _clear(pairs)
+        with held():
+            _clear(pairs)
 
 
 def _clear(pairs: list[tuple[Path, Path]]) -> None:

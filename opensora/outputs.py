@@ -25,6 +25,7 @@ from opensora.prompts import save_path_name
 from opensora.recipe import Recipe, check_folder, encode_output
 from opensora.request import Request
 from opensora.settings import InferenceSettings
+from opensora.signals import held
 
 logger = logging.getLogger("opensora")
 
@@ -231,6 +232,7 @@ def output_folder(path: str | Path) -> Iterator[None]:
         check_folder(folder)
         yield
     finally:
-        for part in made:
-            with suppress(OSError):
-                part.rmdir()
+        with held():
+            for part in made:
+                with suppress(OSError):
+                    part.rmdir()

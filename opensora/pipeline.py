@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from opensora import components, draft, estimate, refine, registry, tuning, watermark, wishes
-from opensora.acceleration import caching, eight_bits
+from opensora.acceleration import caching
 from opensora.acceleration.device import (
     check_graphs,
     inference_dtype,
     keep_allocations_in_heap,
     pick_device,
-    use_attention,
 )
 from opensora.acceleration.graphs import Recorded
 from opensora.acceleration.memory_plan import BY_NAME, FAST, LOW, MemoryPlan, Weights
@@ -31,21 +30,23 @@ from opensora.acceleration.parallelize import compile_blocks
 from opensora.acceleration.sequence import check_divisible, check_guidance_ranks, guidance_parallel
 from opensora.conditioning import Clip, parse_mask_strategy, place, timeline
 from opensora.datasets import video
-from opensora.errors import ConfigError
+from opensora.errors import ConfigError, WeightsError
 from opensora.models.sizes import size_conditioning
 from opensora.models.text_encoder.classes import ClassIds
 from opensora.noise import initial_noise, noise_generator
 from opensora.outputs import Output, Outputs, output_folder
 from opensora.prompts import text_of_loop
 from opensora.recipe import Recipe, make_recipe
-from opensora.references import check_references, content_hashes, read_references, urls
-from opensora.request import PARTS, SPATIAL_FACTOR, Request, Size, check_supported, make_requests, make_size
+from opensora.references import References, urls
+from opensora.request import PARTS, Request, Size, check_supported, make_requests, make_size, negative_text
 from opensora.schedulers.common import Pause
 from opensora.settings import InferenceSettings
 from opensora.stages import Needs, count_tokens
 from opensora.weights import Summary
 
 logger = logging.getLogger("opensora")
+
+HELD_TEXTS = 256  # encoded texts that are held: of T5-XXL, each takes up to 2.5 MB
 
 
 class _Clip(NamedTuple):
@@ -78,8 +79,7 @@ class VideoPipeline:
         self.layout = start(self.device, world_size())
         check_guidance_ranks(settings.guidance_ranks, self.layout)
         self.dtype = inference_dtype(self.device, settings.dtype, settings.cpu_dtype)
-        eight_bits.check(settings.linear, self.device, self.dtype)
-        use_attention(settings.attention)
+        tuning.try_choices(settings, self.device, self.dtype)
         if settings.graphs and self.layout.world_size > 1:
             raise ConfigError("graphs are recorded on a single device; leave --graphs out under torchrun")
         if settings.graphs:
@@ -91,20 +91,26 @@ class VideoPipeline:
         told = "PixArtMS" if settings.model["type"].startswith("PixArtMS") else "STDiT2"
         kind, size = settings.multi_resolution or told, self.size
         self.conditioning = size_conditioning(kind, 1, size[1:], size.num_frames, settings.fps, device=self.device)
-        self.made = (size.height // SPATIAL_FACTOR * SPATIAL_FACTOR, size.width // SPATIAL_FACTOR * SPATIAL_FACTOR)
+        self.made = size.made[1:]
         watermark.check(settings.watermark, self.made)
         self.outputs = Outputs(settings, self.size.num_frames, bool(self.stop))
         self.requests = self.outputs.place(make_requests(settings))
         _check_addresses(settings, self.requests)
+        self.negative_text = negative_text(settings)
+        if self.negative_text is not None and self.scheduler.cfg_scale == 1:
+            logger.warning("negative_prompt has no effect: at cfg_scale 1 nothing is guided")
+            self.negative_text = None
+        self.negative: Tensor | None = None  # the same, encoded
         _check_can_keep_frames(settings, self.scheduler, self.requests)
         self.align = settings.align
+        self.references = References(self.made, offline=settings.offline)
         for path in dict.fromkeys([*(one.reference_path for one in self.requests), ";".join(wishes.sources(settings))]):
-            check_references(path, offline=settings.offline)
+            self.references.check(path)
         self.reference_hashes: dict[str | None, dict[str, str]] = {}
         self.drafts: dict[str, draft.Draft] = {}  # path of a request -> from where it goes on
         self.stopped: dict[str, Pause] = {}  # path of a request -> where it has stopped
         self.summaries: dict[str, Summary] = {}
-        self.read_frames: dict[str | None, list[int]] = {}
+        self.tokenizer: dict[str, str] = {}  # its hash, once it is built
         self.timelines: dict[Request, list[Clip]] = {}
         self.seconds: dict[str, float] = {}  # that each stage has taken
         self.overlap = 0  # frames that each clip takes over from the one before
@@ -127,26 +133,29 @@ class VideoPipeline:
             check_divisible(parts["model"], self.layout)
             wanted = self.check(self.refine(wanted), parts)
             self.choose_memory(wanted, parts)
-            asked = (self.size.height, self.size.width)
-            if self.made != asked:
-                logger.info("frames of %dx%d are made for %dx%d: sides are multiples of 8", *self.made, *asked)
-            told = [*(text for one in wanted for text in self.texts(one)), *tuning.prompts(self.settings)]
+            if self.size.rounding:
+                logger.info("%s", self.size.rounding)
+            portions = self.portions(wanted)
+            told = [*self.texts_of(portions[0]), *tuning.prompts(self.settings)]
             texts = self.encode_texts(parts.pop("text_encoder"), told)
             vae, model = (self.fill(name, parts.pop(name)) for name in ("vae", "model"))
-            self._compile(model)
-            model = self._recorded(guidance_parallel(model, self.layout, self.settings.guidance_ranks))
+            model = self.accelerated(model)
             _tell_untrained(self.size, components.trained_sizes(self.paths["model"]))
             self._check_drafts(wanted, (vae.out_channels, *vae.get_latent_size(self.size)))
             self.cache = tuning.tuned(self, model, (vae.out_channels, *vae.get_latent_size(self.size)), texts)
             if self.stop:
                 logger.info("drafts stop after %d of %d steps", self.stop, self.scheduler.num_steps)
-            for request in wanted:
-                with _memory_advice(self.size, self.memory):
-                    frames = self.make(model, vae, texts, request)
-                    if self.settings.cache_psnr and not self.cache.is_exact:
-                        self._compare(frames, model, vae, texts, request)
-                if main:
-                    yield self._write(request, frames)
+            for number, portion in enumerate(portions):
+                if number:
+                    texts.clear()
+                    texts = self.encode_again(portion)
+                for request in portion:
+                    with _memory_advice(self.size, self.memory):
+                        frames = self.make(model, vae, texts, request)
+                        if self.settings.cache_psnr and not self.cache.is_exact:
+                            self._compare(frames, model, vae, texts, request)
+                    if main:
+                        yield self._write(request, frames)
             self._remember(model, vae, texts, len(wanted) * self.settings.loop)
 
     def choose_memory(self, requests: Sequence[Request], parts: Mapping[str, Any]) -> Needs:
@@ -154,6 +163,11 @@ class VideoPipeline:
         needs = Needs(self, parts, requests)
         self._use_memory(share(needs.choose(), self.layout))
         return needs
+
+    def accelerated(self, model: Any) -> Any:
+        """The model as it is called: compiled, divided among ranks, recorded, as the settings ask."""
+        self._compile(model)
+        return self._recorded(guidance_parallel(model, self.layout, self.settings.guidance_ranks))
 
     def _compile(self, model: Any) -> None:
         """Compiles the model, if the settings ask for it."""
@@ -184,11 +198,29 @@ class VideoPipeline:
         """The text of each loop."""
         return [text_of_loop(request.encoded, loop) for loop in range(self.settings.loop)]
 
+    def texts_of(self, requests: Sequence[Request]) -> list[str]:
+        """Each text of these requests once."""
+        return list(dict.fromkeys(text for one in requests for text in self.texts(one)))
+
+    def portions(self, requests: Sequence[Request]) -> list[list[Request]]:
+        """The requests in turn, in lists of which each has at most `HELD_TEXTS` texts, or is of one request."""
+        portions: list[list[Request]] = []
+        held: set[str] = set()
+        for one in requests:
+            texts = set(self.texts(one))
+            if not portions or len(held | texts) > HELD_TEXTS:
+                portions.append([])
+                held = set()
+            portions[-1].append(one)
+            held |= texts
+        return portions
+
     def build(self) -> dict[str, Any]:
         """The text encoder, autoencoder and model without their weights, which are located and checked to fit."""
         settings = self.settings
         self.paths = {part: components.find(getattr(settings, part), part, settings.offline) for part in PARTS}
         text_encoder = components.build_text_encoder(settings.text_encoder, self.paths["text_encoder"], self.dtype)
+        self.tokenizer = components.tokenizer_sha256(self.paths["text_encoder"])
         vae = components.build(settings.vae, self.paths["vae"])
         defaults = {"in_channels": vae.out_channels}
         if not isinstance(text_encoder, ClassIds):
@@ -207,14 +239,31 @@ class VideoPipeline:
         return [one.refined(self.settings) for one in requests] if self.settings.refined else list(requests)
 
     def encode_texts(self, encoder: Any, texts: list[str]) -> dict[str, Tensor]:
-        """What the model is told of each text: features [1, 1, L, C] at its real length, or a class [1]."""
+        """What the model is told of each text: features [1, 1, L, C] at its real length, or a class [1].
+
+        The negative prompt, if there is one, is encoded with them.
+        """
         keep_allocations_in_heap()
         if path := self.paths["text_encoder"]:
             where = (self.device, self.layout, self.weights.put_text_encoder)
             filled = components.fill_text_encoder(encoder, self.settings.text_encoder, path, *where)
             self._tell_loaded("text_encoder", filled)
-        told = {text: encoder.encode([text])[0].to(self.device) for text in dict.fromkeys(texts)}
-        return {text: value.to(self.dtype) if value.is_floating_point() else value for text, value in told.items()}
+        told: dict[str, Tensor] = {}
+        for text in dict.fromkeys(texts if self.negative_text is None else [*texts, self.negative_text]):
+            value = encoder.encode([text])[0].to(self.device)
+            told[text] = value.to(self.dtype) if value.is_floating_point() else value
+        self.negative = told.get(self.negative_text)
+        return told
+
+    def encode_again(self, requests: Sequence[Request]) -> dict[str, Tensor]:
+        """`encode_texts` of further requests, with the text encoder read a second time. Raises WeightsError."""
+        before = self.summaries.get("text_encoder")
+        section, path = self.settings.text_encoder, self.paths["text_encoder"]
+        encoder = components.build_text_encoder(section, path, self.dtype)
+        texts = self.encode_texts(encoder, self.texts_of(requests))
+        if before and self.summaries["text_encoder"].sha256 != before.sha256:
+            raise WeightsError(f"{path}: has changed since the first prompts were encoded with it; start again")
+        return texts
 
     def fill(self, part: str, built: Any) -> Any:
         """The autoencoder or the model with its weights, ready to run."""
@@ -238,8 +287,10 @@ class VideoPipeline:
         requests = self.with_conditions(requests, vae)
         self.check_conditions(requests, model, vae)
         if (encoder := parts["text_encoder"]) is not None:
-            for text in dict.fromkeys(text for one in requests for text in self.texts(one)):
+            for text in self.texts_of(requests):
                 _check_length(count_tokens(encoder, text), model.config)
+            if self.negative_text is not None:
+                _check_length(count_tokens(encoder, self.negative_text), model.config, "negative_prompt")
         self.rehearse(model, tuple(vae.get_latent_size(self.size)))
         return requests
 
@@ -279,7 +330,7 @@ class VideoPipeline:
         latent_frames = vae.get_latent_size(self.size)[0]
         given = wishes.conditions(self.settings, self.size.num_frames, latent_frames, vae.group)
         self.align = given.align
-        check_references(given.reference_path, offline=self.settings.offline)
+        self.references.check(given.reference_path)
         named = {"reference_path": given.reference_path, "mask_strategy": given.mask_strategy}
         return [request._replace(**named) for request in requests]
 
@@ -289,7 +340,8 @@ class VideoPipeline:
         self.overlap = overlapping_frames(vae, self.size.num_frames, settings) if settings.loop > 1 else 0
         carried = (settings.condition_frame_length, settings.condition_frame_edit)
         for request in requests:
-            self.reference_hashes[request.reference_path] = content_hashes(request.reference_path)
+            if request.reference_path not in self.reference_hashes:
+                self.reference_hashes[request.reference_path] = self.references.hashes(request.reference_path)
             counts = [vae.get_latent_size((n, None, None))[0] for n in self.count_frames(request.reference_path)]
             placements = parse_mask_strategy(request.mask_strategy)
             self.timelines[request] = timeline(placements, counts, frames, settings.loop, self.align, carried)
@@ -299,10 +351,8 @@ class VideoPipeline:
                 logger.warning("references without a mask_strategy take no part: %s", request.reference_path)
 
     def count_frames(self, reference_path: str | None) -> list[int]:
-        """The frames of each reference, which is read at the size that is made to be sure that it can be."""
-        if reference_path not in self.read_frames:
-            self.read_frames[reference_path] = [one.shape[1] for one in read_references(reference_path, self.made)]
-        return self.read_frames[reference_path]
+        """The frames of each reference, which has been read at the size that is made to be sure that it can be."""
+        return self.references.counts(reference_path)
 
     @torch.inference_mode()  # in which small operations cost less than without gradients alone
     def make(self, model: Any, vae: Any, texts: Mapping[str, Tensor], request: Request) -> np.ndarray:
@@ -311,7 +361,7 @@ class VideoPipeline:
         A draft ends with the first of them. There are no frames but on the main rank.
         """
         settings, seed, frames = self.settings, self.settings.seed, []
-        references = [self.encode(vae, one) for one in read_references(request.reference_path, self.made)]
+        references = [self.encode(vae, one) for one in self.references.read(request.reference_path)]
         shape = (vae.out_channels, *vae.get_latent_size(self.size))
         for loop, (text, given) in enumerate(zip(self.texts(request), self.timelines[request], strict=True)):
             noise = initial_noise(seed, request.sample, loop, shape)
@@ -363,7 +413,9 @@ class VideoPipeline:
     def denoise(self, model: Any, noise: Tensor, text: Tensor, cache: caching.Cache, **options: Any) -> Tensor:
         """Clean latents [1, C, T, H, W] of a text; `options` are those of the sampler and of `caching.sample`."""
         cond = {"y": text, **self.conditioning}
-        null = None if self.scheduler.cfg_scale == 1 else {"y": model.null_caption(text)}
+        null = None
+        if self.scheduler.cfg_scale != 1:
+            null = {"y": model.null_caption(text) if self.negative is None else self.negative}
         options |= self.size._asdict()
         with self.weights.using("model"):
             return caching.sample(self.scheduler, model, noise, cond, null, cache, **options)
@@ -417,7 +469,7 @@ class VideoPipeline:
         settings = begun.recipe["settings"] if begun else self._settings_of(request)
         return make_recipe(
             request.prompt, self.texts(request), settings["seed"], request.sample, settings=settings,
-            weights={part: summary.sha256 for part, summary in self.summaries.items()},
+            weights={part: one.sha256 for part, one in self.summaries.items()} | self.tokenizer,
             references=self.reference_hashes[request.reference_path],
         )  # fmt: skip
 
@@ -472,34 +524,63 @@ def _check_fit(model: Any, vae: Any, text_encoder: Any) -> None:
 
 
 def overlapping_frames(vae: Any, num_frames: int, settings: InferenceSettings) -> int:
-    """Frames that each loop takes over from the one before. Raises ConfigError where loops cannot be joined."""
-    latent_frames, length = vae.get_latent_size((num_frames, None, None))[0], settings.condition_frame_length
+    """Frames that each loop takes over from the one before.
+
+    Raises ConfigError where loops cannot be joined, which names the nearest setting with which they can.
+    """
+    length = settings.condition_frame_length
+    if problem := _why_apart(vae, num_frames, length):
+        raise ConfigError(f"loop {settings.loop}: {problem}; {_to_be_joined(vae, num_frames, length)}")
+    return vae.get_pixel_frames(length)
+
+
+def _why_apart(vae: Any, num_frames: int, length: int) -> str:
+    """Why no clip of `num_frames` can go on from the last `length` latent frames of another; empty where it can."""
+    latent_frames = vae.get_latent_size((num_frames, None, None))[0]
     if not 0 < length < latent_frames:
-        raise ConfigError(f"condition_frame_length is {length}; a clip has {latent_frames} latent frames, take fewer")
+        clip = f"clips of {num_frames} frames have {latent_frames} latent frames"
+        return f"condition_frame_length is {length}, but {clip}"
     try:
         vae.get_pixel_frames(latent_frames)
-        return vae.get_pixel_frames(length)
+        vae.get_pixel_frames(length)
     except ValueError as error:
-        raise ConfigError(f"loop {settings.loop} with condition_frame_length {length}: {error}") from error
+        return f"{num_frames} frames with condition_frame_length {length}: {error}"
+    return ""
+
+
+def _to_be_joined(vae: Any, num_frames: int, length: int) -> str:
+    """What to give so that clips can be joined: another overlap, else the nearest other length, else both."""
+    group, latents = vae.group
+    lengths = sorted(range(1, vae.get_latent_size((num_frames, None, None))[0]), key=lambda one: abs(one - length))
+    if found := next((one for one in lengths if not _why_apart(vae, num_frames, one)), None):
+        return f"give --condition-frame-length {found}"
+    most = max(num_frames, min(length, 10**4) * group // latents) + 2 * group
+    counts = sorted(range(1, most + 1), key=lambda one: abs(one - num_frames))
+    if found := next((one for one in counts if not _why_apart(vae, one, length)), None):
+        return f"give --num-frames {found}"
+    if found := next((one for one in counts if not _why_apart(vae, one, latents)), None):
+        return f"give --num-frames {found} --condition-frame-length {latents}"
+    return "give an autoencoder with vae.micro_frame_size: without, it joins no clips"
 
 
 def _config_error(place: str, error: ValueError) -> ConfigError:
     return error if isinstance(error, ConfigError) else ConfigError(f"{place}: {error}")
 
 
-def _check_length(tokens: int, config: dict[str, Any]) -> None:
+def _check_length(tokens: int, config: dict[str, Any], what: str = "a prompt") -> None:
     """Raises ConfigError when a text has more tokens than a model of this configuration takes."""
     longest = config["model_max_length"]
     if tokens > longest:
         remedy = f"shorten it, or cut it with --cfg-options text_encoder.model_max_length={longest}"
-        raise ConfigError(f"a prompt has {tokens} tokens, but the model takes {longest}; {remedy}")
+        raise ConfigError(f"{what} has {tokens} tokens, but the model takes {longest}; {remedy}")
 
 
 def _tell_untrained(size: Size, trained: list[list[int]]) -> None:
-    """Warns where the model's own record of what it was trained on does not list the size asked for."""
-    if trained and list(size) not in trained:
-        known = ", ".join(str(Size(*one)) for one in trained)
-        logger.warning("this model was trained on %s: expect noise at %s", known, size)
+    """Warns where the model's own record of what it was trained on does not list the size that is made."""
+    known = list(dict.fromkeys(Size(*one).made for one in trained))
+    if known and size.made not in known:
+        told = ", ".join(map(str, known))
+        logger.warning("this model was trained on %s: expect noise at %s", told, size.made)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from opensora import components, estimate, refine
 from opensora.acceleration.memory_plan import PLANS
 from opensora.conditioning import Clip, Placement, parse_mask_strategy
 from opensora.errors import ConfigError, WeightsError
+from opensora.estimate import Span
 from opensora.outputs import output_folder
 from opensora.pipeline import VideoPipeline
 from opensora.request import PARTS, SPATIAL_FACTOR, Request
@@ -34,7 +35,7 @@ class Plan:
     timelines: list[list[Clip]]
     notes: list[str]
     base: int  # bytes that the process occupies before the first stage
-    grid: tuple[int, int, int]  # frames, rows and columns of pixels that are worked on together
+    grid: tuple[int, int, int]  # frames, rows and columns of pixels that the autoencoder takes together
 
     @property
     def stages(self) -> list[Stage]:
@@ -68,6 +69,12 @@ class Plan:
         return sum(stage.seconds for stage in self.stages)
 
     @property
+    def spans(self) -> list[Span]:
+        """How long each stage takes."""
+        where = (self.pipeline.device, self.pipeline.dtype)
+        return [estimate.span(stage.cost, where[0], stage.name, where[1]) for stage in self.stages]
+
+    @property
     def room(self) -> int | None:
         """Bytes that the device has for this, None where nobody says."""
         free = estimate.available(self.pipeline.device)
@@ -96,7 +103,8 @@ class Plan:
 
     def _size(self) -> Iterator[str]:
         size = self.pipeline.size
-        yield f"legal sizes near {size.height}x{size.width}: " + ", ".join(f"{h}x{w}" for h, w in near_sizes(self))
+        near = ", ".join(f"{h}x{w}" for h, w in near_sizes(self))
+        yield f"legal sizes near {size.height}x{size.width} (multiples of {SPATIAL_FACTOR}): {near}"
         yield f"legal lengths near {size.num_frames}: " + ", ".join(map(str, near_lengths(self)))
 
     def _notes(self) -> Iterator[str]:
@@ -104,11 +112,14 @@ class Plan:
             yield from ("", *(f"note: {note}" for note in self.notes))
 
     def _costs(self) -> Iterator[str]:
-        yield f"{'stage':<12}{'weights':>10}{'work':>10}{'time':>10}"
-        for stage in self.stages:
-            yield f"{stage.name:<12}{_gib(stage.weights):>10}{_gib(stage.cost.peak):>10}{_time(stage.seconds):>10}"
+        spans = self.spans
+        yield f"{'stage':<12}{'weights':>10}{'work':>10}{'time':>20}"
+        for stage, span in zip(self.stages, spans, strict=True):
+            yield f"{stage.name:<12}{_gib(stage.weights):>10}{_gib(stage.cost.peak):>10}{_range_of([span]):>20}"
         room = "" if self.room is None else f" of {_gib(self.room)} free on {self.pipeline.device}"
-        yield f"peak {_gib(self.memory)}{room}, {_time(self.seconds)} beside reading the weights"
+        yield f"peak {_gib(self.memory)}{room}, {_range_of(spans)} beside reading the weights"
+        longest = max(spans, key=lambda span: span.most)
+        yield f"times: by {longest.source}; longer while the machine has other things to do"
         yield f"memory plan: {self.pipeline.memory.name}"
         if not self.fits:
             found = cheaper(self)
@@ -137,7 +148,7 @@ def make_plan(settings: InferenceSettings) -> Plan:
     notes += [f"{part}: '{getattr(settings, part)['from_pretrained']}' would be downloaded" for part in absent]
     timelines = [pipeline.timelines[request] for request in requests]
     notes += [note for request in requests for note in _snapped(pipeline, request)]
-    grid = (parts["vae"].group[0], *(SPATIAL_FACTOR * side for side in parts["model"].patch_size[1:]))
+    grid = (parts["vae"].group[0], SPATIAL_FACTOR, SPATIAL_FACTOR)
     base = estimate.resident() + LIBRARIES
     needs = pipeline.choose_memory(requests, parts)
     return Plan(pipeline, needs, requests, timelines, list(dict.fromkeys(notes)), base, grid)
@@ -198,9 +209,8 @@ def _names(request: Request) -> list[str]:
 def _snapped(pipeline: VideoPipeline, request: Request) -> Iterator[str]:
     """What is not done as it was asked for, because sizes and starts come in steps."""
     settings, size = pipeline.settings, pipeline.size
-    if (size.height, size.width) != pipeline.made:
-        height, width = pipeline.made
-        yield f"{size.height}x{size.width} becomes {height}x{width}: sides are multiples of 8"
+    if size.rounding:
+        yield size.rounding
     if settings.image_size is None:
         yield f"{settings.resolution} at {settings.aspect_ratio} is {size.height}x{size.width}"
     resolved = [one for clip in pipeline.timelines[request] for one in clip.placements]
@@ -293,6 +303,11 @@ def _short(text: str, most: int = 60) -> str:
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
+
+
+def _range_of(spans: Sequence[Span]) -> str:
+    least, most = (_time(sum(span[bound] for span in spans)) for bound in (0, 1))
+    return least if least == most else f"{least} to {most}"
 
 
 def _time(seconds: float) -> str:

@@ -35,7 +35,8 @@ Recipe = dict[str, Any]
 # user's: they have their defaults, whatever the file says.
 DECIDED = frozenset((
     "model", "vae", "text_encoder", "scheduler", "dtype", "cpu_dtype", "linear", "attention", "device", "memory",
-    "compile", "graphs", "guidance_ranks", "batch_size", "seed", "prompt", "refined", "aes", "flow", "camera_motion",
+    "compile", "graphs", "guidance_ranks", "batch_size", "seed", "prompt", "negative_prompt", "refined", "aes", "flow",
+    "camera_motion",
     "num_sample", "num_frames", "image_size", "resolution", "aspect_ratio", "multi_resolution", "fps", "frame_interval",
     "save_fps", "loop", "condition_frame_length", "condition_frame_edit", "align", "reference_path", "mask_strategy",
     "watermark", "preview", "verbose", "steps_until", "draft", "cache", "max_error", "cache_threshold", "cache_prompts",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from opensora.errors import ConfigError, did_you_mean
+from opensora.config.sections import TYPES, check_type, checked
+from opensora.errors import ConfigError
 
 MODELS = {
     "STDiT": "opensora.models.stdit.stdit:STDiT",
@@ -63,20 +63,6 @@ DATASETS = {
 }
 BUILDERS = {**MODELS, **AUTOENCODERS, **SCHEDULERS, **TEXT_ENCODERS, **DATASETS}
 
-# Keys of a section that say what to build, where its weights lie, or how the original accelerated it: no arguments.
-NO_ARGUMENTS = {
-    "type", "strict", "from_pretrained", "subfolder", "local_files_only", "force_huggingface", "cache_dir",
-    "enable_flash_attn", "enable_layernorm_kernel", "enable_sequence_parallelism", "shardformer",
-}  # fmt: skip
-
-
-def check_type(section: str, name: str, table: Mapping[str, str]) -> str:
-    """`name`, when `table` has it. Raises ConfigError with the nearest name otherwise."""
-    if name not in table:
-        hint = did_you_mean(name, table) or ";"
-        raise ConfigError(f"{section} type '{name}' is not known{hint} choose one of {', '.join(table)}".lstrip())
-    return name
-
 
 def resolve(target: str) -> Any:
     """The object that `module:name` points at."""
@@ -91,29 +77,20 @@ def builder(name: str) -> Any:
 
 def build(section: Mapping[str, Any]) -> Any:
     """The object that `dict(type=..., keyword=...)` describes; ConfigError on an unknown type, keyword or value."""
-    found = {**VARIANTS.get(section["type"], {}), **arguments(section)}
+    name = check_type("", section.get("type"), TYPES)
+    found = arguments({**VARIANTS.get(name, {}), **section})
+    checked({**TYPES[name].defaults(), **found, "type": name}, where=name)  # what has to fit together, all of it there
     try:
-        return builder(section["type"])(**found)
+        return builder(name)(**found)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{section['type']}: {error}") from error
+        raise ConfigError(f"{name}: {error}") from error
 
 
 def arguments(section: Mapping[str, Any]) -> dict[str, Any]:
     """What the builder of a section is called with; ConfigError on an unknown type or keyword, naming the nearest."""
-    name = check_type("", section["type"], BUILDERS)
-    found = {key: value for key, value in section.items() if key not in NO_ARGUMENTS}
-    known = keywords(name)
-    for key in found:
-        if known and key not in known:
-            raise ConfigError(f"{name}: unknown setting '{key}'{did_you_mean(key, known)}")
-    return found
+    return {key: value for key, value in checked(section).items() if key in keywords(section["type"])}
 
 
 def keywords(name: str) -> set[str]:
-    """The keywords that the builder of a registered `type` takes; empty when it takes any."""
-    target = builder(name)
-    signature = inspect.signature(target, eval_str=True)
-    if inspect.isfunction(target):
-        signature = inspect.signature(signature.return_annotation)
-    parameters = signature.parameters.values()
-    return set() if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
+    """The keywords that the builder of a registered `type` takes from a section."""
+    return TYPES[check_type("", name, TYPES)].arguments()

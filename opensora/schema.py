@@ -6,16 +6,30 @@ guessed from text: `"3"` is no number, `True` is no count. Whole numbers may be 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    WrapValidator,
+)
+from pydantic_core import PydanticCustomError
 
-from opensora.errors import ConfigError, OpenSoraError, did_you_mean
+from opensora.errors import ConfigError, OpenSoraError, did_you_mean, printable
 
 SHOWN = 80  # characters of a value in a message
 MAX_TEXT = 100_000  # characters of any text from outside
+MAX_PATH = 4096  # characters of a path
 T = TypeVar("T")
 
 
@@ -28,16 +42,57 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _as_given(value: Any, handler: Any) -> Any:
+    """The number itself: 4 does not become 4.0, which files would then show."""
+    checked = handler(value)
+    return value if type(value) is int else checked
+
+
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise PydanticCustomError("worded", "a text without NUL")
+    return text
+
+
+def _as_path(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _openable(path: str) -> str:
+    """Raises for a path that no file system takes, or whose parts are too long for one."""
+    if any(len(part.encode()) > 255 for part in path.split("/")):
+        raise PydanticCustomError("worded", "a path whose parts are at most 255 bytes long")
+    return path
+
+
+def worded(words: str) -> WrapValidator:
+    """In an annotation: any mistake below is told as `must be {words}`."""
+
+    def within(value: Any, handler: Any) -> Any:
+        try:
+            return handler(value)
+        except (ValidationError, ValueError):
+            raise PydanticCustomError("worded", words) from None
+
+    within.words = words  # for documents
+    return WrapValidator(within)
+
+
 Int = Annotated[int, BeforeValidator(_as_whole), Field(ge=-(2**63), lt=2**63)]
 Count = Annotated[Int, Field(ge=0)]  # from 0 on
 Positive = Annotated[Int, Field(ge=1)]  # from 1 on
-Number = Annotated[float, Field(allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False), WrapValidator(_as_given)]  # whole ones stay int
 NonNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
-Text = Annotated[str, Field(max_length=MAX_TEXT)]
-Name = Annotated[str, Field(max_length=1024)]
-Pair = Annotated[tuple[T, T], BeforeValidator(_as_tuple)]
-Triple = Annotated[tuple[T, T, T], BeforeValidator(_as_tuple)]
+Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(_without_nul)]
+Name = Annotated[str, Field(max_length=1024), AfterValidator(_without_nul)]
+FilePath = Annotated[
+    str, Field(max_length=MAX_PATH), AfterValidator(_without_nul), AfterValidator(_openable), BeforeValidator(_as_path)
+]
+as_tuple = BeforeValidator(_as_tuple)  # in an annotation of a tuple: a list will do
+Pair = Annotated[tuple[T, T], as_tuple]
+Triple = Annotated[tuple[T, T, T], as_tuple]
+Many = Annotated[tuple[T, ...], as_tuple]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -48,16 +103,19 @@ class Schema(BaseModel):
 
 
 def check(
-    kind: type[T] | Any, value: Any, where: str = "", error: type[OpenSoraError] = ConfigError, remedy: str = ""
-) -> T:
+    kind: type[T] | Any, value: Any, where: str = "", error: type[OpenSoraError] = ConfigError, remedy: str = "",
+    key: str = "",
+) -> T:  # fmt: skip
     """`value` as `kind`, a `Schema` or any annotation, with whole numbers and tuples put right.
 
-    Raises `error` with one line: `where`, the key, what it must be, what it is, and `remedy`.
+    Raises `error` with one line: `where`, the key (below that of `value` itself, if it has one), what it must be, what
+    it is, and `remedy`.
     """
     try:
         return adapter(kind).validate_python(value)
     except (ValidationError, RecursionError) as failure:
-        problem = explain(failure, kind) if isinstance(failure, ValidationError) else "is nested too deep"
+        nested = isinstance(failure, RecursionError)
+        problem = f"{key} is nested too deep".lstrip() if nested else explain(failure, kind, value, key)
         raise error("".join((f"{where}: " if where else "", problem, f"; {remedy}" if remedy else ""))) from None
 
 
@@ -69,27 +127,34 @@ def adapter(kind: Any) -> TypeAdapter:
     return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
-def explain(failure: ValidationError, kind: Any = None) -> str:
-    """The first mistake of a failed check in one line: `key must be ...; it is ...`."""
+def explain(failure: ValidationError, kind: Any, value: Any, root: str = "") -> str:
+    """The mistake of a failed check of `value` in one line: `key must be ...; it is ...`; `root` is its own key."""
     mistakes = failure.errors(include_url=False, include_context=True)
+    mistakes.sort(key=lambda one: -len(_keys(one["loc"], value)))  # of the alternative that was meant
     first = next((one for one in mistakes if one["type"] == "extra_forbidden"), mistakes[0])  # maybe a key misspelt
-    key = _dotted(first["loc"])
+    above = (root,) if root else ()
+    key = _dotted((*above, *_keys(first["loc"], value)))
     match first["type"]:
         case "extra_forbidden":
-            return (
-                f"unknown setting '{_shown_key(key)}'{did_you_mean(str(first['loc'][-1]), _known(kind, first['loc']))}"
-            )
+            nearest = did_you_mean(str(first["loc"][-1]), _known(kind, first["loc"]))
+            return f"unknown setting '{key}'{nearest}"
         case "invalid_key":
             return f"the key {shown(first['loc'][-1])} must be a text"
+        case "missing" if isinstance(first["loc"][-1], int):
+            place = _dotted((*above, *_keys(first["loc"][:-1], value)))
+            return f"{place} must be at least {first['loc'][-1] + 1} long; it is {shown(first['input'])}"
         case "missing":
-            return f"setting '{key}' is missing"
+            return f"setting '{_dotted((*above, *_keys(first['loc'][:-1], value), first['loc'][-1]))}' is missing"
         case "value_error":
             return f"{key}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
-    same = [one for one in mistakes if _field(one["loc"]) == _field(first["loc"])]
+        case "literal_error":
+            choices = first["ctx"]["expected"].replace(" or ", ", ").replace("'", "")
+            near = did_you_mean(first["input"], choices.split(", ")) if isinstance(first["input"], str) else ""
+            return f"{key or 'the value'} {shown(first['input'])} is not known{near or ';'} choose one of {choices}"
+    same = [one for one in mistakes if _keys(one["loc"], value) == _keys(first["loc"], value)]
+    same = [one for one in same if not one["type"].endswith("_type")] or same  # of the kind that was meant
     expected = list(dict.fromkeys(_expected(one) for one in same))
-    return (
-        f"{_dotted(_field(first['loc'])) or 'the value'} must be {' or '.join(expected)}; it is {shown(first['input'])}"
-    )
+    return f"{key or 'the value'} must be {' or '.join(expected)}; it is {shown(same[0]['input'])}"
 
 
 def shown(value: Any) -> str:
@@ -112,26 +177,32 @@ _WITH_CONTEXT = {
     "greater_than_equal": "at least {ge}", "greater_than": "above {gt}", "less_than_equal": "at most {le}",
     "less_than": "below {lt}", "string_too_long": "at most {max_length} characters long",
     "string_too_short": "at least {min_length} characters long", "too_long": "at most {max_length} long",
-    "too_short": "at least {min_length} long", "literal_error": "one of {expected}",
+    "too_short": "at least {min_length} long", "multiple_of": "a multiple of {multiple_of}",
     "string_pattern_mismatch": "of the form {pattern}",
 }  # fmt: skip
 
 
 def _expected(mistake: Mapping[str, Any]) -> str:
     kind, context = mistake["type"], mistake.get("ctx", {})
+    if kind == "worded":
+        return mistake["msg"]
     if kind in _EXPECTED:
         return _EXPECTED[kind]
     if kind in _WITH_CONTEXT:
-        return _WITH_CONTEXT[kind].format(**context)
+        whole = {name: int(n) if isinstance(n, float) and n.is_integer() else n for name, n in context.items()}
+        return _WITH_CONTEXT[kind].format(**whole)
     return mistake["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
 
 
-def _field(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """A location without the names of the alternatives of a union, which pydantic appends."""
-    return tuple(part for part in location if isinstance(part, int) or (str(part).isidentifier() and part not in _TAGS))
-
-
-_TAGS = {"int", "float", "str", "bool", "none", "None", "dict", "list", "tuple", "function-before"}
+def _keys(location: Sequence[int | str], value: Any) -> tuple[int | str, ...]:
+    """Those parts of a location that lead into `value`; pydantic adds the names of a union's alternatives."""
+    found: list[int | str] = []
+    for part in location:
+        item = isinstance(part, int) and isinstance(value, list | tuple) and part < len(value)
+        if item or (isinstance(value, Mapping) and part in value):
+            value = value[part]
+            found.append(part)
+    return tuple(found)
 
 
 def _dotted(location: Iterable[int | str]) -> str:
@@ -142,12 +213,20 @@ def _dotted(location: Iterable[int | str]) -> str:
 
 
 def _shown_key(key: str) -> str:
-    return key if len(key) <= SHOWN else f"{key[:SHOWN]}..."
+    return printable(key if len(key) <= SHOWN else f"{key[:SHOWN]}...")
 
 
-def _known(kind: Any, location: tuple[int | str, ...]) -> list[str]:
+def _known(kind: Any, location: Sequence[int | str]) -> list[str]:
     """The fields of the schema that lacks a key."""
+    kind = _inner(kind)
     for part in location[:-1]:
         fields = getattr(kind, "model_fields", {})
-        kind = fields[part].annotation if part in fields else None
+        kind = _inner(fields[part].annotation) if part in fields else None
     return list(getattr(kind, "model_fields", {}))
+
+
+def _inner(annotation: Any) -> Any:
+    """The schema in `schema | None`."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next((one for one in typing.get_args(annotation) if hasattr(one, "model_fields")), annotation)
+    return annotation

@@ -63,10 +63,14 @@ class Needs:
 
     def peak_of(self, stages: Sequence[Stage], plan: MemoryPlan) -> int:
         """Bytes that these stages take at their peak."""
+        again = len(self.pipeline.portions(self.requests)) > 1  # the text encoder is read beside the others
         if self.on_host:
-            return peak_on_host(stages)
+            return peak_on_host(stages, again)
         text, *others = stages
         held = sum(stage.weights for stage in others)
+        if again and not plan.visiting:
+            text = text._replace(weights=text.weights + held)
+            stages = [text, *others]
         weights = {stage.name: stage.weights if plan.visiting else held for stage in others}
         if plan.visiting:
             weights["decoding"] = weights["encoding"]  # of the same autoencoder
@@ -177,7 +181,8 @@ class Needs:
     def _text(self) -> tuple[int, Stage]:
         """The longest text in tokens, and what encoding all of them takes."""
         pipeline, encoder = self.pipeline, self.parts["text_encoder"]
-        texts = list(dict.fromkeys(text for one in self.requests for text in pipeline.texts(one)))
+        texts = pipeline.texts_of(self.requests)
+        texts += [] if pipeline.negative_text is None else [pipeline.negative_text]
         if isinstance(encoder, ClassIds):
             return 1, Stage("text", 0, 0, False, Cost(), 0.0)
         if encoder is None:
@@ -226,11 +231,11 @@ def count_tokens(encoder: Any, text: str) -> int:
     return 1
 
 
-def peak_on_host(stages: Sequence[Stage]) -> int:
+def peak_on_host(stages: Sequence[Stage], again: bool = False) -> int:
     """Bytes that the stages add to a process at their peak.
 
     Weights in the format of their files stay where the files are mapped. Others are copied while the file is mapped
-    beside them. What was freed is used again and not given back.
+    beside them. What was freed is used again and not given back. `again`: texts are encoded once more at the end.
     """
     text, *others = stages
     heap = highest = 0
@@ -250,4 +255,6 @@ def peak_on_host(stages: Sequence[Stage]) -> int:
         mapped += 0 if stage.copied else stage.files
     for stage in others:
         note(mapped, own + stage.cost.peak)
+    if again:
+        note(mapped + text.files, own + (text.weights if text.copied else 0) + text.cost.peak)
     return highest

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from opensora.acceleration import caching, calibration
+from opensora.acceleration import caching, calibration, eight_bits, trial
 from opensora.acceleration.caching import Cache, Observe, Table
+from opensora.acceleration.device import inference_dtype, use_attention
 from opensora.acceleration.parallel import share
 from opensora.errors import ConfigError
 from opensora.noise import initial_noise, noise_generator
@@ -27,6 +29,28 @@ def asked(settings: InferenceSettings) -> Cache:
         raise ConfigError("cache 'table' needs a cache_table, as recipes hold it; use --cache auto to find one")
     method = "none" if settings.cache == "auto" else settings.cache
     return Cache(method, table if method == "table" else None, settings.cache_threshold, settings.guidance_interval)
+
+
+def try_choices(settings: InferenceSettings, device: torch.device, dtype: torch.dtype) -> None:
+    """Says in one line where a choice of speed is slower here than what it replaces; it is followed all the same.
+
+    Raises ConfigError for a choice that the device cannot follow.
+    """
+    eight_bits.check(settings.linear, device, dtype)
+    with torch.random.fork_rng(devices=[]):
+        if settings.linear != "exact":
+            _tell("linear", settings.linear, trial.linear(settings.linear, device, dtype), "exact layers")
+        if dtype == torch.bfloat16 and settings.cpu_dtype == "bf16" and dtype != inference_dtype(device, "bf16"):
+            _tell("cpu-dtype", "bf16", trial.products(dtype, torch.float32, device), "fp32")
+        if settings.attention:
+            switch = partial(use_attention, settings.attention)
+            _tell("attention", settings.attention, trial.attention(switch, device, dtype), "PyTorch's own attention")
+
+
+def _tell(flag: str, choice: str, ratio: float, usual: str) -> None:
+    if ratio > trial.LOSES:
+        told = "--%s %s takes %.1f times as long as %s here, by a moment's trial; leave it out to be faster"
+        logger.warning(told, flag, choice, ratio, usual)
 
 
 def prompts(settings: InferenceSettings) -> list[str]:
@@ -49,10 +73,11 @@ def tuned(pipeline: Any, model: Any, shape: tuple[int, ...], texts: Mapping[str,
     if settings.max_error == 0:
         return pipeline.cache
     names, interval = prompts(settings), settings.guidance_interval
+    negative = {} if pipeline.negative_text is None else {"negative": pipeline.negative_text}
     key = calibration.key_of(
         weights=pipeline.summaries["model"].sha256, scheduler=settings.scheduler, shape=shape, size=pipeline.size,
         dtype=pipeline.dtype, fps=settings.fps, prompts=names, max_error=settings.max_error, interval=interval,
-        linear=settings.linear,
+        linear=settings.linear, **negative,
     )  # fmt: skip
     found = share(calibration.remembered(key) if pipeline.layout.is_main else None, pipeline.layout)
     if found is None:

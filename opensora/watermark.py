@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from opensora.errors import ConfigError
+from opensora.schema import shown
 
 DEFAULT = "AI generated"
 HEIGHT = 1 / 20  # of the font, as part of the short side
+MOST = 200  # characters
 USUAL, LEAST = 8, 6  # pixels: small frames get the usual font if the text fits, and none below the least
 
 
@@ -36,6 +38,8 @@ def _mark(text: str, height: int, width: int) -> np.ndarray:
     """Brightness and opacity uint8 [h, w, 2] of the text, to be laid on the lower right corner of frames."""
     from PIL import Image, ImageDraw, ImageFont
 
+    if len(text) > MOST:
+        raise ConfigError(f"watermark {shown(text)} has {len(text):,} characters; give at most {MOST}")
     for points in range(max(round(min(height, width) * HEIGHT), USUAL), LEAST - 1, -1):
         font, edge, margin = ImageFont.load_default(points), max(points // 12, 1), points // 4
         left, top, right, bottom = map(int, font.getbbox(text, stroke_width=edge))

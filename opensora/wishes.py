@@ -41,7 +41,12 @@ def sources(settings: InferenceSettings) -> list[str]:
     if len(kinds) > 1 or ("edit" in given and "last_frame" in given):
         told = " and ".join(f"--{kind.replace('_', '-')}" for kind in (*kinds, "last_frame") if kind in given)
         raise ConfigError(f"{told} cannot be combined; they would give the same frames")
-    return [getattr(settings, name) for name in (*kinds, "last_frame") if name in given]
+    named = [name for name in (*kinds, "last_frame") if name in given]
+    for name in named:
+        if ";" in getattr(settings, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} is one file, and ';' separates several; give a path without it")
+    return [getattr(settings, name) for name in named]
 
 
 def conditions(settings: InferenceSettings, num_frames: int, latent_frames: int, group: tuple[int, int]) -> Conditions:
@@ -76,7 +81,7 @@ def conditions(settings: InferenceSettings, num_frames: int, latent_frames: int,
 def _kept_frames(settings: InferenceSettings, default: int) -> int:
     """Frames that `keep` asks for: a number, or a duration such as 1s at the rate that the model is told."""
     text = str(default if settings.keep is None else settings.keep)
-    match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)s", text)
+    match = re.fullmatch(r"([0-9]{1,6})|([0-9]{1,6}(?:\.[0-9]{1,6})?)s", text)
     frames = 0 if match is None else int(match[1]) if match[1] else round(float(match[2]) * settings.fps)
     if frames < 1:
         raise ConfigError(f"--keep {text!r} is no number of frames; give one such as {default}, or seconds such as 1s")

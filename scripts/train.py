@@ -2,7 +2,7 @@
 
 import sys
 
-from opensora.training.diffusion import train
+from opensora.cli import train
 from opensora.utils.config_utils import parse_train_args, run_program
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ that whatever token a video model looks at carries the meaning of the sentence. 
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import math
 import string
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from opensora.cli.parser import Parser
+from opensora.cli.program import run_program
 from opensora.datasets import clips
 from opensora.models.text_encoder.t5 import T5Encoder, load_t5_tokenizer
 
@@ -180,7 +182,7 @@ def report(title: str, encoder: T5Encoder, heads: nn.Linear, seed: int, **drawin
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(clips.__file__).parents[1] / "embedded" / "text_encoder")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
@@ -191,4 +193,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -2,7 +2,7 @@
 
 import sys
 
-from opensora.training.vae import train_vae
+from opensora.cli import train_vae
 from opensora.utils.config_utils import parse_train_args, run_program
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ import pytest
 
 import benchmark_open_sora
 import demo_open_sora
+from opensora.cli import main
+from opensora.cli.accelerator_guide import PUBLISHED, guide_parser, guide_settings
 from opensora.config import find_config, read_config
 from opensora.datasets.video import read_video
 from opensora.errors import ConfigError, MediaError, WeightsError
-from opensora.utils.device_guide import PUBLISHED, guide_parser, guide_settings
 from tests.tiny import make_tiny_stdit3, make_tiny_t5, make_tiny_vae
 from tests.zoo import MODELS, flags, make_parts
 
@@ -121,3 +122,38 @@ def test_a_folder_is_no_report(tmp_path: Path) -> None:
         benchmark_open_sora.main(
             [*SMALL, "--eval-count", "1", "--warmup-count", "0", "--benchmark-save-path", str(tmp_path)]
         )
+
+
+@pytest.mark.parametrize(
+    ("flags", "compiled", "recorded"),
+    [
+        ((), 0, 0),
+        (("--compile",), 1, 0),
+        (("--graphs",), 0, 1),
+        (("--compile", "--graphs"), 1, 1),
+        (("--compile", "--memory", "low"), 0, 0),
+    ],
+)
+def test_it_compiles_and_records_as_generation_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], compiled: int, recorded: int
+) -> None:
+    """The two are told apart by what is done with the model, not by what the report says."""
+    done: list[str] = []
+    monkeypatch.setattr("opensora.pipeline.compile_blocks", lambda model: done.append("compiled"))
+    monkeypatch.setattr("opensora.pipeline.check_graphs", lambda device: None)
+    monkeypatch.setattr("opensora.pipeline.Recorded", lambda model: done.append("recorded") or model)
+    report = report_of(tmp_path, *flags)
+    assert (done.count("compiled"), done.count("recorded")) == (compiled, recorded)
+    assert (report["compile"], report["graphs"]) == ("--compile" in flags, "--graphs" in flags)
+    check(report)
+
+
+@pytest.mark.parametrize("flags", [("--compile",), ("--graphs",), ("--compile", "--graphs")])
+def test_the_verb_is_the_same_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]) -> None:
+    seen: list[tuple] = []
+    monkeypatch.setattr("opensora.benchmark.run_benchmark", lambda *args: seen.append(args) or {})
+    monkeypatch.setattr("opensora.benchmark.table_of", str)
+    counts = ["--warmup-count", "1", "--eval-count", "2", "--benchmark-save-path", str(tmp_path / "report.json")]
+    assert main(["benchmark", "a red circle", *SMALL, *counts, *flags]) == 0
+    assert benchmark_open_sora.main(["--prompt", "a red circle", *SMALL, *counts, *flags]) == 0
+    assert seen[0] == seen[1] and seen[0][1:] == (1, 2) and seen[0][0].compile == ("--compile" in flags)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from opensora import components
+import opensora
+from opensora import components, registry
 from opensora.cli import main
+from opensora.conditioning import parse_mask_strategy
+from opensora.config import read_config
+from opensora.datasets.aspect import get_num_frames
 from opensora.datasets.video import read_video, to_uint8, write_image, write_video
+from opensora.errors import ConfigError
+from opensora.pipeline import overlapping_frames
 from opensora.recipe import read_recipe
 from opensora.references import read_reference
+from opensora.settings import InferenceSettings
 from tests.checkpoints import SAMPLE, run_script, snapshot
 
 CPU = torch.device("cpu")
@@ -88,9 +98,12 @@ def test_an_image_condition_replays(capsys: pytest.CaptureFixture, sampler: str)
 
 
 BAD = [
-    (("--num-frames", "51", "--loop", "2", "--condition-frame-length", "4"), "4 latent frames are not a multiple of 5"),
-    (("--num-frames", "17", "--loop", "2"), "condition_frame_length is 5; a clip has 5 latent frames, take fewer"),
-    (("--num-frames", "20", "--loop", "2"), "6 latent frames are not a multiple of 5"),
+    (
+        ("--num-frames", "51", "--loop", "2", "--condition-frame-length", "4"),
+        "4 latent frames are not a multiple of 5; give --condition-frame-length 5",
+    ),
+    (("--num-frames", "17", "--loop", "2"), "clips of 17 frames have 5 latent frames; give --num-frames 34"),
+    (("--num-frames", "20", "--loop", "2"), "6 latent frames are not a multiple of 5; give --num-frames 34"),
     (("--num-frames", "17", "--reference-path", "image.png", "--mask-strategy", "0,0,0,9"), "lies outside its 5"),
     (("--num-frames", "17", "--reference-path", "image.png", "--mask-strategy", "0,1"), "names reference 1"),
     (("--num-frames", "17", "--reference-path", "image.png", "--mask-strategy", "1"), "is for loop 1 of 1"),
@@ -165,3 +178,94 @@ WORDS = [
 def test_words_that_make_no_sense(capsys, monkeypatch, argv: tuple, problem: str) -> None:
     monkeypatch.setattr("opensora.components.load_weights", None)
     assert problem in refused(capsys, "--num-frames", "34", *argv)
+
+
+STRATEGIES = [
+    "0;" * 10**6 + "0", "0," + "9" * 5000, "0,0,0,0,1000000000000000000", "0,-10000000", "1_0", "0,0,0,0,1,nan",
+    "0,0,0,0,1,1_0e-3",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", STRATEGIES, ids=lambda text: text[:20])
+def test_mask_strategies_have_bounds(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_mask_strategy(text)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500 and "mask_strategy" in str(caught.value)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("flag", ["--image", "--last-frame", "--extend", "--edit", "--reference-path"])
+@pytest.mark.parametrize("kind", ["folder", "fifo", "device", "several"])
+def test_given_files_are_regular_files(capsys, monkeypatch, flag: str, kind: str) -> None:
+    monkeypatch.setattr("opensora.components.load_weights", None)
+    name = {"device": "/dev/zero", "several": "image.png;;clip.mp4"}.get(kind, "given.png")
+    if kind == "folder":
+        Path(name).mkdir()
+    elif kind == "fifo":
+        os.mkfifo(name)
+    error = refused(capsys, "--num-frames", "34", flag, name)
+    assert ("is no regular file" in error) if kind != "several" else ("';'" in error)
+
+
+CONFIGS = sorted(Path(opensora.__file__).parents[1].glob("configs/*/inference/*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: "/".join(path.parts[-3:]))
+@pytest.mark.parametrize("loop", [2, 5])
+def test_loop_works_with_every_models_defaults_or_one_message_says_what_to_change(path: Path, loop: int) -> None:
+    config = read_config(path)
+    if "scheduler" not in config:
+        pytest.skip("an autoencoder's own configuration")
+    settings = InferenceSettings.from_config({"num_frames": 16, **config, "loop": loop}, str(path))
+    kind = settings.vae["type"]
+    with torch.device("meta"):
+        vae = registry.build({"type": kind, **({} if kind == "VideoAutoencoderKL" else {"micro_frame_size": 17})})
+    frames = get_num_frames(settings.num_frames)
+    try:
+        overlap = overlapping_frames(vae, frames, settings)
+    except ConfigError as error:
+        frames, settings = told(str(error), frames, settings)
+        overlap = overlapping_frames(vae, frames, settings)  # one change is enough
+    assert 0 < overlap < frames
+
+
+def told(message: str, frames: int, settings: InferenceSettings) -> tuple[int, InferenceSettings]:
+    """What to do as the remedy of a message says: one flag, or two where no single one helps."""
+    flags = dict(re.findall(r"--([a-z-]+) (\d+)", message.split(";")[-1]))
+    assert set(flags) <= {"num-frames", "condition-frame-length"} and flags
+    length = int(flags.get("condition-frame-length", settings.condition_frame_length))
+    return int(flags.get("num-frames", frames)), dataclasses.replace(settings, condition_frame_length=length)
+
+
+@pytest.mark.parametrize("kind", ["OpenSoraVAE_V1_2", "VideoAutoencoderKL"])
+@pytest.mark.parametrize("frames", [1, 5, 16, 17, 18, 34, 51, 100])
+@pytest.mark.parametrize("length", [0, 1, 4, 5, 7, 10, 10**6])
+def test_what_is_advised_for_loops_works(kind: str, frames: int, length: int) -> None:
+    vae = SimpleVae(*((17, 5) if kind == "OpenSoraVAE_V1_2" else (1, 1)))
+    settings = InferenceSettings(model={"type": "x"}, num_frames=frames, loop=2, condition_frame_length=length)
+    try:
+        assert 0 < overlapping_frames(vae, frames, settings) < frames
+    except ConfigError as error:
+        assert "\n" not in str(error)
+        better, changed = told(str(error), frames, settings)
+        assert 0 < overlapping_frames(vae, better, changed) < better
+        for one in range(1, abs(better - frames)) if better != frames else ():
+            for nearer in (frames - one, frames + one):
+                with pytest.raises(ConfigError):
+                    overlapping_frames(vae, nearer, changed)
+
+
+class SimpleVae:
+    """The frames of an autoencoder that makes `latents` of `frames` at a time."""
+
+    def __init__(self, frames: int, latents: int) -> None:
+        self.group = frames, latents
+
+    def get_latent_size(self, size: tuple) -> list:
+        frames, latents = self.group
+        return [size[0] // frames * latents + -(-(size[0] % frames) // 4), None, None]
+
+    def get_pixel_frames(self, latent: int) -> int:
+        if latent % self.group[1]:
+            raise ValueError(f"{latent} latent frames are not a multiple of {self.group[1]}")
+        return latent // self.group[1] * self.group[0]

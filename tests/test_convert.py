@@ -222,7 +222,7 @@ class TestDestination:
             raise failure
 
         before = tree(tmp_path)
-        monkeypatch.setattr(weights, "save_safetensors", fail)
+        monkeypatch.setattr(weights.save, "save_safetensors", fail)
         monkeypatch.setattr(torch, "save", fail)
         assert main(["convert", str(model), str(tmp_path / name), "--to", to]) in (1, 130)
         assert tree(tmp_path) == before

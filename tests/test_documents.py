@@ -24,6 +24,7 @@ from typing import NamedTuple
 import pytest
 
 from opensora import catalog, cli, components, registry
+from opensora.config import read_config
 from opensora.datasets.clips import make_clip
 from opensora.datasets.video import write_image, write_video
 from opensora.pipeline import VideoPipeline
@@ -163,6 +164,19 @@ def jobs() -> Iterator[Block]:
         assert own, f"{place} has no commands"
         yield Block(place, [command for block in own for command in block.commands])
     yield from (block for block in BLOCKS if block.place.rpartition(":")[0] not in IN_ORDER)
+
+
+def links(document: Path) -> Iterator[tuple[str, str]]:
+    """(document, target) of the links and pictures that stay in the repository."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text("utf-8")):
+        if "://" not in target:
+            yield document.relative_to(ROOT).as_posix(), target
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors of a document's headings."""
+    titles = re.findall(r"^#+ (.*)", document.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
 BLOCKS = list(blocks())
@@ -392,8 +406,40 @@ def test_commands_are_taken_apart() -> None:
 def test_every_document_is_read() -> None:
     fences = {document: re.findall(r"^```(\w*)", document.read_text("utf-8"), re.MULTILINE) for document in DOCUMENTS}
     assert sum(len(block.commands) for block in BLOCKS) > 60
-    assert not {language for found in fences.values() for language in found} - {"", "bash", "text"}
+    assert not {language for found in fences.values() for language in found} - {"", "bash", "text", "python"}
     assert len(BLOCKS) == sum(found.count("bash") for found in fences.values())
+
+
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if "```python" in path.read_text("utf-8")], ids=str)
+def test_configurations_of_the_documents_are_read(document: Path, tmp_path: Path) -> None:
+    for text in re.findall(r"^```python\n(.*?)^```$", document.read_text("utf-8"), re.MULTILINE | re.DOTALL):
+        file = tmp_path / "config.py"
+        file.write_text(text)
+        config = read_config(file)
+        kind = InferenceSettings if "prompt_path" in config else TrainSettings
+        assert kind.from_config(config, document.name).model
+
+
+@pytest.mark.parametrize("link", [link for path in DOCUMENTS for link in links(path)], ids=str)
+def test_links_lead_somewhere(link: tuple[str, str]) -> None:
+    document, target = link
+    path, _, anchor = target.partition("#")
+    file = (ROOT / document).parent / path if path else ROOT / document
+    assert file.exists(), f"{document} links to {target}"
+    if anchor and file.suffix == ".md":
+        assert anchor in anchors(file), f"{document} links to {target}"
+
+
+@pytest.mark.parametrize(
+    "link",
+    ["docs/structure.md#inference-config-demos", "docs/structure.md#training-config-demos", "docs/commands.md",
+     "docs/acceleration.md", "docs/config.md", "docs/datasets.md", "opensora/utils/config_utils.py",
+     "opensora/datasets/aspect.py", "configs/opensora-v1-1/train/image.py", "configs/opensora-v1-1/train/video.py"],
+)  # fmt: skip
+def test_what_the_published_documents_link_to_is_there(link: str) -> None:
+    path, _, anchor = link.partition("#")
+    assert (ROOT / path).is_file()
+    assert not anchor or anchor in anchors(ROOT / path)
 
 
 @pytest.mark.parametrize(

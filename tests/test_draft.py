@@ -363,11 +363,11 @@ def test_nothing_is_unpickled_and_a_draft_is_one_whole_file(drafted: Path, monke
     monkeypatch.setattr(torch, "load", lambda *_args, **_options: pytest.fail("unpickles"))
     found = draft.load(drafted)
     assert found.pause.done == 2 and content_hash(found.pause.tensors)
-    monkeypatch.setattr("opensora.weights.save_safetensors", lambda *_args, **_options: 1 / 0)
+    monkeypatch.setattr("opensora.weights.save.save_safetensors", lambda *_args, **_options: 1 / 0)
     before = tree(Path("out"))
     with pytest.raises(ZeroDivisionError):
         draft.save(Path("out/new.safetensors"), "new", found.recipe, found.pause, 6, "cpu")
     assert tree(Path("out")) == before
-    monkeypatch.setattr("opensora.weights.save_safetensors", lambda *_args, **_options: Path("/missing/x").touch())
+    monkeypatch.setattr("opensora.weights.save.save_safetensors", lambda *_args, **_options: Path("/missing/x").touch())
     with pytest.raises(WeightsError, match="cannot be written"):
         draft.save(Path("out/new.safetensors"), "new", found.recipe, found.pause, 6, "cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from opensora import components
 from opensora.errors import ConfigError, WeightsError
 from opensora.models.text_encoder.classes import ClassIds
 from opensora.models.text_encoder.clip import (
@@ -285,6 +287,24 @@ def test_clip_in_half_precision(clip: tuple[Path, nn.Module]) -> None:
     features = encoder.encode(["a red car"])[0]
     assert features.dtype == torch.float32
     torch.testing.assert_close(features, load_clip(clip[0]).encode(["a red car"])[0], atol=0.2, rtol=0.1)
+
+
+OTHER_KINDS = (b"version https://git-lfs.github.com/spec/v1\n", b"<html></html>", b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [(n, c) for n in ("vocab.json", "merges.txt", "config.json", "tokenizer_config.json") for c in OTHER_KINDS]
+    + [(n, c) for n in ("vocab.json", "config.json") for c in (b"[" * 99, b'{"a": 1')],
+)
+def test_damaged_files_of_clip_are_named(
+    clip: tuple[Path, nn.Module], tmp_path: Path, name: str, content: bytes
+) -> None:
+    shutil.copytree(clip[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(WeightsError, match=rf"{name}: ") as caught:
+        components.build_text_encoder({"type": "clip"}, tmp_path, torch.float32)
+    assert "\n" not in str(caught.value)
 
 
 def test_clip_errors_name_what_is_missing(clip: tuple[Path, nn.Module], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from opensora import components
 from opensora.errors import WeightsError
 from opensora.models.stdit.stdit3 import STDiT3
 from opensora.settings import TrainSettings
+from opensora.training.export import export
 from opensora.training.trainer import Trainer
 from tests.test_resume import write_config
 from tests.tiny import TINY_STDIT3, TINY_VAE, make_tiny_stdit3, make_tiny_t5, make_tiny_vae
@@ -32,9 +33,6 @@ def script(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-export = script("export").export
 
 
 @pytest.fixture

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import subprocess
 import sys
+import weakref
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -17,11 +20,17 @@ import torch
 import opensora
 from opensora import pipeline
 from opensora.cli import main
+from opensora.config import find_config, read_config
 from opensora.datasets.video import read_image, read_video
+from opensora.errors import ConfigError, WeightsError
+from opensora.models.text_encoder.t5 import T5Encoder
+from opensora.pipeline import VideoPipeline
 from opensora.recipe import frames_digest, read_recipe
+from opensora.settings import InferenceSettings
 from opensora.weights import read_state_dict, save_file, save_pretrained, summarize
+from opensora.weights.tokenizer import tokenizer_hash
 from tests.checkpoints import SAMPLE, SCRIPT, run_script, snapshot
-from tests.tiny import make_tiny_stdit3
+from tests.tiny import make_tiny_stdit3, make_tiny_t5
 
 SHIPPED = Path(opensora.__file__).parent / "embedded"
 needs_shipped = pytest.mark.skipif(
@@ -77,7 +86,7 @@ def test_odd_size_is_announced(here, caplog):
         argv = ("--image-size", "480", "853", "--num-frames", "1", "--num-sampling-steps", "1", "--prompt", "x")
         assert run_script(SAMPLE, *argv, "--save-dir", "out") == 0
     assert read_image(here / "out/sample_0000.png").shape == (480, 848, 3)
-    assert "frames of 480x848 are made for 480x853: sides are multiples of 8" in caplog.text
+    assert "480x848 is made for 480x853: sides are rounded down to multiples of 8" in caplog.text
 
 
 def test_two_seconds_of_two_prompts_with_two_samples(here, hub_cache, capsys):
@@ -105,6 +114,7 @@ def test_two_seconds_of_two_prompts_with_two_samples(here, hub_cache, capsys):
     for part in ("model", "vae", "text_encoder"):
         folder = snapshot(hub_cache, part)
         assert recipe["weights"][part] == summarize(folder, read_state_dict(folder)).sha256
+    assert recipe["weights"]["tokenizer"] == tokenizer_hash(snapshot(hub_cache, "text_encoder"))
 
 
 def test_weights_named_by_folder_and_by_file(here, hub_cache):
@@ -236,6 +246,147 @@ def test_program_of_its_own(here, hub_cache):
     assert (done.returncode, done.stdout) == (0, "out/sample_0000.png\n"), done.stderr
     assert done.stderr.count(" parameters, fp32, sha256 ") == 3 and "Warning" not in done.stderr
     assert read_image(here / "out/sample_0000.png").shape == (64, 64, 3)
+
+
+def frames_of(folder: Path, name: str = "sample_0000") -> np.ndarray:
+    return read_video(folder / f"{name}.mp4")[0].astype(int)
+
+
+NEGATIVE = "blurry, and jittering"
+
+
+def test_a_negative_prompt_takes_the_place_of_the_null_text(here, capsys):
+    base = (SAMPLE, *SMALL, "--dtype", "fp32", "--prompt", "a cat", "--cfg-scale")
+    given = {
+        "null": ("7",),
+        "other": ("7", "--negative-prompt", NEGATIVE),
+        "same": ("7", "--negative-prompt", "A CAT aesthetic score: 6.5."),
+    }
+    for folder, argv in {**given, "alone": ("1",)}.items():
+        assert run_script(*base, *argv, "--save-dir", folder) == 0
+    assert np.abs(frames_of(here / "null") - frames_of(here / "other")).max() > 1
+    assert np.abs(frames_of(here / "same") - frames_of(here / "alone")).max() <= 2  # guidance away from itself
+    assert np.abs(frames_of(here / "null") - frames_of(here / "alone")).max() > 2
+    assert read_recipe(here / "other/sample_0000.mp4")["settings"]["negative_prompt"] == NEGATIVE
+    capsys.readouterr()
+    assert main(["replay", "other/sample_0000.mp4", "--save-dir", "again"]) == 0
+    assert "identical" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--num-frames", "34", "--loop", "2"),
+        ("--draft",),
+        ("--cache", "mag", "--cache-threshold", "0.5"),
+        ("--cfg-options", "guidance_interval=(0.0,0.6)"),
+        ("--memory", "low"),
+        ("--cfg-options", "scheduler={'type': 'iddpm', 'num_sampling_steps': 3, 'cfg_scale': 4.0}"),
+        ("--cfg-options", "scheduler={'type': 'dpm-solver', 'num_sampling_steps': 3, 'cfg_scale': 4.0}"),
+    ],
+    ids=["loop", "draft", "cache", "interval", "memory", "iddpm", "dpm-solver"],
+)
+def test_a_negative_prompt_goes_with_everything(here, argv, capsys):
+    base = (SAMPLE, "--image-size", "16", "24", "--num-frames", "17", "--num-sampling-steps", "3", "--prompt", "a cat")
+    for folder, more in {"with": ("--negative-prompt", NEGATIVE), "without": ()}.items():
+        assert run_script(*base, *argv, *more, "--save-dir", folder) == 0
+        if "--draft" in argv:
+            assert main(["continue", f"{folder}/sample_0000.draft.safetensors"]) == 0
+            assert run_script(*base, *more, "--save-dir", f"{folder}-whole") == 0
+            assert (frames_of(here / folder) == frames_of(here / f"{folder}-whole")).all()
+    assert np.abs(frames_of(here / "with") - frames_of(here / "without")).max() > 0
+    capsys.readouterr()
+    assert main(["replay", "with/sample_0000.mp4", "--save-dir", "again"]) == 0
+    assert "identical" in capsys.readouterr().out
+
+
+def test_a_negative_prompt_without_guidance_is_said_to_have_no_effect(here, caplog):
+    base = (SAMPLE, *SMALL, "--cfg-scale", "1", "--prompt", "a cat")
+    assert run_script(*base, "--save-dir", "a") == 0
+    assert "negative_prompt" not in caplog.text
+    assert run_script(*base, "--negative-prompt", NEGATIVE, "--save-dir", "b") == 0
+    assert caplog.text.count("negative_prompt has no effect") == 1
+    assert digests(here / "a") == digests(here / "b")
+
+
+@pytest.mark.parametrize(
+    ("negative", "told"),
+    [
+        ("", "is empty once cleaned"), (" ", "is empty once cleaned"), ("\u4e2d\u6587", "is empty once cleaned"),
+        ("x" * 20_001, "has 20,001 characters"), ("y" * 5_001, "5,001 characters"), ("a\ud800", "is not UTF-8"),
+        ("|0|a|1|b", "one text for all loops"),
+    ],
+    ids=lambda value: ascii(value)[:12],
+)  # fmt: skip
+def test_a_negative_prompt_is_checked_like_a_prompt(here, negative, told):
+    settings = settings_of(negative_prompt=negative)
+    with pytest.raises(ConfigError, match=told) as caught:
+        VideoPipeline(settings)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_classes_have_no_negative_prompt(here):
+    settings = settings_of(negative_prompt="blurry", prompt=["207"], text_encoder={"type": "classes"})
+    with pytest.raises(ConfigError, match="negative_prompt is a text, but these prompts are numbers of classes"):
+        VideoPipeline(settings)
+
+
+def settings_of(**changes: Any) -> InferenceSettings:
+    """A request of two steps on the tiny checkpoints."""
+    config = read_config(find_config(SAMPLE)) | dict(
+        num_frames=1, image_size=(16, 24), save_dir="out", dtype="fp32", verbose=0
+    )
+    config["scheduler"] = {**config["scheduler"], "num_sampling_steps": 2}
+    return InferenceSettings.from_config(config | {"prompt": ["a cat"]} | changes, "test")
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["a cat", "a dog", "a fox", "the sea", "a city"],
+        ["a cat", "a cat", "a dog", "a cat", "the sea", "a dog"],
+        ["|0|a cat|1|a dog", "a fox", "|0|a fox|1|the sea", "|0|one|1|two|2|three", "a fox"],
+    ],
+    ids=["unique", "repeated", "several texts each"],
+)
+def test_texts_are_encoded_in_portions(here, texts, monkeypatch):
+    loop = 3 if "|" in texts[0] else 1
+    settings = settings_of(prompt=texts, loop=loop, num_frames=34 if loop > 1 else 1, negative_prompt="blurry")
+    at_once = [one.frames for one in VideoPipeline(settings).generate()]
+    monkeypatch.setattr(pipeline, "HELD_TEXTS", 2)
+    encoded, held, events = [], [], []
+    encode, make = T5Encoder.encode, VideoPipeline.make
+
+    def encoding(self: T5Encoder, given: list[str]) -> Any:
+        events.append("text")
+        encoded.append(weakref.ref(self))
+        return encode(self, given)
+
+    def making(self: VideoPipeline, model: Any, vae: Any, told: dict, request: Any) -> Any:
+        events.append("result")
+        held.append(len(told.keys() - {self.negative_text}))
+        assert set(self.texts(request)) <= told.keys()
+        assert encoded[-1]() is None, "the text encoder is kept while frames are made"
+        return make(self, model, vae, told, request)
+
+    monkeypatch.setattr(T5Encoder, "encode", encoding)
+    monkeypatch.setattr(VideoPipeline, "make", making)
+    in_portions = [one.frames for one in VideoPipeline(dataclasses.replace(settings, save_dir="again")).generate()]
+    assert len(in_portions) == len(at_once) == len(texts)
+    assert all((one == other).all() for one, other in zip(in_portions, at_once, strict=True))
+    assert events.index("result") < len(events) - 1 - events[::-1].index("text")
+    assert max(held) <= max(2, loop if "|2|" in "".join(texts) else 2)
+
+
+def test_a_text_encoder_that_changes_between_portions_is_refused(here, hub_cache, monkeypatch, tmp_path):
+    folder = make_tiny_t5(tmp_path / "t5")
+    text_encoder = {"type": "t5", "from_pretrained": str(folder), "model_max_length": 300}
+    results = VideoPipeline(settings_of(prompt=["a", "b"], text_encoder=text_encoder)).generate()
+    monkeypatch.setattr(pipeline, "HELD_TEXTS", 1)
+    next(results)
+    make_tiny_t5(folder, seed=1)
+    with pytest.raises(WeightsError, match="has changed since the first prompts were encoded"):
+        next(results)
 
 
 @needs_shipped

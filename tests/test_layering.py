@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 # Imports point down, or stay on a layer. Inside opensora/ each file has its own row, and so has each package below.
 LAYERS = {
     "scripts": 4,
+    "opensora.__main__": 4,
     "opensora.cli": 4,
     "opensora.utils": 4,
     "opensora.pipeline": 3,
@@ -37,6 +38,7 @@ LAYERS = {
     "opensora.hub": 2,
     "opensora.prompts": 2,
     "opensora.recipe": 2,
+    "opensora.recipe_report": 2,
     "opensora.references": 2,
     "opensora.refine": 2,
     "opensora.registry": 2,
@@ -51,10 +53,14 @@ LAYERS = {
     "opensora.catalog": 0,
     "opensora.config": 0,
     "opensora.errors": 0,
+    "opensora.file_kinds": 0,
     "opensora.files": 0,
     "opensora.noise": 0,
+    "opensora.published": 0,
+    "opensora.ranks": 0,
     "opensora.schema": 0,
     "opensora.settings": 0,
+    "opensora.signals": 0,
 }
 STRANGERS = {"opensora.datasets", "opensora.models", "opensora.schedulers"}  # never import one another
 PURE = ("opensora.models", "opensora.schedulers")  # arithmetic: tensors in, tensors out
@@ -77,12 +83,14 @@ EXCEPTIONS = {
     ("from_pretrained()", "opensora.models.text_encoder.t5"): "transformers reads the tokenizer from its folder",
     ("pathlib", "opensora.models.text_encoder.clip"): "the same, for CLIP",
     ("from_pretrained()", "opensora.models.text_encoder.clip"): "the same, for CLIP",
-    ("'cpu'", "opensora.weights"): "a checkpoint is read into host memory, whatever the model runs on",
+    ("'cpu'", "opensora.weights.fit"): "a checkpoint is read into host memory, whatever the model runs on",
+    ("'cpu'", "opensora.weights.save"): "the same, for what is written",
     ("'cpu'", "opensora.training.state"): "the same, for the state of an optimizer",
     ("'cpu'", "opensora.acceleration.whole"): "the same, for what is about to be written",
     ("'cpu'", "opensora.acceleration.layout"): "a host's own sums are mended there alone",
     ("'cpu'", "opensora.acceleration.linear"): "a host's own kernel",
     ("'cpu'", "opensora.acceleration.memory"): "a host keeps its accounts in files",
+    ("'cuda'", "opensora.settings"): "an example in the document of settings; nothing runs on it",
     ("get_device_module()", "opensora.acceleration.memory"): "the accounts of a device, whatever its name",
     ("get_device_module()", "opensora.acceleration.peak"): "the name of a device, for a table of them",
     ("torch.accelerator", "opensora.estimate"): "how much memory is free, whatever the device's name",
@@ -222,7 +230,8 @@ def test_only_acceleration_speaks_to_other_ranks():
 
 def test_only_weights_and_hub_open_checkpoints():
     found = {m: uses(t, CHECKPOINTS) for m, t in modules().items()}
-    assert not breaches(found, ("opensora.weights", "opensora.hub"))
+    allowed = tuple(module for module in modules() if place(module) in ("opensora.weights", "opensora.hub"))
+    assert not breaches(found, allowed)
 
 
 def test_only_video_opens_media():

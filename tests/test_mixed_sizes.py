@@ -15,7 +15,7 @@ from opensora.datasets.shape_clips import MixedClips, shape_clips
 from opensora.errors import ConfigError
 from opensora.settings import TrainSettings
 from opensora.training.diffusion import end_in_image, train
-from opensora.training.vae import PIXEL_FRAMES, in_a_row, train_vae
+from opensora.training.vae import PIXEL_FRAMES, _mixed, in_a_row, train_vae
 from tests.tiny import TINY_STDIT3, TINY_VAE, make_tiny_t5, make_tiny_vae
 
 SIZES = [(17, 16, 24, 0.5), (34, 16, 24, 0.3), (1, 24, 16, 0.2)]
@@ -126,21 +126,25 @@ def test_wrong_ratios_are_refused_before_any_work(tmp_path: Path, parts: dict[st
     assert not (tmp_path / "features").exists() and not (tmp_path / "runs").exists()
 
 
-def test_the_autoencoder_trains_on_several_sizes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", [None, "mixed_video_random"])
+def test_the_autoencoder_trains_on_several_sizes(tmp_path: Path, strategy: str | None) -> None:
     dataset = dict(type="ShapeClips", sizes=[(5, 16, 24, 1), (5, 24, 16, 1)], num_clips=8)
     model = dict(type="VideoAutoencoderPipeline", freeze_vae_2d=True, **TINY_VAE)
     settings: dict[str, Any] = dict(model=model, dataset=dataset, dtype="fp32", device="cpu", batch_size=2, max_steps=4)
-    made = train_vae(TrainSettings(outputs=str(tmp_path), perceptual_loss_weight=0.0, use_z_rec_loss=True, **settings))
+    settings |= dict(mixed_strategy=strategy, perceptual_loss_weight=0.0, use_z_rec_loss=True)
+    made = train_vae(TrainSettings(outputs=str(tmp_path), **settings))
     assert (made / "model.safetensors").is_file()
 
 
-def test_decoders_alone_are_trained(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", [None, "mixed_video_random"])
+def test_decoders_alone_are_trained(tmp_path: Path, strategy: str | None) -> None:
     """Clips of several chunks and single frames; latents stay what they were."""
     start = make_tiny_vae(tmp_path / "start", shift=(0.1, 0.0, -0.1, 0.2), scale=(1.0, 2.0, 1.5, 0.5))
     dataset = dict(type="ShapeClips", sizes=[(34, 16, 24, 1), (1, 24, 16, 1)], num_clips=4)
     model = dict(type="VideoAutoencoderPipeline", from_pretrained=str(start), **TINY_VAE)
     settings = dict(model=model, dataset=dataset, dtype="fp32", device="cpu", batch_size=1, max_steps=4, lr=1e-2)
-    made = train_vae(TrainSettings(outputs=str(tmp_path), perceptual_loss_weight=0.0, freeze_encoders=True, **settings))
+    settings |= dict(mixed_strategy=strategy, perceptual_loss_weight=0.0, freeze_encoders=True)
+    made = train_vae(TrainSettings(outputs=str(tmp_path), **settings))
     before, after = (load_file(folder / "model.safetensors") for folder in (start, made))
     changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
     assert changed and all(".decoder." in name or ".post_quant_conv." in name for name in changed)
@@ -163,3 +167,20 @@ def test_frames_in_a_row(frames: int, chunk: int | None) -> None:
     assert set(starts) == set(range(max(frames - PIXEL_FRAMES, 0) + 1))
     around = starts.count(15) / len(starts)
     assert around > 0.4 if (frames, chunk) == (34, 17) else around < 0.2
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ratio", "lengths"),
+    [("mixed_video_random", 0.0, set(range(1, 6))), ("mixed_video_image", 0.5, {1, 5}), (None, 0.5, {5})],
+)
+def test_clips_are_cut_as_the_strategy_says(strategy, ratio, lengths):
+    class Data:
+        period = None
+
+        def videos(self, step: int) -> torch.Tensor:
+            return torch.zeros(1, 3, 5, 8, 8)
+
+    settings = TrainSettings(model={"type": "STDiT3"}, mixed_strategy=strategy, mixed_image_ratio=ratio)
+    videos = _mixed(settings, Data(), torch.device("cpu"))
+    found = [videos(step).shape[2] for step in range(60)]
+    assert set(found) == lengths and found == [videos(step).shape[2] for step in range(60)]

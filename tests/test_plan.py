@@ -264,7 +264,7 @@ def test_the_text_says_where_references_land(parts: dict[str, Path]) -> None:
         "    0-4 kept: 5-9 of clip 0",
         "    5-9 generated",
         "legal lengths near 34: 1, 17, 34, 51, 68, 85",
-        "note: 20x24 becomes 16x24: sides are multiples of 8",
+        "note: 16x24 is made for 20x24: sides are rounded down to multiples of 8",
         "note: mask_strategy '0,1,4,-3,9,0.4': target start 7 becomes 5, a multiple of 5",
         "note: mask_strategy '0,1,4,-3,9,0.4': reference start 4 becomes 5, a multiple of 5",
         "note: mask_strategy '0,1,4,-3,9,0.4': of 9 latent frames 5 fit",
@@ -281,7 +281,7 @@ LATE: list[tuple[dict[str, Any], str]] = [
     (dict(multi_resolution="PixArtMS"), "STDiT3 needs fps, height, width"),
     (dict(reference_path=["thin.png"], mask_strategy=["0"], image_size=(64, 64)), "thin.png"),
     (dict(loop=2, reference_path=["clip34.mp4"], mask_strategy=["1,-1,7"], num_frames=17, condition_frame_length=5,
-          vae__type="VideoAutoencoderPipeline"), "take fewer"),
+          vae__type="VideoAutoencoderPipeline"), "give --num-frames 34"),
     (dict(loop=2, reference_path=["clip34.mp4;image.png"], mask_strategy=["1,2,12"]), "lies outside its 10"),
 ]  # fmt: skip
 
@@ -375,18 +375,77 @@ def settings_of_command(config: Path, argv: list[str]) -> InferenceSettings:
     return cli._request(cli._parser().parse_args(["plan", "--model", str(config), *argv]))
 
 
-def test_the_pace_of_earlier_runs_counts() -> None:
-    cost = estimate.Cost(products=1e12, moved=1e9, calls=10, peak=5)
-    guessed, rounded = (estimate.seconds(cost, CPU, "sampling", dtype) for dtype in (torch.float32, torch.bfloat16))
-    estimate.remember(CPU, "sampling", cost, 5.0)  # too short to tell
-    assert estimate.seconds(cost, CPU, "sampling") == guessed
-    for taken in (40.0, 80.0, 400.0):
-        estimate.remember(CPU, "sampling", cost, taken)
-    assert estimate.seconds(cost, CPU, "sampling") == pytest.approx(80, rel=0.01)
-    assert estimate.seconds(cost, CPU, "decoding") == guessed
-    assert estimate.seconds(cost, CPU, "sampling", torch.bfloat16) == rounded  # of its own kind there is no run yet
-    Path(os.environ["XDG_CACHE_HOME"], "opensora", "paces.json").write_text("{broken")
-    assert estimate.seconds(cost, CPU, "sampling") == guessed
+COST = estimate.Cost(products=1e12, moved=1e9, calls=10, peak=5)  # 10.2 seconds at the nominal pace
+
+
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> float:
+    """A machine that is three times as slow as the nominal pace in a trial, and never faster than its nominal peak."""
+    monkeypatch.setattr(estimate, "_trial", lambda device, dtype: 3.0)
+    monkeypatch.setattr(estimate, "known_peak", lambda device, dtype: estimate.PRODUCTS)
+    return 3 * COST.nominal_seconds
+
+
+@pytest.mark.parametrize(
+    ("taken", "least", "most", "runs"),
+    [
+        ((40.0, 80.0, 400.0), 40, 80, 3),  # the fastest, and the middle one
+        ((70.0,), 70, 70, 1),
+        ((6120.0, 40.0, 5000.0), 40, 40, 1),  # runs on a busy machine say nothing
+        ((6120.0, 3600.0), 30.6, 122.4, 0),  # neither do they alone: as without a run
+        ((5.0, 9.9), 30.6, 122.4, 0),  # too short to tell
+        ((11.0,) * 10 + (40.0,) * 8, 40, 40, 8),  # the last runs count
+    ],
+)
+def test_the_pace_of_earlier_runs_counts(steady: float, taken: tuple[float, ...], least: float, most: float, runs: int):
+    for one in taken:
+        estimate.remember(CPU, "sampling", COST, one)
+    found = estimate.span(COST, CPU, "sampling")
+    if runs:
+        assert found.least == pytest.approx(least, rel=0.01) and found.most == pytest.approx(most, rel=0.01)
+        assert found.source.startswith(f"{runs} earlier run")
+    assert estimate.seconds(COST, CPU, "sampling") == found.least >= COST.products / estimate.PRODUCTS
+    assert estimate.span(COST, CPU, "decoding").source == "a moment's trial"
+    assert estimate.seconds(COST, CPU, "sampling", torch.bfloat16) == pytest.approx(steady, rel=0.01)  # of its own kind
+
+
+@pytest.mark.parametrize("share", [2, 3, 30])
+def test_nothing_is_faster_than_the_peak(steady: float, monkeypatch: pytest.MonkeyPatch, share: int) -> None:
+    monkeypatch.setattr(estimate, "known_peak", lambda device, dtype: estimate.PRODUCTS / share)
+    estimate.remember(CPU, "sampling", COST, 12.0)
+    found = estimate.span(COST, CPU, "sampling")
+    assert found.least == found.most == pytest.approx(10 * share, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "cost",
+    [
+        estimate.Cost(products=1e6),  # milliseconds of work: something else took the time
+        estimate.Cost(convolutions=1e9, moved=1e6),
+        estimate.Cost(products=1e12, calls=10**6),  # most of it was calls
+    ],
+)
+def test_what_was_too_short_to_time_is_not_remembered(steady: float, cost: estimate.Cost) -> None:
+    estimate.remember(CPU, "sampling", cost, 12.0)
+    assert estimate.span(COST, CPU, "sampling").source == "a moment's trial"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{broken", "[]", "[1]", '{"device": 1}', "[" * 10**5, '[{"device": "cpu-1", "stage": "sampling", "pace": 600}]',
+        '[{"device": "cpu-1", "stage": "sampling", "pace": "x", "seconds": 20}]',
+        '[{"device": "cpu-1", "stage": "sampling", "pace": -1, "seconds": 20}]',
+    ],
+    ids=range(8),
+)  # fmt: skip
+def test_a_record_of_runs_that_says_nothing(steady: float, text: str) -> None:
+    file = Path(os.environ["XDG_CACHE_HOME"], "opensora", "paces.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    assert estimate.seconds(COST, CPU, "sampling") == pytest.approx(steady, rel=0.01)
+    estimate.remember(CPU, "sampling", COST, 40.0)
+    assert estimate.seconds(COST, CPU, "sampling") == pytest.approx(40, rel=0.01)
 
 
 def test_counting_is_exact_where_it_can_be() -> None:

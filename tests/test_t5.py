@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import opensora
+from opensora import components
 from opensora.errors import WeightsError
 from opensora.models.text_encoder.t5 import T5_DROPPED, T5Encoder, load_t5_tokenizer, make_t5
 from opensora.weight_rules import Drop
@@ -59,6 +60,60 @@ def test_tokenizer_json_alone_gives_the_same_ids(folder: Path, tmp_path: Path) -
 def test_a_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"spiece\.model or tokenizer\.json"):
         load_t5_tokenizer(tmp_path)
+
+
+DAMAGE = {
+    "cut": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "noise": lambda content: bytes(range(256)) * 4,
+    "a pointer": lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 9\n",
+    "a page": lambda content: b"<!DOCTYPE html><html></html>",
+    "an answer": lambda content: b"Entry not found",
+    "no file": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["spiece.model", "tokenizer.json", "tokenizer_config.json"])
+def test_damaged_files_of_a_tokenizer_are_named(folder: Path, tmp_path: Path, name: str, damage: str) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    if name == "tokenizer.json":
+        load_t5_tokenizer(folder).save_pretrained(tmp_path)
+    (tmp_path / "spiece.model").write_bytes((folder / "spiece.model").read_bytes())
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).unlink()
+    if DAMAGE[damage]:
+        (tmp_path / name).write_bytes(DAMAGE[damage](content))
+    else:
+        (tmp_path / name).mkdir()
+    with pytest.raises(WeightsError, match=rf"{name}: ") as caught:
+        components.build_text_encoder({"type": "t5"}, tmp_path, torch.float32)
+    message = str(caught.value)
+    assert "tiktoken" not in message and "\n" not in message
+    assert damage != "a pointer" or "run `git lfs pull`" in message
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    for vocab_size in (5, 50, 100):
+        shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+        config = json.loads((folder / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": vocab_size}))
+        with pytest.raises(WeightsError, match=rf"its tokenizer has .* tokens, its model {vocab_size}"):
+            components.build_text_encoder({"type": "t5"}, tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "name", ["spiece.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+)
+def test_the_hash_of_a_tokenizer_is_of_all_its_files(folder: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    sha = components.tokenizer_sha256(folder)
+    assert components.tokenizer_sha256(tmp_path) == components.tokenizer_sha256(tmp_path / "model.safetensors") == sha
+    (tmp_path / "notes.txt").write_text("decides nothing")
+    assert components.tokenizer_sha256(tmp_path) == sha
+    with (tmp_path / name).open("a") as file:
+        file.write(" ")
+    assert components.tokenizer_sha256(tmp_path) != sha and components.tokenizer_sha256(None) == {}
 
 
 def test_padding_takes_part_in_nothing(tiny: T5Encoder) -> None:

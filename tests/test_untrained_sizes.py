@@ -1,4 +1,4 @@
-"""A model that says what it was trained on warns off other sizes."""
+"""What size is made for what is asked, and whether a model was trained on it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import json
 import pytest
 
 from opensora import components
+from opensora.errors import ConfigError
 from opensora.pipeline import _tell_untrained
-from opensora.request import Size
+from opensora.request import Size, make_size
+from opensora.settings import InferenceSettings
 
 
 def test_a_checkpoint_says_what_it_was_trained_on(tmp_path):
@@ -26,3 +28,70 @@ def test_other_sizes_are_warned_off(size: Size, warned: bool, caplog: pytest.Log
 def test_nothing_is_said_where_nothing_is_known(caplog: pytest.LogCaptureFixture):
     _tell_untrained(Size(51, 240, 426), [])
     assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("asked", "trained", "warned"),
+    [
+        ((70, 70), (64, 64), False),
+        ((240, 426), (240, 426), False),
+        ((424, 240), (426, 240), False),
+        ((72, 64), (64, 64), True),
+    ],
+)
+def test_the_size_that_is_made_counts(asked, trained, warned, caplog: pytest.LogCaptureFixture):
+    """Sides of 70 pixels become 64: it is 64x64 that the model has been trained on, or not."""
+    size = Size(17, *asked)
+    _tell_untrained(size, [[17, *trained]])
+    assert bool(caplog.text) == warned
+    assert f"{asked[0]}x{asked[1]}" not in caplog.text or size.made == size
+
+
+@pytest.mark.parametrize(
+    ("asked", "made"), [((70, 70), (64, 64)), ((8, 9), (8, 8)), ((480, 854), (480, 848)), ((72, 1000), (72, 1000))]
+)
+def test_sides_are_rounded_down_to_multiples_of_eight(asked, made):
+    size = Size(1, *asked)
+    assert size.made == (1, *made)
+    assert size.made.rounding == ""
+    assert bool(size.rounding) == (asked != made)
+    assert not size.rounding or size.rounding.startswith(f"{made[0]}x{made[1]} is made for {asked[0]}x{asked[1]}")
+
+
+def settings(**changes: object) -> InferenceSettings:
+    return InferenceSettings(model={"type": "STDiT3"}, **{"num_frames": 17, **changes})
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"resolution": "240p"}, "--resolution 240p has no shape; give --aspect-ratio"),
+        ({"resolution": "4k"}, "--resolution 4k has no shape; give --aspect-ratio"),
+        ({"resolution": "512"}, "--resolution 512 has no shape; give --aspect-ratio"),
+        ({"aspect_ratio": "9:16"}, "--aspect-ratio 9:16 says nothing of pixels; give --resolution"),
+        ({"aspect_ratio": "1"}, "--aspect-ratio 1 says nothing of pixels; give --resolution"),
+        ({"resolution": "241p"}, "did you mean '240p'"),
+        ({"aspect_ratio": "x"}, "aspect ratio 'x' is not known"),
+        ({}, "the size is missing"),
+    ],
+)  # fmt: skip
+def test_half_a_size_says_which_half_is_missing(given, told):
+    with pytest.raises(ConfigError, match=told):
+        make_size(settings(**given))
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"image_size": (10**9, 64)}, {"image_size": (64, 10**40)}, {"image_size": (16384, 16384), "num_frames": 60},
+        {"image_size": (64, 64), "num_frames": 10**18}, {"image_size": (64, 64), "num_frames": 0},
+        {"image_size": (64, 64), "loop": 10**9}, {"image_size": (720, 1280), "num_frames": 816, "loop": 100},
+        {"resolution": "240p", "aspect_ratio": "1e999999999"}, {"resolution": "240p", "aspect_ratio": "1/1e-888888888"},
+        {"resolution": "240p", "aspect_ratio": "9" * 5000},
+    ],
+)  # fmt: skip
+def test_numbers_without_bound_are_refused_at_once(given):
+    with pytest.raises(ConfigError) as caught:
+        make_size(settings(**given))
+    assert "\n" not in str(caught.value)

@@ -384,6 +384,12 @@ BROKEN: dict[str, Change] = {
     "a newer one": put("format", value=2),
     "sample 10^8": put("sample_index", value=10**8),
     "a prompt of ten million characters": put("prompt", value="." * 10**7),
+    "10^9 steps": put("settings", "scheduler", "num_sampling_steps", value=10**9),
+    "10^9 blocks": put("settings", "model", "depth", value=10**9),
+    "10^9 heads": put("settings", "model", "num_heads", value=10**9),
+    "10^9 clips": put("settings", "loop", value=10**9),
+    "10^9 frames": put("settings", "num_frames", value=10**9),
+    "a side of 10^9": put("settings", "image_size", value=[10**9, 16]),
     "text as a number of frames": put("settings", "num_frames", value=[1]),
     "infinite": put("settings", "scheduler", value={"type": "rflow", "cfg_scale": 1e400}),
 }  # fmt: skip

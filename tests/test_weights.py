@@ -14,11 +14,21 @@ from torch import Tensor, nn
 
 from opensora import weights
 from opensora.errors import WeightsError
+from opensora.hub import checkpoint_files, read_config_json
 from opensora.models.stdit.stdit import STDiT
 from opensora.models.vae.vae import FrameAutoencoder, VideoAutoencoderKL
 from opensora.models.vae.vae_svd import VideoAutoencoderKLTemporalDecoder
 from opensora.weight_rules import Drop, Rename
-from opensora.weights import content_hash, family, inspect, load_weights, read_state_dict, save_file, save_pretrained
+from opensora.weights import (
+    content_hash,
+    family,
+    inspect,
+    load_weights,
+    read_state_dict,
+    save,
+    save_file,
+    save_pretrained,
+)
 from tests.test_encoders import SHAPES
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -123,7 +133,7 @@ class TestReading:
 
 class TestDamage:
     @pytest.mark.parametrize("suffix", SUFFIXES)
-    @pytest.mark.parametrize("left", [0.0, 0.01, 0.5, 0.97])
+    @pytest.mark.parametrize("left", [0.01, 0.5, 0.97])
     def test_truncated(self, tmp_path: Path, suffix: str, left: float) -> None:
         file = tmp_path / f"x{suffix}"
         save_file({"a": torch.randn(300, 10), "b": torch.randn(7)}, file)
@@ -134,7 +144,7 @@ class TestDamage:
         assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize("suffix", SUFFIXES)
-    @pytest.mark.parametrize("content", [b"a picture", b"\x89PNG\r\n\x1a\n" + bytes(300), struct.pack("<Q", 2**62)])
+    @pytest.mark.parametrize("content", [b"\x01\x02 a picture", bytes(range(256)), struct.pack("<Q", 2**62)])
     def test_other_kinds_of_file(self, tmp_path: Path, suffix: str, content: bytes) -> None:
         file = tmp_path / f"x{suffix}"
         file.write_bytes(content)
@@ -146,8 +156,8 @@ class TestDamage:
         save_file({"a": torch.zeros(1)}, tmp_path / "y.safetensors")
         os.rename(tmp_path / "x.pt", tmp_path / "x.safetensors")
         os.rename(tmp_path / "y.safetensors", tmp_path / "y.pt")
-        for file in ("x.safetensors", "y.pt"):
-            with pytest.raises(WeightsError, match="truncated, damaged or no"):
+        for file, name in (("x.safetensors", r"x\.pt"), ("y.pt", r"y\.safetensors")):
+            with pytest.raises(WeightsError, match=rf"its content is that of a .* file: rename it to {name}$"):
                 read_state_dict(tmp_path / file)
 
     def test_unknown_suffix(self, tmp_path: Path) -> None:
@@ -530,7 +540,7 @@ class TestWriting:
     def test_folder(self, tmp_path: Path, state: dict[str, Tensor]) -> None:
         save_pretrained(state, tmp_path / "new", {"type": "Small", "rows": 4})
         assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["config.json", "model.safetensors"]
-        assert weights.read_config_json(tmp_path / "new") == {"type": "Small", "rows": 4}
+        assert read_config_json(tmp_path / "new") == {"type": "Small", "rows": 4}
         assert_same(read_state_dict(tmp_path / "new"), state)
 
     def test_shards(self, tmp_path: Path, state: dict[str, Tensor]) -> None:
@@ -547,7 +557,7 @@ class TestWriting:
             state["first.bias"] = state["first.bias"] + 1
             save_pretrained(state, tmp_path, {}, max_shard_bytes=limit)
             assert_same(read_state_dict(tmp_path), state)
-            assert len(list(tmp_path.glob("model*.safetensors"))) == len(weights.checkpoint_files(tmp_path)) + 1
+            assert len(list(tmp_path.glob("model*.safetensors"))) == len(checkpoint_files(tmp_path)) + 1
 
     @pytest.mark.parametrize("failure", [OSError("No space left on device"), KeyboardInterrupt()])
     @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -561,7 +571,7 @@ class TestWriting:
             Path(path).write_bytes(b"half")
             raise failure
 
-        monkeypatch.setattr(weights, "save_safetensors", fail)
+        monkeypatch.setattr(save, "save_safetensors", fail)
         monkeypatch.setattr(torch, "save", fail)
         interrupted = isinstance(failure, KeyboardInterrupt)
         message = None if interrupted else r"cannot be written \(.*No space left"
@@ -574,7 +584,7 @@ class TestWriting:
         old = {"a": torch.ones(2), "b": torch.ones(2)}
         save_pretrained(old, tmp_path, {"version": 1}, max_shard_bytes=8)
         names = sorted(tmp_path.iterdir())
-        real, calls = weights.save_safetensors, []
+        real, calls = save.save_safetensors, []
 
         def fail_second(tensors: dict[str, Tensor], path: Path, **options: object) -> None:
             calls.append(path)
@@ -582,11 +592,11 @@ class TestWriting:
                 raise OSError("disk full")
             real(tensors, path, **options)
 
-        monkeypatch.setattr(weights, "save_safetensors", fail_second)
+        monkeypatch.setattr(save, "save_safetensors", fail_second)
         with pytest.raises(WeightsError, match=r"model-00002-of-00002.safetensors: cannot be written"):
             save_pretrained({name: tensor + 1 for name, tensor in old.items()}, tmp_path, {"version": 2}, 8)
         assert sorted(tmp_path.iterdir()) == names
-        assert weights.read_config_json(tmp_path) == {"version": 1}
+        assert read_config_json(tmp_path) == {"version": 1}
         assert_same(read_state_dict(tmp_path), old)
 
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX limits")

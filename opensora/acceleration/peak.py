@@ -29,6 +29,14 @@ def peak_flops(device: torch.device, dtype: str) -> float:
     return stated or _measured(device, DTYPES[dtype])
 
 
+def known_peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The peak as its maker states it, or as a trial of a moment finds it on a host; None for other devices."""
+    name = next(name for name, one in DTYPES.items() if one == dtype)
+    if device.type == torch.empty(0).device.type:
+        return peak_flops(device, name)
+    return _stated(_name(device)) if name in ("bf16", "fp16") else None
+
+
 def _name(device: torch.device) -> str:
     ask = getattr(torch.get_device_module(device), "get_device_name", None)
     return ask(device) if ask else ""

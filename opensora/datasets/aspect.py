@@ -115,7 +115,10 @@ def get_num_frames(value: str | float) -> int:
 def parse_ratio(value: str | float) -> Fraction:
     """The exact height / width of `9:16`, `18:32`, `9x16`, `9/16`, `0.5625`; ConfigError if it is no positive ratio."""
     try:
-        parts = [Fraction(part) for part in re.split("[:x×/]", str(value).lower())]
+        text = str(value).lower()
+        if re.search(r"e[+-]?\d{3}|.{50}", text):  # an exponent or digits that take long to write out
+            raise ValueError
+        parts = [Fraction(part) for part in re.split("[:x×/]", text)]
         ratio = parts[0] if len(parts) == 1 else parts[0] / parts[1]
         if ratio > 0 and len(parts) <= 2:
             return ratio

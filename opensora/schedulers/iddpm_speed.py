@@ -37,8 +37,8 @@ class IDDPM_SPEED(IDDPM):
 
     @cached_property
     def meaningful_steps(self) -> int:
-        """The number of steps before the noise level hardly rises; 700 of 1000."""
-        return min(int((self._rise >= LEAST_RISE).sum()) + 1, len(self.process))
+        """The number of steps before the noise level hardly rises, 700 of 1000; the mirror image of step 0."""
+        return min(int((self._rise >= LEAST_RISE).sum()) + 1, len(self.process) - 1)
 
     def draw_steps(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         odds = self.probabilities.float().to(device)

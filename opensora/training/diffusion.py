@@ -19,7 +19,6 @@ from opensora.acceleration.whole import whole
 from opensora.datasets.datasets import Quarantine
 from opensora.datasets.shape_clips import shape_clips
 from opensora.errors import ConfigError
-from opensora.hub import locate
 from opensora.models.layers.transformer import FixedPositions
 from opensora.settings import TrainSettings, check_trainable
 from opensora.training import encoded
@@ -160,8 +159,7 @@ def build_model(settings: TrainSettings, data: Data, device: torch.device) -> nn
     keywords.pop("input_size", None)
     if data.encoders is None:
         forced["skip_y_embedder"] = False  # features are those of the text encoder
-    where = {"what": "model", "offline": settings.offline}
-    path = locate(section["from_pretrained"], **where) if section.get("from_pretrained") else None
+    path = components.located(section, "model", settings.offline) if section.get("from_pretrained") else None
     torch.manual_seed(settings.seed)
     model = components.build({**section, "strict": False}, path, keywords, forced)
     if path:

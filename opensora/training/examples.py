@@ -78,6 +78,7 @@ class Encoders:
             return components.build_text_encoder(section, None, self.dtype)
         encoder, summary = components.load(section, "text_encoder", *how)
         self.contents["weights of the text encoder"] = summary.sha256
+        self.contents |= components.tokenizer_sha256(summary.path)
         return encoder
 
     def keywords(self, sizes: list[tuple[int, int, int]]) -> dict[str, Any]:

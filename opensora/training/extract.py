@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,8 @@ from opensora.datasets.datasets import Quarantine, VariableVideoTextDataset, Vid
 from opensora.datasets.encoded import PLAN, caption_key
 from opensora.errors import ConfigError
 from opensora.models.text_encoder.cleaning import preprocess
-from opensora.settings import TrainSettings, setting
+from opensora.ranks import ranks
+from opensora.settings import ExtractSettings
 from opensora.training.features import claim
 from opensora.training.shards import (
     Group,
@@ -49,31 +49,6 @@ SHARD_BYTES = 2**28  # of latents, at most
 TEXT_BATCH = 16
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExtractSettings(TrainSettings):
-    """What is encoded, and where it goes. Settings of training have no effect but those of the data set."""
-
-    model: dict | None = None
-    save_dir: str = setting("features", "folder for the features")
-    start_index: int = setting(0, "first row of the table to encode", least=0)
-    end_index: int | None = setting(None, "the row to stop before")
-    crops: int = setting(1, least=1)  # spans of each clip, drawn as in so many epochs
-    bin_size: int = setting(250, least=1)  # samples of a shard, at most
-    save_video_features: bool = True
-    save_text_features: bool = True
-    save_compressed_text_features: bool = True  # they always are: padding is not stored
-    save_last_frames: bool = True
-    save_dtype: str = "fp16"
-    replace_stale: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.save_dtype not in ("fp16", "bf16", "fp32"):
-            raise ConfigError(f"save_dtype {self.save_dtype!r} is not known; choose one of fp16, bf16, fp32")
-        if not (self.save_video_features or self.save_text_features):
-            raise ConfigError("save_video_features and save_text_features are both off; there is nothing to encode")
-
-
 def extract(settings: ExtractSettings) -> Path:
     """Encodes what is not there yet; returns the folder. Raises ConfigError, WeightsError or MediaError."""
     return Extraction(settings).run()
@@ -84,7 +59,7 @@ class Extraction:
 
     def __init__(self, settings: ExtractSettings) -> None:
         self.settings, self.folder = settings, Path(settings.save_dir)
-        self.rank, self.world_size = (int(os.environ.get(name, one)) for name, one in (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.rank, self.world_size, _ = ranks()
         keep_allocations_in_heap()
         self.dataset = make_dataset(settings)
         self.table = self.dataset.table
@@ -96,6 +71,9 @@ class Extraction:
         self.vae, vae_hash = self._load("vae", settings.save_video_features)
         self.text_encoder, text_hash = self._load("text_encoder", settings.save_text_features)
         self.identity = {**self._how(), "vae": vae_hash, "text_encoder": text_hash}
+        if settings.save_text_features and settings.text_encoder.get("from_pretrained"):
+            where = components.find(settings.text_encoder, "text_encoder", settings.offline)
+            self.identity |= components.tokenizer_sha256(where)
 
     def run(self) -> Path:
         """Encodes this rank's share of the shards that are missing."""
@@ -309,5 +287,5 @@ def _own_device(name: str | None) -> torch.device:
     """The device of this process; processes on one machine get one each, and share them if they are more."""
     device = pick_device(name)
     if device.index is None:
-        take_own(device, int(os.environ.get("LOCAL_RANK", 0)), share=True)
+        take_own(device, ranks().local, share=True)
     return device

@@ -67,7 +67,8 @@ def claim(folder: Path, identity: dict[str, Any], write: bool = True) -> None:
             return
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(described, text)
-    found, wanted = read_json(described), json.loads(text)
+    wanted = json.loads(text)
+    found = {"tokenizer": wanted.get("tokenizer"), **read_json(described)}  # earlier versions did not note it
     if changed := sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key)):
         remedy = "remove it or name another features folder"
         raise ConfigError(f"{folder} was encoded with another {', '.join(changed)}; {remedy}")

@@ -49,7 +49,7 @@ def content_of(path: str | Path) -> str:
 
 def compare(saved: Mapping[str, str], now: Mapping[str, str], accept: bool) -> list[str]:
     """What differs, one sentence a setting. Raises ConfigError with them unless they are accepted."""
-    saved = _of_training(saved)
+    saved = _of_training({"tokenizer": now.get("tokenizer"), **saved})  # earlier versions did not note it
     names = sorted(name for name in {*saved, *now} if saved.get(name) != now.get(name))
     changes = [f"{name} was {_shown(saved.get(name))} and is {_shown(now.get(name))}" for name in names]
     if changes and not accept:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import pprint
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from opensora.datasets.bucket import Buckets
 from opensora.errors import ConfigError
 from opensora.files import replacing
+from opensora.ranks import world_size
 from opensora.settings import SearchSettings
 from opensora.training import search
 from opensora.training.probe import TrainingProbe
@@ -41,7 +41,7 @@ def search_batch_sizes(settings: SearchSettings) -> list[Path]:
 
     Raises ConfigError when there is nothing to search, or nothing was found.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or settings.sp_size > 1:
+    if world_size() > 1 or settings.sp_size > 1:
         raise ConfigError("the search runs in one process; start it with --nproc_per_node 1 and sp_size=1")
     plan = search.make_plan(settings.bucket_config, settings.base, settings.base_step_time, settings.resolution)
     if not plan.order:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora import registry, weights
+from opensora import components, registry, weights
 from opensora.acceleration.device import keep_allocations_in_heap, pick_device, place
 from opensora.acceleration.parallel import world_size
 from opensora.datasets.shape_clips import MixedClips, shape_clips
 from opensora.errors import ConfigError
-from opensora.hub import locate, read_config_json
+from opensora.hub import read_config_json
 from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.models.vae.vae import SPATIAL_SCALE, VideoAutoencoderPipeline
 from opensora.settings import NOT_YET_IN_VAE_TRAINING, TrainSettings, check_trainable
@@ -123,7 +123,7 @@ def train_vae(settings: TrainSettings) -> Path:
     keep_allocations_in_heap()
     device = pick_device(settings.device)
     torch.manual_seed(settings.seed)
-    model = _build(settings.model)
+    model = _build(settings.model, settings.offline)
     temporal = settings.use_z_rec_loss or settings.use_real_rec_loss
     _freeze(model, settings, temporal)
     model = place(model, device).train()
@@ -161,24 +161,43 @@ def _freeze(model: VideoAutoencoderPipeline, settings: TrainSettings, temporal: 
     (model.spatial_vae if temporal else model.temporal_vae).requires_grad_(temporal and not freeze)
 
 
-def _build(section: dict[str, Any]) -> VideoAutoencoderPipeline:
-    """The autoencoder of the settings, with the weights, shift and scale of the checkpoint that it starts from."""
-    source = section.get("from_pretrained")
-    stated = read_config_json(locate(source)) if source else {}
+def _build(section: dict[str, Any], offline: bool) -> VideoAutoencoderPipeline:
+    """The autoencoder of the settings, with the weights, shift and scale of the checkpoint that it starts from.
+
+    Without one its parts start from those that their own sections name.
+    """
+    path = components.located(section, "model", offline) if section.get("from_pretrained") else None
+    parts = {} if path else _parts(section, offline)
+    stated = read_config_json(path) if path else {}
     model = registry.build({**{name: stated[name] for name in ("shift", "scale") if name in stated}, **section})
-    if source:
-        print(weights.load_weights(model, source, rules=()))
+    if path:
+        print(weights.load_weights(model, path))
+    for name, found in parts.items():
+        print(weights.load_weights(model.spatial_vae if name == "vae_2d" else model.temporal_vae, found))
     return model
 
 
+def _parts(section: dict[str, Any], offline: bool) -> dict[str, Path]:
+    """Where the weights of the parts lie, of those that name any."""
+    own = {name: section.get(name) for name in ("vae_2d", "vae_temporal")}
+    named = {name: one for name, one in own.items() if isinstance(one, dict) and one.get("from_pretrained")}
+    return {name: components.located(one, name, offline) for name, one in named.items()}
+
+
 def _mixed(settings: TrainSettings, data: MixedClips, device: torch.device) -> Videos:
-    """The clips of a step, with mixed_strategy at times only their first frames; they repeat as those of `data` do."""
+    """The clips of a step, with mixed_strategy cut at times; they repeat as those of `data` do.
+
+    "mixed_video_image" leaves their first frame, in mixed_image_ratio of the steps; "mixed_video_random" any number of
+    frames, one to all.
+    """
     image_ratio = settings.mixed_image_ratio if settings.mixed_strategy == "mixed_video_image" else 0.0
 
     def videos(step: int) -> Tensor:
         step = step % data.period if data.period else step
         x = data.videos(step).to(device)  # [B, 3, T, H, W]
         chance = torch.rand((), generator=step_generator(settings.seed + 1, step)).item()
+        if settings.mixed_strategy == "mixed_video_random":
+            return x[:, :, : 1 + int(chance * x.shape[2])]
         return x[:, :, :1] if chance < image_ratio else x
 
     return videos

@@ -1,57 +1,11 @@
-"""Writes a model for inference from a training run: python scripts/misc/export.py CHECKPOINT DST [--dtype fp16]."""
+"""Writes a model for inference from a training run: python scripts/misc/export.py CHECKPOINT DST [--dtype fp16].
 
-from __future__ import annotations
+The same as `opensora export`.
+"""
 
-import argparse
-import shutil
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-import torch
-
-from opensora import weights
-from opensora.acceleration.device import DTYPES
-from opensora.errors import WeightsError
-from opensora.hub import INDEX, SUFFIXES, read_config_json
-from opensora.training.state import find_checkpoint
-from opensora.utils.config_utils import run_program
-
-
-def export(source: Path, destination: Path, ema: bool = True, dtype: torch.dtype | None = None) -> weights.Summary:
-    """Writes config.json and model.safetensors into `destination` and returns what was written.
-
-    `source` is an experiment folder, one of its checkpoints (`ema` takes the averaged weights) or a model folder, whose
-    tokenizer comes along. Floating tensors become `dtype` (None: as they are), save those that need float32. Raises
-    WeightsError when `source` holds no weights or is `destination`.
-    """
-    if source.exists() and destination.exists() and source.samefile(destination):
-        raise WeightsError(f"{destination} is the model to export; name another folder")
-    finished = (source / "config.json").is_file()
-    if finished and not ema:
-        raise WeightsError(f"{source} is a finished model, which has one set of weights; leave --no-ema out")
-    model = source if finished else find_checkpoint(source) / "model"
-    tensors = model.parent / "ema.pt" if ema and not finished else model
-    state = {}
-    for name, tensor in weights.read_state_dict(tensors).items():
-        kept = torch.float32 if weights.kept_in_float32(name) else dtype or tensor.dtype
-        state[name] = tensor.to(kept) if tensor.is_floating_point() else tensor
-    weights.save_pretrained(state, destination, read_config_json(model))
-    for file in model.iterdir():
-        if file.is_file() and file.name != "config.json" and not file.name.endswith((*SUFFIXES, INDEX)):
-            shutil.copyfile(file, destination / file.name)
-    return weights.summarize(destination, state)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="experiment folder, one of its checkpoints, or a model folder")
-    parser.add_argument("destination", type=Path, metavar="DST", help="folder to write config.json and weights into")
-    parser.add_argument("--no-ema", action="store_true", help="take the trained weights, not their running average")
-    parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="default: as they are")
-    args = parser.parse_args(argv)
-    print(export(args.checkpoint, args.destination, not args.no_ema, DTYPES.get(args.dtype)))
-
+from opensora.cli import main
 
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    sys.exit(main(["export", *sys.argv[1:]]))

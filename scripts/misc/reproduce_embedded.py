@@ -52,7 +52,7 @@ def run(command: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     stages = (*TRAINED, "export")
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--outputs", type=Path, default=Path("outputs/embedded"), help="folder of the training runs")
     parser.add_argument("--stages", nargs="+", choices=stages, default=stages, help="default: all of them")
     parser.add_argument("--device", help="device to train on")

@@ -2,14 +2,8 @@
 
 import sys
 
-from opensora.training.search_report import search_batch_sizes
+from opensora.cli import search
 from opensora.utils.config_utils import parse_search_args, run_program
 
-
-def main() -> int:
-    search_batch_sizes(parse_search_args())
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    sys.exit(run_program(lambda: search(parse_search_args())))

@@ -226,7 +226,7 @@ def test_keys_that_programs_read(version: str, program: str):
     read = RECORDED[version]["config_keys_read_by_program"][program]
     settings = {field.name: field.default for field in fields(kind_of("inference" not in program))}
     names = {*read["optional_with_default"], *read["read_without_default"]}
-    unknown = names - settings.keys() - OF_NO_EFFECT - MISSPELT_KEYS
+    unknown = names - settings.keys() - OF_NO_EFFECT.keys() - MISSPELT_KEYS
     assert unknown == (DATA_KEYS if (version, program) == ("v1.0.0", "scripts/train.py") else set())
     for name, default in read["optional_with_default"].items():
         if name not in settings or default == "<computed>":
@@ -240,7 +240,10 @@ def test_keys_that_programs_read(version: str, program: str):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ({"model": {"type": "A", "enable_flashattn": True}}, {"model": {"type": "A", "enable_flash_attn": True}}),
+        (
+            {"model": {"type": "STDiT3", "enable_flashattn": True}},
+            {"model": {"type": "STDiT3", "enable_flash_attn": True}},
+        ),
         ({"scheduler": {"type": "dmp-solver"}}, {"scheduler": {"type": "dpm-solver"}}),
         ({"multi_resolution": True}, {"multi_resolution": "PixArtMS"}),
         ({"multi_resolution": False}, {}),
@@ -251,7 +254,7 @@ def test_keys_that_programs_read(version: str, program: str):
     ids=str,
 )
 def test_old_spelling_of_inference(old: dict[str, Any], new: dict[str, Any]):
-    rest = {"model": {"type": "A"}, "num_frames": 16}
+    rest = {"model": {"type": "STDiT3"}, "num_frames": 16}
     settings = [InferenceSettings.from_config({**rest, **config}, "a.py") for config in (old, new)]
     assert settings[0] == settings[1]
 
@@ -261,7 +264,7 @@ def test_old_spelling_of_inference(old: dict[str, Any], new: dict[str, Any]):
 def test_old_spelling_of_mask_ratios(part: str, place: str):
     """`mask_head` is a name of 1.1's and 1.2's files for 1.0's model that neither version's training accepts."""
     old = {"mask_no": 0.5, f"mask_{part}{place}": 0.5}
-    settings = TrainSettings.from_config({"model": {"type": "A"}, "mask_ratios": old}, "a.py")
+    settings = TrainSettings.from_config({"model": {"type": "STDiT3"}, "mask_ratios": old}, "a.py")
     new = "random" if part + place == "random" else f"{part or 'quarter_'}{place}"
     assert settings.mask_ratios == {"identity": 0.5, new: 0.5}
 
@@ -274,7 +277,7 @@ def test_data_settings_of_1_0_go_into_the_data_set():
         "data_path": "CSV_PATH",
         "num_frames": 64,
         "frame_interval": 2,
-        "image_size": [512, 512],
+        "image_size": (512, 512),
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from opensora.schedulers.dpms import DPM_SOLVER, path_at, spaced_times, times_at
 from tests.parity.cases import Case, discover
 from tests.parity.test_rflow import TIMESTEP, StandIn
 
+SPACINGS = {"time_uniform": "time_uniform", "logsnr": "logSNR", "quadratic": "time_quadratic"}
 LATENT = {"rtol": 2e-5, "atol": 5e-5}
 close = torch.testing.assert_close
 
@@ -20,10 +23,11 @@ def check_noise_schedule(facts: dict, tensors: dict[str, torch.Tensor]) -> None:
         "std": path.sigma,
         "lambda": path.lam,
         "inverse": times_at(path.lam),
-        "time_uniform_20": spaced_times(20),
-        "logsnr_10": spaced_times(10, "logSNR"),
-        "quadratic_10": spaced_times(10, "time_quadratic"),
     }
+    for name in tensors:
+        if spacing := re.fullmatch(r"(time_uniform|logsnr|quadratic)_([0-9]+)", name):
+            found[name] = spaced_times(int(spacing[2]), SPACINGS[spacing[1]])
+    assert found.keys() | {"t", "log_alpha"} == tensors.keys()
     for name, values in found.items():
         close(torch.tensor(values), tensors[name], **LATENT)
     close(torch.tensor(path.alpha).log(), tensors["log_alpha"], **LATENT)

@@ -16,7 +16,7 @@ import pytest
 from opensora.datasets.bucket import Bucket, Buckets
 from opensora.datasets.samplers import BucketBatchSampler, FeatureBufferSampler, SampleSampler
 from opensora.errors import ConfigError
-from tests.parity.cases import ROOT
+from tests.parity.cases import ROOT, needed
 from tests.parity.test_buckets import bucket_config
 
 FACTS = json.loads((ROOT / "data" / "sampler.json").read_text())
@@ -196,11 +196,12 @@ def test_epochs_differ():
 
 def test_state():
     example = FACTS["state_dict_example"]
-    made = sampler({"config": "single", "dataset_ref": "one_size_5"}, seed=example["seed"])
+    any_rows = {"config": next(one for one in FACTS["configs"] if one != DRAWN), "dataset_ref": next(iter(TABLES))}
+    made = sampler(any_rows, seed=example["seed"])
     made.world_size = example["world_size"]
     made.set_epoch(example["epoch"])
     assert made.state_dict(example["steps"]) == example["state"]
-    again = sampler({"config": "single", "dataset_ref": "one_size_5"})
+    again = sampler(any_rows)
     again.load_state_dict(example["state"])
     assert again.state_dict() == example["attributes_after_load"]
 
@@ -214,14 +215,17 @@ def test_position_beyond_the_end():
     case = FACTS["quirks"]["position_beyond_end_of_epoch"]
     made = sampler(case)
     made.load_state_dict(made.state_dict(case["steps_in_state"]))
-    with pytest.raises(ConfigError, match="position 9 lies beyond the 1 items"):
+    position = case["steps_in_state"] * case["world_size"]
+    with pytest.raises(ConfigError, match=f"position {position} lies beyond the {len(order(sampler(case)))} items"):
         list(made)
 
 
 def test_length_counts_data_parallel_ranks():
     """S3: the ranks given are those that share the data, so the length is what is served."""
     case = FACTS["quirks"]["len_uses_global_world_size_not_data_parallel_size"]
-    made = sampler({"config": "mixed", "dataset_ref": "mixed_200"}, world_size=case["data_parallel_size"])
+    rows = {"config": case.get("config", "mixed"), "dataset_ref": case.get("dataset_ref", "mixed_200")}
+    needed([True] * (rows["config"] in FACTS["configs"] and rows["dataset_ref"] in TABLES), "rows of that quirk")
+    made = sampler(rows, world_size=case["data_parallel_size"])
     assert len(made) == case["batches_actually_served_per_rank"] > case["len"]
 
 

@@ -21,7 +21,7 @@ def test_kinds_are_known() -> None:
     assert {field for row in ROWS for field in row} <= {"in", *FUNCTIONS}
 
 
-@pytest.mark.parametrize(("field", "function"), FUNCTIONS.items(), ids=str)
+@pytest.mark.parametrize(("field", "function"), FUNCTIONS.items(), ids=[*FUNCTIONS])
 def test_cleaning(field: str, function: Callable[[str], str]) -> None:
     different = [(row["in"], function(row["in"]), row[field]) for row in ROWS if function(row["in"]) != row[field]]
     assert not different

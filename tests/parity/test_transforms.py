@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from opensora.datasets.transforms import center, get_transform
 from opensora.errors import ConfigError, MediaError
-from opensora.references import check_references, read_reference, read_references
+from opensora.references import References, read_reference, read_references
 from tests.parity.cases import ROOT
 
 FACTS = json.loads((ROOT / "data" / "datasets.json").read_text())
@@ -93,15 +93,17 @@ def test_collect_references(case: dict, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(MEDIA)
     size, paths = tuple(case["image_size"]), case["reference_path"]
     if paths == [None]:  # there, a crash; here, the same as no reference
-        assert read_references(None, size) == check_references(None) == []
+        assert read_references(None, size) == References(size).check(None) == []
     elif "error" in case:
-        for function in (lambda text: read_references(text, size), check_references):
+        for function in (lambda text: read_references(text, size), References(size).check):
             with pytest.raises((ConfigError, MediaError), match="reference"):
                 [function(text) for text in paths]
     else:
         expected = case["shapes_C_T_H_W_before_encoding"]
         assert [[list(one.shape) for one in read_references(text, size)] for text in paths] == expected
-        assert [check_references(text) for text in paths] == [[shape[1] for shape in shapes] for shapes in expected]
+        assert [References(size).check(text) for text in paths] == [
+            [shape[1] for shape in shapes] for shapes in expected
+        ]
 
 
 def is_whole(case: dict) -> bool:
@@ -123,6 +125,6 @@ def test_every_recorded_file_is_read(case: dict) -> None:
 @pytest.mark.parametrize("name", ["broken.mp4", "empty.mp4", "truncated.mp4", "truncated.jpg", "not_an_image.png"])
 def test_broken_recorded_files(name: str) -> None:
     """Quirk D8: a cut-off JPEG is an error too."""
-    for function in (check_references, lambda path: read_reference(path, (16, 16))):
+    for function in (References((16, 16)).check, lambda path: read_reference(path, (16, 16))):
         with pytest.raises(MediaError, match=name):
             function(str(MEDIA / name))

@@ -5,11 +5,8 @@ prompt = [
     "Drone view of waves crashing against the rugged cliffs along Big Sur's garay point beach. "
     '{"reference_path": "assets/images/condition/cliff.png", "mask_strategy": "0"}',
     'A breathtaking sunrise scene.{"reference_path": "assets/images/condition/sunset1.png","mask_strategy": "0"}',
-    "A car driving on the ocean."
-    '{"reference_path": "https://cdn.openai.com/tmp/s/interp/d0.mp4","mask_strategy": "0,0,-8,0,8"}',
-    "A snowy forest."
-    '{"reference_path": "https://cdn.pixabay.com/video/2021/04/25/72171-542991404_large.mp4",'
-    '"mask_strategy": "0,0,0,0,15,0.8"}',
+    'A car driving on the ocean.{"reference_path": "assets/videos/condition/drive.mp4","mask_strategy": "0,0,-8,0,8"}',
+    'A snowy forest.{"reference_path": "assets/videos/condition/forest.mp4","mask_strategy": "0,0,0,0,15,0.8"}',
     "A breathtaking sunrise scene."
     '{"reference_path": "assets/images/condition/sunset1.png;assets/images/condition/sunset2.png",'
     '"mask_strategy": "0;0,1,0,-1,1"}',
@@ -21,7 +18,7 @@ prompt = [
     "|10|a white jeep equipped with a roof rack driving on a dirt road under the lake."
     "|12|a white jeep equipped with a roof rack flying into the sky."
     "|14|a white jeep equipped with a roof rack driving in the universe. Earth is the background."
-    '{"reference_path": "https://cdn.openai.com/tmp/s/interp/d0.mp4", "mask_strategy": "0,0,0,0,15"}',
+    '{"reference_path": "assets/videos/condition/drive.mp4", "mask_strategy": "0,0,0,0,15"}',
 ]
 loop = 2
 condition_frame_length = 4

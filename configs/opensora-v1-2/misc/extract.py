@@ -26,14 +26,14 @@ dtype = "bf16"
 # Model
 model = dict(
     type="STDiT3-XL/2",
-    from_pretrained="outputs/1091-STDiT3-XL-2/epoch0-global_step8500",
+    from_pretrained="hpcai-tech/OpenSora-STDiT-v3",
     qk_norm=True,
     enable_flash_attn=True,
     enable_layernorm_kernel=True,
 )
 vae = dict(
     type="OpenSoraVAE_V1_2",
-    from_pretrained="pretrained_models/vae-pipeline",
+    from_pretrained="hpcai-tech/OpenSora-VAE-v1.2",
     micro_frame_size=17,
     micro_batch_size=32,
 )

@@ -3,6 +3,7 @@
 The rules follow the caption cleaning that DeepFloyd IF and PixArt describe; their order matters, and so does applying
 them twice (the first pass turns `&lt;tag&gt;` into `<tag>`, the second drops it). A model sees only cleaned text, so
 they are kept as they are, oddities included: CJK ideographs vanish, `+` becomes a space, "downloaded" becomes "ed".
+Each rule is written so that a text, whatever it is made of, takes time in proportion to its length.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ _FILE_TYPE = r"(?:png|jpe?g|bmp|webp|eps|pdf|apk|mp4)"
 _DASHES = r"-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0"
 _DASHES += r"\ufe31\ufe32\ufe58\ufe63\uff0d"
 
+_SCHEMES = tuple(re.compile(rf"{scheme}:(?:/{{1,3}}|[a-z0-9%])") for scheme in ("https?", "www"))
+_WORD_EDGE, _NAME, _ADDRESS = re.compile(r"\b"), re.compile(r"[a-z0-9.-]+"), re.compile(_DOMAIN)
+
 # each rule: what is found, what takes its place
-_ADDRESSES = (
-    (rf"\b(?:https?:(?:/{{1,3}}|[a-z0-9%])|{_DOMAIN})", ""),
-    (rf"\b(?:www:(?:/{{1,3}}|[a-z0-9%])|{_DOMAIN})", ""),
-)
 _CHARACTERS = (
     (r"@\w+", ""),  # @nickname
     (r"[\u31c0-\u9fff]+", ""),  # CJK strokes, enclosed and squared letters, hexagrams, ideographs
@@ -35,11 +35,11 @@ _CHARACTERS = (
     (r"#\d{1,3}\b", ""),
     (r"#\d{5,}\b", ""),
     (r"\b\d{6,}\b", ""),
-    (rf"\S+\.{_FILE_TYPE}", ""),
+    (rf"(?<!\S)\S+\.{_FILE_TYPE}", ""),
     (r"[\"']{2,}", '"'),
     (r"\.{2,}", " "),
     (r"[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+", " "),
-    (r"\s+\.\s+", " "),
+    (r"(?<!\s)\s+\.\s+", " "),
 )
 _WORDS_AND_SPACING = (
     (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),  # jc6640
@@ -50,8 +50,8 @@ _WORDS_AND_SPACING = (
     (r"\bclick\b\s(?:for|on)\s\w+", ""),
     (rf"\b{_FILE_TYPE}(?:\simages?)?", ""),
     (r"\bpage\s+\d+\b", ""),
-    (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),  # j2d1a2a
-    (r"\b\d+\.?\d*[xх×]\d+\.?\d*\b", ""),  # 1080x1920, with a Latin or a Cyrillic x
+    (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d[a-zA-Z\d]*\b", " "),  # j2d1a2a
+    (r"\b\d+(?:\.\d*)?[xх×]\d+(?:\.\d*)?\b", ""),  # 1080x1920, with a Latin or a Cyrillic x
     (r"\b\s+:\s+", ": "),
     (r"(\D[,./])\b", r"\1 "),
     (r"\s+", " "),
@@ -68,6 +68,25 @@ def _apply(rules: tuple[tuple[str, str], ...], text: str) -> str:
     return text
 
 
+def _without_addresses(text: str, scheme: re.Pattern[str]) -> str:
+    r"""`re.sub` of `\b(?:SCHEME|DOMAIN)` with nothing.
+
+    No part of a name is an address if the whole is none, so that each is looked at once.
+    """
+    kept, end, tried = [], 0, 0  # `tried`: where the name ends that is known to hold no address
+    edge = _WORD_EDGE.search(text)
+    while edge is not None and edge.start() < len(text):
+        begin = edge.start()
+        found = scheme.match(text, begin) or (_ADDRESS.match(text, begin) if begin >= tried else None)
+        if found:
+            kept.append(text[end:begin])
+            end = found.end()
+        elif begin >= tried and (name := _NAME.match(text, begin)):
+            tried = name.end()
+        edge = _WORD_EDGE.search(text, end if found else begin + 1)
+    return "".join([*kept, text[end:]])
+
+
 def normalize(text: str) -> str:
     """`text` in lower case without surrounding space: all that is done where cleaning is switched off."""
     return text.lower().strip()
@@ -78,7 +97,9 @@ def clean(text: str) -> str:
     import ftfy
     from bs4 import BeautifulSoup
 
-    text = _apply(_ADDRESSES, normalize(unquote_plus(text)).replace("<person>", "person"))
+    text = normalize(unquote_plus(text)).replace("<person>", "person")
+    for scheme in _SCHEMES:
+        text = _without_addresses(text, scheme)
     if "<" in text or "&" in text:
         text = BeautifulSoup(text, features="html.parser").text
     text = _apply(_CHARACTERS, text)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 
+from opensora.cli.flags import add_flags, prefer_flags_of_size
+from opensora.cli.merge import settings_of
+from opensora.cli.parser import Parser
 from opensora.errors import ConfigError
 from opensora.hub import locate
 from opensora.settings import InferenceSettings
-from opensora.utils.config_utils import Parser, add_flags, settings_of
 
 logger = logging.getLogger("opensora")
 
@@ -19,7 +21,7 @@ PATHS = {"ckpt_path_dit": "ckpt_path", "ckpt_path_t5": "text_encoder_path", "ckp
 
 def guide_parser(description: str) -> Parser:
     """The command line of both programs."""
-    parser = Parser(description=description)
+    parser = Parser(description=description, usage="%(prog)s [flags]")
     parser.add_argument("--config", help=f"configuration; default: 'embedded', or {PUBLISHED} where weights are given")
     parser.add_argument("--ckpt-path-dit", help="weights of the model (OpenSora-STDiT-v3)")
     parser.add_argument("--ckpt-path-t5", help="weights of the text encoder (t5-v1_1-xxl)")
@@ -27,6 +29,15 @@ def guide_parser(description: str) -> Parser:
     parser.add_argument("--ckpt-path-vae3d", help="weights of the autoencoder (OpenSora-VAE-v1.2)")
     add_flags(parser, InferenceSettings)
     return parser
+
+
+def add_counts(parser: Parser) -> None:
+    """Adds the flags of a benchmark."""
+    group = parser.group("benchmark")
+    group.add_argument("--warmup-count", type=int, default=3, metavar="N", help="untimed runs at the start [3]")
+    group.add_argument("--eval-count", type=int, default=5, metavar="N", help="timed runs [5]")
+    report = "./benchmark/report.json"
+    group.add_argument("--benchmark-save-path", default=report, metavar="FILE", help=f"JSON file to write [{report}]")
 
 
 def guide_settings(args: argparse.Namespace) -> InferenceSettings:
@@ -41,8 +52,7 @@ def guide_settings(args: argparse.Namespace) -> InferenceSettings:
         _check_vae2d(args)
     if args.prompt is None and args.prompt_path is None:
         args.prompt = [PROMPT]
-    if (args.resolution or args.aspect_ratio) and not args.image_size:
-        args.cfg_options = ["image_size=None", *(args.cfg_options or [])]  # the flags beat the file's image_size
+    prefer_flags_of_size(args)
     return settings_of(InferenceSettings, args)
 
 

@@ -1,0 +1,117 @@
+"""Settings out of parsed flags and a configuration file. The command line wins."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import logging
+import secrets
+from dataclasses import fields
+from typing import Any
+
+from opensora.cli.flags import SAMPLING_FLAGS, SECTION_FLAGS, option_of, take_size
+from opensora.config import load_config
+from opensora.errors import ConfigError
+from opensora.ranks import world_size
+from opensora.settings import InferenceSettings, SearchSettings, Settings
+
+logger = logging.getLogger("opensora")
+
+# Flags that also set a part of another section, if there is one.
+COPIES = {
+    "ckpt_path": "discriminator.from_pretrained",
+    "num_frames": "dataset.num_frames",
+    "image_size": "dataset.image_size",
+}
+
+
+def settings_of(kind: type[Settings], args: argparse.Namespace) -> Settings:
+    """The settings of parsed flags over the file `args.config`. Raises ConfigError."""
+    take_size(args)
+    config, path = load_config(args.config, args.trust_config)
+    merged = merge(config, args)
+    if kind is InferenceSettings:
+        _draw_seed(merged)
+        _tell_what_wins(merged, _given(args))
+    return kind.from_config(merged, path.name)
+
+
+def merge(config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """`config` with every given flag of `args` in its place; unset flags (None) leave the configuration alone.
+
+    Raises ConfigError when a flag belongs into a section that the configuration does not have.
+    """
+    merged = copy.deepcopy(config)
+    take_size(args)
+    given = _given(args)
+    settings = {field.name for field in (*fields(InferenceSettings), *fields(SearchSettings))}
+    merged |= {name: value for name, value in given.items() if name in settings}
+    if "prompt_path" in given and "prompt" not in given:
+        merged.pop("prompt", None)  # the prompts of the file, which would win
+    for name, (_, _, target) in (SECTION_FLAGS | SAMPLING_FLAGS).items():
+        if name in given and not _place(merged, target, given[name]):
+            section = target.partition(".")[0]
+            raise ConfigError(f"{option_of(name)} sets {target}, but the configuration has no {section}")
+    for name in COPIES.keys() & given.keys():
+        _place(merged, COPIES[name], given[name])
+    for option in args.cfg_options or []:
+        _override(merged, option)
+    return merged
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(args).items() if value is not None}
+
+
+def _place(config: dict[str, Any], target: str, value: Any) -> bool:
+    """Sets `section.key` of the configuration, if it has that section."""
+    section, key = target.split(".")
+    if isinstance(config.get(section), dict):
+        config[section][key] = value
+    elif section == "dataset" and key in config:
+        config[key] = value  # 1.0 kept the data settings at the top level
+    else:
+        return False
+    return True
+
+
+def _override(config: dict[str, Any], option: str) -> None:
+    """Sets one dotted `key=value`; the value is a Python literal, or else a text."""
+    path, equals, text = option.partition("=")
+    *sections, key = path.split(".")
+    if not equals or not all((*sections, key)):
+        raise ConfigError(f"--cfg-options takes key=value, such as model.depth=4; it got {option!r}")
+    for section in sections:
+        config = config.setdefault(section, {})
+        if not isinstance(config, dict):
+            raise ConfigError(f"--cfg-options {option}: '{section}' is not a section")
+    try:
+        config[key] = ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        config[key] = text
+
+
+def _draw_seed(merged: dict[str, Any]) -> None:
+    """Puts a number drawn at random where the seed is -1, and says which."""
+    if merged.get("seed") != -1 or isinstance(merged["seed"], bool):
+        return
+    if world_size() > 1:
+        raise ConfigError("seed -1 would be another number on each rank; name one under torchrun")
+    merged["seed"] = secrets.randbelow(2**31)
+    logger.info("seed %d was drawn", merged["seed"])
+
+
+def _tell_what_wins(merged: dict[str, Any], given: dict[str, Any]) -> None:
+    """Warns where a setting has no effect because another one decides, or because nothing follows it yet."""
+    size = merged.get("image_size")
+    asked = given.keys() & {"resolution", "aspect_ratio"} or ("resolution" in merged and "image_size" not in given)
+    if size and asked:
+        logger.warning("image_size %s decides the size; resolution and aspect_ratio have no effect", size)
+    if merged.get("save_fps") and given.keys() & {"fps", "frame_interval"} and "save_fps" not in given:
+        logger.warning("videos are saved at save_fps %s; --save-fps changes it, --fps does not", merged["save_fps"])
+    if given.get("batch_size", 1) > 1:
+        logger.warning("--batch-size %d changes nothing yet: samples are computed one at a time", given["batch_size"])
+    if (words := given.get("unquoted")) and "prompts" not in given:
+        told = f"{len(words)} prompts of one word each make {len(words)} results; quote a prompt of several words"
+        logger.warning("%s", told)

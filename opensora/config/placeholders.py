@@ -1,0 +1,45 @@
+"""MMEngine's placeholders in the texts of a configuration: `{{ fileDirname }}` and its like."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from opensora.errors import did_you_mean
+
+_PLACEHOLDER = re.compile(r"\{\{\s*(\w[\w.]*)\s*\}\}")
+_ENVIRONMENT = re.compile(r"\{\{\s*['\"]?\s*\$\s*(\w+)")
+
+
+def replaced(text: str, path: Path) -> str:
+    """`text` with the placeholders of the configuration at `path` replaced. Raises ValueError for one that cannot be.
+
+    Texts in double braces that look like no placeholder of MMEngine stay as they are.
+    """
+    if (variable := environment_in(text)) is not None:
+        raise ValueError(f"'{{{{${variable}}}}}' reads the environment, which is done with --trust-config only")
+    known = _values(path)
+
+    def value(found: re.Match) -> str:
+        name = found[1]
+        if name.startswith("_base_."):
+            raise ValueError(f"'{found[0]}' reads a value of _base_, which is done with --trust-config only")
+        if name not in known and name.lower().startswith("file"):
+            raise ValueError(f"'{found[0]}' is not known{did_you_mean(name, known)}")
+        return known.get(name, found[0])
+
+    return _PLACEHOLDER.sub(value, text)
+
+
+def environment_in(text: str) -> str | None:
+    """The variable of the first `{{$VAR:default}}` in a text."""
+    found = _ENVIRONMENT.search(text)
+    return found[1] if found else None
+
+
+def _values(path: Path) -> dict[str, str]:
+    path = path.absolute()
+    return {
+        "fileDirname": path.parent.as_posix(), "fileBasename": path.name,
+        "fileBasenameNoExtension": path.stem, "fileExtname": path.suffix,
+    }  # fmt: skip

@@ -1,0 +1,67 @@
+"""The sections of a configuration: one declaration for every component that a section's `type` can name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from opensora.config.sections import autoencoders, data, encoders, models, schedulers
+from opensora.config.sections.common import Section
+from opensora.errors import ConfigError, OpenSoraError, did_you_mean
+from opensora.schema import check
+
+MODELS: dict[str, type[models.Transformer]] = {
+    **dict.fromkeys(("STDiT", "STDiT-XL/2", "STDiT-XL/2x2"), models.STDiT),
+    **dict.fromkeys(("STDiT2", "STDiT2-XL/2"), models.STDiT2),
+    **dict.fromkeys(("STDiT3", "STDiT3-XL/2", "STDiT3-3B/2"), models.STDiT3),
+    **dict.fromkeys(("DiT", "DiT-XL/2", "DiT-XL/2x2"), models.DiT),
+    **dict.fromkeys(("Latte", "Latte-XL/2", "Latte-XL/2x2"), models.Latte),
+    **dict.fromkeys(("PixArt", "PixArt-XL/2", "PixArt-1B/2"), models.PixArt),
+    **dict.fromkeys(("PixArtMS", "PixArtMS-XL/2"), models.PixArtMS),
+    **dict.fromkeys(("PixArt-Sigma", "PixArt-Sigma-XL/2"), models.PixArtSigma),
+}
+AUTOENCODERS: dict[str, type[Section]] = {
+    "OpenSoraVAE_V1_2": autoencoders.OpenSoraVAE,
+    "VideoAutoencoderPipeline": autoencoders.VideoAutoencoderPipeline,
+    "VideoAutoencoderKL": autoencoders.VideoAutoencoderKL,
+    "VideoAutoencoderKLTemporalDecoder": autoencoders.VideoAutoencoderKLTemporalDecoder,
+    "VAE_Temporal": autoencoders.VAETemporal,
+    "VAE_Temporal_SD": autoencoders.VAETemporal,
+}
+SCHEDULERS: dict[str, type[Section]] = {
+    "rflow": schedulers.RFLOW, "iddpm": schedulers.IDDPM, "iddpm-speed": schedulers.IDDPMSpeed,
+    "dpm-solver": schedulers.DPMSolver,
+}  # fmt: skip
+TEXT_ENCODERS: dict[str, type[Section]] = {"t5": encoders.T5, "clip": encoders.CLIP, "classes": encoders.Classes}
+DATASETS: dict[str, type[Section]] = {
+    "VideoTextDataset": data.VideoTextDataset, "VariableVideoTextDataset": data.VariableVideoTextDataset,
+    "EncodedDataset": data.EncodedDataset, "BatchFeatureDataset": data.EncodedDataset, "ShapeClips": data.ShapeClips,
+}  # fmt: skip
+SECTIONS: dict[str, dict[str, type[Section]]] = {
+    "model": {**MODELS, **AUTOENCODERS}, "vae": AUTOENCODERS, "text_encoder": TEXT_ENCODERS,
+    "scheduler": SCHEDULERS, "dataset": DATASETS,
+}  # fmt: skip
+TYPES: dict[str, type[Section]] = {name: kind for table in SECTIONS.values() for name, kind in table.items()}
+
+
+def check_type(section: str, name: Any, table: Mapping[str, Any]) -> str:
+    """`name`, when `table` has it. Raises ConfigError with the nearest name otherwise."""
+    if not isinstance(name, str) or name not in table:
+        hint = did_you_mean(name, table) or ";"
+        raise ConfigError(f"{section} type {name!r} is not known{hint} choose one of {', '.join(table)}".lstrip())
+    return name
+
+
+def checked(
+    section: Mapping[str, Any], key: str = "", where: str = "", error: type[OpenSoraError] = ConfigError
+) -> dict[str, Any]:
+    """The keys of a section that are given, whole numbers and tuples put right; `key` is that of the section.
+
+    Raises `error`, which `where` opens.
+    """
+    return given(check(TYPES[check_type(key, section.get("type"), TYPES)], dict(section), where, error, key=key))
+
+
+def given(found: Section) -> dict[str, Any]:
+    """The keys that a checked section was given, in its sections too."""
+    return found.model_dump(exclude_unset=True)

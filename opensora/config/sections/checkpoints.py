@@ -1,0 +1,85 @@
+"""What a checkpoint's config.json may say. Keys of other programs are allowed; the values that decide are bounded."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, model_validator
+
+from opensora.config.sections.common import MAX_PARAMETERS, Depth, Width
+from opensora.config.sections.models import Heads
+from opensora.schema import Count, Positive, Schema, Triple
+
+Words = Annotated[Positive, Field(le=10_000_000)]
+Span = Annotated[Positive, Field(le=1_000_000)]
+TrainedSizes = Annotated[list[Triple[Annotated[Positive, Field(le=100_000)]]], Field(max_length=10_000)]
+
+
+class Stated(Schema):
+    """What the config.json of a model states beside its keywords."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    trained_sizes: TrainedSizes = Field([])
+
+
+class _Text(Schema):
+    model_config = ConfigDict(extra="ignore")
+
+    def parameters(self) -> int:
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _fit(self) -> Any:
+        if self.parameters() > MAX_PARAMETERS:
+            raise ValueError(f"it describes {self.parameters():.0e} parameters; at most {MAX_PARAMETERS:.0e} are built")
+        return self
+
+
+class T5Config(_Text):
+    """config.json of T5."""
+
+    vocab_size: Words = 32_128
+    d_model: Width = 512
+    d_kv: Width = 64
+    d_ff: Annotated[Positive, Field(le=1_000_000)] = 2_048
+    num_layers: Depth = 6
+    num_decoder_layers: Depth | None = None
+    num_heads: Heads = 8
+    relative_attention_num_buckets: Span = 32
+    relative_attention_max_distance: Span = 128
+
+    def parameters(self) -> int:
+        layers = 4 * self.d_model * self.d_kv * self.num_heads + 3 * self.d_model * self.d_ff
+        return self.vocab_size * self.d_model + self.num_layers * layers
+
+
+class CLIPTextConfig(_Text):
+    """config.json of CLIP's text encoder."""
+
+    vocab_size: Words = 49_408
+    hidden_size: Width = 512
+    intermediate_size: Annotated[Positive, Field(le=1_000_000)] = 2_048
+    num_hidden_layers: Depth = 12
+    num_attention_heads: Heads = 8
+    max_position_embeddings: Span = 77
+
+    def parameters(self) -> int:
+        layers = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
+        return (self.vocab_size + self.max_position_embeddings) * self.hidden_size + self.num_hidden_layers * layers
+
+
+class CLIPConfig(Schema):
+    """config.json of CLIP, with its text encoder's inside or alone."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    text_config: CLIPTextConfig | None = None
+
+
+class TokenizerConfig(Schema):
+    """tokenizer_config.json of T5 or CLIP."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    extra_ids: Annotated[Count, Field(le=1_000)] = 100

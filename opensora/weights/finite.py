@@ -1,0 +1,31 @@
+"""Weights that are no numbers, found by one pass over them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+_COMPARED = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # others are compared in float32
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest magnitude in a tensor; NaN if one of its values is."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return 0.0
+    low, high = torch.aminmax(tensor if tensor.dtype in _COMPARED else tensor.float())
+    return max(abs(low.item()), abs(high.item()))
+
+
+def magnitudes(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """The largest magnitude in each tensor."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(tensors, pool.map(largest, tensors.values()), strict=True))
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors with values that are NaN or infinite."""
+    return [name for name, value in magnitudes(tensors).items() if not math.isfinite(value)]
