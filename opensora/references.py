@@ -64,8 +64,10 @@ class References:
         Files are decoded to their end, so that what `read` would refuse is refused before long work. Raises what `read`
         raises, and ConfigError for a URL if `offline`.
         """
-        if self.offline and (urls := [source for source in split(text) if _URL.match(source)]):
-            raise ConfigError(f"reference {urls[0]!r} is a URL, but offline asks nobody; download it and give its path")
+        if self.offline and (found := urls(text)):
+            raise ConfigError(
+                f"reference {found[0]!r} is a URL, but offline asks nobody; download it and give its path"
+            )
         return [self._check(Part.of(one)) for one in split(text)]
 
     def counts(self, text: str | None) -> list[int]:
@@ -177,6 +179,11 @@ def _read(
             Path(path).unlink(missing_ok=True)
             fetch.cache_clear()
         raise _named(source, path, error) from error
+
+
+def urls(text: str | None) -> list[str]:
+    """Those of the references that would be fetched."""
+    return [source for source in split(text) if _URL.match(source)]
 
 
 def content_hashes(text: str | None, *, allow_private: bool = False) -> dict[str, str]:

@@ -98,6 +98,10 @@ class InferenceSettings(_Settings):
         None, "height and width; wins over --resolution", kind=ImageSize, example=(256, 256)
     )
     save_dir: str = setting("./samples", "folder for the results", kind=FilePath)
+    output: str | None = setting(
+        None, "file for the one result; wins over --save-dir", kind=FilePath, example="circle.mp4"
+    )
+    overwrite: bool = setting(False, "replace results of the same name instead of taking the next number", nargs=0)
     fps: int | float = setting(24, "frame rate that the model is told", least=1, most=1_000)
     frame_interval: int = setting(
         1, "step between source frames; divides the saved rate without save-fps", least=1, most=1_000
@@ -112,6 +116,7 @@ class InferenceSettings(_Settings):
         None, "what guidance leads away from, instead of the model's null text", example="blurred, low quality"
     )
     prompt_as_path: bool = setting(False, "name the results after their prompts", nargs=0)
+    allow_downloads: bool = setting(False, "fetch what a prompt file, recipe or draft names", nargs=0)
     prompt_generator: str = setting("", "program that makes prompts", kind=Name)
     llm_refine: bool = setting(False, "let a language model refine the prompts")
     llm_base_url: str | None = setting(

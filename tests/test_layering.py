@@ -22,6 +22,7 @@ LAYERS = {
     "opensora.plan": 3,
     "opensora.stages": 3,
     "opensora.request": 3,
+    "opensora.outputs": 3,
     "opensora.replay": 3,
     "opensora.tuning": 3,
     "opensora.benchmark": 3,
