@@ -44,8 +44,8 @@ def put(value: Any, path: Path, new: Any) -> Any:
 
 @st.composite
 def mutated(draw: st.DrawFn, value: Any, most: int = 3) -> Any:
-    """The nest with one to `most` mistakes: a value replaced, left out, added, wrapped, or swapped with another."""
-    for _ in range(draw(st.integers(1, most))):
+    """The nest with none to `most` mistakes: a value replaced, left out, added, wrapped, or swapped with another."""
+    for _ in range(draw(st.integers(0, most))):
         places = list(paths(value))
         path = draw(st.sampled_from(places))
         action = draw(st.sampled_from(("replace", "replace", "replace", "remove", "add", "wrap", "swap")))
@@ -67,8 +67,8 @@ def mutated(draw: st.DrawFn, value: Any, most: int = 3) -> Any:
 
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes, most: int = 3) -> bytes:
-    """Bytes with one to `most` mistakes: cut off, flipped, taken out, put in, repeated, blanked."""
-    for _ in range(draw(st.integers(1, most))):
+    """Bytes with none to `most` mistakes: cut off, flipped, taken out, put in, repeated, blanked."""
+    for _ in range(draw(st.integers(0, most))):
         size = max(len(content), 1)
         # Heads decide more than bodies.
         begin = draw(st.one_of(st.integers(0, min(size, 256) - 1), st.integers(0, size - 1)))

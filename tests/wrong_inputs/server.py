@@ -14,7 +14,7 @@ import resource
 import sys
 import tempfile
 import traceback
-from pathlib import Path
+from contextlib import redirect_stdout
 from typing import Any
 
 CPU_SECONDS = 60  # after which a command is killed: it has failed long before
@@ -32,38 +32,47 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)  # threads do not survive a fork
+    warm_up()
     print("ready", flush=True)
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)
 
 
+def warm_up() -> None:
+    """Makes a video here, for what is imported no sooner than it is used."""
+    from opensora import cli
+
+    size = ["--image-size", "16", "24", "--num-frames", "5", "--steps", "1", "--verbose", "0"]
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        assert cli.main(["generate", "a red circle", "--save-dir", folder, *size]) == 0
+        assert cli.main(["plan", "a red circle", *size]) == 0
+
+
 def run(words: list[str]) -> dict[str, Any]:
     """What a command does in a fork of this process."""
     folder, *arguments = words
-    before = resident()
+    reader, writer = os.pipe()
     with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as told:
         child = os.fork()
         if child == 0:
+            os.write(writer, str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss).encode())
             os.dup2(printed.fileno(), 1)
             os.dup2(told.fileno(), 2)
             resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
             os.chdir(folder)
             work(arguments)
         _, status, usage = os.wait4(child, 0)
+        before = int(os.read(reader, 64))  # kilobytes, of what was imported
+        os.close(reader)
+        os.close(writer)
         texts = []
         for file in (printed, told):
             file.seek(0)
             texts.append(file.read().decode(errors="backslashreplace"))
     return {
         "status": os.waitstatus_to_exitcode(status), "printed": texts[0], "told": texts[1],
-        "seconds": usage.ru_utime + usage.ru_stime, "megabytes": usage.ru_maxrss / 1024 - before,
+        "seconds": usage.ru_utime + usage.ru_stime, "megabytes": (usage.ru_maxrss - before) / 1024,
     }  # fmt: skip
-
-
-def resident() -> float:
-    """MB that this process holds."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
 
 
 def work(arguments: list[str]) -> None:

@@ -26,6 +26,7 @@ from tests.wrong_inputs.mutations import as_config, as_json, damaged, mutated
 SECONDS, MEGABYTES, CHARACTERS = 5.0, 500.0, 2000
 NUMBER, SEED = int(os.environ.get("OPENSORA_MUTATIONS", 200)), int(os.environ.get("OPENSORA_TEST_SEED", 0))
 SMALL = ["--image-size", "16", "24", "--num-frames", "5", "--steps", "2", "--seed", "1"]
+ENOUGH = 20  # files, among which some have no mistake
 PROMPT = "a red circle moving right on a black background"
 Run = Callable[[list[str], Path], dict[str, Any]]
 
@@ -150,7 +151,7 @@ KINDS = {
     "state of a training run": Kind("run", state),
     "weights": Kind("weights", weights),
     "config.json": Kind("weights", config_json),
-    "media": Kind("media", media),
+    "media": Kind("shots", media),
 }
 
 
@@ -180,15 +181,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 def bases(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders with right files of every kind."""
     root = tmp_path_factory.mktemp("right")
-    for name in ("plain", "made", "draft", "tables", "run", "weights", "media"):
-        (root / name).mkdir()
+    for name in ("plain", "made", "draft", "tables", "run", "weights", "shots/media"):
+        (root / name).mkdir(parents=True)
     clip = make_clip(0, 0, 9, 32, 48).video
-    for name in ("plain", "media"):
+    for name in ("plain", "shots/media"):
         write_image(clip[0], root / name / "first.png")
         write_image(clip[-1], root / name / "last.png")
-    write_video(clip, root / "media/clip.mp4", 8)
-    remux(root / "media/clip.mp4", root / "media/clip.mkv")
-    save_gif(clip, root / "media/clip.gif")
+    write_video(clip, root / "shots/media/clip.mp4", 8)
+    remux(root / "shots/media/clip.mp4", root / "shots/media/clip.mkv")
+    save_gif(clip, root / "shots/media/clip.gif")
     done = run(["generate", PROMPT, "--save-dir", ".", *SMALL], root / "made")
     assert done["status"] == 0, done["told"]
     done = run(["generate", PROMPT, "--save-dir", ".", "--draft", *SMALL], root / "draft")
@@ -270,6 +271,7 @@ def test_wrong_inputs_end_in_one_line(name: str, run: Run, bases: Path, tmp_path
             counts[measure] = max(counts[measure], done[measure])
 
     try_one()
+    assert counts["right"] or share < ENOUGH, f"{name}: every file was refused, right ones too"
     print(f"{name}: {counts}")
 
 
