@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 from opensora import registry
 from opensora.acceleration.device import place
 from opensora.acceleration.eight_bits import quantize
+from opensora.acceleration.memory import free_on_host
 from opensora.acceleration.parallel import Layout, shard
 from opensora.config.sections import check_type, checked
 from opensora.config.sections.checkpoints import CLIPConfig, CLIPTextConfig, Stated, T5Config, TokenizerConfig
@@ -76,8 +76,25 @@ def build(section: Section, path: Path | None, defaults: Section | None = None, 
     stated = stated_keywords(section["type"], path, known) if path else {}
     keywords = {**{key: value for key, value in (defaults or {}).items() if key in known}, **stated}
     forced = {key: value for key, value in (forced or {}).items() if key in known}
-    with torch.device("meta") if section.get("strict", True) else nullcontext():
-        return registry.build({**keywords, **section, **forced})
+    section = {**keywords, **section, **forced}
+    with torch.device("meta"):
+        built = registry.build(section)
+    if section.get("strict", True):
+        return built
+    _check_room(built, section["type"])
+    return registry.build(section)
+
+
+def _check_room(model: nn.Module, name: str) -> None:
+    """Raises ConfigError unless a model on the meta device would fit into the host's free memory."""
+    need = sum(tensor.nbytes for tensor in model.state_dict().values())
+    try:
+        free = free_on_host()
+    except (OSError, KeyError):
+        return
+    if need > free:
+        sizes = f"{need / 2**30:,.0f} GiB, and {free / 2**30:,.0f} GiB are free"
+        raise ConfigError(f"{name} of these sizes takes {sizes}; make hidden_size or depth smaller")
 
 
 def stated_keywords(name: str, path: Path, known: Collection[str]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
+LONGEST_NAME = 200  # characters; comparing longer ones takes seconds and finds nothing
+
 
 class OpenSoraError(Exception):
     """Base of every error that a user can mend; the command line prints it as one line and exits with 1."""
@@ -25,6 +27,8 @@ class MediaError(OpenSoraError):
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest choice, or an empty string when none is near."""
+    if len(str(name)) > LONGEST_NAME:
+        return ""
     near = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else ""
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
@@ -24,14 +27,9 @@ def read_bytes(path: str | os.PathLike[str], most: int, error: type[OpenSoraErro
 
     Devices, pipes and folders are refused without being read. Raises `error`, which says nothing of the content.
     """
-    try:
-        with open_regular(path, error) as file:
-            content = file.read(most + 1)
-    except error:
-        raise
-    except (OSError, ValueError) as failure:
-        raise error(f"{path}: cannot be read ({why(failure)})") from failure
-    if len(content) > most:
+    with opened(path, most, error) as file:
+        content = file.read(most + 1)
+    if len(content) > most:  # it grew, or lies where sizes are not known beforehand
         raise error(f"{path}: is larger than {most:,} bytes, the limit here")
     return content
 
@@ -45,16 +43,46 @@ def open_regular(path: str | os.PathLike[str], error: type[OpenSoraError] = Medi
     return open(handle, "rb")
 
 
+@contextmanager
+def opened(path: str | os.PathLike[str], most: int, error: type[OpenSoraError] = MediaError) -> Iterator[BinaryIO]:
+    """A regular file of at most `most` bytes, to read from.
+
+    Devices, pipes, folders and larger files are refused at once. Raises `error`, which says nothing of the content.
+    """
+    try:
+        with open_regular(path, error) as file:
+            if os.fstat(file.fileno()).st_size > most:
+                raise error(f"{path}: is larger than {most:,} bytes, the limit here")
+            yield file
+    except OpenSoraError:
+        raise
+    except (OSError, ValueError) as failure:
+        raise error(f"{path}: cannot be read ({why(failure)})") from failure
+
+
+def file_digest(path: str | os.PathLike[str], most: int, error: type[OpenSoraError] = MediaError) -> str:
+    """The SHA-256, in hexadecimal, of a regular file of at most `most` bytes. Raises `error` as `opened` does."""
+    digest = hashlib.sha256()
+    with opened(path, most, error) as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def read_json(path: str | os.PathLike[str], error: type[OpenSoraError] = MediaError, most: int = MAX_JSON_BYTES) -> Any:
     """The JSON value in a regular file of at most `most` bytes, UTF-8. Raises `error` as `parse_json` does."""
-    return parse_json(read_bytes(path, most, error), str(path), error)
+    return parse_json(read_bytes(path, most, error), str(path), error, most)
 
 
-def parse_json(text: str | bytes, where: str, error: type[OpenSoraError] = MediaError) -> Any:
+def parse_json(
+    text: str | bytes, where: str, error: type[OpenSoraError] = MediaError, most: int = MAX_JSON_BYTES
+) -> Any:
     """The value that JSON text holds: at most 50 levels deep and a million values, no number of over 40 digits.
 
-    Raises `error`, which `where` opens.
+    Raises `error`, which `where` opens, also for a text that is longer than `most`.
     """
+    if len(text) > most:
+        raise error(f"{where}: holds JSON of more than {most:,} characters, the limit here")
 
     def number(kind: type) -> Any:
         def read(digits: str) -> Any:
@@ -112,53 +140,155 @@ def replacing(
     exists, with the permissions of a new file, and is on the disk before it gets its name. Raises `error` where the
     operating system refuses (full disk, no permission), or on one of `failures`.
     """
-    pairs = [(path.with_name(f".{os.getpid()}.{path.name}"), path) for path in map(Path, paths)]
-    try:
+    pairs = _with_temporaries(paths)
+    with _cleared(pairs, error, failures):
         modes = [_create(temporary, make_folders) for temporary, _ in pairs]
         yield [temporary for temporary, _ in pairs]
-        for (temporary, _), mode in zip(pairs, modes, strict=True):
-            temporary.chmod(mode)  # some writers let nobody else read their files
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
+        _settle(pairs, modes)
         with held():
             _rename_all(pairs)
+
+
+@contextmanager
+def adding(
+    *paths: str | os.PathLike[str], others: Iterable[Sequence[Path]] = (), error: type[OpenSoraError] = MediaError
+) -> Iterator[tuple[list[Path], list[Path]]]:
+    """Temporary paths to write to, and a list that tells after the block what they have become.
+
+    They become `paths`, or the first of the `others` that are all free: nothing is ever replaced, also where several
+    processes add to one folder. All appear, or none. Raises `error` as `replacing` does, and where no choice is free.
+    """
+    pairs, names = _with_temporaries(paths), []
+    with _cleared(pairs, error):
+        modes = [_create(temporary, False) for temporary, _ in pairs]
+        yield [temporary for temporary, _ in pairs], names
+        _settle(pairs, modes)
+        for choice in chain([[final for _, final in pairs]], others):
+            names[:] = choice
+            with held():
+                if _link_all([(temporary, final) for (temporary, _), final in zip(pairs, choice, strict=True)]):
+                    return
+        raise error(f"{pairs[0][1]}: it, or what belongs to it, is there already; nothing was replaced")
+
+
+def _with_temporaries(paths: Iterable[str | os.PathLike[str]]) -> list[tuple[Path, Path]]:
+    """(hidden name that nobody else has, path) of each path."""
+    return [(path.with_name(f".{secrets.token_hex(4)}.{path.name}"), path) for path in map(Path, paths)]
+
+
+@contextmanager
+def _cleared(
+    pairs: list[tuple[Path, Path]], error: type[OpenSoraError], failures: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+    """Removes the temporary files at the end; what the operating system refuses becomes `error`."""
+    try:
+        yield
     except (OSError, *failures) as failure:
         raise error(f"{pairs[0][1]}: cannot be written ({why(failure)})") from failure
     finally:
         with held():
-            for temporary, _ in pairs:
-                with suppress(OSError):
-                    temporary.unlink()
+            _clear(pairs)
 
 
-def _rename_all(pairs: list[tuple[Path, Path]]) -> None:
-    """Gives each file its name. When one cannot get it, all names lead to what they led to before."""
-    done: list[tuple[Path, Path]] = []  # where the old file is kept, its name
-    try:
-        for temporary, final in pairs:
-            kept = final.with_name(f".{os.getpid()}.{final.name}.old")
-            if final.is_file() or final.is_symlink():
-                os.replace(final, kept)
-            done.append((kept, final))
-            os.replace(temporary, final)
-    except BaseException:
-        for kept, final in done:
-            if os.path.lexists(kept):
-                os.replace(kept, final)
-            elif final.is_file():
-                final.unlink()
-        raise
-    for kept, _ in done:
+def _clear(pairs: list[tuple[Path, Path]]) -> None:
+    """Removes temporary files, and old ones that have been replaced or are back in their place."""
+    renamed = not any(os.path.lexists(temporary) for temporary, _ in pairs)
+    for temporary, final in pairs:
         with suppress(OSError):
-            kept.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            if renamed or _is_same(_kept(temporary), final):
+                _kept(temporary).unlink(missing_ok=True)
 
 
 def _create(path: Path, make_folders: bool) -> int:
     """Makes an empty file; its permissions."""
     if make_folders:
         path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     return path.stat().st_mode
+
+
+def _settle(pairs: list[tuple[Path, Path]], modes: list[int]) -> None:
+    """Brings what was written to the disk."""
+    for (temporary, _), mode in zip(pairs, modes, strict=True):
+        temporary.chmod(mode)  # some writers let nobody else read their files
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+
+
+def _rename_all(pairs: list[tuple[Path, Path]]) -> None:
+    """Gives each file its name. When one cannot get it, all names lead to what they led to before.
+
+    What has been done is read from the disk alone, so that an exception at any line leaves nothing half done.
+    """
+    try:
+        for temporary, final in pairs:
+            if final.is_file() or final.is_symlink():
+                _keep(final, _kept(temporary))
+            os.replace(temporary, final)
+    except BaseException:
+        for temporary, final in pairs:
+            if os.path.lexists(_kept(temporary)):
+                if not _is_same(_kept(temporary), final):
+                    os.replace(_kept(temporary), final)
+            elif not os.path.lexists(temporary) and final.is_file():
+                final.unlink()
+        raise
+
+
+def _kept(temporary: Path) -> Path:
+    """Where the old file is kept until all new ones have their names."""
+    return temporary.with_name(f"{temporary.name}.old")
+
+
+def _keep(final: Path, kept: Path) -> None:
+    """Gives a file a second name, or that name alone where a file cannot have two."""
+    try:
+        os.link(final, kept, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        os.replace(final, kept)
+
+
+def _link_all(pairs: list[tuple[Path, Path]]) -> bool:
+    """Gives each file a second name, or none of them and False where a name is taken."""
+    try:
+        for temporary, final in pairs:
+            _link(temporary, final)
+        return True
+    except BaseException as failure:
+        for temporary, final in pairs:
+            if _is_same(temporary, final):
+                final.unlink()
+            elif not os.path.lexists(temporary):
+                os.replace(final, temporary)
+        if isinstance(failure, FileExistsError):
+            return False
+        raise
+
+
+def _link(temporary: Path, final: Path) -> None:
+    """Gives a file a name that is free; FileExistsError otherwise."""
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        raise
+    except (OSError, NotImplementedError):  # a file cannot have two names there
+        os.close(os.open(final, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        try:
+            os.replace(temporary, final)
+        except BaseException:
+            if os.path.lexists(temporary):
+                final.unlink()
+            raise
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether two names lead to one file."""
+    try:
+        return os.path.samestat(os.lstat(one), os.lstat(other))
+    except OSError:
+        return False
 
 
 def why(error: BaseException) -> str:

@@ -7,8 +7,8 @@ import inspect
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,31 +34,19 @@ from opensora.errors import ConfigError, WeightsError
 from opensora.models.sizes import size_conditioning
 from opensora.models.text_encoder.classes import ClassIds
 from opensora.noise import initial_noise, noise_generator
+from opensora.outputs import Output, Outputs, output_folder
 from opensora.prompts import text_of_loop
-from opensora.recipe import Recipe, check_folder, make_recipe, write_output
-from opensora.references import References
+from opensora.recipe import Recipe, make_recipe
+from opensora.references import References, urls
 from opensora.request import PARTS, Request, Size, check_supported, make_requests, make_size, negative_text
 from opensora.schedulers.common import Pause
 from opensora.settings import InferenceSettings
-from opensora.signals import held
 from opensora.stages import Needs, count_tokens
 from opensora.weights import Summary
 
 logger = logging.getLogger("opensora")
 
 HELD_TEXTS = 256  # encoded texts that are held: of T5-XXL, each takes up to 2.5 MB
-
-
-class Output(NamedTuple):
-    """A result: where it lies, its frames uint8 [T, H, W, 3], and the preview's path if one was asked for.
-
-    Of a draft this is what it looks like so far, and `state` the file from which it goes on.
-    """
-
-    path: Path
-    frames: np.ndarray
-    preview: Path | None = None
-    state: Path | None = None
 
 
 class _Clip(NamedTuple):
@@ -105,7 +93,9 @@ class VideoPipeline:
         self.conditioning = size_conditioning(kind, 1, size[1:], size.num_frames, settings.fps, device=self.device)
         self.made = size.made[1:]
         watermark.check(settings.watermark, self.made)
-        self.requests = make_requests(settings)
+        self.outputs = Outputs(settings, self.size.num_frames, bool(self.stop))
+        self.requests = self.outputs.place(make_requests(settings))
+        _check_addresses(settings, self.requests)
         self.negative_text = negative_text(settings)
         if self.negative_text is not None and self.scheduler.cfg_scale == 1:
             logger.warning("negative_prompt has no effect: at cfg_scale 1 nothing is guided")
@@ -136,7 +126,9 @@ class VideoPipeline:
         if not wanted:
             return
         main = self.layout.is_main
-        with one_voice(), output_folder(self.settings.save_dir) if main else nullcontext():
+        with one_voice(), output_folder(self.outputs.folder) if main else nullcontext():
+            if main:
+                self.outputs.check([request.path for request in wanted])
             parts = self.build()
             check_divisible(parts["model"], self.layout)
             wanted = self.check(self.refine(wanted), parts)
@@ -460,24 +452,16 @@ class VideoPipeline:
 
     def exists(self, request: Request) -> bool:
         """Whether a result is there already and will be kept."""
-        path = Path(f"{request.path}.{'png' if self.size.num_frames == 1 else 'mp4'}")
-        exists = self.settings.prompt_as_path and path.is_file()
-        if exists:
-            logger.info("%s exists and is kept", path)
-        return exists
+        return self.outputs.keeps(request.path)
 
     def _write(self, request: Request, frames: np.ndarray) -> Output:
-        frames, path = watermark.draw(frames, self.settings.watermark), request.path
-        recipe, preview, state = self.recipe(request), None, None
+        frames, recipe, save_state = watermark.draw(frames, self.settings.watermark), self.recipe(request), None
         if self.stop:
             whole = {**recipe, "settings": {**recipe["settings"], "draft": False, "steps_until": None}}
-            pause, num_steps = self.stopped.pop(path), self.scheduler.num_steps
-            state = draft.save(path, whole, pause, num_steps, str(self.device))
-            recipe["draft"], path = {"steps": self.stop, "of": num_steps}, f"{path}{draft.SUFFIX}"
-        media = write_output(frames, path, self.settings.output_fps, recipe)
-        if self.settings.preview:
-            preview = video.write_image(video.contact_sheet(frames), f"{path}.preview.png")
-        return Output(media, frames, preview, state)
+            pause, num_steps = self.stopped.pop(request.path), self.scheduler.num_steps
+            save_state = partial(draft.save, recipe=whole, pause=pause, num_steps=num_steps, device=str(self.device))
+            recipe["draft"] = {"steps": self.stop, "of": num_steps}
+        return self.outputs.write(request.path, frames, recipe, save_state)
 
     def recipe(self, request: Request) -> Recipe:
         """How the result of a request is made, once everything is loaded; that of a draft stays as it was then."""
@@ -500,6 +484,17 @@ class VideoPipeline:
         for name in ("reference_path", "mask_strategy"):
             settings[name] = [getattr(request, name)] if getattr(request, name) else None
         return tuning.recorded(settings, self.cache)
+
+
+def _check_addresses(settings: InferenceSettings, requests: Sequence[Request]) -> None:
+    """Raises ConfigError where a file of prompts names an address that nobody has allowed to ask."""
+    if settings.prompt_path is None or settings.prompt or settings.allow_downloads:
+        return
+    given = {url for entry in settings.reference_path or () for url in urls(entry)}
+    for request in requests:
+        if named := [url for url in urls(request.reference_path) if url not in given]:
+            problem = f"the prompts of {settings.prompt_path} name the address {named[0][:200]!r}"
+            raise ConfigError(f"{problem}; --allow-downloads has it fetched, or download it and give its path")
 
 
 def _check_can_keep_frames(settings: InferenceSettings, scheduler: Any, requests: Sequence[Request]) -> None:
@@ -586,21 +581,6 @@ def _tell_untrained(size: Size, trained: list[list[int]]) -> None:
     if known and size.made not in known:
         told = ", ".join(map(str, known))
         logger.warning("this model was trained on %s: expect noise at %s", told, size.made)
-
-
-@contextmanager
-def output_folder(path: str) -> Iterator[None]:
-    """Checks that `path` can be written to, and removes the folders made for it if nothing was written."""
-    folder = Path(path)
-    made = [part for part in (folder, *folder.parents) if not part.exists()]
-    try:
-        check_folder(folder)
-        yield
-    finally:
-        with held():
-            for part in made:
-                with suppress(OSError):
-                    part.rmdir()
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from opensora.acceleration.memory_plan import PLANS
 from opensora.conditioning import Clip, Placement, parse_mask_strategy
 from opensora.errors import ConfigError, WeightsError
 from opensora.estimate import Span
-from opensora.pipeline import VideoPipeline, output_folder
+from opensora.outputs import output_folder
+from opensora.pipeline import VideoPipeline
 from opensora.request import PARTS, SPATIAL_FACTOR, Request
 from opensora.settings import InferenceSettings
 from opensora.stages import Needs, Stage
@@ -134,7 +135,8 @@ def make_plan(settings: InferenceSettings) -> Plan:
     if not pipeline.requests:
         raise ConfigError("there is no prompt: give one, or --prompt-path with a file of prompts")
     wanted = [request for request in pipeline.requests if not pipeline.exists(request)]
-    with output_folder(settings.save_dir):
+    with output_folder(pipeline.outputs.folder):
+        pipeline.outputs.check([request.path for request in wanted])
         parts, absent = build(pipeline)
         asks = refine.is_wanted(settings)  # then nobody knows yet how long the texts will be
         requests = pipeline.check(wanted, {**parts, "text_encoder": None} if asks else parts)

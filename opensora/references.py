@@ -64,8 +64,10 @@ class References:
         Files are decoded to their end, so that what `read` would refuse is refused before long work. Raises what `read`
         raises, and ConfigError for a URL if `offline`.
         """
-        if self.offline and (urls := [source for source in split(text) if _URL.match(source)]):
-            raise ConfigError(f"reference {urls[0]!r} is a URL, but offline asks nobody; download it and give its path")
+        if self.offline and (found := urls(text)):
+            raise ConfigError(
+                f"reference {found[0]!r} is a URL, but offline asks nobody; download it and give its path"
+            )
         return [self._check(Part.of(one)) for one in split(text)]
 
     def counts(self, text: str | None) -> list[int]:
@@ -179,6 +181,11 @@ def _read(
         raise _named(source, path, error) from error
 
 
+def urls(text: str | None) -> list[str]:
+    """Those of the references that would be fetched."""
+    return [source for source in split(text) if _URL.match(source)]
+
+
 def content_hashes(text: str | None, *, allow_private: bool = False) -> dict[str, str]:
     """The SHA-256 of the bytes of each file or URL that references name. Raises MediaError where there are none."""
     files = dict.fromkeys(Part.of(one).source for one in split(text))
@@ -200,12 +207,14 @@ def _regular(source: str) -> str:
     """The path of a local file. Raises MediaError for a folder, device or pipe, and what is not there or too large."""
     try:
         found = os.stat(source)
-    except (OSError, ValueError) as error:
-        raise MediaError(f"reference {shown(source)}: cannot be read ({why(error)}); give another") from error
+    except PermissionError as error:
+        raise MediaError(f"reference {source!r}: cannot be read ({why(error)}); give another") from error
+    except (OSError, ValueError) as error:  # the last of a NUL in the name
+        raise MediaError(f"reference {source!r}: no such file; give another") from error
     if not stat.S_ISREG(found.st_mode):
-        raise MediaError(f"reference {shown(source)}: is no regular file; give an image or a video")
+        raise MediaError(f"reference {source!r}: no such file, but a folder, device or pipe; give an image or a video")
     if found.st_size > MAX_FILE_BYTES:
-        raise MediaError(f"reference {shown(source)}: is larger than {MAX_FILE_BYTES:,} bytes; cut out what is needed")
+        raise MediaError(f"reference {source!r}: is larger than {MAX_FILE_BYTES:,} bytes; cut out what is needed")
     return source
 
 

@@ -16,7 +16,8 @@ from collections.abc import Iterable
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from urllib.parse import SplitResult, urlsplit
 
-from opensora.errors import ConfigError
+from opensora.errors import ConfigError, MediaError
+from opensora.files import parse_json
 from opensora.models.text_encoder.cleaning import preprocess
 from opensora.settings import InferenceSettings
 
@@ -25,6 +26,7 @@ logger = logging.getLogger("opensora")
 SECONDS = 30.0  # for a whole answer, however slowly it drips
 PAUSE = 1.0  # before the second attempt
 MAX_BYTES = 10**6
+MAX_CHARACTERS = 10_000  # of the text in it, which is about ten times what is asked for
 INSTRUCTION = (
     "You write prompts for a model that turns text into video. Rewrite the text of the user as one detailed paragraph "
     "in English, of at most 120 words. Describe the subject, what it does, the setting, the light and the camera. Keep "
@@ -124,10 +126,13 @@ def _post(base: SplitResult, request: bytes, headers: dict[str, str]) -> tuple[i
 def _read(body: bytes) -> str:
     """The text of an answer on one line, without the thoughts and quotation marks that some models put around it."""
     try:
-        text = json.loads(body[:MAX_BYTES])["choices"][0]["message"]["content"] or ""
+        answer = parse_json(body, "answer", most=MAX_BYTES)
+        text = answer["choices"][0]["message"]["content"] or ""
         text = re.sub(r"<think>.*?</think>", " ", text, flags=re.DOTALL).encode(errors="ignore").decode()
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except (MediaError, LookupError, TypeError):
         raise _Unusable("answer is no chat completion") from None
+    if len(text) > MAX_CHARACTERS:
+        raise _Unusable(f"answer has more than {MAX_CHARACTERS:,} characters")
     text = re.sub(r"^[\"“]([^\"“”]*)[\"”]$", r"\1", " ".join(text.split())).strip()
     if not preprocess(text).strip():
         raise _Unusable("answer is empty")

@@ -163,6 +163,7 @@ def shown(value: Any) -> str:
         text = repr(value)
     except (ValueError, RecursionError):  # numbers of thousands of digits, nests
         text = f"a very large {type(value).__name__}"
+    text = " ".join(text[: 2 * SHOWN].splitlines())  # of objects that are no plain values
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 

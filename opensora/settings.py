@@ -44,6 +44,7 @@ Interval = Annotated[Pair[Share], worded("two rising numbers from 0 to 1")]
 Bucket = Annotated[Pair[Name | Int], worded("(resolution, number of frames)")]
 Seconds = Annotated[Number, Field(gt=0, le=1e9)]
 Refined = dict[Text, Text]
+NumFrames = Annotated[Text, Field(max_length=100)] | Annotated[Positive, Field(le=MAX_FRAMES)]
 # Settings of the documents that training, or that of autoencoders, cannot follow; their defaults ask for nothing.
 NOT_YET_IN_TRAINING = ("discriminator", "use_image_identity_loss")
 NOT_YET_IN_VAE_TRAINING = (
@@ -92,13 +93,15 @@ class InferenceSettings(_Settings):
 
     without_effect = ("num_workers", "perceptual_loss_weight", "kl_loss_weight", "dataset", "outputs")
 
-    num_frames: str | int = setting(
-        help="number of frames, or 4s; 1 makes an image", least=1, most=MAX_FRAMES, example="4s"
-    )
+    num_frames: str | int = setting(help="number of frames, or 4s; 1 makes an image", kind=NumFrames, example="4s")
     image_size: tuple[int, int] | None = setting(
         None, "height and width; wins over --resolution", kind=ImageSize, example=(256, 256)
     )
     save_dir: str = setting("./samples", "folder for the results", kind=FilePath)
+    output: str | None = setting(
+        None, "file for the one result; wins over --save-dir", kind=FilePath, example="circle.mp4"
+    )
+    overwrite: bool = setting(False, "replace results of the same name instead of taking the next number", nargs=0)
     fps: int | float = setting(24, "frame rate that the model is told", least=1, most=1_000)
     frame_interval: int = setting(
         1, "step between source frames; divides the saved rate without save-fps", least=1, most=1_000
@@ -113,6 +116,7 @@ class InferenceSettings(_Settings):
         None, "what guidance leads away from, instead of the model's null text", example="blurred, low quality"
     )
     prompt_as_path: bool = setting(False, "name the results after their prompts", nargs=0)
+    allow_downloads: bool = setting(False, "fetch what a prompt file, recipe or draft names", nargs=0)
     prompt_generator: str = setting("", "program that makes prompts", kind=Name)
     llm_refine: bool = setting(False, "let a language model refine the prompts")
     llm_base_url: str | None = setting(

@@ -9,7 +9,7 @@ from opensora.schema import shown
 
 DEFAULT = "AI generated"
 HEIGHT = 1 / 20  # of the font, as part of the short side
-MOST = 200  # characters
+MOST = 1000  # characters
 USUAL, LEAST = 8, 6  # pixels: small frames get the usual font if the text fits, and none below the least
 
 

@@ -66,7 +66,7 @@ def use(
     encoders = {"vae": vae or Vae(), "text_encoder": text or TextEncoder()}
 
     def load(section: Any, what: str, *_: Any) -> tuple[Any, Any]:
-        return encoders[what], SimpleNamespace(sha256=(hashes or {}).get(what, what))
+        return encoders[what], SimpleNamespace(sha256=(hashes or {}).get(what, what), path=None)
 
     monkeypatch.setattr(components, "load", load)
 

@@ -35,7 +35,9 @@ def test_a_far_ratio_is_told(caplog: pytest.LogCaptureFixture) -> None:
     assert "3:1" in caplog.text
 
 
-@pytest.mark.parametrize("ratio", ["", "wide", "9:0", "0:9", "-9:16", "1:2:3", None, "nan", "9:"])
+@pytest.mark.parametrize(
+    "ratio", ["", "wide", "9:0", "0:9", "-9:16", "1:2:3", None, "nan", "9:", "1e99999999", "1:1e-99999999", "1_0:9"]
+)
 def test_not_a_ratio(ratio: str | None) -> None:
     with pytest.raises(ConfigError, match="aspect ratio"):
         get_image_size("480p", ratio)

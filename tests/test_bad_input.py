@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opensora import pipeline
+from opensora import outputs, pipeline
 from opensora.cli import main
 from opensora.weights import read_state_dict, save_file
 from tests.checkpoints import SAMPLE, SCRIPT, run_script, snapshot, tree, use_cache
@@ -276,14 +276,14 @@ def test_full_disk(here, capsys, frames, limit):
 
 def test_what_was_made_before_stays(here, capsys, monkeypatch):
     """A failure at the second result leaves the first one whole, and no third."""
-    write = pipeline.write_output
+    write = outputs.encode_output
 
-    def fill(frames, path, *rest):
-        if path.endswith("0001"):
+    def fill(frames, media, *rest):
+        if media.name.endswith("0001.mp4"):
             raise pipeline.ConfigError("stopped")
-        return write(frames, path, *rest)
+        return write(frames, media, *rest)
 
-    monkeypatch.setattr(pipeline, "write_output", fill)
+    monkeypatch.setattr(outputs, "encode_output", fill)
     assert run_script(SAMPLE, *SMALL, "--prompt", "a", "b", "c", "--save-dir", "out") == 1
     assert sorted(path.name for path in (here / "out").iterdir()) == ["sample_0000.json", "sample_0000.mp4"]
 

@@ -17,9 +17,10 @@ from PIL import Image
 
 from opensora.datasets import video as media
 from opensora.errors import MediaError
-from opensora.references import check_references, read_reference
+from opensora.references import References, read_reference
 
 pytestmark = pytest.mark.timeout(60)
+check_references = References((16, 24)).check
 IDENTITY = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)  # the display matrix of an MP4 track
 
 

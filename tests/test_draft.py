@@ -327,7 +327,7 @@ def forge(file: Path, change: dict[str, object], **tensors: torch.Tensor) -> Non
         ({"format": 99}, "a newer program wrote this draft"),
         ({"num_steps": 9}, "was made by 9 steps on latents"),
         ({"recipe": {"encoded_prompts": ["a dog"]}}, "encoded_prompts was ['a dog'] for the draft and is"),
-        ({"recipe": {"weights": {"model": "0" * 64}}}, "was made with other model weights, sha256 000000000000 then"),
+        ({"recipe": {"weights": {"model": "0" * 64}}}, "was made with other model weights, sha256 000000000000; say"),
     ],
 )
 def test_what_changed_since_is_found(
@@ -366,8 +366,8 @@ def test_nothing_is_unpickled_and_a_draft_is_one_whole_file(drafted: Path, monke
     monkeypatch.setattr("opensora.weights.save.save_safetensors", lambda *_args, **_options: 1 / 0)
     before = tree(Path("out"))
     with pytest.raises(ZeroDivisionError):
-        draft.save("out/sample_0000", found.recipe, found.pause, 6, "cpu")
+        draft.save(Path("out/new.safetensors"), "new", found.recipe, found.pause, 6, "cpu")
     assert tree(Path("out")) == before
     monkeypatch.setattr("opensora.weights.save.save_safetensors", lambda *_args, **_options: Path("/missing/x").touch())
     with pytest.raises(WeightsError, match="cannot be written"):
-        draft.save("out/sample_0000", found.recipe, found.pause, 6, "cpu")
+        draft.save(Path("out/new.safetensors"), "new", found.recipe, found.pause, 6, "cpu")

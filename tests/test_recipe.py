@@ -25,7 +25,7 @@ def recipe():
         seed=42,
         sample_index=3,
         settings={"num_frames": 4, "fps": 12.6, "reference_path": None, "image_size": [15, 16]},
-        weights={"model": "sha256:00", "vae": "sha256:01"},
+        weights={"model": "0" * 64, "vae": "1" * 64},
     )
 
 

@@ -161,6 +161,10 @@ FAILURES = [
     (sends("3"), WRONG),
     (sends(b"\xff\xfe\xff"), WRONG),
     (sends("[" * 100_000), WRONG),
+    (sends("1" * 5_000), WRONG),
+    (sends('{"choices": ' * 60 + "1" + "}" * 60), WRONG),
+    (says("." * 20_000), "answer has more than 10,000 characters"),
+    (says("a-" * 6_000), "answer has more than 10,000 characters"),
     (sends('{"choices": []}'), WRONG),
     (sends('{"choices": [{"message": {}}]}'), WRONG),
     (sends(json.dumps({"error": {"message": f"wrong key {KEY}"}})), WRONG),
@@ -387,10 +391,10 @@ def test_class_numbers_are_not_refined(here, server, capsys):
     ("refined", "problem"),
     [
         ({}, "refined has no text for 'a cat'"),
-        ({"a cat": 3}, "refined has no text for 'a cat'"),
+        ({"a cat": 3}, "refined.a cat must be a text; it is 3"),
         ({"a cat": " "}, "prompt 'a cat' is empty once cleaned"),
-        ({"a cat": "\ud800"}, "refined has no text for 'a cat'"),
-        ("a cat", "refined must be dict or None"),
+        ({"a cat": "\ud800"}, r"refined.a cat must be UTF-8 text; it is '\ud800'"),
+        ("a cat", "refined must be a dict; it is 'a cat'"),
     ],
 )
 def test_damaged_recipes(here, server, capsys, refined, problem):

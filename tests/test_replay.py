@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from opensora.cli import main
 from opensora.datasets.video import read_image, read_video, write_image, write_video
+from opensora.pipeline import VideoPipeline
 from opensora.recipe import read_recipe
+from opensora.replay import _explanations
 from opensora.weights import read_state_dict, save_file
 from tests.checkpoints import SAMPLE, run_script, snapshot, tree
 
@@ -85,7 +89,8 @@ def test_a_changed_reference_is_refused(here, capsys):
     before = tree(here)
     capsys.readouterr()
     assert main(["replay", "made/sample_0000.mp4", "--save-dir", "other"]) == 1
-    assert f"reference 'a.png' is not what it was, sha256 {digest[:12]} then, " in capsys.readouterr().err
+    error, found = capsys.readouterr().err, hashlib.sha256((here / "a.png").read_bytes()).hexdigest()
+    assert f"reference 'a.png' is not what it was, sha256 {digest[:12]} then; put" in error and found[:6] not in error
     assert tree(here) == before
 
 
@@ -117,6 +122,40 @@ def test_the_original_is_never_overwritten(here, own_weights, capsys):
     assert tree(here) == before
 
 
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_number_of_threads_is_recorded_and_used_again(here, capsys, monkeypatch, threads, number):
+    used, make = [], VideoPipeline.make
+    monkeypatch.setattr(VideoPipeline, "make", lambda *told: used.append(torch.get_num_threads()) or make(*told))
+    argv = (SAMPLE, *SMALL, "--num-frames", "1", "--prompt", "a cat", "--save-dir")
+    torch.set_num_threads(number)
+    assert run_script(*argv, "made") == 0 and run_script(*argv, "drafts", "--steps-until", "1") == 0
+    torch.set_num_threads(4 - number)
+    assert main(["replay", "made/sample_0000.png", "--save-dir", "again"]) == 0
+    assert main(["continue", "drafts/sample_0000.draft.safetensors"]) == 0
+    assert used == [number] * 4 and torch.get_num_threads() == 4 - number
+    for path in ("made/sample_0000.png", "again/sample_0000-replay_0000.png", "drafts/sample_0000.png"):
+        assert read_recipe(path)["threads"] == number
+        assert frames(Path(path)) == frames(here / "made/sample_0000.png")
+
+
+def test_what_may_explain_other_frames():
+    """Older recipes know neither the tokenizer nor the number of threads."""
+    program = {"opensora": "1", "torch": "2"}
+    then = {"program": program, "weights": {"model": "a", "tokenizer": "b"}, "threads": 1}
+    now = {"program": {**program, "torch": "3"}, "weights": {"model": "a", "tokenizer": "c"}, "threads": 2}
+    assert _explanations(then, now) == ["another tokenizer", "torch 2 then, 3 now", "threads 1 then, 2 now"]
+    assert _explanations(then, then) == []
+    old = {"program": program, "weights": {"model": "x"}}
+    assert _explanations(old, now) == ["other model weights", "torch 2 then, 3 now", "threads not recorded then, 2 now"]
+
+
 def damaged(recipe: dict, *path: str, value: object = None) -> dict:
     copy = json.loads(json.dumps(recipe))
     place = copy
@@ -132,15 +171,15 @@ def damaged(recipe: dict, *path: str, value: object = None) -> dict:
 @pytest.mark.parametrize(
     ("path", "value", "problem"),
     [
-        (("settings",), None, "its recipe is incomplete or damaged (KeyError('settings'))"),
-        (("settings",), [1], "incomplete or damaged"),
+        (("settings",), None, "its recipe is incomplete or damaged: setting 'settings' is missing"),
+        (("settings",), [1], "incomplete or damaged: settings must be a dict; it is [1]"),
         (("settings", "model"), None, "setting 'model' is missing"),
         (("settings", "num_frame"), 3, "unknown setting 'num_frame'; did you mean 'num_frames'?"),
         (("settings", "num_frames"), -4, "num_frames must be at least 1"),
         (("settings", "image_size"), [3, 3], "too small"),
-        (("settings", "save_dir"), 3, "incomplete or damaged"),
-        (("prompt",), None, "incomplete or damaged (KeyError('prompt'))"),
-        (("prompt",), 5, "prompt[0] must be a text; it is 5"),
+        (("settings", "save_dir"), 3, "save_dir must be"),
+        (("prompt",), None, "incomplete or damaged: setting 'prompt' is missing"),
+        (("prompt",), 5, "incomplete or damaged: prompt must be a text; it is 5"),
         (("prompt",), " ", "a prompt is empty"),
         (("sample_index",), None, "incomplete or damaged"),
         (("sample_index",), 9, "sample 9"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,15 @@ def test_an_optimizer_that_is_no_pickle(folder: Path, content: bytes) -> None:
     checkpoint = without_hashes(folder)
     (checkpoint / OPTIMIZER).write_bytes(content)
     assert "optimizer.pt" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["tuple_hash_bomb.pt", "selfref.pt", "lfs.safetensors"])
+def test_a_hostile_optimizer(folder: Path, name: str) -> None:
+    checkpoint = without_hashes(folder)
+    shutil.copyfile(Path(__file__).parent / "cases/checkpoints" / name, checkpoint / OPTIMIZER)
+    began = time.process_time()
+    assert "optimizer.pt" in refusal(checkpoint)
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

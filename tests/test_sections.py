@@ -217,6 +217,9 @@ def test_wrong_values_of_training(values, problem):
         ({"num_sample": 10**8}, "num_sample must be at most 100000"),
         ({"num_frames": True}, "num_frames must be a text or a whole number; it is True"),
         ({"num_frames": 10**9}, "num_frames must be at most 100000"),
+        ({"num_frames": " 1000000 "}, "num_frames must be at most 100000"),
+        ({"num_frames": "9" * 101}, "num_frames must be below 9223372036854775808; it is 999"),
+        ({"num_frames": "x" * 101}, "num_frames must be at most 100 long; it is "),
         ({"loop": 10**9}, "loop must be at most 10000"),
         ({"image_size": (16, 8200)}, "image_size must be (height, width) in pixels, 1 to 8192 each"),
         ({"image_size": (True, 64)}, "image_size must be (height, width) in pixels, 1 to 8192 each"),
@@ -365,3 +368,29 @@ def test_what_does_not_fit_together_is_one_line(section):
 
     with torch.device("meta"), pytest.raises(OpenSoraError, match=r"^[^\n]+$"):
         registry.build(section)
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": 49_152, "num_heads": 64}, {"depth": 256, "mlp_ratio": 1e3}])
+def test_a_model_beyond_the_memory_is_refused_before_it_is_made(monkeypatch, changes):
+    """Where training gives initial values; also a small one, when little is free."""
+    for free, sizes in ((2**34, changes), (2**10, {"hidden_size": 32, "num_heads": 2})):
+        monkeypatch.setattr(components, "free_on_host", lambda free=free: free)
+        with pytest.raises(ConfigError, match=r"^STDiT3 of these sizes takes [\d,]+ GiB, and \d+ GiB are free; "):
+            components.build({"type": "STDiT3", "strict": False, "depth": 1, **sizes}, None)
+
+
+@pytest.mark.parametrize(
+    "value", [[1] * 10**5, {"a": {"b": "c" * 10**5}}, 10**5000, float("nan"), b"\xff" * 999], ids=range(5)
+)
+def test_values_are_shown_in_one_short_line(value):
+    with pytest.raises(ConfigError, match=r"^[^\n]{1,200}$"):
+        settings(seed=value)
+
+
+def test_nests_without_end_are_refused():
+    deep: dict[str, Any] = {}
+    for _ in range(5_000):
+        deep = {"a": deep}
+    for name in ("model", "refined", "num_frames", "zzz"):
+        with pytest.raises(ConfigError, match="nested too deep"):
+            settings(**{name: deep})

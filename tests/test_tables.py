@@ -47,7 +47,6 @@ def holds_all(table: Table) -> None:
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_separators(separator, end, tmp_path):
     holds_all(read(tmp_path, rows(separator, end)))
-    holds_all(read(tmp_path, rows(separator, end), "a.tsv"))
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])

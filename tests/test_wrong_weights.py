@@ -163,7 +163,7 @@ PAYLOADS: dict[str, tuple[Callable[[], object], str]] = {
     "a list": (lambda: [torch.zeros(1)], "holds a list, not a state dict"),
     "a tensor": (lambda: torch.zeros(2), "holds a tensor, not a state dict"),
     "a text": (lambda: "weights", "holds a str, not a state dict"),
-    "a dict in it": (lambda: {"a": {"b": torch.zeros(1)}}, "entry 'a' is a dict, not a tensor"),
+    "a dict in it": (lambda: {"a": {"b": torch.zeros(1)}}, "entry 'a' is a dict, not a plain tensor"),
     "tuples as names": (lambda: {("a", 1): torch.zeros(1)}, "keys that are neither texts nor numbers"),
     "an expanded view": (lambda: {"a": torch.zeros(1).expand(10**6, 10**6)}, "its tensors repeat"),
     "tied too often": (lambda: dict.fromkeys(map(str, range(500)), torch.zeros(10**4)), "its tensors repeat"),

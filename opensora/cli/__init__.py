@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -52,6 +53,11 @@ def _generate(args: argparse.Namespace) -> int:
     return generate(_request(args))
 
 
+def keeping_names(settings: InferenceSettings) -> InferenceSettings:
+    """The settings as the documents' script takes them: results keep their names, and replace what lies there."""
+    return dataclasses.replace(settings, overwrite=settings.overwrite or not settings.prompt_as_path)
+
+
 def generate(settings: InferenceSettings) -> int:
     """Makes what the settings ask for and prints the path of each result."""
     preflight.check_request(settings)
@@ -90,7 +96,7 @@ def _replay(args: argparse.Namespace) -> int:
     from opensora.replay import replay
 
     weights = {"model": args.model, "vae": args.vae, "text_encoder": args.text_encoder}
-    result = replay(args.file, args.save_dir, args.device, weights)
+    result = replay(args.file, args.save_dir, args.device, weights, args.allow_downloads)
     print(one_line(result.output.path))
     if result.identical:
         print("identical: every decoded frame has the same bytes")
@@ -100,7 +106,7 @@ def _replay(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    locate(args.path)  # before the libraries are loaded
+    locate(args.path, offline=args.offline)  # before the libraries are loaded
     from opensora.recipe_report import describe_output, is_output
 
     if is_output(args.path):
@@ -113,7 +119,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    locate(args.source)
+    locate(args.source, offline=args.offline)
     from opensora.convert import convert
 
     print(convert(**{name: value for name, value in vars(args).items() if name not in ("run", "example")}))

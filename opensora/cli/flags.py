@@ -115,7 +115,7 @@ GROUPS: dict[str, tuple[Any, ...]] = {
     ),
     "sampling": ("num_sampling_steps", "cfg_scale", "steps_until", "draft", ..., "guidance_interval"),
     "long videos": ("loop", ..., "condition_frame_length"),
-    "weights": ("ckpt_path", "vae_path", "text_encoder_path", "offline"),
+    "weights": ("ckpt_path", "vae_path", "text_encoder_path", "offline", ..., "allow_downloads"),
     "speed and memory": (
         "device", "dtype", "memory", "compile", ...,
         "batch_size", "graphs", "linear", "attention", "cpu_dtype", "guidance_ranks",

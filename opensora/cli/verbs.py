@@ -58,6 +58,8 @@ def _add_replay(parser: Parser) -> None:
     folder = "./samples/replay"
     parser.add_argument("--save-dir", default=folder, metavar="FOLDER", help=f"folder for the result [{folder}]")
     parser.add_argument("--device", metavar="TEXT", help="device to run on [that of the recipe]")
+    fetch = "fetch weights and references that the recipe names by an address [no]"
+    parser.add_argument("--allow-downloads", action="store_true", help=fetch)
     for flag, part in WEIGHTS:
         text = f"where the weights of the {part.replace('_', ' ')} lie now [as the recipe says]"
         parser.add_argument(flag, dest=part, metavar="PATH", help=text)

@@ -93,7 +93,10 @@ class Checked:
     def from_config(cls: type[Settings], config: dict[str, Any], source: str) -> Settings:
         """The settings of a configuration dict; `source` (its file) opens every ConfigError."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        config = modernised(config)
+        try:
+            config = modernised(config)
+        except RecursionError:
+            raise ConfigError(f"{source}: is nested too deep") from None
         cls._tell_what_is_dropped(config, source)
         config = {n: value for n, value in config.items() if n in fields or n not in OF_NO_EFFECT}
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from opensora.errors import ConfigError
@@ -37,8 +38,9 @@ def modernised(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
             value = modernised(value, f"{path}.")
         elif isinstance(value, str | bool):
             value = LEGACY.get(f"{path}={value}", value)
-        if key == "num_frames" and isinstance(value, str) and value.removeprefix("-").isdecimal():
-            value = int(value)
+        if key == "num_frames" and isinstance(value, str):
+            with suppress(ValueError):
+                value = int(value)
         modern[LEGACY.get(path, key)] = value
     return modern
 

@@ -115,10 +115,7 @@ def get_num_frames(value: str | float) -> int:
 def parse_ratio(value: str | float) -> Fraction:
     """The exact height / width of `9:16`, `18:32`, `9x16`, `9/16`, `0.5625`; ConfigError if it is no positive ratio."""
     try:
-        text = str(value).lower()
-        if re.search(r"e[+-]?\d{3}|.{50}", text):  # an exponent or digits that take long to write out
-            raise ValueError
-        parts = [Fraction(part) for part in re.split("[:x×/]", text)]
+        parts = [Fraction(_decimal(part)) for part in re.split("[:x×/]", str(value).lower())]
         ratio = parts[0] if len(parts) == 1 else parts[0] / parts[1]
         if ratio > 0 and len(parts) <= 2:
             return ratio
@@ -137,6 +134,13 @@ def get_image_size(resolution: str | int, aspect_ratio: str | float) -> tuple[in
         if abs(float(key) / float(ratio) - 1) > 0.05:
             log.warning("aspect ratio %s does not exist at %s; using the nearest, %s", aspect_ratio, resolution, key)
     return sizes[key]
+
+
+def _decimal(text: str) -> str:
+    """A number as people write it; an exponent could make one of any size. Raises ValueError otherwise."""
+    if not re.fullmatch(r"\s*(\d{1,12}(\.\d{0,20})?|\.\d{1,20})\s*", text):
+        raise ValueError(text)
+    return text
 
 
 def closest_ratio(height: float, width: float, resolution: str | int) -> str:

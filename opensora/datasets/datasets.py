@@ -20,7 +20,8 @@ from opensora.datasets.bucket import random_words
 from opensora.datasets.quarantine import Broken
 from opensora.datasets.table import read_table
 from opensora.datasets.transforms import get_transform
-from opensora.datasets.video import is_image, read_image, read_span
+from opensora.datasets.video import is_image as _is_image
+from opensora.datasets.video import read_image, read_span
 from opensora.errors import ConfigError, MediaError
 from opensora.schema import check
 
@@ -98,7 +99,7 @@ class _TableDataset(Dataset):
         """A video's crop [3, num_frames, H, W] or an image [3, 1, H, W], and frames per second."""
         path = self.table.file(row)
         self._check(size)
-        if is_image(path):
+        if _is_image(path):
             return self._sized(read_image(path), size), IMAGE_FPS
 
         def choose(total: int) -> Sequence[int]:
@@ -194,7 +195,7 @@ class VariableVideoTextDataset(_TableDataset):
         if video.shape[1] != num_frames:
             problem = f"is an image where the table says {num_frames} frames or more"
             raise MediaError(f"{self.table.path[row]}: {problem}; write 1 in its column num_frames")
-        fps = fps if is_image(self.table.file(row)) else fps // self.frame_interval
+        fps = fps if _is_image(self.table.file(row)) else fps // self.frame_interval
         told = {"num_frames": num_frames, "height": height, "width": width, "ar": height / width, "fps": fps}
         sample = {"video": video, **told}
         return self._captioned(row, sample) if self.with_text else sample

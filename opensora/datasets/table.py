@@ -146,7 +146,7 @@ def _listed(folder: str) -> frozenset[str] | None:
 
 
 def read_table(path: str | Path | None) -> Table:
-    """The table in a .csv, .tsv, .jsonl or .parquet file, or in a folder with metadata.csv or metadata.jsonl.
+    """The table in a .csv, .jsonl or .parquet file, or in a folder with metadata.csv or metadata.jsonl.
 
     ConfigError if it cannot be read, has no column `path`, or no rows.
     """

@@ -241,7 +241,7 @@ def read_parquet(source: str, notes: Notes) -> Iterator[Part]:
         yield Part(cells, lambda row, first=first: f"row {first + row}")
 
 
-READERS = {".csv": read_csv, ".tsv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
+READERS = {".csv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
 
 
 def kinds() -> str:

@@ -33,8 +33,12 @@ class Pause:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def take(self, name: str, initial: Tensor) -> Tensor:
-        """What was left under a name, or `initial` at the start."""
-        return self.tensors[name].to(initial) if self.done else initial
+        """What was left under a name, or `initial` at the start. Raises ConfigError where nothing was left."""
+        if not self.done:
+            return initial
+        if name not in self.tensors:
+            raise ConfigError(f"the draft lacks the sampler's tensor '{name}'; make the draft again")
+        return self.tensors[name].to(initial)
 
     def leave(self, num_steps: int, x: Tensor, clean: Tensor, **others: Tensor) -> Tensor:
         """`x` after the last of `num_steps`; before it `clean`, with `x` and `others` kept to go on from."""

@@ -84,7 +84,7 @@ def encode_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoders)
             | ({"continued": True} if one.continued else {}),
             "vae": encoders.contents["weights of the vae"],
             "text_encoder": encoders.contents["weights of the text encoder"],
-            "tokenizer": encoders.contents["tokenizer"],
+            "tokenizer": encoders.contents.get("tokenizer"),
             "model_max_length": encoders.text.model_max_length,
             "dtype": settings.dtype,
             "tensors": Features._fields,

@@ -75,12 +75,11 @@ class Extraction:
             missing_files(self.table, rows=self.rows)
         self.device = _own_device(settings.device)
         self.dtype = inference_dtype(self.device, settings.dtype)
+        self.tokenizer: dict[str, str] = {}  # its hash, if texts are encoded
         self.vae, vae_hash = self._load("vae", settings.save_video_features)
         self.text_encoder, text_hash = self._load("text_encoder", settings.save_text_features)
         self.identity = {**self._how(), "vae": vae_hash, "text_encoder": text_hash}
-        if settings.save_text_features and settings.text_encoder.get("from_pretrained"):
-            where = components.find(settings.text_encoder, "text_encoder", settings.offline)
-            self.identity |= components.tokenizer_sha256(where)
+        self.identity |= self.tokenizer
 
     def run(self) -> Path:
         """Encodes this rank's share of the shards that are missing."""
@@ -138,13 +137,14 @@ class Extraction:
         return max(1, min(self.settings.bin_size, SHARD_BYTES // (numbers * DTYPES[self.settings.save_dtype].itemsize)))
 
     def _load(self, what: str, wanted: bool) -> tuple[Any, str | None]:
-        """A frozen encoder and the SHA-256 of its weights."""
+        """A frozen encoder and the SHA-256 of its weights; that of its tokenizer is kept."""
         section = getattr(self.settings, what)
         if not wanted:
             return None, None
         if section is None:
             raise ConfigError(f"encoding needs a section {what}; add it to the configuration")
         encoder, summary = components.load(section, what, self.device, self.dtype, self.settings.offline)
+        self.tokenizer = components.tokenizer_sha256(summary.path) if what == "text_encoder" else {}
         return encoder, summary.sha256
 
     def _write_plan(self, latents: Sequence[LatentShard], texts: Sequence[TextShard]) -> None:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import zipfile
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from opensora import weights
 from opensora.acceleration.whole import fill, spread
 from opensora.errors import WeightsError
-from opensora.hub import one_line
 from opensora.schema import Count, NonNegative, Positive, Schema, check
 from opensora.training import manifest
 from opensora.training.ema import EMA
 from opensora.training.position import Position, read_position
+from opensora.weights.pickle_machine import View
+from opensora.weights.pickles import Pickled, read_pickled
 
 OPTIMIZER = Path("optimizer") / "optimizer.pt"
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
@@ -56,59 +56,57 @@ def read(folder: Path, hashes: bool = True) -> Saved:
     for where, tensors in ((folder / "model", model), (folder / "ema.pt", ema)):
         _require_finite(where, tensors.items())
     path = folder / OPTIMIZER
-    saved = _pickled(path)
-    moments, number = _optimizer(saved.get("optimizer"), path)
+    pickled = _pickled(path)
+    saved = pickled.value
+    moments, number = _optimizer(saved.get("optimizer"), pickled)
     scaler = saved.get("scaler") or {}  # empty unless the run was in fp16
     if scaler:
         check(ScalerState, scaler, f"{path}: scaler", WeightsError, REMEDY)
     return Saved(folder, position, model, ema, moments, number, scaler)
 
 
-def _pickled(path: Path) -> dict[str, Any]:
-    """The dict of a pickle that may hold tensors and plain values, and nothing that runs."""
+def _pickled(path: Path) -> Pickled:
+    """The dict of a pickle, read without running anything, within bounds; tensors are still views."""
     if not path.is_file():
         raise WeightsError(f"{path}: is missing, and nothing can go on without it; take the weights with --ckpt-path")
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a damaged pickle can raise anything
-        raise WeightsError(f"{path}: cannot be read ({one_line(error)}); {REMEDY}") from error
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path}: holds a {type(value).__name__}, not the state of an optimizer; {REMEDY}")
-    return value
+        pickled = read_pickled(path)
+    except WeightsError as error:
+        raise WeightsError(f"{error}; {REMEDY}") from error
+    if not isinstance(pickled.value, dict):
+        raise WeightsError(f"{path}: holds a {type(pickled.value).__name__}, not the state of an optimizer; {REMEDY}")
+    return pickled
 
 
-def _optimizer(saved: Any, path: Path) -> tuple[dict[int, dict[str, Tensor]], int]:
+def _optimizer(saved: Any, pickled: Pickled) -> tuple[dict[int, dict[str, Tensor]], int]:
     """The moments by parameter, and the number of parameters."""
-    groups = saved.get("param_groups") if isinstance(saved, dict) else None
+    path, groups = pickled.file, saved.get("param_groups") if isinstance(saved, dict) else None
     numbers = [group.get("params") if isinstance(group, dict) else None for group in groups or ()]
     if not numbers or not all(isinstance(one, list) for one in numbers) or not isinstance(saved.get("state"), dict):
         raise WeightsError(f"{path}: holds no state of an optimizer; {REMEDY}")
     flat = [one for part in numbers for one in part]
     check(list[Count], flat, f"{path}: params", WeightsError, REMEDY)
-    known = set(flat)
-    for index, own in saved["state"].items():
+    known, state = set(flat), saved["state"]
+    for index, own in state.items():
         if index not in known or not _are_moments(own):
             raise WeightsError(f"{path}: the moments of parameter {str(index)[:20]} are not those of AdamW; {REMEDY}")
+    tensors = iter(pickled.tensors(view for own in state.values() for view in own.values()))
+    moments = {index: {name: next(tensors) for name in own} for index, own in state.items()}
+    for index, own in moments.items():
         _require_finite(path, ((f"{name} of parameter {index}", one) for name, one in own.items()))
-    return saved["state"], len(flat)
+    return moments, len(flat)
 
 
 def _are_moments(own: Any) -> bool:
-    if not isinstance(own, dict) or own.keys() != MOMENTS or not all(isinstance(one, Tensor) for one in own.values()):
+    if not isinstance(own, dict) or own.keys() != MOMENTS or not all(isinstance(one, View) for one in own.values()):
         return False
-    return own["step"].numel() == 1 and own["exp_avg"].shape == own["exp_avg_sq"].shape
+    return math.prod(own["step"].size) == 1 and tuple(own["exp_avg"].size) == tuple(own["exp_avg_sq"].size)
 
 
 def _require_finite(where: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     for name, tensor in tensors:
-        if tensor.layout != torch.strided or tensor.is_meta or _bytes(tensor) > tensor.untyped_storage().nbytes():
-            raise WeightsError(f"{where}: {name} is no plain tensor; {REMEDY}")
         if tensor.is_floating_point() and tensor.numel() and not all(one.isfinite() for one in tensor.aminmax()):
             raise WeightsError(f"{where}: {name} is not finite; {REMEDY}")
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def check_fit(saved: Saved, model: nn.Module, parameters: list[Tensor]) -> None:

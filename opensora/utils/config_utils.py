@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from opensora.cli.flags import add_flags, boolean
 from opensora.cli.merge import merge, settings_of
@@ -12,10 +15,12 @@ from opensora.settings import InferenceSettings, SearchSettings, TrainSettings
 
 __all__ = [
     "add_flags", "boolean", "inference_parser", "merge", "parse_inference_args", "parse_search_args",
-    "parse_train_args", "run_program", "search_parser", "settings_of", "training_parser",
+    "parse_train_args", "run_program", "search_parser", "settings_of", "training_parser", "with_prompts",
 ]  # fmt: skip
 
+logger = logging.getLogger("opensora")
 
+PROMPTS = "./assets/texts/t2v_samples.txt"
 # The flags that Open-Sora 1.2 had. Its programs took their beginnings, too, and so do commands that are in use.
 _SHARED = (
     "seed", "ckpt-path", "batch-size", "outputs", "flash-attn", "layernorm-kernel", "resolution", "data-path", "dtype",
@@ -56,6 +61,14 @@ def _configured(parser: Parser, kind: type, published: Sequence[str]) -> Parser:
 def parse_inference_args(argv: Sequence[str] | None = None) -> InferenceSettings:
     """The settings of an inference command line. Raises ConfigError; argparse exits with 2 on a wrong flag."""
     return settings_of(InferenceSettings, inference_parser().parse_args(argv))
+
+
+def with_prompts(settings: InferenceSettings) -> InferenceSettings:
+    """The settings, with the prompts that 1.0 and 1.1 take by default where none are given, as in commands of 1.2."""
+    if settings.prompt or settings.prompt_path or not Path(PROMPTS).is_file():
+        return settings
+    logger.info("no prompt is given: those of %s are made; --prompt or --prompt-path says which", PROMPTS)
+    return dataclasses.replace(settings, prompt_path=PROMPTS)
 
 
 def parse_train_args(argv: Sequence[str] | None = None) -> TrainSettings:

@@ -60,7 +60,7 @@ class Networks:
         self.shapes: list[list[int]] = []
         self.lengths: list[int] = []
         self.out_channels, self.in_channels, self.output_dim, self.model_max_length = 4, 4, 8, 300
-        self.patch_size = (1, 2, 2)
+        self.patch_size, self.group = (1, 2, 2), (17, 5) if chunked else (1, 1)
         self.config = {"caption_channels": 8, "model_max_length": 300}
 
     def get_latent_size(self, size: Sequence[int | None]) -> list[int | None]:

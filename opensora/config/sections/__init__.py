@@ -8,7 +8,7 @@ from typing import Any
 from opensora.config.sections import autoencoders, data, encoders, models, schedulers
 from opensora.config.sections.common import Section
 from opensora.errors import ConfigError, OpenSoraError, did_you_mean
-from opensora.schema import check
+from opensora.schema import check, shown
 
 MODELS: dict[str, type[models.Transformer]] = {
     **dict.fromkeys(("STDiT", "STDiT-XL/2", "STDiT-XL/2x2"), models.STDiT),
@@ -47,8 +47,8 @@ TYPES: dict[str, type[Section]] = {name: kind for table in SECTIONS.values() for
 def check_type(section: str, name: Any, table: Mapping[str, Any]) -> str:
     """`name`, when `table` has it. Raises ConfigError with the nearest name otherwise."""
     if not isinstance(name, str) or name not in table:
-        hint = did_you_mean(name, table) or ";"
-        raise ConfigError(f"{section} type {name!r} is not known{hint} choose one of {', '.join(table)}".lstrip())
+        hint = (did_you_mean(name, table) if isinstance(name, str) else "") or ";"
+        raise ConfigError(f"{section} type {shown(name)} is not known{hint} choose one of {', '.join(table)}".lstrip())
     return name
 
 
