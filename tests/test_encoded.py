@@ -26,6 +26,8 @@ from opensora.datasets.encoded import (
 )
 from opensora.datasets.samplers import BucketBatchSampler
 from opensora.errors import ConfigError
+from opensora.training.data_record import record_of_features
+from opensora.training.encoded import refuse_stale
 from opensora.training.extract import extract
 from tests.features import BUCKETS, TextEncoder, Vae, make_rows, settings, use, write_rows
 
@@ -211,3 +213,79 @@ def test_a_shard_of_broken_files_alone(tmp_path: Path, rows: list[tuple], monkey
     )
     assert sorted(dataset.row.tolist()) == [0, 1, 2, 3]
     assert np.unique(dataset.group).size >= 2 and all(dataset[i]["text"].ndim == 2 for i in range(4))
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, list[tuple]]:
+    """A table of videos of its own, their features, and its rows."""
+    use(monkeypatch)
+    made = make_rows(tmp_path / "own", 6)
+    path = write_rows(tmp_path / "own.csv", made)
+    return path, extract(settings(path, tmp_path / "features")), made
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("caption", "the caption of row 1 has changed"),
+        ("video", "1.mp4 has changed since it was encoded"),
+        ("fewer rows", "is no longer in the table|the caption of row"),
+        ("none", None), ("gone", None), ("no table", None), ("another file", None),
+    ],
+)  # fmt: skip
+def test_stale_features_are_refused_where_training_begins(change: str, words: str | None, own: tuple) -> None:
+    path, folder, rows = own
+    before = record_of_features(EncodedDataset(folder))
+    if change == "caption":
+        write_rows(path, [rows[0], (rows[1][0], "new", *rows[1][2:]), *rows[2:]])
+    elif change == "video":
+        make_rows(rows[0][0].parent, 1, first=1, seed=1)
+    elif change == "fewer rows":
+        write_rows(path, rows[:2])
+    elif change == "gone":
+        rows[1][0].unlink()
+    elif change == "no table":
+        path.unlink()
+    elif change == "another file":
+        path.write_bytes(b"\xff\xff")
+    if words is None:
+        refuse_stale(EncodedDataset(folder))
+    else:
+        with pytest.raises(ConfigError, match=rf"stale.*({words}).*encode them again") as told:
+            refuse_stale(EncodedDataset(folder))
+        assert "\n" not in str(told.value)
+    assert record_of_features(EncodedDataset(folder)).changes_since(before) == ""
+
+
+def test_features_that_were_encoded_anew_are_named(own: tuple) -> None:
+    path, folder, rows = own
+    before = record_of_features(EncodedDataset(folder))
+    make_rows(rows[0][0].parent, 1, first=1, seed=1)
+    extract(settings(path, folder, replace_stale=True))
+    told = record_of_features(EncodedDataset(folder)).changes_since(before)
+    assert told.startswith("1 shards changed: latents/crop0/") and "its cells and its file" in told
+
+
+@pytest.mark.parametrize("value", [[], None, "x", 3])
+@pytest.mark.parametrize("name", ["plan.json", "features.json"])
+def test_descriptions_that_are_none(name: str, value: Any, copied: Path) -> None:
+    (copied / name).write_text(json.dumps(value))
+    with pytest.raises(ConfigError, match=name) as told:
+        EncodedDataset(copied)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("num_rows", 10**12), ("num_rows", "3"), ("num_crops", 0), ("latents", None), ("latents", [[]]), ("text", {}),
+        ("text", [{"file": "../../secret.safetensors"}]), ("text", [{"file": "/etc/passwd"}]), ("table", 3),
+        ("more", 1),
+    ],
+)  # fmt: skip
+def test_wrong_plans_are_refused_in_one_line(part: str, value: Any, copied: Path) -> None:
+    plan = json.loads((copied / "plan.json").read_text())
+    (copied / "plan.json").write_text(json.dumps({**plan, part: value}))
+    with pytest.raises(ConfigError, match=r"plan\.json") as told:
+        EncodedDataset(copied)
+    assert "\n" not in str(told.value)

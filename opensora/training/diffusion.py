@@ -111,7 +111,7 @@ def quarantine_of(trainer: Trainer, data: Data, layout: Layout) -> Quarantine:
     return quarantine
 
 
-def changed_items(record: DataRecord | None, layout: Layout, folder: Path, saved: Mapping[str, str]) -> dict[str, str]:
+def changed_items(record: DataRecord | None, folder: Path, saved: Mapping[str, str]) -> dict[str, str]:
     """What has changed in the data since a run in `folder` saved its fingerprint, in words where that is known."""
     told = {}
     if record is not None and (before := read_record(folder, record.kind)) is not None:
