@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -105,6 +106,11 @@ def settings(table: Path, folder: Path, **changes: Any) -> ExtractSettings:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """The hash of every file of a folder, by its name, hidden ones too."""
+    """The hash of every file of a folder, by its name, hidden ones too; where the table lies does not count."""
     files = (file for file in sorted(folder.rglob("*")) if file.is_file())
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {str(file.relative_to(folder)): hashlib.sha256(_content(file)).hexdigest() for file in files}
+
+
+def _content(file: Path) -> bytes:
+    content = file.read_bytes()
+    return json.dumps({**json.loads(content), "table": ""}).encode() if file.name == "plan.json" else content
