@@ -104,15 +104,15 @@ PROMPTS = [
     (("--prompt", ""), "a prompt is empty"),
     (("--prompt", "a cat", " \t"), "a prompt is empty"),
     (("--prompt", "猫"), "prompt '猫' is empty once cleaned"),
-    (("--prompt", "a \udcff cat"), "prompt[0] must be UTF-8 text; it is 'a \\udcff cat'"),
+    (("--prompt", "a \udcff cat"), "'a \\udcff cat' is not UTF-8 text"),
     (("--prompt", "a cat {y"), "what follows { is not JSON"),
     (("--prompt", 'x{"reference_path": "gone.png", "mask_strategy": "0"}'), "gone.png"),
     (("--prompt", 'x{"mask_strategy": "a"}'), "mask_strategy 'a': 'a' is not loop,reference,"),
-    (("--prompt", "x", "--mask-strategy", "0,0,0,0,1,2"), "five whole numbers and a rate from 0 to 1"),
+    (("--prompt", "x", "--mask-strategy", "0,0,0,0,1,2"), "five whole numbers up to 1,000,000 and a rate from 0 to 1"),
     (("--prompt", "x", "y", "--mask-strategy", "0"), "mask_strategy has 1 entries for 2 prompts"),
     (("--prompt", "|0|sun|x|rain"), "loop numbers and texts must alternate"),
-    (("--prompt-path", "gone.txt"), "prompt file 'gone.txt' cannot be read"),
-    (("--prompt-path", "."), "prompt file '.' cannot be read"),
+    (("--prompt-path", "gone.txt"), "prompt file gone.txt: cannot be read"),
+    (("--prompt-path", "."), "prompt file .: is no regular file"),
 ]
 NOT_YET = [
     (("--loop", "2", "--cfg-options", "scheduler={'type': 'dpm-solver'}"), "'dpm-solver' cannot keep given frames"),
@@ -157,7 +157,7 @@ def test_wrong_configurations(here, capsys, no_weights, text, problem):
     ("model", "problem"),
     [
         ("embeded", "configuration 'embeded' does not exist; did you mean 'embedded'?"),
-        ("opensora-v1-2/inference/samples", "did you mean 'opensora-v1-2/inference/sample.py'?"),
+        ("opensora-v1-2/inference/samples", "did you mean 'opensora-v1-2/inference/sample'?"),
         ("gone.py", "configuration 'gone.py' does not exist"),
     ],
 )
