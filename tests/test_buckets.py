@@ -333,7 +333,11 @@ def test_command_refuses_a_run_without_steps(files: tuple[Path, Path], tmp_path:
         ("path,num_frames,height,width\na.mp4,20,144,256\n", ("--save-dir", "train.py/x"), "train.py"),
         ("path,num_frames,height,width\n", ("--world-size", "0"), "the world size must be a whole number from 1"),
         ("path,num_frames,height,width\n", ("--cfg-options", "bucket_config=None"), "no bucket_config"),
-        ("path,num_frames,height,width\n", ("--cfg-options", "dataset.frame_interval=0"), "interval"),
+        (
+            "path,num_frames,height,width\n",
+            ("--cfg-options", "dataset.frame_interval=0", "dataset.type=VideoTextDataset"),
+            "interval",
+        ),
     ],
 )
 def test_command_refuses_what_it_cannot_use(

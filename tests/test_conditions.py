@@ -170,7 +170,7 @@ WORDS = [
     (("--extend", "image.png"), "has 1 frames, and 17 are to be kept"),
     (("--last-frame", "clip.mp4"), "has 34 frames where an image is needed"),
     (("--image", "image.png", "--mask-strategy", "0"), "give one of the two forms"),
-    (("--edit", "clip.mp4", "--strength", "1.5"), "--strength is 1.5; 0 keeps the video"),
+    (("--edit", "clip.mp4", "--strength", "1.5"), "strength must be at most 1; it is 1.5"),
 ]
 
 
@@ -204,7 +204,10 @@ def test_given_files_are_regular_files(capsys, monkeypatch, flag: str, kind: str
     elif kind == "fifo":
         os.mkfifo(name)
     error = refused(capsys, "--num-frames", "34", flag, name)
-    assert ("no such file, but a folder, device or pipe" in error) if kind != "several" else ("';'" in error)
+    if kind == "several":
+        assert "';'" in error or "image.png;;clip.mp4" in error
+    else:
+        assert "no such file, but a folder, device or pipe" in error
 
 
 CONFIGS = sorted(Path(opensora.__file__).parents[1].glob("configs/*/inference/*.py"))
@@ -239,7 +242,7 @@ def told(message: str, frames: int, settings: InferenceSettings) -> tuple[int, I
 
 @pytest.mark.parametrize("kind", ["OpenSoraVAE_V1_2", "VideoAutoencoderKL"])
 @pytest.mark.parametrize("frames", [1, 5, 16, 17, 18, 34, 51, 100])
-@pytest.mark.parametrize("length", [0, 1, 4, 5, 7, 10, 10**6])
+@pytest.mark.parametrize("length", [0, 1, 4, 5, 7, 10, 1000])
 def test_what_is_advised_for_loops_works(kind: str, frames: int, length: int) -> None:
     vae = SimpleVae(*((17, 5) if kind == "OpenSoraVAE_V1_2" else (1, 1)))
     settings = InferenceSettings(model={"type": "x"}, num_frames=frames, loop=2, condition_frame_length=length)

@@ -313,15 +313,14 @@ def test_a_negative_prompt_without_guidance_is_said_to_have_no_effect(here, capl
     ("negative", "told"),
     [
         ("", "is empty once cleaned"), (" ", "is empty once cleaned"), ("\u4e2d\u6587", "is empty once cleaned"),
-        ("x" * 20_001, "has 20,001 characters"), ("y" * 5_001, "5,001 characters"), ("a\ud800", "is not UTF-8"),
+        ("x" * 20_001, "has 20,001 characters"), ("y" * 5_001, "5,001 characters"), ("a\ud800", "must be UTF-8 text"),
         ("|0|a|1|b", "one text for all loops"),
     ],
     ids=lambda value: ascii(value)[:12],
 )  # fmt: skip
 def test_a_negative_prompt_is_checked_like_a_prompt(here, negative, told):
-    settings = settings_of(negative_prompt=negative)
     with pytest.raises(ConfigError, match=told) as caught:
-        VideoPipeline(settings)
+        VideoPipeline(settings_of(negative_prompt=negative))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
