@@ -62,6 +62,11 @@ class EncodedDataset(Section):
     """Features that scripts/misc/extract_feat.py encoded."""
 
     data_path: FilePath | None = arg(None, "folder of the features", "features")
+    num_frames: Frames | None = arg(None, "accepted from the table's section; the features decide", 16)
+    image_size: Pair[Side | None] | None = arg(None, "accepted from the table's section; the features decide", (64, 64))
+    frame_interval: Interval | None = arg(None, "accepted from the table's section; the features decide", 3)
+    transform_name: Transform | None = arg(None, "accepted from the table's section; the features decide", "center")
+    captions: Captions | None = arg(None, "accepted from the table's section; the features decide", "mostly")
 
 
 _Share = Annotated[Number, Field(gt=0, le=1e6)]
