@@ -275,7 +275,10 @@ def test_a_changed_reference_is_refused(drafted: Path, capsys: pytest.CaptureFix
     [
         (("--cfg-scale", "3"), "scheduler.cfg_scale was 7.0 for the draft and is 3.0 now"),
         (("--num-sampling-steps", "30"), "scheduler.num_sampling_steps was 6 for the draft and is 30 now"),
-        (("--cfg-options", "scheduler.type=iddpm"), "scheduler.type was 'rflow' for the draft and is 'iddpm' now"),
+        (
+            ("--cfg-options", "scheduler={'type': 'iddpm'}"),
+            "scheduler.type was 'rflow' for the draft and is 'iddpm' now",
+        ),
         (("--cfg-options", "scheduler.scale=2.0"), "scheduler.scale was None for the draft and is 2.0 now"),
         (("--image-size", "24", "16"), "image_size was (16, 24) for the draft and is (24, 16) now"),
         (("--num-frames", "17"), "num_frames was"),

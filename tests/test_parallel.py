@@ -50,7 +50,9 @@ def test_a_process_alone_is_one_rank():
 
 @pytest.mark.parametrize(("ranks", "size"), [(1, 2), (4, 3)])
 def test_sequences_that_ranks_do_not_fill(monkeypatch, ranks, size):
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    launched = {"WORLD_SIZE": ranks, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29400}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, str(value))
     with pytest.raises(ConfigError, match=f"sp_size {size} does not divide the number of ranks, {ranks}; start a mult"):
         start(CPU, size)
 
