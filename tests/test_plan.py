@@ -90,7 +90,7 @@ def random_request(rng: random.Random, parts: dict[str, Path]) -> InferenceSetti
         image_size=(one_of(rng, 16, 8, 20, 32), one_of(rng, 24, 9, 16)),
         loop=one_of(rng, 1, 2, 3),
         condition_frame_length=one_of(rng, 5, 0, 1, 3, 10),
-        condition_frame_edit=one_of(rng, 0.0, 0.2, 1.0, 2.0),
+        condition_frame_edit=one_of(rng, 0.0, 0.2, 1.0, 0.9),
         align=one_of(rng, None, 5, 3),
         multi_resolution=one_of(rng, None, "STDiT2", "PixArtMS", odds=0.8),
         prompt=[one_of(rng, "a cat", "|0|rain|1|sun", "a very " + "long " * 60 + "text", odds=0.8)],
