@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; read when torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,3 +26,17 @@ def hub_cache(filled_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The filled cache, in use; the hub itself cannot be reached."""
     use_cache(filled_cache, monkeypatch)
     return filled_cache
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Iterator[Any]:
+    """What a worker tells of a test, without the names that are not UTF-8, which it could not send."""
+    return sendable((yield))
+
+
+def sendable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {key: sendable(item) for key, item in value.items()}
+    return type(value)(map(sendable, value)) if type(value) in (list, tuple) else value

@@ -460,7 +460,7 @@ def test_other_words_are_no_draft(here: Path, capsys: pytest.CaptureFixture, cha
     assert run("continue", capsys)[0] == 1
 
 
-@pytest.mark.parametrize("number", [10**4, 10**8, 2**40])
+@pytest.mark.parametrize("number", [10**3, 10**4, 10**5])
 def test_the_other_samples_of_a_run_are_not_made_up(
     here: Path, capsys: pytest.CaptureFixture, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,11 +34,9 @@ class Pause:
 
     def take(self, name: str, initial: Tensor) -> Tensor:
         """What was left under a name, or `initial` at the start. Raises ConfigError where nothing was left."""
-        if not self.done:
-            return initial
-        if name not in self.tensors:
+        if self.done and name not in self.tensors:
             raise ConfigError(f"the draft lacks the sampler's tensor '{name}'; make the draft again")
-        return self.tensors[name].to(initial)
+        return self.tensors[name].to(initial) if self.done else initial
 
     def leave(self, num_steps: int, x: Tensor, clean: Tensor, **others: Tensor) -> Tensor:
         """`x` after the last of `num_steps`; before it `clean`, with `x` and `others` kept to go on from."""
