@@ -242,7 +242,7 @@ def told(message: str, frames: int, settings: InferenceSettings) -> tuple[int, I
 
 @pytest.mark.parametrize("kind", ["OpenSoraVAE_V1_2", "VideoAutoencoderKL"])
 @pytest.mark.parametrize("frames", [1, 5, 16, 17, 18, 34, 51, 100])
-@pytest.mark.parametrize("length", [0, 1, 4, 5, 7, 10, 1000])
+@pytest.mark.parametrize("length", [0, 1, 4, 5, 7, 10, 60])
 def test_what_is_advised_for_loops_works(kind: str, frames: int, length: int) -> None:
     vae = SimpleVae(*((17, 5) if kind == "OpenSoraVAE_V1_2" else (1, 1)))
     settings = InferenceSettings(model={"type": "x"}, num_frames=frames, loop=2, condition_frame_length=length)

@@ -14,9 +14,10 @@ from PIL import Image
 from opensora.datasets import video as media
 from opensora.datasets.datasets import VideoTextDataset
 from opensora.errors import MediaError
-from opensora.references import check_references, read_reference
+from opensora.references import References, read_reference
 from opensora.video_table import make_table, read_row
 
+check_references = References((16, 24)).check
 CASES = Path(__file__).parent / "cases" / "media"
 LENGTH, GOP = 36, 12
 OPEN_GOP = "open-gop=1:keyint=12:min-keyint=12:scenecut=0:bframes=3:log-level=none"
