@@ -211,3 +211,13 @@ def test_ranks_that_lack_something(
     assert cli.main(["generate", "a cat"]) == 1
     error = capsys.readouterr().err
     assert problem in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("length", [1, 1_400, 1_600, 100_000])
+def test_a_message_stays_short_and_keeps_its_remedy(capsys: pytest.CaptureFixture, length: int):
+    def program() -> None:
+        raise ConfigError(f"reference {'x' * length}: no such file; give another")
+
+    assert run_program(program) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: reference x") and error.endswith("; give another\n") and len(error) < 1_600

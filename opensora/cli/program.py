@@ -22,6 +22,8 @@ from opensora.signals import Stopped, stoppable
 BROKEN_PIPE = 141  # as a shell tells of SIGPIPE
 QUIET = ("httpx", "httpx2", "transformers", "diffusers", "huggingface_hub")
 
+MAX_MESSAGE = 1_500  # characters
+
 
 def run_program(program: Callable[[], Any]) -> int:
     """The exit status of a program: its own number or 0; 1 after a user's error, told in one line; 128+n for signal n.
@@ -33,7 +35,7 @@ def run_program(program: Callable[[], Any]) -> int:
             with stoppable():
                 result = program()
         except OpenSoraError as error:
-            sys.stderr.write(f"error: {one_line(error)}\n")  # in one write: ranks share the stream
+            sys.stderr.write(f"error: {shortened(one_line(error))}\n")  # in one write: ranks share the stream
             return 1
         except Stopped as stop:
             if stop.number != signal.SIGTERM:
@@ -48,6 +50,11 @@ def run_program(program: Callable[[], Any]) -> int:
 def one_line(text: object) -> str:
     """A foreign text as one line of what a terminal may show."""
     return printable(text).replace("\n", "\\n")
+
+
+def shortened(text: str) -> str:
+    """A message, cut in its middle where a value in it is longer than anybody reads; its end has the remedy."""
+    return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 500]} ... {text[-480:]}"
 
 
 class _Output:
