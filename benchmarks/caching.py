@@ -4,7 +4,8 @@ python benchmarks/caching.py [--num-prompts 50] [--calibration-prompts 8] [--see
 
 Every prompt is made without a cache and with each method, from the same noise. For each method: evaluations of a half
 of guidance that the model makes, out of those without a cache; PSNR of the frames and relative error of the latents
-against the uncached run; what share of the clips shows all that its prompt asks for (`opensora/datasets/measure.py`).
+against the uncached run; what share of the clips shows all that its prompt asks for
+(`opensora/datasets/synthetic/measure.py`).
 `auto` is calibrated on the prompts that `opensora generate --cache auto` uses, none of which is among those measured.
 Writes caching.json and caching.png.
 """
@@ -25,18 +26,18 @@ import torch
 from torch import Tensor
 
 from opensora import __version__
-from opensora.acceleration import caching, calibration
-from opensora.acceleration.caching import Cache
+from opensora.acceleration.step_cache import cached_sampling, calibration
+from opensora.acceleration.step_cache.cached_sampling import Cache
 from opensora.config import find_config, read_config
+from opensora.config.settings import InferenceSettings
 from opensora.datasets import video
-from opensora.datasets.clips import Clip, make_clip
-from opensora.datasets.measure import measure
+from opensora.datasets.synthetic.measure import measure
+from opensora.datasets.synthetic.render import Clip, make_clip
 from opensora.files import replacing
-from opensora.noise import initial_noise, noise_generator
-from opensora.pipeline import VideoPipeline
-from opensora.recipe import check_folder
-from opensora.settings import InferenceSettings
-from opensora.tuning import psnr
+from opensora.pipeline.noise import initial_noise, noise_generator
+from opensora.pipeline.pipeline import VideoPipeline
+from opensora.pipeline.recipe import check_folder
+from opensora.pipeline.step_cache import psnr
 from opensora.utils.config_utils import run_program
 
 MAX_ERRORS = (0.01, 0.02, 0.05, 0.1)
@@ -90,7 +91,7 @@ class Bench:
 def find_methods(bench: Bench, prompts: Sequence[str]) -> tuple[Method, list[Method]]:
     """The uncached run, and all others."""
     exact, scheduler = Method("none", Cache(), bench.steps), bench.pipeline.scheduler
-    effects = caching.effects(scheduler, bench.shape[0], bench.pipeline.size._asdict(), bench.steps)
+    effects = cached_sampling.effects(scheduler, bench.shape[0], bench.pipeline.size._asdict(), bench.steps)
 
     made: dict[Any, Tensor] = {}  # calibrations for several errors try the same tables
 

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from opensora.acceleration.device import keep_allocations_in_heap
-from opensora.acceleration.linear import has_onednn
-from opensora.weights import kept_in_float32
+from opensora.acceleration.kernels.linear import has_onednn
+from opensora.acceleration.model_parts import kept_in_float32
 
 # Options of glibc's mallopt with the values that they reach by themselves in a program that uses large buffers:
 # buffers from mmap, from what size on (that is M_MMAP_THRESHOLD), and what is left at the heap's end.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import common, plain
 from opensora.acceleration.device import place
-from opensora.acceleration.linear import multiplies_bf16
+from opensora.acceleration.kernels.linear import multiplies_bf16
 from opensora.datasets.video import to_uint8
 from opensora.models.vae.vae import OpenSoraVAE_V1_2, VideoAutoencoderPipeline
 

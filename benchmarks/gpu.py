@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common, decode
+from opensora.acceleration.cuda_graphs import Recorded
 from opensora.acceleration.device import (
     check_graphs,
     name_of,
@@ -30,10 +31,9 @@ from opensora.acceleration.device import (
     reset_peak_memory,
     synchronize,
 )  # fmt: skip
-from opensora.acceleration.graphs import Recorded
 from opensora.acceleration.memory_plan import BY_NAME, Weights
-from opensora.acceleration.parallelize import compile_blocks
 from opensora.datasets.video import to_uint8
+from opensora.distributed.parallelize import compile_blocks
 from opensora.models.sizes import size_conditioning
 from opensora.models.stdit.stdit3 import STDiT3
 from opensora.models.vae.vae import OpenSoraVAE_V1_2

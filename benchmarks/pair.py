@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import common, plain
 from opensora.acceleration.device import DTYPES, place
-from opensora.acceleration.eight_bits import KINDS, quantize
+from opensora.acceleration.quantization import KINDS, quantize
 from opensora.models.layers.transformer import Text
 from opensora.models.stdit.stdit3 import STDiT3
 

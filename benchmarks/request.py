@@ -17,16 +17,16 @@ import numpy as np
 import torch
 
 from benchmarks import common, plain
-from opensora import components
 from opensora.acceleration.device import place
-from opensora.acceleration.eight_bits import KINDS, quantize
+from opensora.acceleration.quantization import KINDS, quantize
+from opensora.checkpoints import components
+from opensora.checkpoints.fit import load_weights
 from opensora.config import read_config
 from opensora.datasets.video import to_uint8
 from opensora.models.sizes import size_conditioning
-from opensora.noise import initial_noise, noise_generator
+from opensora.pipeline.noise import initial_noise, noise_generator
+from opensora.pipeline.step_cache import psnr
 from opensora.schedulers.rf import RFLOW, sampling_times
-from opensora.tuning import psnr
-from opensora.weights import load_weights
 
 PROMPT = "a red circle moving left on a black background"
 CPU = torch.device("cpu")

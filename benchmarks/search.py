@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from opensora.settings import SearchSettings
-from opensora.training import probe
-from opensora.training.search import Method, Outcome, Plan, Span, bisect, make_plan, search
-from opensora.training.search_model import ModelSearch
+from opensora.config.settings import SearchSettings
+from opensora.training.batch_size_search import probe
+from opensora.training.batch_size_search.search import Method, Outcome, Plan, Span, bisect, make_plan, search
+from opensora.training.batch_size_search.search_model import ModelSearch
 
 MODEL = dict(type="STDiT3", hidden_size=96, depth=2, num_heads=4, caption_channels=16, model_max_length=8)
 BUCKETS = {

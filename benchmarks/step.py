@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks import common, pair, plain
 from opensora.acceleration.device import DTYPES, place, training_attention, training_context
-from opensora.acceleration.parallelize import compile_blocks
+from opensora.distributed.parallelize import compile_blocks
 from opensora.models.stdit.stdit3 import STDiT3
 
 CPU = torch.device("cpu")

@@ -21,13 +21,13 @@ from tqdm import tqdm
 
 from opensora.cli.parser import Parser
 from opensora.cli.program import run_program
-from opensora.datasets import clips
+from opensora.datasets.synthetic import render
 from opensora.models.text_encoder.t5 import T5Encoder, load_t5_tokenizer
 
 VOCAB_SIZE, BATCH_SIZE = 512, 128
 ATTRIBUTES = {
-    "shape": clips.SHAPES, "colour": tuple(clips.COLOURS), "motion": tuple(clips.MOTIONS),
-    "background": tuple(clips.BACKGROUNDS),
+    "shape": render.SHAPES, "colour": tuple(render.COLOURS), "motion": tuple(render.MOTIONS),
+    "background": tuple(render.BACKGROUNDS),
 }  # fmt: skip
 SIZES = tuple(map(len, ATTRIBUTES.values()))
 # A prompt that leaves something out means this.
@@ -62,14 +62,14 @@ NOISE_WORDS = sorted(set(PLAIN_WORDS.split()) - {"up", "down", "left", "right", 
 
 def draw_caption(rng: np.random.Generator, held_out: bool = False, plain: bool = False) -> tuple[str, tuple[int, ...]]:
     """A caption and the index of each of its attributes; `plain` gives it just as the clips have it."""
-    scene = clips.draw_scene(rng, 64, 64, held_out)
+    scene = render.draw_scene(rng, 64, 64, held_out)
     values = {name: getattr(scene, name) for name in ATTRIBUTES}
-    phrasing = clips.PHRASINGS[rng.integers(len(clips.PHRASINGS))]
+    phrasing = render.PHRASINGS[rng.integers(len(render.PHRASINGS))]
     if not plain and rng.random() < 0.15:
         phrasing = SHORT_PHRASINGS[rng.integers(len(SHORT_PHRASINGS))]
         values |= {name: value for name, value in DEFAULTS.items() if f"{{{name}}}" not in phrasing}
-    motions = clips.MOTIONS[scene.motion][0]
-    text = clips.caption(scene, phrasing, motions[rng.integers(len(motions))]).lower()
+    motions = render.MOTIONS[scene.motion][0]
+    text = render.caption(scene, phrasing, motions[rng.integers(len(motions))]).lower()
     text = text if plain else roughen(text, rng)
     return text, tuple(ATTRIBUTES[name].index(value) for name, value in values.items())
 
@@ -183,7 +183,7 @@ def report(title: str, encoder: T5Encoder, heads: nn.Linear, seed: int, **drawin
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path(clips.__file__).parents[1] / "embedded" / "text_encoder")
+    parser.add_argument("--output", type=Path, default=Path(render.__file__).parents[1] / "embedded" / "text_encoder")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()

@@ -61,7 +61,7 @@ def _merged(config: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 def use_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes `folder` the hub cache of this process, and the hub itself unreachable."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
-    monkeypatch.setattr("opensora.hub._unreachable", lambda repo: "cannot be reached (test)")
+    monkeypatch.setattr("opensora.checkpoints.hub._unreachable", lambda repo: "cannot be reached (test)")
 
 
 def run_script(*argv: object) -> int:

@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 from opensora.datasets.aspect import NUM_PIXELS
-from opensora.training.search import Found, NoData, Outcome, OutOfMemory, Span, Step
+from opensora.training.batch_size_search.search import Found, NoData, Outcome, OutOfMemory, Span, Step
 
 
 class Recorded:

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from opensora import components
+from opensora.checkpoints import components
 from opensora.datasets.video import write_image, write_video
-from opensora.training.extract import ExtractSettings
+from opensora.training.feature_extraction.extract import ExtractSettings
 
 BUCKETS = {"144p": {1: (1.0, 2), 9: (0.7, 2), 17: ((1.0, 0.5), 2)}, "240p": {9: (0.6, 3)}}
 SIZES = ((240, 426), (144, 256), (256, 144), (200, 200))

@@ -28,7 +28,8 @@ from diffusers import AutoencoderKL  # noqa: F401
 from transformers import T5EncoderModel, T5TokenizerFast  # noqa: F401
 
 from opensora.models.text_encoder.cleaning import preprocess
-from opensora.training import diffusion, state, vae  # noqa: F401
+from opensora.training import autoencoder, diffusion  # noqa: F401
+from opensora.training.checkpoint import state
 from opensora.training.throughput import StepCost
 from opensora.training.trainer import Trainer
 

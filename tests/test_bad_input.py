@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from opensora import outputs, pipeline
+from opensora.checkpoints.read import read_state_dict
+from opensora.checkpoints.save import save_file
 from opensora.cli import main
-from opensora.weights import read_state_dict, save_file
+from opensora.pipeline import outputs, pipeline
 from tests.checkpoints import SAMPLE, SCRIPT, run_script, snapshot, tree, use_cache
 from tests.tiny import make_tiny_stdit3, make_tiny_t5
 
@@ -166,7 +167,7 @@ def test_unknown_model(capsys, no_weights, model, problem):
 
 
 def test_missing_weights_are_noticed_before_any_is_read(capsys, monkeypatch):
-    monkeypatch.setattr("opensora.components.load_weights", None)
+    monkeypatch.setattr("opensora.checkpoints.components.load_weights", None)
     for flag in ("--ckpt-path", "--vae-path", "--text-encoder-path"):
         assert "no such file or folder 'gone/x.pt'" in refused(capsys, "--prompt", "x", flag, "gone/x.pt")
         assert "not in the hub cache, and the hub cannot be reached" in refused(capsys, "--prompt", "x", flag, "a/gone")
@@ -331,7 +332,7 @@ def test_interrupted_while_writing(here, capsys, monkeypatch):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("opensora.recipe.encode_video", encode)
+    monkeypatch.setattr("opensora.pipeline.recipe.encode_video", encode)
     assert run_script(SAMPLE, *SMALL, "--prompt", "x", "--save-dir", OUTPUT) == 130
     assert tree(here) == {}
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from opensora.datasets import video as media
 from opensora.errors import MediaError
-from opensora.references import References, read_reference
+from opensora.pipeline.references import References, read_reference
 
 pytestmark = pytest.mark.timeout(60)
 check_references = References((16, 24)).check

@@ -139,9 +139,9 @@ def test_it_compiles_and_records_as_generation_does(
 ) -> None:
     """The two are told apart by what is done with the model, not by what the report says."""
     done: list[str] = []
-    monkeypatch.setattr("opensora.pipeline.compile_blocks", lambda model: done.append("compiled"))
-    monkeypatch.setattr("opensora.pipeline.check_graphs", lambda device: None)
-    monkeypatch.setattr("opensora.pipeline.Recorded", lambda model: done.append("recorded") or model)
+    monkeypatch.setattr("opensora.pipeline.pipeline.compile_blocks", lambda model: done.append("compiled"))
+    monkeypatch.setattr("opensora.pipeline.pipeline.check_graphs", lambda device: None)
+    monkeypatch.setattr("opensora.pipeline.pipeline.Recorded", lambda model: done.append("recorded") or model)
     report = report_of(tmp_path, *flags)
     assert (done.count("compiled"), done.count("recorded")) == (compiled, recorded)
     assert (report["compile"], report["graphs"]) == ("--compile" in flags, "--graphs" in flags)
@@ -151,8 +151,8 @@ def test_it_compiles_and_records_as_generation_does(
 @pytest.mark.parametrize("flags", [("--compile",), ("--graphs",), ("--compile", "--graphs")])
 def test_the_verb_is_the_same_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]) -> None:
     seen: list[tuple] = []
-    monkeypatch.setattr("opensora.benchmark.run_benchmark", lambda *args: seen.append(args) or {})
-    monkeypatch.setattr("opensora.benchmark.table_of", str)
+    monkeypatch.setattr("opensora.pipeline.benchmark.run_benchmark", lambda *args: seen.append(args) or {})
+    monkeypatch.setattr("opensora.pipeline.benchmark.table_of", str)
     counts = ["--warmup-count", "1", "--eval-count", "2", "--benchmark-save-path", str(tmp_path / "report.json")]
     assert main(["benchmark", "a red circle", *SMALL, *counts, *flags]) == 0
     assert benchmark_open_sora.main(["--prompt", "a red circle", *SMALL, *counts, *flags]) == 0

@@ -12,8 +12,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from opensora import bucket_report
 from opensora.cli import main
+from opensora.datasets import bucket_report
 from opensora.datasets.bucket import REASONS, Bucket, Buckets, Fate, random_words
 from opensora.datasets.samplers import BucketBatchSampler, FeatureBufferSampler, SampleSampler, deal, shuffled
 from opensora.errors import ConfigError

@@ -12,15 +12,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from opensora import cli, registry, tuning
-from opensora.acceleration import caching, calibration
-from opensora.acceleration.caching import Cache, Table, mag_table
-from opensora.acceleration.calibration import Profile, _Signal, calibrate, candidates, cheapest, predicted_error
+from opensora import cli, registry
+from opensora.acceleration.step_cache import cached_sampling, calibration
+from opensora.acceleration.step_cache.cached_sampling import Cache, Table, mag_table
+from opensora.acceleration.step_cache.calibration import (
+    Profile,
+    _Signal,
+    calibrate,
+    candidates,
+    cheapest,
+    predicted_error,
+)
 from opensora.config import find_config, read_config
+from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError
-from opensora.recipe import read_recipe
-from opensora.replay import replay
-from opensora.settings import InferenceSettings
+from opensora.pipeline import step_cache
+from opensora.pipeline.recipe import read_recipe
+from opensora.pipeline.replay import replay
 from tests.tiny import TINY_STDIT3
 
 SHAPE, STEPS, SCALE = (1, 4, 2, 4, 4), 12, 3.0
@@ -60,7 +68,7 @@ def run(
     generator = torch.Generator().manual_seed(100 + number)
     noise = torch.randn(SHAPE, generator=generator)
     null = {"y": torch.zeros(1, 4)}
-    return caching.sample(
+    return cached_sampling.sample(
         scheduler, model, noise, told(number), null, cache, observe, counter, source=[generator]
     )  # fmt: skip
 
@@ -89,18 +97,20 @@ def test_halves_that_differ_in_shape_are_told_apart() -> None:
     cond, null = {"y": torch.ones(1, 4), "extra": torch.ones(2)}, {"y": torch.zeros(1, 4), "extra": torch.ones(3)}
     exact = scheduler.sample(model, noise, cond, null)
     cache = Cache("table", Table.plain("2" * STEPS))
-    assert torch.equal(caching.sample(scheduler, model, noise, cond, null, cache, counter=counter), exact)
-    made = caching.sample(scheduler, model, noise, cond, null, Cache("table", Table.plain("2" + "10" * 5 + "1")))
+    assert torch.equal(cached_sampling.sample(scheduler, model, noise, cond, null, cache, counter=counter), exact)
+    made = cached_sampling.sample(
+        scheduler, model, noise, cond, null, Cache("table", Table.plain("2" + "10" * 5 + "1"))
+    )
     assert 0 < calibration.relative_error(made, exact) < 0.3
 
 
 def test_without_guidance_there_is_one_half() -> None:
     scheduler, model = registry.build({"type": "rflow", "num_sampling_steps": STEPS, "cfg_scale": 1.0}), Model()
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
-    exact = caching.sample(scheduler, model, noise, told(0), None, Cache())
+    exact = cached_sampling.sample(scheduler, model, noise, told(0), None, Cache())
     assert model.rows == STEPS
     cache = Cache("table", Table.plain("1100" * (STEPS // 4)))
-    made = caching.sample(scheduler, model, noise, told(0), None, cache)
+    made = cached_sampling.sample(scheduler, model, noise, told(0), None, cache)
     assert model.rows == STEPS + STEPS // 2
     assert 0 < calibration.relative_error(made, exact) < 0.3
 
@@ -110,7 +120,7 @@ def test_other_given_frames_are_computed_anew() -> None:
     noise, source = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)), lambda: torch.zeros(SHAPE)
     edit, null, counter = torch.tensor([[0.5, 1.0]]), {"y": torch.zeros(1, 4)}, []
     cache = Cache("table", Table.plain("2" + "0" * (STEPS - 1)))
-    caching.sample(scheduler, model, noise, told(0), null, cache, counter=counter, edit=edit, source=source)
+    cached_sampling.sample(scheduler, model, noise, told(0), null, cache, counter=counter, edit=edit, source=source)
     joins = STEPS // 2  # the time at which the frame is generated, too
     assert counter == [2] + [0] * (joins - 1) + [2] + [0] * (STEPS - joins - 1)
 
@@ -129,8 +139,8 @@ def test_guidance_in_a_part_of_the_run() -> None:
 def test_effects_say_what_a_prediction_does(name: str) -> None:
     """Against runs of the whole sampler in which one prediction is changed."""
     scheduler = make_scheduler(name)
-    effects = caching.effects(scheduler, 4, {}, STEPS)
-    assert len(effects) == STEPS == caching.count_evaluations(scheduler, 4, {})
+    effects = cached_sampling.effects(scheduler, 4, {}, STEPS)
+    assert len(effects) == STEPS == cached_sampling.count_evaluations(scheduler, 4, {})
 
     def sampled(changed: int | None) -> Tensor:
         index = itertools.count()
@@ -199,7 +209,7 @@ def test_predicted_errors_are_those_of_a_model_that_ignores_the_past() -> None:
         time = (timestep / 1000)[:, None, None, None, None]
         return (y[:, :, None, None, None] * torch.sin(4 * time)).expand_as(x) + time**2
 
-    effects = caching.effects(scheduler, 4, {}, STEPS)
+    effects = cached_sampling.effects(scheduler, 4, {}, STEPS)
     profile = calibration.record(
         lambda n, cache, observe: run(scheduler, model, n, cache, observe), effects, SCALE, 0
     ).profile
@@ -218,7 +228,7 @@ def test_predicted_errors_are_those_of_a_model_that_ignores_the_past() -> None:
 @pytest.mark.parametrize("interval", [None, (0.2, 0.7)], ids=["", "interval"])
 def test_calibration_keeps_to_the_error_on_other_prompts(name: str, interval: Any) -> None:
     scheduler, model = make_scheduler(name), Model(variance=name == "iddpm")
-    effects = caching.effects(scheduler, 4, {}, STEPS)
+    effects = cached_sampling.effects(scheduler, 4, {}, STEPS)
 
     def sample(number: int, cache: Cache, observe: Any = None) -> Tensor:
         return run(scheduler, model, number, cache, observe)
@@ -258,7 +268,7 @@ def test_errors_that_grow_are_found_and_kept_out(push: float) -> None:
     def sample(number: int, cache: Cache, observe: Any = None) -> Tensor:
         return run(scheduler, model, number, cache, observe)
 
-    effects = caching.effects(scheduler, 4, {}, STEPS)
+    effects = cached_sampling.effects(scheduler, 4, {}, STEPS)
     recordings = [calibration.record(sample, effects, SCALE, number) for number in range(2)]
     gains = calibration.find_gains(sample, recordings)
     profile = calibration.mean_profile(recordings)
@@ -276,7 +286,7 @@ def test_published_rules() -> None:
     assert mag_table(30, 0.0, [0.9] * 29).cost == 60 and mag_table(30, 0.0, [1.0] * 29).cost == 36
     assert "0000" not in mag_table(60, 10.0).halves
     assert len(mag_table(100).halves) == 100
-    assert caching.polynomial((2.0, 0.0, 1.0), 3.0) == 19
+    assert cached_sampling.polynomial((2.0, 0.0, 1.0), 3.0) == 19
 
 
 def test_tea_follows_the_input_of_the_first_attention() -> None:
@@ -294,7 +304,7 @@ def test_tea_follows_the_input_of_the_first_attention() -> None:
     hook = model.spatial_blocks[0].attn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     model(x, time, torch.randn(2, 1, 5, 32), **size)
     hook.remove()
-    found = caching.first_input(model, x, time, size, {})
+    found = cached_sampling.first_input(model, x, time, size, {})
     assert torch.allclose(found.flatten(0, 1), seen[0], atol=1e-5)
 
     scheduler = make_scheduler("rflow")
@@ -303,7 +313,7 @@ def test_tea_follows_the_input_of_the_first_attention() -> None:
     for threshold in (0.0, 0.1, 0.3, 100.0):
         counter: list[int] = []
         cache = Cache("tea", threshold=threshold)
-        caching.sample(
+        cached_sampling.sample(
             scheduler, model, noise, {**cond, **size}, {"y": model.null_caption(cond["y"])}, cache, counter=counter
         )
         assert counter[0] == counter[-1] == 2 and set(counter) <= {0, 2}
@@ -358,7 +368,7 @@ def test_settings_that_make_no_sense_are_refused(more: dict[str, Any], message: 
 
 def test_a_table_has_to_be_given() -> None:
     with pytest.raises(ConfigError, match="cache_table"):
-        tuning.asked(settings_with(cache="table"))
+        step_cache.asked(settings_with(cache="table"))
 
 
 SMALL = ["--image-size", "16", "24", "--num-frames", "5", "--verbose", "0"]
@@ -380,7 +390,7 @@ def test_calibrated_generation_repeats(tmp_path: Path, monkeypatch: pytest.Monke
     assert first["settings"]["cache"] == "table"
     halves = first["settings"]["cache_table"]["halves"]
     assert len(halves) == 8 and sum(map(int, halves)) < 16
-    monkeypatch.setattr("opensora.acceleration.calibration.calibrate", None)
+    monkeypatch.setattr("opensora.acceleration.step_cache.calibration.calibrate", None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     assert replay(tmp_path / "one" / "sample_0000.mp4", tmp_path / "again").identical
     exact = tmp_path / "exact"
@@ -410,6 +420,6 @@ def test_the_benchmark_compares_all_methods(tmp_path: Path, capsys: pytest.Captu
 
 def test_psnr() -> None:
     frames = np.zeros((2, 4, 4, 3), np.uint8)
-    assert tuning.psnr(frames, frames) == float("inf")
-    assert tuning.psnr(frames + 255, frames) == 0
-    assert tuning.psnr(frames + 10, frames) == pytest.approx(28.13, abs=0.01)
+    assert step_cache.psnr(frames, frames) == float("inf")
+    assert step_cache.psnr(frames + 255, frames) == 0
+    assert step_cache.psnr(frames + 10, frames) == pytest.approx(28.13, abs=0.01)

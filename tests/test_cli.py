@@ -238,8 +238,8 @@ def test_what_holds_no_recipe(here: Path, capsys: pytest.CaptureFixture, name: s
     ("verb", "place"),
     [
         ("train", "opensora.training.diffusion.train"),
-        ("train-vae", "opensora.training.vae.train_vae"),
-        ("extract", "opensora.training.extract.extract"),
+        ("train-vae", "opensora.training.autoencoder.train_vae"),
+        ("extract", "opensora.training.feature_extraction.extract.extract"),
     ],
 )
 def test_verbs_have_the_programs_behind_them(

@@ -12,17 +12,18 @@ import pytest
 import torch
 
 import opensora
-from opensora import components, registry
+from opensora import registry
+from opensora.checkpoints import components
 from opensora.cli import main
-from opensora.conditioning import parse_mask_strategy
 from opensora.config import read_config
+from opensora.config.settings import InferenceSettings
 from opensora.datasets.aspect import get_num_frames
 from opensora.datasets.video import read_video, to_uint8, write_image, write_video
 from opensora.errors import ConfigError
-from opensora.pipeline import overlapping_frames
-from opensora.recipe import read_recipe
-from opensora.references import read_reference
-from opensora.settings import InferenceSettings
+from opensora.pipeline.mask_strategy import parse_mask_strategy
+from opensora.pipeline.pipeline import overlapping_frames
+from opensora.pipeline.recipe import read_recipe
+from opensora.pipeline.references import read_reference
 from tests.checkpoints import SAMPLE, run_script, snapshot
 
 CPU = torch.device("cpu")
@@ -115,7 +116,7 @@ BAD = [
 def test_what_cannot_be_followed_is_refused_before_any_weight_is_read(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, argv: tuple, problem: str
 ) -> None:
-    monkeypatch.setattr("opensora.components.load_weights", None)
+    monkeypatch.setattr("opensora.checkpoints.components.load_weights", None)
     assert problem in refused(capsys, *argv)
 
 
@@ -176,7 +177,7 @@ WORDS = [
 
 @pytest.mark.parametrize(("argv", "problem"), WORDS)
 def test_words_that_make_no_sense(capsys, monkeypatch, argv: tuple, problem: str) -> None:
-    monkeypatch.setattr("opensora.components.load_weights", None)
+    monkeypatch.setattr("opensora.checkpoints.components.load_weights", None)
     assert problem in refused(capsys, "--num-frames", "34", *argv)
 
 
@@ -197,7 +198,7 @@ def test_mask_strategies_have_bounds(text: str) -> None:
 @pytest.mark.parametrize("flag", ["--image", "--last-frame", "--extend", "--edit", "--reference-path"])
 @pytest.mark.parametrize("kind", ["folder", "fifo", "device", "several"])
 def test_given_files_are_regular_files(capsys, monkeypatch, flag: str, kind: str) -> None:
-    monkeypatch.setattr("opensora.components.load_weights", None)
+    monkeypatch.setattr("opensora.checkpoints.components.load_weights", None)
     name = {"device": "/dev/zero", "several": "image.png;;clip.mp4"}.get(kind, "given.png")
     if kind == "folder":
         Path(name).mkdir()

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from opensora import catalog
-from opensora.config import find_config, load_config, read_config
+from opensora.config import find_config, load_config, model_zoo, read_config
+from opensora.config.settings import InferenceSettings, SearchSettings, TrainSettings
 from opensora.errors import ConfigError
-from opensora.settings import InferenceSettings, SearchSettings, TrainSettings
 from opensora.utils.config_utils import boolean, parse_inference_args, parse_train_args
 
 SAMPLE = "configs/opensora-v1-2/inference/sample.py"
@@ -462,7 +461,7 @@ def test_trusted_configuration_that_fails(tmp_path, monkeypatch, failure):
         read_config("c.py", trust=True)
 
 
-@pytest.mark.parametrize("entry", catalog.MODELS, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", model_zoo.MODELS, ids=lambda entry: entry.name)
 def test_every_name_that_models_prints_is_a_configuration(entry, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config, path = load_config(entry.name)

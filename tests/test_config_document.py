@@ -11,8 +11,8 @@ import pytest
 from opensora.config import document, find_config, read_config
 from opensora.config.fields import kinds
 from opensora.config.legacy import LEGACY, OF_NO_EFFECT
-from opensora.schema import check
-from opensora.settings import ExtractSettings, InferenceSettings, SearchSettings, TrainSettings
+from opensora.config.schema import check
+from opensora.config.settings import ExtractSettings, InferenceSettings, SearchSettings, TrainSettings
 
 TEXT = document.DOCUMENT.read_text(encoding="utf-8")
 ROOT = document.DOCUMENT.parents[1]

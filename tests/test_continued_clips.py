@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from opensora.datasets.clips import MOTIONS, make_clip, make_continued_clip
-from opensora.datasets.measure import measure
-from opensora.datasets.shape_clips import shape_clips
+from opensora.datasets.synthetic.dataset import shape_clips
+from opensora.datasets.synthetic.measure import measure
+from opensora.datasets.synthetic.render import MOTIONS, make_clip, make_continued_clip
 from opensora.errors import ConfigError
+from opensora.training.data.batch import Examples
 from opensora.training.diffusion import DiffusionLoss
-from opensora.training.examples import Examples
 from opensora.training.masks import MaskRatios
 
 SIZES = ((64, 64), (48, 80), (80, 48))

@@ -12,13 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from opensora import catalog, components, weights
+from opensora.acceleration.model_parts import kept_in_float32
+from opensora.checkpoints import components, save
+from opensora.checkpoints.convert import convert
+from opensora.checkpoints.fit import load_weights
+from opensora.checkpoints.key_mapping import POSITIONS
+from opensora.checkpoints.read import read_state_dict
+from opensora.checkpoints.save import save_file, save_pretrained
+from opensora.checkpoints.summary import content_hash
 from opensora.cli import main
-from opensora.config import find_config
-from opensora.convert import convert
+from opensora.config import find_config, model_zoo
 from opensora.errors import ConfigError, WeightsError
-from opensora.weight_rules import POSITIONS
-from opensora.weights import content_hash, kept_in_float32, read_state_dict, save_file, save_pretrained
 from tests.checkpoints import tree
 from tests.tiny import make_tiny_stdit3, make_tiny_vae
 from tests.zoo import SMALL, dit, latte, make_vae, pixart, stdit, stdit2
@@ -128,7 +132,7 @@ class TestLayouts:
         size = {"input_size": (1, 8, 8)}
         for path, known in ((source, section), (tmp_path / "ours", {"type": section["type"]})):
             path_model = components.build(known, path, size, size)
-            loaded = weights.load_weights(path_model, path)
+            loaded = load_weights(path_model, path)
             if path == source:
                 expected = path_model.state_dict()
                 assert loaded.dropped == summary.dropped and loaded.renamed == summary.renamed
@@ -221,7 +225,7 @@ class TestDestination:
             raise failure
 
         before = tree(tmp_path)
-        monkeypatch.setattr(weights.save, "save_safetensors", fail)
+        monkeypatch.setattr(save, "save_safetensors", fail)
         monkeypatch.setattr(torch, "save", fail)
         assert main(["convert", str(model), str(tmp_path / name), "--to", to]) in (1, 130)
         assert tree(tmp_path) == before
@@ -285,7 +289,7 @@ def test_damaged_files_are_refused(
     assert not Path("out.safetensors").exists() and not Path("ran").exists()
     model = components.build(dict(type="PixArt", **SMALL, **TEXT), None)
     with pytest.raises(WeightsError) as caught:
-        weights.load_weights(model, source)
+        load_weights(model, source)
     assert DAMAGE[kind].strip() in str(caught.value)
 
 
@@ -317,5 +321,5 @@ def test_models_are_listed_at_once() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     table, heavy, seconds = done.stdout.rsplit("\n", 3)[:3]
-    assert (table, heavy) == (catalog.table(), "HEAVY []"), done.stderr
+    assert (table, heavy) == (model_zoo.table(), "HEAVY []"), done.stderr
     assert float(seconds) < 1.5  # of processor time

@@ -13,9 +13,9 @@ from PIL import Image
 
 from opensora.datasets import video as media
 from opensora.datasets.datasets import VideoTextDataset
+from opensora.datasets.make_table import make_table, read_row
 from opensora.errors import MediaError
-from opensora.references import References, read_reference
-from opensora.video_table import make_table, read_row
+from opensora.pipeline.references import References, read_reference
 
 check_references = References((16, 24)).check
 CASES = Path(__file__).parent / "cases" / "media"

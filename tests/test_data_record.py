@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from opensora.datasets.table import read_table
-from opensora.training.data_record import FILE, DataRecord, cells_of, read_record, record_of_table
+from opensora.training.data.data_record import FILE, DataRecord, cells_of, read_record, record_of_table
 
 ROWS = [("a.mp4", "one", 20), ("b.mp4", "two", 30), ("c.mp4", "three", 40)]
 

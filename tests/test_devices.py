@@ -23,8 +23,8 @@ PROGRAM = """
 import json, sys
 import tests.fake_torch_gcu as fake
 sys.modules["torch_gcu"] = fake
-import benchmark_open_sora, demo_open_sora, opensora.benchmark
-opensora.benchmark.peak_flops = lambda device, dtype: 1e12  # a trial for a large device takes a host too long
+import benchmark_open_sora, demo_open_sora, opensora.pipeline.benchmark
+opensora.pipeline.benchmark.peak_flops = lambda device, dtype: 1e12  # a trial for a large device takes a host too long
 folder, device = sys.argv[1], sys.argv[2]
 common = ["--device", device, "--image-size", "16", "24", "--num-frames", "5", "--num-sampling-steps", "2"]
 common += ["--dtype", "fp32", "--verbose", "0", "--save-dir", folder, "--prompt", "a red circle"]
@@ -34,7 +34,7 @@ assert benchmark_open_sora.main([*common, *report]) == 0
 
 import torch
 from opensora.acceleration.device import pick_device
-from opensora.settings import TrainSettings
+from opensora.config.settings import TrainSettings
 from opensora.training.trainer import Trainer
 
 class Event:

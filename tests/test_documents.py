@@ -23,12 +23,13 @@ from typing import NamedTuple
 
 import pytest
 
-from opensora import catalog, cli, components, registry
-from opensora.config import read_config
-from opensora.datasets.clips import make_clip
+from opensora import cli, registry
+from opensora.checkpoints import components
+from opensora.config import model_zoo, read_config
+from opensora.config.settings import InferenceSettings, TrainSettings, check_trainable
+from opensora.datasets.synthetic.render import make_clip
 from opensora.datasets.video import write_image, write_video
-from opensora.pipeline import VideoPipeline
-from opensora.settings import InferenceSettings, TrainSettings, check_trainable
+from opensora.pipeline.pipeline import VideoPipeline
 from tests import zoo
 from tests.checkpoints import use_cache
 from tests.tiny import make_tiny_t5, make_tiny_vae
@@ -330,7 +331,9 @@ def here(prepared: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(registry, "VARIANTS", large)
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("opensora.refine.refine_texts", lambda texts, where: {text: text for text in texts})
+    monkeypatch.setattr(
+        "opensora.pipeline.prompt_refiner.refine_texts", lambda texts, where: {text: text for text in texts}
+    )
     return folder
 
 
@@ -355,7 +358,7 @@ def test_is_understood_as_it_stands(command: list[str], here: Path, monkeypatch:
     name, arguments = program_of(command)
     monkeypatch.setattr("opensora.cli.generate", check_request)
     monkeypatch.setattr("opensora.training.diffusion.train", check_training)
-    monkeypatch.setattr("opensora.training.vae.train_vae", check_training)
+    monkeypatch.setattr("opensora.training.autoencoder.train_vae", check_training)
     Path("my-videos.csv").touch()  # what a command before this one writes
     programs = ("scripts/inference.py", "scripts/inference-long.py", "scripts/train.py", "scripts/train_vae.py")
     name = name.removeprefix("torchrun ")
@@ -469,7 +472,7 @@ def test_environments_are_made_as_ci_makes_them() -> None:
 def test_models_of_the_readme_are_those_of_the_program() -> None:
     text = (ROOT / "README.md").read_text("utf-8")
     rows = [tuple(cell.strip(" `") for cell in line.strip("|").split("|")) for line in re.findall(r"^\|.*", text, re.M)]
-    listed = [re.split(r"  +", line) for line in catalog.table().split("\n\n")[0].splitlines()]
+    listed = [re.split(r"  +", line) for line in model_zoo.table().split("\n\n")[0].splitlines()]
     assert len(listed) > 10
     assert [row for row in listed if tuple(row) not in rows] == []
 

@@ -12,18 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from opensora import draft
+from opensora.checkpoints.read import read_metadata, read_state_dict
+from opensora.checkpoints.summary import content_hash
 from opensora.cli import main
 from opensora.datasets.video import read_image, read_video, write_image, write_video
 from opensora.errors import WeightsError
-from opensora.noise import noise_generator
-from opensora.recipe import read_recipe
+from opensora.pipeline import draft
+from opensora.pipeline.noise import noise_generator
+from opensora.pipeline.recipe import read_recipe
 from opensora.schedulers.common import Pause
 from opensora.schedulers.dpms import DPM_SOLVER
 from opensora.schedulers.iddpm import IDDPM
 from opensora.schedulers.iddpm_speed import IDDPM_SPEED
 from opensora.schedulers.rf import RFLOW
-from opensora.weights import content_hash, read_metadata, read_state_dict
 from tests.checkpoints import SAMPLE, run_script, snapshot, tree
 
 CPU = torch.device("cpu")
@@ -366,11 +367,13 @@ def test_nothing_is_unpickled_and_a_draft_is_one_whole_file(drafted: Path, monke
     monkeypatch.setattr(torch, "load", lambda *_args, **_options: pytest.fail("unpickles"))
     found = draft.load(drafted)
     assert found.pause.done == 2 and content_hash(found.pause.tensors)
-    monkeypatch.setattr("opensora.weights.save.save_safetensors", lambda *_args, **_options: 1 / 0)
+    monkeypatch.setattr("opensora.checkpoints.save.save_safetensors", lambda *_args, **_options: 1 / 0)
     before = tree(Path("out"))
     with pytest.raises(ZeroDivisionError):
         draft.save(Path("out/new.safetensors"), "new", found.recipe, found.pause, 6, "cpu")
     assert tree(Path("out")) == before
-    monkeypatch.setattr("opensora.weights.save.save_safetensors", lambda *_args, **_options: Path("/missing/x").touch())
+    monkeypatch.setattr(
+        "opensora.checkpoints.save.save_safetensors", lambda *_args, **_options: Path("/missing/x").touch()
+    )
     with pytest.raises(WeightsError, match="cannot be written"):
         draft.save(Path("out/new.safetensors"), "new", found.recipe, found.pause, 6, "cpu")

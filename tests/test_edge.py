@@ -15,8 +15,8 @@ import pytest
 
 from opensora import cli
 from opensora.cli.program import run_program
+from opensora.distributed.ranks import ranks, world_size
 from opensora.errors import ConfigError, MediaError, WeightsError
-from opensora.ranks import ranks, world_size
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = ["a\x1b[2Jb", "a\rb", "a\x07\x08b", "a\x9b31mb", "a\u202eb", "a\nerror: b", "a\udcffb", "a\x00b"]
@@ -135,7 +135,7 @@ def test_names_of_tensors_may_be_shown(capsys: pytest.CaptureFixture, tmp_path: 
 
 @pytest.mark.parametrize("reason", ["bad\x1b[2J thing", "\x9b31m", "a\x08\x07b", "\x1b]0;title\x07"])
 def test_the_status_line_of_a_server_may_be_shown(capsys: pytest.CaptureFixture, reason: str) -> None:
-    from opensora.references import fetch
+    from opensora.pipeline.references import fetch
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
 

@@ -26,9 +26,9 @@ from opensora.datasets.encoded import (
 )
 from opensora.datasets.samplers import BucketBatchSampler
 from opensora.errors import ConfigError
-from opensora.training.data_record import record_of_features
-from opensora.training.encoded import refuse_stale
-from opensora.training.extract import extract
+from opensora.training.data.data_record import record_of_features
+from opensora.training.data.encoded import refuse_stale
+from opensora.training.feature_extraction.extract import extract
 from tests.features import BUCKETS, TextEncoder, Vae, make_rows, settings, use, write_rows
 
 SEED = 7

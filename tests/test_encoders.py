@@ -13,20 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from opensora import components
+from opensora.checkpoints import components
+from opensora.checkpoints.fit import load_weights
+from opensora.checkpoints.key_mapping import Drop, Rename
+from opensora.checkpoints.save import save_pretrained
 from opensora.errors import ConfigError, WeightsError
 from opensora.models.text_encoder.classes import ClassIds
-from opensora.models.text_encoder.clip import (
-    CLIP_DROPPED,
-    CLIP_RENAMED,
-    CLIPEncoder,
-    load_clip_tokenizer,
-    make_clip,
-)
+from opensora.models.text_encoder.clip import CLIP_DROPPED, CLIP_RENAMED, CLIPEncoder, load_clip_tokenizer, make_clip
 from opensora.models.vae.vae import FRAMES_RENAMED, FrameAutoencoder, VideoAutoencoderKL, VideoAutoencoderPipeline
 from opensora.models.vae.vae_svd import VideoAutoencoderKLTemporalDecoder
-from opensora.weight_rules import Drop, Rename
-from opensora.weights import load_weights, save_pretrained
 
 SCALE = 0.18215
 SHAPES: dict[type[FrameAutoencoder], dict[str, Any]] = {

@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opensora import components
+from opensora.checkpoints import components
+from opensora.config.settings import TrainSettings
 from opensora.errors import WeightsError
 from opensora.models.stdit.stdit3 import STDiT3
-from opensora.settings import TrainSettings
-from opensora.training.export import export
+from opensora.training.checkpoint.export import export
 from opensora.training.trainer import Trainer
 from tests.test_resume import write_config
 from tests.tiny import TINY_STDIT3, TINY_VAE, make_tiny_stdit3, make_tiny_t5, make_tiny_vae

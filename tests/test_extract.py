@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opensora import components
+from opensora.checkpoints import components
 from opensora.datasets.datasets import VariableVideoTextDataset, VideoTextDataset, to_levels
 from opensora.errors import ConfigError, MediaError
-from opensora.training import extract as module
-from opensora.training.extract import ExtractSettings, extract
+from opensora.training.feature_extraction import extract as module
+from opensora.training.feature_extraction.extract import ExtractSettings, extract
 from tests import ranks
 from tests.features import BUCKETS, TextEncoder, Vae, contents, make_rows, settings, use, write_rows
 

@@ -12,14 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opensora import cli, components, weights
+from opensora import cli
 from opensora.acceleration import device as device_module
-from opensora.acceleration import eight_bits, layout, linear
+from opensora.acceleration import quantization
 from opensora.acceleration.device import place, use_attention
-from opensora.acceleration.eight_bits import KINDS, EightBitLinear, quantize
-from opensora.acceleration.layout import channels_last, outputs_last
-from opensora.acceleration.linear import OneDnnLinear, use_onednn
-from opensora.acceleration.upsample import Doubled
+from opensora.acceleration.kernels import layout, linear
+from opensora.acceleration.kernels.layout import channels_last, outputs_last
+from opensora.acceleration.kernels.linear import OneDnnLinear, use_onednn
+from opensora.acceleration.kernels.upsample import Doubled
+from opensora.acceleration.quantization import KINDS, EightBitLinear, quantize
+from opensora.checkpoints import components
+from opensora.checkpoints.fit import load_weights
 from opensora.datasets.video import read_video
 from opensora.errors import ConfigError
 from opensora.models.layers import attention as attention_module
@@ -27,9 +30,9 @@ from opensora.models.layers.attention import Kernels, SelfAttention, attention, 
 from opensora.models.layers.embeddings import Mlp
 from opensora.models.vae.vae import VideoAutoencoderPipeline
 from opensora.models.vae.vae_temporal import CausalConv3d
-from opensora.replay import replay
+from opensora.pipeline.replay import replay
+from opensora.pipeline.step_cache import psnr
 from opensora.schedulers.rf import RFLOW
-from opensora.tuning import psnr
 from tests.test_plain import error, inputs, models
 from tests.tiny import TINY_VAE, make_tiny_vae
 
@@ -397,13 +400,13 @@ def test_a_device_without_such_products_says_so(monkeypatch):
         raise NotImplementedError("no such kernel")
 
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match=r"cannot multiply in fp8 \(no such kernel\)"):
-        patch.setattr(eight_bits.Fp8Linear, "round", missing)  # it lacks the type itself
-        eight_bits.check("fp8", CPU, torch.float32)
+        patch.setattr(quantization.Fp8Linear, "round", missing)  # it lacks the type itself
+        quantization.check("fp8", CPU, torch.float32)
     monkeypatch.setattr(torch, "_scaled_mm", missing)
     with pytest.raises(ConfigError, match=r"cannot multiply in fp8 \(no such kernel\); use --linear exact or --linear"):
-        eight_bits.check("fp8", CPU, torch.float32)
-    eight_bits.check("int8", CPU, torch.float32)
-    eight_bits.check("exact", CPU, torch.float32)
+        quantization.check("fp8", CPU, torch.float32)
+    quantization.check("int8", CPU, torch.float32)
+    quantization.check("exact", CPU, torch.float32)
 
 
 @pytest.mark.skipif(not hasattr(torch.nn.attention, "list_flash_attention_impls"), reason="an older PyTorch")
@@ -437,7 +440,7 @@ def test_an_autoencoder_lets_go_of_its_file(tmp_path):
 
     section = {"type": "VideoAutoencoderPipeline", "from_pretrained": str(tmp_path / "vae")}
     built = components.build(section, tmp_path / "vae")
-    weights.load_weights(built, tmp_path / "vae", dtype=torch.float32)
+    load_weights(built, tmp_path / "vae", dtype=torch.float32)
     assert mapped(), "else this test says nothing"
     before = {name: tensor.clone() for name, tensor in built.state_dict().items()}
     place(built.eval().requires_grad_(False), CPU)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from opensora.errors import ConfigError, WeightsError
-from opensora.training import features
-from opensora.training.features import encode_once
+from opensora.training.feature_extraction import clips
+from opensora.training.feature_extraction.clips import encode_once
 
 IDENTITY = {"clips": {"frames": 17, "image_size": (32, 32)}, "vae": "abc", "text_encoder": "def"}
 
@@ -37,7 +37,7 @@ class Encoder:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "SHARD", 4)
+    monkeypatch.setattr(clips, "SHARD", 4)
 
 
 def test_clips_in_order_and_encoded_once(tmp_path: Path) -> None:

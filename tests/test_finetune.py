@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from opensora import registry
-from opensora.acceleration.parallel import Layout
 from opensora.config import find_config, read_config
-from opensora.datasets.clips import make_clip
+from opensora.config.settings import TrainSettings
+from opensora.datasets.make_table import make_table
+from opensora.datasets.synthetic.render import make_clip
 from opensora.datasets.video import write_video
-from opensora.settings import TrainSettings
+from opensora.distributed.fsdp import Layout
 from opensora.training.diffusion import build_model, make_data
 from opensora.training.trainer import step_generator
-from opensora.video_table import make_table
 
 CLIPS = 6
 

@@ -15,7 +15,7 @@ from opensora import cli
 from opensora.cli.flags import GROUPS, add_flags, flags_of, group_of, option_of
 from opensora.cli.parser import PUBLISHED, Parser
 from opensora.cli.verbs import VERBS
-from opensora.settings import InferenceSettings, TrainSettings, setting
+from opensora.config.settings import InferenceSettings, TrainSettings, setting
 from opensora.utils.config_utils import inference_parser, parse_inference_args, training_parser
 
 ROOT = Path(__file__).parents[1]

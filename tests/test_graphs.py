@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from opensora.acceleration import cuda_graphs
 from opensora.acceleration import device as devices
-from opensora.acceleration import graphs
-from opensora.acceleration.graphs import MOST, Recorded
+from opensora.acceleration.cuda_graphs import MOST, Recorded
 from opensora.cli import main
 from opensora.errors import ConfigError
 from opensora.schedulers.rf import RFLOW
@@ -53,7 +53,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
         made.append(tape)
         return tape.replay, out
 
-    for module in (devices, graphs):
+    for module in (devices, cuda_graphs):
         monkeypatch.setattr(module, "record", record)
     return made
 
@@ -96,7 +96,7 @@ def test_what_cannot_be_recorded_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse(*_: Any) -> None:
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    monkeypatch.setattr(graphs, "record", refuse)
+    monkeypatch.setattr(cuda_graphs, "record", refuse)
     recorded = Recorded(lambda x, timestep: x)
     recorded(torch.ones(1), torch.ones(1))
     with pytest.raises(ConfigError, match=r"cannot be recorded here \(operation not permitted when stream is capt"):

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opensora.acceleration.checkpointing import checkpoint_blocks
+from opensora.acceleration.activation_checkpointing import checkpoint_blocks
+from opensora.config.settings import TrainSettings
 from opensora.errors import ConfigError, OpenSoraError
 from opensora.models.sizes import size_conditioning
 from opensora.models.stdit.stdit3 import STDiT3
 from opensora.schedulers.rf import RFLOW
-from opensora.settings import TrainSettings
-from opensora.training.guard import ENOUGH, OVERFLOWS, Guard
+from opensora.training.bad_step_guard import ENOUGH, OVERFLOWS, Guard
 from tests.ranks import run
 from tests.tiny import TINY_STDIT3
 
@@ -348,7 +348,7 @@ def test_resumed_guard_judges_as_the_one_before():
 
 def on_two_ranks() -> list[Any]:
     """The answers and what is told on a rank whose neighbour alone has a bad sample; then a broken weight of all."""
-    from opensora.acceleration.parallel import clip_grad_norm, shard, start
+    from opensora.distributed.fsdp import clip_grad_norm, shard, start
 
     layout = start(torch.device("cpu"))
     torch.manual_seed(0)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opensora.acceleration import caching, sequence
-from opensora.acceleration.caching import Cache, Table
-from opensora.acceleration.parallel import Layout, start
-from opensora.acceleration.sequence import check_guidance_ranks, guidance_parallel
+from opensora.acceleration.step_cache import cached_sampling
+from opensora.acceleration.step_cache.cached_sampling import Cache, Table
+from opensora.distributed import sequence_parallel
+from opensora.distributed.fsdp import Layout, start
+from opensora.distributed.sequence_parallel import check_guidance_ranks, guidance_parallel
 from opensora.errors import ConfigError
 from opensora.schedulers.iddpm import IDDPM
 from opensora.schedulers.rf import RFLOW
@@ -52,7 +53,7 @@ def sample(
     options = {"edit": edit, "source": [torch.Generator().manual_seed(5)]}
     with torch.no_grad():
         null = None if scale == 1 else {"y": model.null_caption(cond["y"])}
-        return caching.sample(scheduler, model, noise, cond, null, cache or Cache(), **options)
+        return cached_sampling.sample(scheduler, model, noise, cond, null, cache or Cache(), **options)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -89,7 +90,7 @@ def test_latents_are_those_of_one_rank(alone, ranks, hows):
 def counted() -> Iterator[dict[str, list[int]]]:
     """The rows of each pass through the first block, and how many ranks each exchange has."""
     found: dict[str, list[int]] = {"rows": [], "exchanges": []}
-    enter, exchange = sequence._Split.enter, sequence._Exchange.forward
+    enter, exchange = sequence_parallel._Split.enter, sequence_parallel._Exchange.forward
 
     def entered(self: Any, module: nn.Module, args: tuple[Any, ...]) -> Any:
         found["rows"].append(len(args[0]))
@@ -99,11 +100,11 @@ def counted() -> Iterator[dict[str, list[int]]]:
         found["exchanges"].append(len(x))
         return exchange(ctx, x, group)
 
-    sequence._Split.enter, sequence._Exchange.forward = entered, staticmethod(exchanged)
+    sequence_parallel._Split.enter, sequence_parallel._Exchange.forward = entered, staticmethod(exchanged)
     try:
         yield found
     finally:
-        sequence._Split.enter, sequence._Exchange.forward = enter, exchange
+        sequence_parallel._Split.enter, sequence_parallel._Exchange.forward = enter, exchange
 
 
 def what_is_computed() -> dict[str, Any]:

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from opensora.acceleration import attention as host
-from opensora.acceleration import gradients
-from opensora.acceleration.attention import Folded, HostCrossAttention, use_host_attention
-from opensora.acceleration.eight_bits import quantize
+from opensora.acceleration.kernels import attention as host
+from opensora.acceleration.kernels import gradients
+from opensora.acceleration.kernels.attention import Folded, HostCrossAttention, use_host_attention
+from opensora.acceleration.quantization import quantize
 from opensora.models.layers import attention as plain
 from opensora.models.layers.attention import CrossAttention, SelfAttention, rotation_table
 from opensora.schedulers.rf import RFLOW

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opensora.acceleration import modulation as host
+from opensora.acceleration.kernels import modulation as host
 from opensora.models.layers import blocks as plain
 from tests.test_plain import error, inputs, models
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from opensora.checkpoints.hub import checkpoint_files, locate, read_config_json
 from opensora.errors import WeightsError
-from opensora.hub import checkpoint_files, locate, read_config_json
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -23,7 +23,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty hub cache of which nothing outside is asked."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("opensora.hub._unreachable", lambda repo: "cannot be reached (test)")
+    monkeypatch.setattr("opensora.checkpoints.hub._unreachable", lambda repo: "cannot be reached (test)")
     return tmp_path / "cache"
 
 
@@ -109,7 +109,7 @@ def test_unreachable_hub_fails_within_seconds(tmp_path: Path, hangs: bool) -> No
         if hangs:
             server.listen()
         code = (
-            "import opensora.hub as hub, opensora.errors as errors\n"
+            "import opensora.checkpoints.hub as hub, opensora.errors as errors\n"
             "hub._TIMEOUT = 1.0\n"
             "try:\n    hub.locate('org/name', what='STDiT3 weights')\n"
             "except errors.WeightsError as error:\n    print(error)\n"
@@ -138,7 +138,7 @@ def test_download_follows_a_missing_cache(cache: Path, monkeypatch: pytest.Monke
         return str(fill(cache, repo, "pytorch_model.bin") if "*.bin" in allow_patterns else cache)
 
     cache.mkdir()
-    monkeypatch.setattr("opensora.hub._unreachable", lambda repo: None)
+    monkeypatch.setattr("opensora.checkpoints.hub._unreachable", lambda repo: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert locate("org/name").name == COMMIT
     assert [local for local, _ in asked] == [True, True, False, False]
@@ -149,7 +149,7 @@ def test_failed_download_is_one_line(cache: Path, monkeypatch: pytest.MonkeyPatc
     def download(repo: str, *, local_files_only: bool, **_: object) -> str:
         raise FileNotFoundError if local_files_only else RuntimeError("connection\nlost")
 
-    monkeypatch.setattr("opensora.hub._unreachable", lambda repo: None)
+    monkeypatch.setattr("opensora.checkpoints.hub._unreachable", lambda repo: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(WeightsError, match=r"download of 'org/name' failed \(RuntimeError: connection lost\)"):
         locate("org/name")

@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from opensora import components
+from opensora.checkpoints import components
+from opensora.checkpoints.convert import convert
+from opensora.checkpoints.hub import EMBEDDED, locate
+from opensora.checkpoints.published import PUBLISHED, published
+from opensora.checkpoints.read import read_state_dict
+from opensora.checkpoints.save import save_file
+from opensora.checkpoints.summary import inspect
 from opensora.cli import main
 from opensora.config import read_config
-from opensora.convert import convert
+from opensora.config.settings import TrainSettings
 from opensora.errors import WeightsError
-from opensora.hub import EMBEDDED, locate
-from opensora.published import PUBLISHED, published
-from opensora.settings import TrainSettings
-from opensora.weights import inspect, read_state_dict, save_file
 from tests.hub_server import COMMIT, StandIn, hub_server
 from tests.tiny import TINY_VAE, make_tiny_stdit3
 
@@ -81,7 +83,7 @@ def test_sections_say_where_and_whether(hub: StandIn, tmp_path: Path, what: str,
 
 
 def test_parts_of_an_autoencoder_say_where_and_whether(hub: StandIn, tmp_path: Path) -> None:
-    from opensora.training.vae import _build
+    from opensora.training.autoencoder import _build
 
     where = {"from_pretrained": REPO, "subfolder": "vae", "local_files_only": True}
     for name in ("vae_2d", "vae_temporal"):
@@ -93,7 +95,7 @@ def test_parts_of_an_autoencoder_say_where_and_whether(hub: StandIn, tmp_path: P
 
 
 def test_parts_of_an_autoencoder_start_from_the_weights_they_name(tmp_path: Path) -> None:
-    from opensora.training.vae import _build
+    from opensora.training.autoencoder import _build
 
     trained = _build({"type": "VideoAutoencoderPipeline", **TINY_VAE}, offline=True)
     for name, part in (("vae_2d", trained.spatial_vae), ("vae_temporal", trained.temporal_vae)):

@@ -18,17 +18,19 @@ import pytest
 import torch
 
 import opensora
-from opensora import pipeline
+from opensora.checkpoints.read import read_state_dict
+from opensora.checkpoints.save import save_file, save_pretrained
+from opensora.checkpoints.summary import summarize
+from opensora.checkpoints.tokenizer import tokenizer_hash
 from opensora.cli import main
 from opensora.config import find_config, read_config
+from opensora.config.settings import InferenceSettings
 from opensora.datasets.video import read_image, read_video
 from opensora.errors import ConfigError, WeightsError
 from opensora.models.text_encoder.t5 import T5Encoder
-from opensora.pipeline import VideoPipeline
-from opensora.recipe import frames_digest, read_recipe
-from opensora.settings import InferenceSettings
-from opensora.weights import read_state_dict, save_file, save_pretrained, summarize
-from opensora.weights.tokenizer import tokenizer_hash
+from opensora.pipeline import pipeline
+from opensora.pipeline.pipeline import VideoPipeline
+from opensora.pipeline.recipe import frames_digest, read_recipe
 from tests.checkpoints import SAMPLE, SCRIPT, run_script, snapshot
 from tests.tiny import make_tiny_stdit3, make_tiny_t5
 
@@ -212,7 +214,7 @@ def test_prompt_as_path_keeps_what_exists(here, capsys, monkeypatch):
     assert capsys.readouterr().out == "out/b.mp4\n"
     assert (here / "out/a.mp4").read_bytes() == b"kept"
 
-    monkeypatch.setattr("opensora.components.build_text_encoder", None)
+    monkeypatch.setattr("opensora.checkpoints.components.build_text_encoder", None)
     assert run_script(*argv, "a", "b") == 0
     assert capsys.readouterr().out == ""
 

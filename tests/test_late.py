@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opensora.acceleration.checkpointing import checkpoint_blocks
+from opensora.acceleration.activation_checkpointing import checkpoint_blocks
 from opensora.acceleration.device import pick_device
-from opensora.acceleration.parallel import start
-from opensora.acceleration.parallelize import parallelize
+from opensora.config.settings import TrainSettings
+from opensora.distributed.fsdp import start
+from opensora.distributed.parallelize import parallelize
 from opensora.errors import OpenSoraError
-from opensora.settings import TrainSettings
-from opensora.training import guard as guards
-from opensora.training.data import Feed, Numbered
+from opensora.training import bad_step_guard as guards
+from opensora.training.data.loader import Feed, Numbered
 from opensora.training.trainer import Trainer
 from tests.ranks import run
 from tests.test_sequence import BATCH, full, loss_of, make

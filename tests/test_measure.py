@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opensora.datasets.clips import make_clip
-from opensora.datasets.measure import Measured, measure
+from opensora.datasets.synthetic.measure import Measured, measure
+from opensora.datasets.synthetic.render import make_clip
 from opensora.datasets.video import read_video, write_video
 
 ATTRIBUTES = ("shape", "colour", "motion", "background")

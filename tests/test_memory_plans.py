@@ -17,18 +17,20 @@ import torch
 from torch import nn
 
 from benchmarks import memory
-from opensora import cli, components, estimate
+from opensora import cli
 from opensora.acceleration import memory_plan
 from opensora.acceleration.device import place
-from opensora.acceleration.eight_bits import quantize
 from opensora.acceleration.memory_plan import BALANCED, FAST, LOW, PLANS, Guest, Weights, arranged, by_layers
+from opensora.acceleration.quantization import quantize
+from opensora.checkpoints import components
 from opensora.config import find_config, read_config
+from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError
 from opensora.models.vae.vae import VideoAutoencoderKL, VideoAutoencoderPipeline
-from opensora.pipeline import VideoPipeline
-from opensora.plan import cheaper, make_plan
-from opensora.settings import InferenceSettings
-from opensora.stages import Needs
+from opensora.pipeline.pipeline import VideoPipeline
+from opensora.pipeline.plan import cheaper, make_plan
+from opensora.pipeline.stage_costs import Needs
+from opensora.profiling import cost_model
 from tests import zoo
 from tests.test_plain import error, inputs, models, randomize
 from tests.tiny import TINY_VAE, make_tiny_stdit3, make_tiny_t5
@@ -135,7 +137,7 @@ import tests.fake_torch_gcu as fake
 sys.modules["torch_gcu"] = fake
 from opensora.acceleration.memory_plan import Guest
 from opensora import cli
-from opensora.pipeline import VideoPipeline
+from opensora.pipeline.pipeline import VideoPipeline
 visits, enter = [], Guest.enter
 Guest.enter = lambda self, module, *_: visits.append(type(module).__name__) or enter(self, module)
 for plan in ("fast", "low"):
@@ -227,8 +229,8 @@ def test_the_work_is_counted_where_it_is_done(parts, monkeypatch):
     found = []
     for plan in (BALANCED, LOW):
         with arranged(fast, plan), torch.no_grad():
-            counter = estimate._Counter(True)
-            with counter, estimate._FusedAttention(counter):
+            counter = cost_model._Counter(True)
+            with counter, cost_model._FusedAttention(counter):
                 fast(**told)
         found.append(counter.peak)
     assert found[1] < 0.6 * found[0]
@@ -251,7 +253,7 @@ def test_decoding_holds_one_piece_at_a_time(parts, monkeypatch):
     path = parts["VideoAutoencoderKL"]
     vae = components.build({"type": "VideoAutoencoderKL", "from_pretrained": str(path)}, path)
     whole, pieces = (
-        [estimate.decoding(vae, (frames, 512, 512), torch.float32, META, streamed).peak for frames in (4, 16)]
+        [cost_model.decoding(vae, (frames, 512, 512), torch.float32, META, streamed).peak for frames in (4, 16)]
         for streamed in (False, True)
     )
     frame = 4 * 3 * 512 * 512
@@ -313,7 +315,7 @@ def test_the_fastest_plan_that_fits_is_taken(parts, monkeypatch):
     cases = [(plan, need[plan], plan) for plan in PLANS]
     cases += [(LOW, need[BALANCED] - 1, LOW), (BALANCED, need[FAST] - 1, BALANCED), (LOW, 1, LOW), (FAST, None, FAST)]
     for expected, free, _ in cases:
-        monkeypatch.setattr(estimate, "available", lambda device, free=free: free)
+        monkeypatch.setattr(cost_model, "available", lambda device, free=free: free)
         plan = make_plan(settings)
         assert plan.pipeline.memory == expected
         assert f"memory plan: {expected.name}" in str(plan).splitlines()
@@ -322,7 +324,7 @@ def test_the_fastest_plan_that_fits_is_taken(parts, monkeypatch):
 
 def test_generation_takes_what_the_plan_says(parts, monkeypatch):
     settings = settings_for(parts)
-    monkeypatch.setattr(estimate, "available", lambda device: 20)
+    monkeypatch.setattr(cost_model, "available", lambda device: 20)
     monkeypatch.setattr(Needs, "peak", lambda self, plan: {FAST: 30, BALANCED: 20, LOW: 10}[plan])
     pipeline = VideoPipeline(settings)
     (output,) = pipeline.generate()
@@ -346,10 +348,10 @@ def test_a_cheaper_plan_is_named_before_a_smaller_size(parts, monkeypatch):
     plan = make_plan(large(parts, memory="fast"))
     need = {one: plan.needs.peak(one) for one in PLANS}
     for free, found in ((need[BALANCED], "--memory balanced"), (need[LOW], "--memory low")):
-        monkeypatch.setattr(estimate, "available", lambda device, free=free: free)
+        monkeypatch.setattr(cost_model, "available", lambda device, free=free: free)
         assert cheaper(plan) == found
         assert f"it does not fit; this does: {found}" in str(plan)
-    monkeypatch.setattr(estimate, "available", lambda device: need[LOW] - 1)
+    monkeypatch.setattr(cost_model, "available", lambda device: need[LOW] - 1)
     assert not (cheaper(plan) or "").startswith("--memory")
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opensora.datasets.shape_clips import MixedClips, shape_clips
+from opensora.config.settings import TrainSettings
+from opensora.datasets.synthetic.dataset import MixedClips, shape_clips
 from opensora.errors import ConfigError
-from opensora.settings import TrainSettings
+from opensora.training.autoencoder import PIXEL_FRAMES, _mixed, in_a_row, train_vae
 from opensora.training.diffusion import end_in_image, train
-from opensora.training.vae import PIXEL_FRAMES, _mixed, in_a_row, train_vae
 from tests.tiny import TINY_STDIT3, TINY_VAE, make_tiny_t5, make_tiny_vae
 
 SIZES = [(17, 16, 24, 0.5), (34, 16, 24, 0.3), (1, 24, 16, 0.2)]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from opensora.noise import initial_noise, noise_generator
+from opensora.pipeline.noise import initial_noise, noise_generator
 
 SHAPE = (4, 5, 6, 7)
 

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opensora import files, outputs
+from opensora import files
+from opensora.config.settings import InferenceSettings
 from opensora.datasets.video import read_image
 from opensora.errors import ConfigError, MediaError, WeightsError
 from opensora.files import adding, replacing
-from opensora.outputs import Outputs
-from opensora.recipe import make_recipe, read_recipe
-from opensora.request import Request
-from opensora.settings import InferenceSettings
+from opensora.pipeline import outputs
+from opensora.pipeline.outputs import Outputs
+from opensora.pipeline.recipe import make_recipe, read_recipe
+from opensora.pipeline.request import Request
 from tests.checkpoints import SAMPLE, run_script, tree
 
 FRAME = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), np.uint8)

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from opensora import components
-from opensora.acceleration import parallel
-from opensora.acceleration.parallel import Layout, gather, local, mean, shard, share, start
+from opensora.checkpoints import components
+from opensora.config.settings import InferenceSettings
 from opensora.datasets import video
 from opensora.datasets.video import read_video
+from opensora.distributed import fsdp
+from opensora.distributed.fsdp import Layout, gather, local, mean, shard, share, start
 from opensora.errors import ConfigError
-from opensora.pipeline import VideoPipeline
-from opensora.recipe import frames_digest
-from opensora.settings import InferenceSettings
+from opensora.pipeline.pipeline import VideoPipeline
+from opensora.pipeline.recipe import frames_digest
 from opensora.training.ema import EMA
 from tests.ranks import run
 from tests.test_sequence import full, loss_of, make
@@ -87,7 +87,7 @@ def average_and_clip(layout: Layout) -> dict[str, Any]:
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     for step in range(2):
         loss_of(model, "STDiT3", step, slice(2)).backward()
-        norm = parallel.clip_grad_norm(parameters, 1.0)
+        norm = fsdp.clip_grad_norm(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         ema.update()

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from opensora.acceleration import peers
-from opensora.acceleration.parallel import barrier, of_main, one_voice, share, start, total
+from opensora.config.settings import TrainSettings
+from opensora.distributed import peers
+from opensora.distributed.fsdp import barrier, of_main, one_voice, share, start, total
 from opensora.errors import ConfigError, OpenSoraError, WeightsError
-from opensora.settings import TrainSettings
-from opensora.training.data import Feed, Numbered
+from opensora.training.data.loader import Feed, Numbered
 from opensora.training.trainer import Trainer
 from tests.ranks import End, ends, run
 

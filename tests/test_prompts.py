@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from opensora import prompts
 from opensora.errors import ConfigError
 from opensora.models.text_encoder import cleaning
+from opensora.pipeline import prompts
 
 
 @pytest.mark.parametrize(

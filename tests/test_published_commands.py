@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from opensora import registry
-from opensora.datasets.clips import make_clip
+from opensora.datasets.synthetic.render import make_clip
 from opensora.datasets.video import write_video
 from tests import test_documents as documents
 from tests import zoo

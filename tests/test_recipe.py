@@ -9,10 +9,10 @@ import os
 import numpy as np
 import pytest
 
-from opensora import recipe as module
 from opensora.datasets import video as media
 from opensora.errors import MediaError
-from opensora.recipe import check_folder, frames_digest, make_recipe, read_recipe, write_output
+from opensora.pipeline import recipe as module
+from opensora.pipeline.recipe import check_folder, frames_digest, make_recipe, read_recipe, write_output
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (4, 15, 16, 3), np.uint8)
 

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from opensora import references
 from opensora.datasets.video import write_image, write_video
 from opensora.errors import ConfigError, MediaError, OpenSoraError
-from opensora.references import References, content_hashes, fetch, read_reference, read_references
+from opensora.pipeline import references
+from opensora.pipeline.references import References, content_hashes, fetch, read_reference, read_references
 
 pytestmark = pytest.mark.timeout(60)
 SIZE = (16, 24)

@@ -14,13 +14,13 @@ from urllib.parse import SplitResult, urlsplit
 
 import pytest
 
-from opensora import refine
 from opensora.cli import main
+from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError
-from opensora.pipeline import VideoPipeline
-from opensora.recipe import read_recipe
-from opensora.refine import endpoint, refine_texts
-from opensora.settings import InferenceSettings
+from opensora.pipeline import prompt_refiner
+from opensora.pipeline.pipeline import VideoPipeline
+from opensora.pipeline.prompt_refiner import endpoint, refine_texts
+from opensora.pipeline.recipe import read_recipe
 from opensora.utils.config_utils import parse_inference_args
 from tests.checkpoints import SAMPLE, run_script, tree
 
@@ -100,7 +100,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server that the environment names, asked without a pause."""
     with Server() as running:
         threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
-        monkeypatch.setattr(refine, "PAUSE", 0.0)
+        monkeypatch.setattr(prompt_refiner, "PAUSE", 0.0)
         for name, value in (("BASE_URL", running.url), ("MODEL", "some-model"), ("API_KEY", KEY)):
             monkeypatch.setenv(f"OPENAI_{name}", value)
         yield running
@@ -175,7 +175,7 @@ FAILURES = [
     (says(""), "answer is empty"),
     (says(' "" '), "answer is empty"),
     (says("猫"), "answer is empty"),
-    (sends(" " * (refine.MAX_BYTES + 9)), WRONG),
+    (sends(" " * (prompt_refiner.MAX_BYTES + 9)), WRONG),
     (sends(f"wrong key {KEY}", 401), "server answers 401"),
     (sends("", 429), "server answers 429"),
 ]
@@ -204,7 +204,7 @@ def test_a_server_in_trouble_is_asked_twice(server, caplog):
 @pytest.mark.parametrize("answer", [lambda _: time.sleep(1.5), drips])
 def test_a_slow_server_is_given_up(server, caplog, monkeypatch, answer):
     """It is asked twice for one text, not at all for the others."""
-    monkeypatch.setattr(refine, "SECONDS", 0.2)
+    monkeypatch.setattr(prompt_refiner, "SECONDS", 0.2)
     server.answers = [answer]
     start = time.monotonic()
     assert refine_texts(["a", "b", "c"], of(server)) == {"a": "a", "b": "b", "c": "c"}
@@ -215,7 +215,7 @@ def test_a_slow_server_is_given_up(server, caplog, monkeypatch, answer):
 
 
 def test_a_slow_server_may_recover(server, caplog, monkeypatch):
-    monkeypatch.setattr(refine, "SECONDS", 0.5)
+    monkeypatch.setattr(prompt_refiner, "SECONDS", 0.5)
     server.answers = [lambda _: time.sleep(1), says("A cat.")]
     assert refine_texts(["a"], of(server)) == {"a": "A cat."} and not warnings(caplog)
 

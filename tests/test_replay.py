@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from opensora.checkpoints.read import read_state_dict
+from opensora.checkpoints.save import save_file
 from opensora.cli import main
 from opensora.datasets.video import read_image, read_video, write_image, write_video
-from opensora.pipeline import VideoPipeline
-from opensora.recipe import read_recipe
-from opensora.replay import _explanations
-from opensora.weights import read_state_dict, save_file
+from opensora.pipeline.pipeline import VideoPipeline
+from opensora.pipeline.recipe import read_recipe
+from opensora.pipeline.replay import _explanations
 from tests.checkpoints import SAMPLE, run_script, snapshot, tree
 
 SMALL = ("--num-sampling-steps", "2", "--image-size", "16", "24", "--num-frames", "17")
@@ -192,7 +193,7 @@ def damaged(recipe: dict, *path: str, value: object = None) -> dict:
 )
 def test_damaged_recipes(here, own_weights, capsys, monkeypatch, path, value, problem):
     for loader in ("fill_text_encoder", "fill"):
-        monkeypatch.setattr(f"opensora.components.{loader}", None)
+        monkeypatch.setattr(f"opensora.checkpoints.components.{loader}", None)
     sidecar = here / "made/sample_0000.json"
     sidecar.write_text(json.dumps(damaged(json.loads(sidecar.read_text()), *path, value=value)))
     before = tree(here)

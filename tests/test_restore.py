@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from opensora.errors import WeightsError
-from opensora.training import manifest, state
-from opensora.training.position import read_position
+from opensora.training.checkpoint import manifest, state
+from opensora.training.data.position import read_position
 from tests.test_trainer import names, trainer
 
 FILES = ("model/config.json", "model/model.safetensors", "ema.pt", "optimizer/optimizer.pt", "running_states.json",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from opensora.errors import ConfigError
-from opensora.noise import initial_noise, noise_generator
+from opensora.pipeline.noise import initial_noise, noise_generator
 from opensora.schedulers.guidance import guided
 from opensora.schedulers.rf import RFLOW, sampling_times, timestep_transform
 

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from opensora.errors import ConfigError, WeightsError
-from opensora.training import run_folder, state
+from opensora.training import run_folder
+from opensora.training.checkpoint import state
 from opensora.training.ema import EMA
 from opensora.training.lock import Lock, holder
 from opensora.training.run_folder import publish, refuse_a_second
@@ -205,7 +206,7 @@ class TestAuto:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         clock = iter(range(1000, 10**6))
-        monkeypatch.setattr("opensora.training.manifest.time.time", lambda: next(clock))
+        monkeypatch.setattr("opensora.training.checkpoint.manifest.time.time", lambda: next(clock))
         one, two = {"prints": {"lr": "0.1"}}, {"prints": {"lr": "0.2"}}
         runs = [trainer(tmp_path, **prints) for prints in (one, one, two)]
         for run in runs:

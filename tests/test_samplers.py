@@ -9,7 +9,7 @@ import torch
 
 from opensora import registry
 from opensora.errors import ConfigError
-from opensora.noise import initial_noise, noise_generator
+from opensora.pipeline.noise import initial_noise, noise_generator
 from opensora.schedulers.diffusion import linear_betas, space_timesteps
 from opensora.schedulers.dpms import DPM_SOLVER, path_at
 from opensora.schedulers.guidance import guided

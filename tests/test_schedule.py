@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from opensora.config.settings import TrainSettings
 from opensora.errors import ConfigError, OpenSoraError
-from opensora.settings import TrainSettings
-from opensora.training import state
-from opensora.training.data import Feed, Numbered, Read
+from opensora.training.checkpoint import state
+from opensora.training.data.loader import Feed, Numbered, Read
 from opensora.training.schedule import Schedule
 from opensora.training.trainer import Trainer
 from tests.test_trainer import CPU, log

@@ -14,15 +14,15 @@ import pytest
 import torch
 
 from opensora import cli
-from opensora.acceleration import memory
 from opensora.config import read_config
+from opensora.config.settings import SearchSettings, TrainSettings
 from opensora.datasets.bucket import Buckets
 from opensora.datasets.table import read_table
 from opensora.errors import ConfigError
-from opensora.settings import SearchSettings, TrainSettings
-from opensora.training import probe, search_report
-from opensora.training.probe import TrainingProbe, rows_of, size_of
-from opensora.training.search import (
+from opensora.profiling import memory_meter
+from opensora.training.batch_size_search import probe, search_report
+from opensora.training.batch_size_search.probe import TrainingProbe, rows_of, size_of
+from opensora.training.batch_size_search.search import (
     Found,
     NoData,
     Outcome,
@@ -37,7 +37,7 @@ from opensora.training.search import (
     remedy,
     search,
 )
-from opensora.training.search_model import Lines, ModelSearch
+from opensora.training.batch_size_search.search_model import Lines, ModelSearch
 from opensora.utils.config_utils import parse_search_args
 from tests.devices import Simulated, random_config
 from tests.tiny import make_tiny_t5, make_tiny_vae
@@ -249,7 +249,7 @@ def test_frames_are_given():
 def test_too_little_memory_is_told_and_survived(monkeypatch: pytest.MonkeyPatch):
     taken, before = TrainingProbe(settings()), resource.getrlimit(resource.RLIMIT_DATA)
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "free_on_host", lambda: 2**26)
+        patch.setattr(memory_meter, "free_on_host", lambda: 2**26)
         assert taken(Span("1080p", 17, 1, 9), 8) == OutOfMemory()
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
     assert isinstance(taken(ONE, 1), Step)
@@ -257,17 +257,17 @@ def test_too_little_memory_is_told_and_survived(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_container_has_less_than_its_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it holds of files alone counts as free."""
-    host = memory.free_on_host()
+    host = memory_meter.free_on_host()
     for name, text in {
         "memory.max": "3000",
         "memory.current": "2500",
         "memory.stat": "anon 900\ninactive_file 1600\n",
     }.items():
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    assert memory.free_on_host() == 2100 < host
+    monkeypatch.setattr(memory_meter, "CGROUP", tmp_path)
+    assert memory_meter.free_on_host() == 2100 < host
     (tmp_path / "memory.max").write_text("max")
-    assert memory.free_on_host() > 2100
+    assert memory_meter.free_on_host() > 2100
 
 
 def test_other_errors_are_no_lack_of_memory(monkeypatch: pytest.MonkeyPatch):
@@ -275,9 +275,9 @@ def test_other_errors_are_no_lack_of_memory(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(taken, "_step", lambda loss: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match=r"inconsistent tensor size|size mismatch"):
         taken(ONE, 1)
-    assert memory.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"))
-    assert memory.is_out_of_memory(MemoryError())
-    assert not memory.is_out_of_memory(ValueError("out of memory"))
+    assert memory_meter.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"))
+    assert memory_meter.is_out_of_memory(MemoryError())
+    assert not memory_meter.is_out_of_memory(ValueError("out of memory"))
 
 
 def write_table(path: Path, rows: list[tuple[int, int, int]]) -> Path:

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from opensora import components, registry
+from opensora import registry
+from opensora.checkpoints import components
 from opensora.config.sections import DATASETS, SECTIONS, TYPES, checked
+from opensora.config.settings import InferenceSettings, TrainSettings
 from opensora.errors import ConfigError, OpenSoraError, WeightsError
-from opensora.settings import InferenceSettings, TrainSettings
 from tests.tiny import TINY_STDIT3, make_tiny_t5
 
 MODEL = {"type": "STDiT3-XL/2"}
@@ -266,9 +267,8 @@ def test_whole_numbers_and_tuples_are_put_right():
 
 
 def test_a_wrong_value_is_refused_without_torch(tmp_path):
-    program = (
-        "import sys\nfrom opensora.settings import InferenceSettings as S\nfrom opensora.config import read_config\n"
-    )
+    program = "import sys\nfrom opensora.config.settings import InferenceSettings as S\n"
+    program += "from opensora.config import read_config\n"
     program += "try:\n    S.from_config(read_config('c.py'), 'c.py')\nexcept ValueError as error:\n    print(error)\n"
     program += "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])\n"
     (tmp_path / "c.py").write_text("num_frames = 17\nmodel = dict(type='STDiT3', depth=2.5)\n")

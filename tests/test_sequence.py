@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from opensora import registry
-from opensora.acceleration import parallel
-from opensora.acceleration.checkpointing import checkpoint_blocks
-from opensora.acceleration.parallel import Layout, start
-from opensora.acceleration.parallelize import parallelize
-from opensora.acceleration.sequence import check_divisible, sequence_parallel
+from opensora.acceleration.activation_checkpointing import checkpoint_blocks
+from opensora.distributed import fsdp
+from opensora.distributed.fsdp import Layout, start
+from opensora.distributed.parallelize import parallelize
+from opensora.distributed.sequence_parallel import check_divisible, sequence_parallel
 from opensora.errors import ConfigError
 from opensora.schedulers.rf import RFLOW
 from tests.ranks import run
@@ -101,8 +101,8 @@ def train(kind: str, sequence_size: int = 1, steps: int = STEPS, parts: int = 1,
             loss = loss_of(model, kind, step, slice(first, first + share // parts)) / parts
             loss.backward()
             total += loss.detach()
-        losses.append(parallel.mean(total, layout))
-        norms.append(parallel.clip_grad_norm(trained.values(), 1.0))
+        losses.append(fsdp.mean(total, layout))
+        norms.append(fsdp.clip_grad_norm(trained.values(), 1.0))
         gradients.append({name: full(p.grad) for name, p in trained.items()})
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

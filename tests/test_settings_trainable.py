@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from opensora.config import find_config, read_config
+from opensora.config.settings import NOT_YET_IN_TRAINING, NOT_YET_IN_VAE_TRAINING, TrainSettings, check_trainable
 from opensora.errors import ConfigError
-from opensora.settings import NOT_YET_IN_TRAINING, NOT_YET_IN_VAE_TRAINING, TrainSettings, check_trainable
 
 CONFIGS = sorted(find_config("embedded/train/stdit3").parent.glob("*.py"))
 ASKED = {

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from opensora.acceleration.parallel import start
-from opensora.acceleration.parallelize import parallelize
-from opensora.settings import TrainSettings
-from opensora.training import state
-from opensora.training.data import Feed, Numbered
+from opensora.config.settings import TrainSettings
+from opensora.distributed.fsdp import start
+from opensora.distributed.parallelize import parallelize
+from opensora.training.checkpoint import state
+from opensora.training.data.loader import Feed, Numbered
 from opensora.training.trainer import Trainer
 from tests.ranks import run
 from tests.test_sequence import BATCH, loss_of, make

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import opensora
-from opensora import components
+from opensora.checkpoints import components
+from opensora.checkpoints.fit import load_weights
+from opensora.checkpoints.key_mapping import Drop
 from opensora.errors import WeightsError
 from opensora.models.text_encoder.t5 import T5_DROPPED, T5Encoder, load_t5_tokenizer, make_t5
-from opensora.weight_rules import Drop
-from opensora.weights import load_weights
 from tests.tiny import TINY_SENTENCES, make_tiny_t5
 
 SHIPPED = Path(opensora.__file__).parent / "embedded" / "text_encoder"

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from opensora.config.settings import TrainSettings
 from opensora.datasets.table import read_table
 from opensora.errors import ConfigError, MediaError
-from opensora.settings import TrainSettings
+from opensora.training.data.table_checks import check_texts, missing_files, same_on_all_ranks
 from opensora.training.diffusion import train
-from opensora.training.table_checks import check_texts, missing_files, same_on_all_ranks
 
 
 def table(folder: Path, *rows: tuple, header: tuple = ("path", "text", "num_frames", "height", "width")) -> Path:

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from opensora.acceleration import peak
-from opensora.acceleration.checkpointing import checkpoint_blocks
+from opensora.acceleration.activation_checkpointing import checkpoint_blocks
 from opensora.acceleration.device import training_context
-from opensora.acceleration.parallel import Layout
+from opensora.distributed.fsdp import Layout
 from opensora.models.stdit.stdit3 import STDiT3
+from opensora.profiling import peak_flops
 from opensora.training import throughput
-from opensora.training.examples import told_of
+from opensora.training.data.batch import told_of
 from opensora.training.throughput import StepCost, Throughput
 from tests.ranks import run
 from tests.tiny import TINY_STDIT3
@@ -95,22 +95,22 @@ class TestPeak:
         ],
     )  # fmt: skip
     def test_known_names(self, name, expected):
-        assert peak._stated(name) == (expected and expected * 1e12)
+        assert peak_flops._stated(name) == (expected and expected * 1e12)
 
     def test_stated_figures_are_for_half_types(self, monkeypatch):
-        monkeypatch.setattr(peak, "_name", lambda _: "NVIDIA H200")
-        monkeypatch.setattr(peak, "_measured", lambda _, dtype: 1.0 if dtype is torch.float32 else 2.0)
-        peak.peak_flops.cache_clear()
+        monkeypatch.setattr(peak_flops, "_name", lambda _: "NVIDIA H200")
+        monkeypatch.setattr(peak_flops, "_measured", lambda _, dtype: 1.0 if dtype is torch.float32 else 2.0)
+        peak_flops.peak_flops.cache_clear()
         try:
-            assert [peak.peak_flops(CPU, dtype) for dtype in ("bf16", "fp16", "fp32")] == [989e12, 989e12, 1.0]
+            assert [peak_flops.peak_flops(CPU, dtype) for dtype in ("bf16", "fp16", "fp32")] == [989e12, 989e12, 1.0]
         finally:
-            peak.peak_flops.cache_clear()
+            peak_flops.peak_flops.cache_clear()
 
     def test_others_are_measured_once(self, monkeypatch):
-        measured = peak.peak_flops(CPU, "fp32")
+        measured = peak_flops.peak_flops(CPU, "fp32")
         assert 1e8 < measured < 1e14
-        monkeypatch.setattr(peak, "_measured", lambda *_: 0.0)
-        assert peak.peak_flops(CPU, "fp32") == measured
+        monkeypatch.setattr(peak_flops, "_measured", lambda *_: 0.0)
+        assert peak_flops.peak_flops(CPU, "fp32") == measured
 
 
 class Clock:
@@ -169,7 +169,7 @@ class TestThroughput:
 
 def on_two_ranks() -> dict[str, Any]:
     """The line of ranks that do and wait unequally."""
-    from opensora.acceleration.parallel import start
+    from opensora.distributed.fsdp import start
 
     layout = start(CPU)
     throughput.peak_flops = lambda *_: 1e12

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from opensora.config.settings import TrainSettings
 from opensora.datasets.video import read_image, read_video
 from opensora.errors import ConfigError
-from opensora.settings import TrainSettings
 from opensora.training import tracking
 from opensora.training.tracking import Tracker, copy_log, import_wandb
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from opensora.config.settings import TrainSettings
 from opensora.errors import ConfigError, OpenSoraError, WeightsError
-from opensora.settings import TrainSettings
-from opensora.training import state
-from opensora.training.clip_features import Batches
+from opensora.training.autoencoder import train_vae
+from opensora.training.checkpoint import state
+from opensora.training.checkpoint.fingerprint import compare, fingerprint
+from opensora.training.data.clip_features import Batches
 from opensora.training.diffusion import train
-from opensora.training.features import Features
-from opensora.training.fingerprint import compare, fingerprint
+from opensora.training.feature_extraction.clips import Features
 from opensora.training.trainer import Trainer, step_generator
-from opensora.training.vae import train_vae
 from tests.tiny import TINY_VAE
 
 CPU = torch.device("cpu")

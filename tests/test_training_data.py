@@ -16,18 +16,18 @@ import torch
 from safetensors.torch import load_file
 
 from opensora import registry
-from opensora.acceleration.parallel import Layout
 from opensora.config import read_config
+from opensora.config.settings import TrainSettings, check_trainable
 from opensora.datasets.video import write_image, write_video
+from opensora.distributed.fsdp import Layout
 from opensora.errors import ConfigError, MediaError
-from opensora.settings import TrainSettings, check_trainable
-from opensora.training.data import Feed, Place
+from opensora.training.callbacks import held_out
+from opensora.training.data.batch import Examples
+from opensora.training.data.loader import Feed, Place
+from opensora.training.data.sources import read_batch, table_source
 from opensora.training.diffusion import DiffusionLoss, build_model, check_training, make_data, train
-from opensora.training.examples import Examples
-from opensora.training.extract import ExtractSettings, extract
-from opensora.training.sources import read_batch, table_source
+from opensora.training.feature_extraction.extract import ExtractSettings, extract
 from opensora.training.trainer import step_generator
-from opensora.training.watching import held_out
 from tests.test_encoders import make_clip_folder
 from tests.tiny import TINY_STDIT3, make_tiny_t5, make_tiny_vae
 from tests.zoo import SMALL, make_vae

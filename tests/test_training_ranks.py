@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opensora.acceleration.parallel import Layout
+from opensora.config.settings import TrainSettings
 from opensora.datasets.quarantine import Broken, Quarantine
 from opensora.datasets.video import write_image
+from opensora.distributed.fsdp import Layout
 from opensora.errors import MediaError
-from opensora.settings import TrainSettings
-from opensora.training import turns
+from opensora.training.data import turns
+from opensora.training.data.turns import Turns
 from opensora.training.diffusion import train
-from opensora.training.turns import Turns
 from tests.ranks import run
 from tests.tiny import TINY_STDIT3, make_tiny_t5, make_tiny_vae
 

@@ -7,13 +7,13 @@ import logging
 import pytest
 import torch
 
-from opensora import tuning
 from opensora.acceleration import trial
 from opensora.acceleration.device import inference_dtype
 from opensora.cli.merge import settings_of
+from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError
-from opensora.pipeline import VideoPipeline
-from opensora.settings import InferenceSettings
+from opensora.pipeline import step_cache
+from opensora.pipeline.pipeline import VideoPipeline
 from opensora.utils.config_utils import inference_parser
 
 CPU = torch.device("cpu")
@@ -28,8 +28,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that the trials take, one after the other; nothing is computed."""
     taken: list[float] = []
     monkeypatch.setattr(trial, "seconds", lambda work, device: taken.pop(0))
-    monkeypatch.setattr(tuning, "use_attention", lambda name: None)
-    monkeypatch.setattr(tuning.eight_bits, "check", lambda *_: None)
+    monkeypatch.setattr(step_cache, "use_attention", lambda name: None)
+    monkeypatch.setattr(step_cache.eight_bits, "check", lambda *_: None)
     monkeypatch.setattr("opensora.acceleration.device.multiplies_bf16", lambda: True)
     return taken
 
@@ -50,7 +50,7 @@ def test_what_loses_is_told_in_one_line(
     clock += [1.0, ratio] if "--attention" in argv else [ratio, 1.0]  # attention is switched between its trials
     asked = settings(*argv)
     with caplog.at_level(logging.WARNING, "opensora"):
-        tuning.try_choices(asked, CPU, inference_dtype(CPU, asked.dtype, asked.cpu_dtype))
+        step_cache.try_choices(asked, CPU, inference_dtype(CPU, asked.dtype, asked.cpu_dtype))
     assert [record.getMessage() for record in caplog.records] == (
         [f"{words.format(ratio)}, by a moment's trial; leave it out to be faster"] if told else []
     )
@@ -58,8 +58,10 @@ def test_what_loses_is_told_in_one_line(
 
 
 def test_nothing_is_tried_that_was_not_asked_for(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    tuning.try_choices(settings(), CPU, torch.float32)
-    tuning.try_choices(settings("--dtype", "bf16"), torch.device("meta"), torch.bfloat16)  # as an accelerator computes
+    step_cache.try_choices(settings(), CPU, torch.float32)
+    step_cache.try_choices(
+        settings("--dtype", "bf16"), torch.device("meta"), torch.bfloat16
+    )  # as an accelerator computes
     assert not caplog.records
 
 
@@ -81,4 +83,4 @@ def test_what_a_device_cannot_do_stays_an_error(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch, "_int_mm", refuse)
     with pytest.raises(ConfigError, match="cannot multiply in int8"):
-        tuning.try_choices(settings("--linear", "int8"), CPU, torch.float32)
+        step_cache.try_choices(settings("--linear", "int8"), CPU, torch.float32)

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from opensora import components
+from opensora.checkpoints import components
+from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError
-from opensora.pipeline import _tell_untrained
-from opensora.request import Size, make_size
-from opensora.settings import InferenceSettings
+from opensora.pipeline.pipeline import _tell_untrained
+from opensora.pipeline.request import Size, make_size
 
 
 def test_a_checkpoint_says_what_it_was_trained_on(tmp_path):

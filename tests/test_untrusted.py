@@ -18,14 +18,15 @@ import numpy as np
 import pytest
 import torch
 
-from opensora import draft, recipe
+from opensora.checkpoints.read import read_metadata, read_state_dict
+from opensora.checkpoints.save import save_file
 from opensora.cli import main
+from opensora.config.settings import InferenceSettings
 from opensora.datasets.video import write_image
 from opensora.errors import ConfigError
-from opensora.recipe import DECIDED, USERS, read_recipe
-from opensora.request import make_requests
-from opensora.settings import InferenceSettings
-from opensora.weights import read_metadata, read_state_dict, save_file
+from opensora.pipeline import draft, recipe
+from opensora.pipeline.recipe import DECIDED, USERS, read_recipe
+from opensora.pipeline.request import make_requests
 from tests.checkpoints import SAMPLE, run_script, tree, use_cache
 
 KEY = "sk-very-secret-0123"
@@ -131,7 +132,7 @@ def run(command: str, capsys: pytest.CaptureFixture, *flags: str) -> tuple[int, 
 
 
 def test_every_setting_is_decided_by_a_recipe_or_by_the_user() -> None:
-    """A new setting needs a place in one of the two lists of opensora/recipe.py."""
+    """A new setting needs a place in one of the two lists of opensora/pipeline/recipe.py."""
     assert not DECIDED & USERS
     assert {field.name for field in fields(InferenceSettings)} == DECIDED | USERS
 
@@ -235,7 +236,7 @@ def test_addresses_are_asked_if_the_user_says_so(
 def test_a_file_of_prompts_has_nobody_asked(
     here: Path, listener: Listener, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("opensora.references._check_public", lambda *_: None)
+    monkeypatch.setattr("opensora.pipeline.references._check_public", lambda *_: None)
     Path("p.txt").write_text(f'a cat{{"reference_path": "{listener.url}/a.png", "mask_strategy": "0"}}\n')
     argv = ("--prompt-path", "p.txt", "--save-dir", "new")
     assert run_script(SAMPLE, *SMALL, *argv) == 1
@@ -469,7 +470,7 @@ def test_the_other_samples_of_a_run_are_not_made_up(
     def counted(settings: InferenceSettings) -> list[Any]:
         raise ConfigError(f"{len(make_requests(settings))} requests")
 
-    monkeypatch.setattr("opensora.pipeline.make_requests", counted)
+    monkeypatch.setattr("opensora.pipeline.pipeline.make_requests", counted)
     forge(settings(num_sample=number))
     for command in ("replay", "continue"):
         assert "1 requests" in run(command, capsys)[1]

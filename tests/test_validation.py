@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from opensora.config.settings import TrainSettings
 from opensora.datasets.video import read_video
 from opensora.models.stdit.stdit3 import STDiT3
 from opensora.models.vae.vae import VideoAutoencoderPipeline
 from opensora.schedulers.iddpm import IDDPM
 from opensora.schedulers.iddpm_speed import IDDPM_SPEED
 from opensora.schedulers.rf import RFLOW
-from opensora.settings import TrainSettings
+from opensora.training.data.batch import Examples, told_of
 from opensora.training.ema import EMA
-from opensora.training.examples import Examples, told_of
 from opensora.training.tracking import Tracker
 from opensora.training.validation import BINS, Prompt, Samples, Validation, at_rest, report
 from tests.ranks import run
@@ -251,8 +251,8 @@ class TestSamples:
 
 def on_ranks() -> list[tuple[dict[str, float], int]]:
     """The report on sharded weights, and how many samples this rank has: with one rank to a sequence, and with two."""
-    from opensora.acceleration.parallel import start
-    from opensora.acceleration.parallelize import parallelize
+    from opensora.distributed.fsdp import start
+    from opensora.distributed.parallelize import parallelize
 
     found = []
     for sp_size in (1, 2):

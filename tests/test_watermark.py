@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opensora import watermark
 from opensora.cli import main
 from opensora.datasets.video import read_image, read_video
 from opensora.errors import ConfigError
-from opensora.recipe import frames_digest, read_recipe
+from opensora.pipeline import watermark
+from opensora.pipeline.recipe import frames_digest, read_recipe
 from tests.checkpoints import SAMPLE, run_script
 
 SIZES = [(64, 64), (64, 112), (256, 144), (480, 848), (1080, 1920)]

@@ -12,23 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opensora import weights
+from opensora.checkpoints import save
+from opensora.checkpoints.fit import load_weights
+from opensora.checkpoints.hub import checkpoint_files, read_config_json
+from opensora.checkpoints.key_mapping import Drop, Rename
+from opensora.checkpoints.read import read_state_dict
+from opensora.checkpoints.save import save_file, save_pretrained
+from opensora.checkpoints.summary import content_hash, family, inspect, summarize
 from opensora.errors import WeightsError
-from opensora.hub import checkpoint_files, read_config_json
 from opensora.models.stdit.stdit import STDiT
 from opensora.models.vae.vae import FrameAutoencoder, VideoAutoencoderKL
 from opensora.models.vae.vae_svd import VideoAutoencoderKLTemporalDecoder
-from opensora.weight_rules import Drop, Rename
-from opensora.weights import (
-    content_hash,
-    family,
-    inspect,
-    load_weights,
-    read_state_dict,
-    save,
-    save_file,
-    save_pretrained,
-)
 from tests.test_encoders import SHAPES
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -450,7 +444,7 @@ class TestSummary:
     def test_one_line(self, tmp_path: Path) -> None:
         file = tmp_path / "x.safetensors"
         save_file({"a": torch.zeros(1000, 2, dtype=torch.bfloat16), "shift": torch.zeros(4).bfloat16()}, file)
-        summary = weights.summarize(file, read_state_dict(file))
+        summary = summarize(file, read_state_dict(file))
         assert str(summary) == f"{file}: 2 tensors, 2,000 parameters, bf16, sha256 {summary.sha256[:12]}"
 
     def test_hash_is_of_the_content(self, tmp_path: Path, state: dict[str, Tensor]) -> None:

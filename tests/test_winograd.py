@@ -12,11 +12,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import plain
-from opensora.acceleration import linear, winograd
 from opensora.acceleration.device import place
-from opensora.acceleration.linear import OneDnnPointwise, has_onednn
+from opensora.acceleration.kernels import linear, winograd
+from opensora.acceleration.kernels.linear import OneDnnPointwise, has_onednn
+from opensora.acceleration.kernels.winograd import (
+    DOUBLED,
+    TWO_OF_THREE,
+    Kernels,
+    WinogradConv2d,
+    forget_winograd,
+    kernel_bytes,
+)
 from opensora.acceleration.memory_plan import PLANS
-from opensora.acceleration.winograd import DOUBLED, TWO_OF_THREE, Kernels, WinogradConv2d, forget_winograd, kernel_bytes
 from opensora.models.vae.vae import VideoAutoencoderPipeline
 from opensora.models.vae.vae_temporal import CausalConv3d, TimeUpsample
 from tests.test_plain import error

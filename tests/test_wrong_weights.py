@@ -19,9 +19,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from opensora.checkpoints.fit import load_weights
+from opensora.checkpoints.pickles import MAX_BYTES, read_pickled
+from opensora.checkpoints.read import read_metadata, read_state_dict
+from opensora.checkpoints.save import save_file, save_pretrained
+from opensora.checkpoints.summary import inspect
 from opensora.errors import WeightsError
-from opensora.weights import inspect, load_weights, read_metadata, read_state_dict, save_file, save_pretrained
-from opensora.weights.pickles import MAX_BYTES, read_pickled
 from tests.zoo import SMALL, stdit
 
 CASES = Path(__file__).parent / "cases" / "checkpoints"
@@ -509,7 +512,7 @@ def test_adapters_by_their_folder_and_within_a_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "size"), [("hidden_size", 64), ("depth", 3), ("caption_channels", 16)])
 def test_a_file_without_its_config_json(tmp_path: Path, name: str, size: int) -> None:
-    from opensora import components
+    from opensora.checkpoints import components
 
     stdit(tmp_path / "x.pth")
     section = dict(type="STDiT", **SMALL, caption_channels=32, model_max_length=120)

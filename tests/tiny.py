@@ -87,7 +87,7 @@ def make_tiny_vae(folder: Path, seed: int = 0, **settings: Any) -> Path:
 
 def _save_random(builder: type[nn.Module], settings: dict[str, Any], folder: Path, model_type: str, seed: int) -> Path:
     """Saves a model with random weights; those that start at zero become small, so that every part has an effect."""
-    from opensora.weights import save_pretrained
+    from opensora.checkpoints.save import save_pretrained
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

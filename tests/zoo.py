@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from opensora import registry
+from opensora.checkpoints.save import save_pretrained
 from opensora.models.vae.vae import VideoAutoencoderKL
-from opensora.weights import save_pretrained
 from tests.checkpoints import COMMIT
 from tests.test_encoders import make_clip_folder, published
 from tests.tiny import make_tiny_stdit3, make_tiny_t5, make_tiny_vae

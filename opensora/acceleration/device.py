@@ -17,13 +17,13 @@ from torch.nn import attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
-from opensora.acceleration.attention import use_host_attention
-from opensora.acceleration.layout import channels_last, leave_file, outputs_last
-from opensora.acceleration.linear import multiplies_bf16, use_onednn
-from opensora.acceleration.modulation import use_host_modulation
-from opensora.acceleration.residual import fuse_residuals
-from opensora.acceleration.upsample import fuse_upsampling
-from opensora.acceleration.winograd import use_winograd
+from opensora.acceleration.kernels.attention import use_host_attention
+from opensora.acceleration.kernels.layout import channels_last, leave_file, outputs_last
+from opensora.acceleration.kernels.linear import multiplies_bf16, use_onednn
+from opensora.acceleration.kernels.modulation import use_host_modulation
+from opensora.acceleration.kernels.residual import fuse_residuals
+from opensora.acceleration.kernels.upsample import fuse_upsampling
+from opensora.acceleration.kernels.winograd import use_winograd
 from opensora.errors import ConfigError, did_you_mean
 
 # Kind of device -> the package that brings it, where PyTorch itself does not.

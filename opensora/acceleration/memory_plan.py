@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from opensora.acceleration.device import place
-from opensora.acceleration.parallel import blocks_of
-from opensora.acceleration.winograd import KINDS, Kinds, forget_winograd
+from opensora.acceleration.kernels.winograd import KINDS, Kinds, forget_winograd
+from opensora.acceleration.model_parts import blocks_of
 from opensora.models.vae.vae import frames_at_once
 
 TOKENS = 2**13  # that pass through a part of a block at once: as many as still make a good matrix product

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opensora.acceleration.device import place, synchronize
-from opensora.acceleration.eight_bits import KINDS
+from opensora.acceleration.quantization import KINDS
 
 INPUTS, OUTPUTS = 1152, 4608  # of the layer that is tried, the widest of an XL block
 ROWS, ROWS_ON_HOST = 8192, 256  # tokens

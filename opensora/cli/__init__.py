@@ -9,15 +9,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from opensora.checkpoints.hub import locate
 from opensora.cli import preflight
 from opensora.cli.flags import prefer_flags_of_size, unquoted
 from opensora.cli.merge import merge, settings_of
 from opensora.cli.parser import Parser
 from opensora.cli.program import one_line, run_program
 from opensora.cli.verbs import make_parser
+from opensora.config.settings import ExtractSettings, InferenceSettings, SearchSettings, TrainSettings
 from opensora.errors import ConfigError
-from opensora.hub import locate
-from opensora.settings import ExtractSettings, InferenceSettings, SearchSettings, TrainSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +61,7 @@ def keeping_names(settings: InferenceSettings) -> InferenceSettings:
 def generate(settings: InferenceSettings) -> int:
     """Makes what the settings ask for and prints the path of each result."""
     preflight.check_request(settings)
-    from opensora.pipeline import VideoPipeline
+    from opensora.pipeline.pipeline import VideoPipeline
 
     return _tell(VideoPipeline(settings).generate())
 
@@ -78,7 +78,7 @@ def _tell(outputs: Iterator[Any]) -> int:
 def _plan(args: argparse.Namespace) -> int:
     settings = _request(args)
     preflight.check_request(settings)
-    from opensora.plan import make_plan
+    from opensora.pipeline.plan import make_plan
 
     print(make_plan(settings))
     return 0
@@ -86,14 +86,14 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _continue(args: argparse.Namespace) -> int:
     preflight.check_drafts(args.states)
-    from opensora.replay import finish
+    from opensora.pipeline.replay import finish
 
     return _tell(finish(args.states, lambda settings: merge(settings, args)))
 
 
 def _replay(args: argparse.Namespace) -> int:
     preflight.check_exists(args.file)
-    from opensora.replay import replay
+    from opensora.pipeline.replay import replay
 
     weights = {"model": args.model, "vae": args.vae, "text_encoder": args.text_encoder}
     result = replay(args.file, args.save_dir, args.device, weights, args.allow_downloads)
@@ -107,12 +107,12 @@ def _replay(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     locate(args.path, offline=args.offline)  # before the libraries are loaded
-    from opensora.recipe_report import describe_output, is_output
+    from opensora.pipeline.recipe_report import describe_output, is_output
 
     if is_output(args.path):
         print(describe_output(args.path))
         return 0
-    from opensora.weights import inspect
+    from opensora.checkpoints.summary import inspect
 
     print(inspect(args.path, args.offline))
     return 0
@@ -120,7 +120,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     locate(args.source, offline=args.offline)
-    from opensora.convert import convert
+    from opensora.checkpoints.convert import convert
 
     print(convert(**{name: value for name, value in vars(args).items() if name not in ("run", "example")}))
     return 0
@@ -130,7 +130,7 @@ def export(args: argparse.Namespace) -> int:
     """Writes a model for inference and prints what was written."""
     preflight.check_exists(args.checkpoint)
     from opensora.acceleration.device import DTYPES
-    from opensora.training.export import export as write
+    from opensora.training.checkpoint.export import export as write
 
     print(write(Path(args.checkpoint), Path(args.destination), not args.no_ema, DTYPES.get(args.dtype)))
     return 0
@@ -152,7 +152,7 @@ def _train(args: argparse.Namespace) -> int:
 def train_vae(settings: TrainSettings) -> Path:
     """Trains an autoencoder; where the result lies."""
     preflight.check_training(settings)
-    from opensora.training.vae import train_vae
+    from opensora.training.autoencoder import train_vae
 
     return train_vae(settings)
 
@@ -164,7 +164,7 @@ def _train_vae(args: argparse.Namespace) -> int:
 
 def _table(args: argparse.Namespace) -> int:
     preflight.check_exists(args.folder)
-    from opensora.video_table import make_table
+    from opensora.datasets.make_table import make_table
 
     made = make_table(args.folder, args.table, args.force, args.captions)
     print(f"{one_line(args.table)}: {made.summary()}")
@@ -174,7 +174,7 @@ def _table(args: argparse.Namespace) -> int:
 def _buckets(args: argparse.Namespace) -> int:
     settings = settings_of(TrainSettings, args)
     preflight.check_exists(args.table)
-    from opensora import bucket_report
+    from opensora.datasets import bucket_report
 
     paths, sampler = bucket_report.load(
         args.table, settings, world_size=args.world_size, epoch=args.epoch, pad=args.pad
@@ -190,7 +190,7 @@ def extract(args: argparse.Namespace) -> int:
     """Encodes a table of videos and prints the folder of the features."""
     settings = settings_of(ExtractSettings, args)
     preflight.check_training(settings, connecting=False)
-    from opensora.training.extract import extract as encode
+    from opensora.training.feature_extraction.extract import extract as encode
 
     print(one_line(encode(settings)))
     return 0
@@ -199,7 +199,7 @@ def extract(args: argparse.Namespace) -> int:
 def search(settings: SearchSettings) -> int:
     """Searches batch sizes, prints and writes them."""
     preflight.check_training(settings, connecting=False)
-    from opensora.training.search_report import search_batch_sizes
+    from opensora.training.batch_size_search.search_report import search_batch_sizes
 
     search_batch_sizes(settings)
     return 0
@@ -216,7 +216,7 @@ def _benchmark(args: argparse.Namespace) -> int:
 def benchmark(settings: InferenceSettings, args: argparse.Namespace) -> int:
     """Times a request, prints a table and the path of the report."""
     preflight.check_request(settings)
-    from opensora.benchmark import check_report_path, run_benchmark, table_of, write_report
+    from opensora.pipeline.benchmark import check_report_path, run_benchmark, table_of, write_report
 
     check_report_path(args.benchmark_save_path)
     report = run_benchmark(settings, args.warmup_count, args.eval_count)
@@ -226,7 +226,7 @@ def benchmark(settings: InferenceSettings, args: argparse.Namespace) -> int:
 
 
 def _models(args: argparse.Namespace) -> int:
-    from opensora.catalog import table
+    from opensora.config.model_zoo import table
 
     print(table())
     return 0

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 
+from opensora.checkpoints.hub import locate
 from opensora.cli.flags import add_flags, prefer_flags_of_size
 from opensora.cli.merge import settings_of
 from opensora.cli.parser import Parser
+from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError
-from opensora.hub import locate
-from opensora.settings import InferenceSettings
 
 logger = logging.getLogger("opensora")
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from opensora.cli.parser import Parser
+from opensora.config.settings import InferenceSettings, Settings
 from opensora.errors import ConfigError
-from opensora.settings import InferenceSettings, Settings
 
 CONFIGURED = "as the configuration says"
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from opensora.cli.flags import SAMPLING_FLAGS, SECTION_FLAGS, option_of, take_size
 from opensora.config import load_config
+from opensora.config.settings import InferenceSettings, SearchSettings, Settings
+from opensora.distributed.ranks import world_size
 from opensora.errors import ConfigError
-from opensora.ranks import world_size
-from opensora.settings import InferenceSettings, SearchSettings, Settings
 
 logger = logging.getLogger("opensora")
 

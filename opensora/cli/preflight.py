@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from opensora import registry
+from opensora.checkpoints.hub import EMBEDDED, SUFFIXES, locate
+from opensora.config.settings import InferenceSettings, TrainSettings
+from opensora.distributed.ranks import ranks
 from opensora.errors import ConfigError, MediaError, WeightsError
-from opensora.hub import EMBEDDED, SUFFIXES, locate
-from opensora.prompts import load_prompts
-from opensora.ranks import ranks
-from opensora.request import PARTS, check_sections, make_size
-from opensora.settings import InferenceSettings, TrainSettings
+from opensora.pipeline.prompts import load_prompts
+from opensora.pipeline.request import PARTS, check_sections, make_size
 
 GIVEN = ("image", "first_frame", "last_frame", "extend", "edit")
 

@@ -10,7 +10,7 @@ from opensora import __version__
 from opensora.cli.accelerator_guide import add_counts
 from opensora.cli.flags import Flag, add_flags
 from opensora.cli.parser import Parser
-from opensora.settings import ExtractSettings, InferenceSettings, SearchSettings, TrainSettings
+from opensora.config.settings import ExtractSettings, InferenceSettings, SearchSettings, TrainSettings
 
 Run = Callable[[argparse.Namespace], int]
 PROMPT = '"a red circle moving right"'

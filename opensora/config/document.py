@@ -15,10 +15,10 @@ from opensora.config import sections
 from opensora.config.budget import MAX_BASES_DEPTH, MAX_BYTES, MAX_FILES
 from opensora.config.fields import kinds
 from opensora.config.legacy import LEGACY, OF_NO_EFFECT
+from opensora.config.schema import MAX_PATH
 from opensora.config.sections.common import Loaded, Section
 from opensora.config.sections.models import Transformer
-from opensora.schema import MAX_PATH
-from opensora.settings import ExtractSettings, InferenceSettings, SearchSettings, TrainSettings
+from opensora.config.settings import ExtractSettings, InferenceSettings, SearchSettings, TrainSettings
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "config.md"
 SAFE = 10**12

@@ -16,8 +16,8 @@ from pydantic_core import PydanticCustomError
 
 from opensora.config import sections
 from opensora.config.legacy import OF_NO_EFFECT, modernised
+from opensora.config.schema import Int, Number, Schema, Text, check, shown
 from opensora.errors import ConfigError, did_you_mean
-from opensora.schema import Int, Number, Schema, Text, check, shown
 
 logger = logging.getLogger("opensora")
 Settings = TypeVar("Settings", bound="Checked")

@@ -7,12 +7,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from opensora import catalog
+from opensora.config import model_zoo
 from opensora.config.reader import read_config
+from opensora.config.schema import FilePath, check
 from opensora.errors import ConfigError
-from opensora.schema import FilePath, check
 
-MODELS = {entry.name: entry.config for entry in catalog.MODELS}
+MODELS = {entry.name: entry.config for entry in model_zoo.MODELS}
 
 
 def find_config(name: str | Path) -> Path:

@@ -14,9 +14,9 @@ from pydantic import Field
 from opensora.config.budget import MAX_BASES_DEPTH, MAX_FILES, Budget
 from opensora.config.placeholders import replaced
 from opensora.config.program import Program
+from opensora.config.schema import FilePath, check
 from opensora.errors import ConfigError
 from opensora.files import parse_json, why
-from opensora.schema import FilePath, check
 
 MAX_YAML_BYTES = 100_000
 _Bases = FilePath | Annotated[list[FilePath], Field(max_length=MAX_FILES)]

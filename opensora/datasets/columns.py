@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from opensora.config.schema import MAX_TEXT, SHOWN, Number, Text, check
 from opensora.errors import ConfigError, did_you_mean
-from opensora.schema import MAX_TEXT, SHOWN, Number, Text, check
 
 log = logging.getLogger("opensora")
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from opensora.config.schema import check
 from opensora.datasets.bucket import random_words
 from opensora.datasets.quarantine import Broken
 from opensora.datasets.table import read_table
@@ -23,7 +24,6 @@ from opensora.datasets.transforms import get_transform
 from opensora.datasets.video import is_image as _is_image
 from opensora.datasets.video import read_image, read_span
 from opensora.errors import ConfigError, MediaError
-from opensora.schema import check
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -15,9 +15,9 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
+from opensora.config.schema import Count, Name, Positive, Schema, Text, Triple, check
 from opensora.errors import ConfigError
 from opensora.files import read_json
-from opensora.schema import Count, Name, Positive, Schema, Text, Triple, check
 
 IDENTITY, PLAN = "features.json", "plan.json"
 COMMAND = "scripts/misc/extract_feat.py"

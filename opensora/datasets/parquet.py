@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from opensora.config.schema import MAX_TEXT
 from opensora.datasets import columns
 from opensora.datasets.columns import TEXTS
 from opensora.errors import ConfigError
 from opensora.files import open_regular, why
-from opensora.schema import MAX_TEXT
 
 CHUNK = 2**11  # rows read together
 FEW = 2**4  # where a few bytes may become many texts

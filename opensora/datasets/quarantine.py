@@ -9,11 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from opensora.config.schema import Count, Schema, Text, check
 from opensora.datasets.file_content import content_key
 from opensora.datasets.table import Table
 from opensora.errors import MediaError
 from opensora.files import parse_json
-from opensora.schema import Count, Schema, Text, check
 
 log = logging.getLogger("opensora")
 

@@ -12,12 +12,12 @@ from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from opensora.config.schema import MAX_TEXT
 from opensora.datasets import columns
 from opensora.datasets.columns import NUMBERS, TEXTS, Notes, Where
 from opensora.datasets.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from opensora.errors import ConfigError
 from opensora.files import open_regular, parse_json
-from opensora.schema import MAX_TEXT
 
 CHUNK = 2**11  # rows read together: their texts take many times the memory of the arrays they become, and fit a cache
 MAX_LINE = 2**20  # characters

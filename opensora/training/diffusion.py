@@ -12,32 +12,35 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from opensora import components, registry, weights
-from opensora.acceleration import peers
+from opensora import registry
 from opensora.acceleration.device import DTYPES, keep_allocations_in_heap, pick_device, place
-from opensora.acceleration.parallel import Layout, barrier, gather, of_main, one_voice, start
-from opensora.acceleration.parallelize import parallelize
-from opensora.acceleration.whole import whole
+from opensora.checkpoints import components
+from opensora.checkpoints.fit import load_weights
+from opensora.checkpoints.save import save_pretrained
+from opensora.config.settings import TrainSettings, check_trainable
 from opensora.datasets.datasets import VideoTextDataset
 from opensora.datasets.quarantine import Broken, Quarantine
-from opensora.datasets.shape_clips import shape_clips
+from opensora.datasets.synthetic.dataset import shape_clips
+from opensora.distributed import peers
+from opensora.distributed.fsdp import Layout, barrier, gather, of_main, one_voice, start
+from opensora.distributed.full_state_dict import whole
+from opensora.distributed.parallelize import parallelize
 from opensora.errors import ConfigError
 from opensora.models.layers.transformer import FixedPositions
-from opensora.settings import TrainSettings, check_trainable
-from opensora.training import encoded
-from opensora.training.clip_features import ClipSource, encode_clips, held_clips
-from opensora.training.data import Feed, Source
-from opensora.training.data_record import DataRecord, cells_of, read_record, record_of_features, record_of_table
-from opensora.training.examples import Encoders, Examples
-from opensora.training.fingerprint import fingerprint
+from opensora.training.callbacks import held_out, watches
+from opensora.training.checkpoint.fingerprint import fingerprint
+from opensora.training.data import encoded
+from opensora.training.data.batch import Encoders, Examples
+from opensora.training.data.clip_features import ClipSource, encode_clips, held_clips
+from opensora.training.data.data_record import DataRecord, cells_of, read_record, record_of_features, record_of_table
+from opensora.training.data.loader import Feed, Source
+from opensora.training.data.sources import table_source
+from opensora.training.data.table_checks import check_texts, missing_files, same_on_all_ranks
+from opensora.training.data.turns import Turns
 from opensora.training.masks import MaskRatios
 from opensora.training.run_folder import publish, refuse_a_second
-from opensora.training.sources import table_source
-from opensora.training.table_checks import check_texts, missing_files, same_on_all_ranks
 from opensora.training.throughput import StepCost
 from opensora.training.trainer import Trainer
-from opensora.training.turns import Turns
-from opensora.training.watching import held_out, watches
 
 logger = logging.getLogger("opensora")
 Size = tuple[int, int, int]
@@ -227,7 +230,7 @@ def build_model(settings: TrainSettings, data: Data, device: torch.device) -> nn
     torch.manual_seed(settings.seed)
     model = components.build({**section, "strict": False}, path, keywords, forced)
     if path:
-        logger.info("%s", weights.load_weights(model, path, strict=section.get("strict", False)))
+        logger.info("%s", load_weights(model, path, strict=section.get("strict", False)))
     if data.sizes:
         model.config = {**model.config, "trained_sizes": [list(size) for size in data.sizes]}
     return place(model, device).train()
@@ -292,7 +295,7 @@ def finish(settings: TrainSettings, model: nn.Module, trainer: Trainer, layout: 
 
     def write() -> Path:
         config = {"model_type": settings.model["type"], **model.config}
-        weights.save_pretrained(averaged, trainer.folder / "ema", config)
+        save_pretrained(averaged, trainer.folder / "ema", config)
         return publish(trainer.folder)
 
     return of_main(write, layout)

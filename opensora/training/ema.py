@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from opensora.acceleration.parallel import local
-from opensora.acceleration.whole import fill
+from opensora.distributed.fsdp import local
+from opensora.distributed.full_state_dict import fill
 from opensora.errors import WeightsError
 
 

@@ -9,10 +9,10 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from opensora.acceleration import peers
+from opensora.config.schema import Count, Name, Schema, check
+from opensora.distributed import peers
 from opensora.errors import MediaError, OpenSoraError, WeightsError, printable
 from opensora.files import read_json, why
-from opensora.schema import Count, Name, Schema, check
 
 logger = logging.getLogger("opensora")
 FILE = "run.lock"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from opensora.acceleration.device import optimizer_kernels
-from opensora.settings import TrainSettings
+from opensora.config.settings import TrainSettings
 
 
 def make_optimizer(parameters: list[Tensor], settings: TrainSettings, device: torch.device) -> torch.optim.AdamW:

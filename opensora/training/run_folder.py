@@ -9,14 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from opensora.acceleration import peers
+from opensora.config.schema import Positive, Schema, Text, check
+from opensora.config.settings import TrainSettings
+from opensora.distributed import peers
 from opensora.errors import ConfigError, MediaError, OpenSoraError, WeightsError
 from opensora.files import read_json, replacing
-from opensora.schema import Positive, Schema, Text, check
-from opensora.settings import TrainSettings
-from opensora.training import lock, manifest, state
-from opensora.training.fingerprint import require_accepted
-from opensora.training.manifest import RunId
+from opensora.training import lock
+from opensora.training.checkpoint import manifest, state
+from opensora.training.checkpoint.fingerprint import require_accepted
+from opensora.training.checkpoint.manifest import RunId
 from opensora.training.tracking import copy_log
 
 logger = logging.getLogger("opensora")

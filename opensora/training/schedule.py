@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from functools import cached_property
 
-from opensora.settings import TrainSettings
-from opensora.training.data import Place, Source
+from opensora.config.settings import TrainSettings
+from opensora.training.data.loader import Place, Source
 
 LENGTH = "the length of the schedule"
 

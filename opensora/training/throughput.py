@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora import components, estimate
-from opensora.acceleration.parallel import Layout, mean
-from opensora.acceleration.peak import peak_flops
+from opensora.checkpoints import components
+from opensora.distributed.fsdp import Layout, mean
+from opensora.profiling import cost_model
+from opensora.profiling.peak_flops import peak_flops
 
 
 class StepCost:
@@ -43,8 +44,8 @@ class StepCost:
         """The operations of one forward pass for one sample."""
         told = {name: value[:1] for name, value in cond.items() if name not in ("y", "mask")}
         host = torch.empty(0).device
-        work = estimate.step(self.model, size, told, text, torch.float32, host, batch=1)
-        cost = estimate.count(work, host)
+        work = cost_model.step(self.model, size, told, text, torch.float32, host, batch=1)
+        cost = cost_model.count(work, host)
         return cost.products + cost.convolutions
 
 

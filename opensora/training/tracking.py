@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from opensora.config.settings import TrainSettings
 from opensora.datasets.video import write_image, write_video
 from opensora.errors import ConfigError, MediaError, WeightsError
 from opensora.files import parse_json, replacing, why
-from opensora.settings import TrainSettings
 
 logger = logging.getLogger("opensora")
 WANDB_SERVER = "https://api.wandb.ai"

@@ -25,23 +25,23 @@ from opensora.acceleration.device import (
     training_attention,
     training_context,
 )
-from opensora.acceleration.parallel import Layout, barrier, clip_grad_norm, gather, mean, of_main, share
+from opensora.config.settings import TrainSettings
+from opensora.distributed.fsdp import Layout, barrier, clip_grad_norm, gather, mean, of_main, share
 from opensora.errors import OpenSoraError
-from opensora.settings import TrainSettings
-from opensora.training import state
-from opensora.training.data import Feed, Numbered, Place
+from opensora.training.bad_step_guard import Guard, Question
+from opensora.training.checkpoint import state
+from opensora.training.checkpoint.fingerprint import differences
+from opensora.training.checkpoint.saving import Saving
+from opensora.training.data.loader import Feed, Numbered, Place
+from opensora.training.data.position import Position, read_position
+from opensora.training.data.turns import Turns, names_of
 from opensora.training.ema import EMA
-from opensora.training.fingerprint import differences
-from opensora.training.guard import Guard, Question
 from opensora.training.optimizer import make_optimizer
-from opensora.training.position import Position, read_position
 from opensora.training.run_folder import carry_over, open_run
-from opensora.training.saving import Saving
 from opensora.training.schedule import Schedule
 from opensora.training.stopping import Stopping, name_of
 from opensora.training.throughput import Throughput
 from opensora.training.tracking import Tracker
-from opensora.training.turns import Turns, names_of
 
 logger = logging.getLogger("opensora")
 Loss = Callable[[Any, torch.Generator], Tensor]  # what the feed gives -> the loss of each sample [B], or of all

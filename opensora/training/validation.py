@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from opensora.acceleration.device import training_context
-from opensora.acceleration.parallel import Layout, gather
+from opensora.config.settings import TrainSettings
 from opensora.datasets.video import to_uint8
-from opensora.noise import initial_noise, noise_generator
+from opensora.distributed.fsdp import Layout, gather
+from opensora.pipeline.noise import initial_noise, noise_generator
 from opensora.schedulers.iddpm import IDDPM
-from opensora.settings import TrainSettings
+from opensora.training.data.batch import Examples
 from opensora.training.ema import EMA
-from opensora.training.examples import Examples
 
 BINS = 10  # parts of the range of times
 Results = dict[str, Tensor]  # of each bucket the losses of its clips, float64 [N, BINS], from data to noise

@@ -11,7 +11,7 @@ from opensora.cli.flags import add_flags, boolean
 from opensora.cli.merge import merge, settings_of
 from opensora.cli.parser import Parser
 from opensora.cli.program import run_program
-from opensora.settings import InferenceSettings, SearchSettings, TrainSettings
+from opensora.config.settings import InferenceSettings, SearchSettings, TrainSettings
 
 __all__ = [
     "add_flags", "boolean", "inference_parser", "merge", "parse_inference_args", "parse_search_args",

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from opensora.conditioning import parse_mask_strategy
 from opensora.datasets.video import write_video
+from opensora.pipeline.mask_strategy import parse_mask_strategy
 
 ROOT = Path(__file__).parents[2]
 HEIGHT, WIDTH = 360, 640  # of a condition image; clips have half of that

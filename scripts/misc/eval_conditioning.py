@@ -16,18 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opensora import components, registry
+from opensora import registry
 from opensora.acceleration.device import inference_dtype, keep_allocations_in_heap, pick_device
+from opensora.checkpoints import components
 from opensora.config import find_config, read_config
-from opensora.datasets.clips import CANONICAL, Clip, caption, make_clip
-from opensora.datasets.measure import measure
-from opensora.datasets.shape_clips import to_model
+from opensora.config.settings import InferenceSettings
+from opensora.datasets.synthetic.dataset import to_model
+from opensora.datasets.synthetic.measure import measure
+from opensora.datasets.synthetic.render import CANONICAL, Clip, caption, make_clip
 from opensora.datasets.video import contact_sheet, tile, to_uint8, write_image
 from opensora.models.sizes import size_conditioning
 from opensora.models.text_encoder.cleaning import preprocess
-from opensora.noise import initial_noise, noise_generator
-from opensora.recipe import check_folder
-from opensora.settings import InferenceSettings
+from opensora.pipeline.noise import initial_noise, noise_generator
+from opensora.pipeline.recipe import check_folder
 from opensora.utils.config_utils import run_program
 
 SIZES = ("17x64x64", "34x64x64", "1x64x64", "17x48x80", "34x48x80", "1x48x80", "17x80x48", "34x80x48", "1x80x48")

@@ -16,16 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from opensora import cli, components
+from opensora import cli
 from opensora.acceleration.device import inference_dtype, pick_device
+from opensora.checkpoints import components
 from opensora.config import find_config, read_config
-from opensora.datasets.clips import Clip, make_clip, render
-from opensora.datasets.measure import measure
-from opensora.datasets.shape_clips import to_model
+from opensora.config.settings import InferenceSettings
+from opensora.datasets.synthetic.dataset import to_model
+from opensora.datasets.synthetic.measure import measure
+from opensora.datasets.synthetic.render import Clip, make_clip, render
 from opensora.datasets.video import contact_sheet, read_video, tile, write_image, write_video
 from opensora.errors import MediaError
-from opensora.recipe import check_folder, read_recipe
-from opensora.settings import InferenceSettings
+from opensora.pipeline.recipe import check_folder, read_recipe
 from opensora.utils.config_utils import run_program
 
 NUM_FRAMES, SIDE, FPS = 17, 64, 8  # of the clips that the embedded model was trained on

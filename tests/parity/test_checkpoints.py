@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from opensora.checkpoints.fit import load_weights
+from opensora.checkpoints.key_mapping import POSITIONS, to_original
+from opensora.checkpoints.read import read_state_dict
 from opensora.errors import WeightsError
 from opensora.registry import build
-from opensora.weight_rules import POSITIONS, to_original
-from opensora.weights import load_weights, read_state_dict
 from tests.parity.cases import ROOT, Case, discover, needed, part
 
 CASES = pytest.mark.parametrize("case", discover("checkpoints"), ids=str)

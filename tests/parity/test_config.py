@@ -12,10 +12,10 @@ import pytest
 
 from opensora import registry
 from opensora.config import find_config
+from opensora.config.settings import OF_NO_EFFECT, InferenceSettings, TrainSettings
 from opensora.errors import ConfigError
-from opensora.prompts import load_prompts
-from opensora.request import make_requests
-from opensora.settings import OF_NO_EFFECT, InferenceSettings, TrainSettings
+from opensora.pipeline.prompts import load_prompts
+from opensora.pipeline.request import make_requests
 from opensora.utils.config_utils import inference_parser, merge, training_parser
 from tests.parity.cases import ROOT
 

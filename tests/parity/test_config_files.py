@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from opensora.config import find_config, read_config
-from opensora.prompts import load_prompts
-from opensora.request import make_requests
-from opensora.settings import InferenceSettings, TrainSettings
+from opensora.config.settings import InferenceSettings, TrainSettings
+from opensora.pipeline.prompts import load_prompts
+from opensora.pipeline.request import make_requests
 from tests.parity.cases import ROOT
 
 VERSIONS = ("v1.2.0", "v1.1.0", "v1.0.0")  # newest first

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from opensora.models.layers.attention import CrossAttention, RMSNorm, SelfAttention, rotate, rotation_table, unpack_text
+from opensora.models.layers.attention import (
+    CrossAttention,
+    RMSNorm,
+    SelfAttention,
+    rotate,
+    rotation_table,
+    unpack_text,
+)
 from opensora.models.layers.embeddings import (
     CaptionEmbedder,
     PatchEmbed3D,

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from opensora import pipeline
+from opensora.checkpoints.summary import Summary
 from opensora.datasets.video import read_image, read_video
 from opensora.errors import OpenSoraError
 from opensora.models.text_encoder.cleaning import preprocess
-from opensora.pipeline import VideoPipeline
-from opensora.prompts import prepare
+from opensora.pipeline import pipeline
+from opensora.pipeline.pipeline import VideoPipeline
+from opensora.pipeline.prompts import prepare
 from opensora.utils.config_utils import parse_inference_args
-from opensora.weights import Summary
 from tests.parity.cases import ROOT
 
 FACTS = json.loads((ROOT / "data" / "inference_flow.json").read_text())

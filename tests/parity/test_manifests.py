@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from opensora.checkpoints import fit
+from opensora.checkpoints.summary import count_parameters, family
 from opensora.registry import build
-from opensora.weights import count_parameters, family, fit
 from tests.parity.cases import ROOT, Case, discover
 
 # What `inspect` calls a registered type, without the size after its name.

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import pytest
 import torch
 
+from opensora.config.settings import TrainSettings
 from opensora.errors import ConfigError
-from opensora.settings import TrainSettings
 from opensora.training.masks import TYPES, MaskRatios, draw_mask
 from tests.parity.cases import ROOT, needed
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opensora.conditioning import Placement, carry, nearest_multiple, parse_mask_strategy, place
 from opensora.errors import ConfigError
+from opensora.pipeline.mask_strategy import Placement, carry, nearest_multiple, parse_mask_strategy, place
 from tests.parity.cases import ROOT
 
 FACTS = json.loads((ROOT / "data" / "masks.json").read_text())

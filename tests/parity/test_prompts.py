@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from opensora import prompts
 from opensora.errors import ConfigError
 from opensora.models.text_encoder.cleaning import preprocess
+from opensora.pipeline import prompts
 from tests.parity.cases import discover
 
 CASES = [case for case in discover("data") if "extract_json" in case.facts or "multi_segment" in case.facts]

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from opensora.errors import ConfigError
-from opensora.training.search import Found, Plan, Span, bisect, grid_search, make_plan, search
-from opensora.training.search_model import ModelSearch
-from opensora.training.search_report import result_text
+from opensora.training.batch_size_search.search import Found, Plan, Span, bisect, grid_search, make_plan, search
+from opensora.training.batch_size_search.search_model import ModelSearch
+from opensora.training.batch_size_search.search_report import result_text
 from tests.devices import Recorded
 from tests.parity.cases import ROOT, needed
 

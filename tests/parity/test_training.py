@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from opensora.settings import TrainSettings
-from opensora.training import state
+from opensora.config.settings import TrainSettings
+from opensora.training.checkpoint import state
 from opensora.training.ema import EMA
 from opensora.training.trainer import Trainer
 from opensora.utils.config_utils import boolean

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from opensora.datasets.transforms import center, get_transform
 from opensora.errors import ConfigError, MediaError
-from opensora.references import References, read_reference, read_references
+from opensora.pipeline.references import References, read_reference, read_references
 from tests.parity.cases import ROOT
 
 FACTS = json.loads((ROOT / "data" / "datasets.json").read_text())

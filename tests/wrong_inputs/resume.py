@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from opensora import weights
-from opensora.settings import TrainSettings
+from opensora.checkpoints.save import save_file
+from opensora.config.settings import TrainSettings
 from opensora.training.trainer import Trainer
 from opensora.utils.config_utils import run_program
 
@@ -42,5 +42,5 @@ def make_weights(arguments: Sequence[str]) -> int:
     """The same weights as model.safetensors and model.pt."""
     state = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)).state_dict()
     for name in ("model.safetensors", "model.pt"):
-        weights.save_file(state, Path(arguments[0]) / name)
+        save_file(state, Path(arguments[0]) / name)
     return 0

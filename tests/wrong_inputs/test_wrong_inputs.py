@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from opensora.config import find_config, read_config
-from opensora.datasets.clips import make_clip
+from opensora.datasets.synthetic.render import make_clip
 from opensora.datasets.video import write_image, write_video
 from tests.wrong_inputs.mutations import as_config, as_json, damaged, mutated
 
@@ -86,7 +86,7 @@ def recipe_in_a_video(data: st.DataObject, folder: Path) -> list[str]:
 def draft(data: st.DataObject, folder: Path) -> list[str]:
     from safetensors.torch import load_file, save_file
 
-    from opensora import draft as drafts
+    from opensora.pipeline import draft as drafts
 
     [file] = folder.glob("*.draft.safetensors")
     if data.draw(st.booleans(), label="bytes?"):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from opensora.config.schema import check, shown
 from opensora.config.sections import autoencoders, data, encoders, models, schedulers
 from opensora.config.sections.common import Section
 from opensora.errors import ConfigError, OpenSoraError, did_you_mean
-from opensora.schema import check, shown
 
 MODELS: dict[str, type[models.Transformer]] = {
     **dict.fromkeys(("STDiT", "STDiT-XL/2", "STDiT-XL/2x2"), models.STDiT),

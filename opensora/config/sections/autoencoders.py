@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from opensora.config.schema import Many, Name, Number, Positive
 from opensora.config.sections.common import Frames, Loaded, arg
-from opensora.schema import Many, Name, Number, Positive
 
 MAX_LEVELS = 16
 Width = Annotated[Positive, Field(le=16_384)]

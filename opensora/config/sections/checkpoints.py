@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, model_validator
 
+from opensora.config.schema import Count, Positive, Schema, Triple
 from opensora.config.sections.common import MAX_PARAMETERS, Depth, Width
 from opensora.config.sections.models import Heads
-from opensora.schema import Count, Positive, Schema, Triple
 
 Words = Annotated[Positive, Field(le=10_000_000)]
 Span = Annotated[Positive, Field(le=1_000_000)]

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from opensora.schema import FilePath, Int, Name, Number, Positive, Schema
+from opensora.config.schema import FilePath, Int, Name, Number, Positive, Schema
 
 # Bounds that no real model, sampler or clip exceeds.
 MAX_PARAMETERS = 10**13

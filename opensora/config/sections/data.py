@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from opensora.config.sections.common import MAX_SIDE, Frames, Real, Section, Side, arg
-from opensora.schema import (
+from opensora.config.schema import (
     Count,
     FilePath,
     Int,
@@ -22,6 +21,7 @@ from opensora.schema import (
     as_tuple,
     worded,
 )
+from opensora.config.sections.common import MAX_SIDE, Frames, Real, Section, Side, arg
 
 Interval = Annotated[Positive, Field(le=1_000)]
 Seed = Annotated[Int, Field(ge=-(2**63))]

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from opensora.config.schema import Positive
 from opensora.config.sections.common import Loaded, Section, Tokens, arg
-from opensora.schema import Positive
 
 
 class T5(Loaded):

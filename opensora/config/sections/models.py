@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from opensora.config.schema import Count, Many, Name, Positive, Schema, Share, Triple, as_tuple
 from opensora.config.sections.common import MAX_PARAMETERS, Depth, Loaded, Scale, Tokens, Width, arg
-from opensora.schema import Count, Many, Name, Positive, Schema, Share, Triple, as_tuple
 
 Heads = Annotated[Positive, Field(le=4_096)]
 Patch = Triple[Annotated[Positive, Field(le=64)]]

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from opensora.config.schema import Name, Number, Positive, Share
 from opensora.config.sections.common import Guidance, Section, Steps, Width, arg
-from opensora.schema import Name, Number, Positive, Share
 
 
 class RFLOW(Section):

@@ -1,0 +1,1 @@
+"""Exact replacements for slow operations of a CPU."""

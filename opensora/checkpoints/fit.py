@@ -1,0 +1,142 @@
+"""Checkpoints into models: names and shapes fitted by rules, values checked and filled in."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from opensora.acceleration.model_parts import kept_in_float32
+from opensora.checkpoints.advice import advice
+from opensora.checkpoints.finite import magnitudes
+from opensora.checkpoints.hub import locate
+from opensora.checkpoints.key_mapping import DEFAULT_RULES, Drop, Rule, TensorDict
+from opensora.checkpoints.prefixes import check_no_adapter, strip_wrappers
+from opensora.checkpoints.read import read_state_dict
+from opensora.checkpoints.summary import Summary, summarize
+from opensora.checkpoints.text import first, shape
+from opensora.errors import WeightsError
+
+logger = logging.getLogger("opensora")
+
+
+def load_weights(
+    model: nn.Module, source: str | os.PathLike[str], *, rules: Sequence[Rule] = (), dtype: torch.dtype | None = None,
+    strict: bool = True,
+) -> Summary:  # fmt: skip
+    """Fills every tensor of `model` from a file, folder or hub id, and returns what was read.
+
+    `rules` apply before DEFAULT_RULES. Floating tensors become `dtype`, or the model's own dtype when None, save those
+    `kept_in_float32`. Tensors on the meta device are replaced by the file's (non-persistent buffers stay as they
+    are), any others have their values overwritten in place; fixed positions are the model's own `positions()`.
+    Nothing is changed before everything fits. Unless `strict`, tensors that the file lacks stay as they are (the model
+    must not be on the meta device) and those that the model lacks are ignored; summary and log tell of both.
+    Raises WeightsError naming each tensor that is missing, unexpected, of another shape, or not finite as `dtype`.
+    """
+    path = locate(source, what=f"{type(model).__name__} weights")
+    found = read_state_dict(path)
+    tensors, changes = fit(model, found, path, rules, strict)
+    own = model.state_dict(keep_vars=True)
+    if nowhere := [name for name in changes["initial"] if own[name].is_meta]:
+        raise RuntimeError(f"strict=False needs a model with initial values, not on the meta device: {first(nowhere)}")
+    check_finite(
+        path, {name: (tensor, _wanted(name, own[name], dtype)) for name, tensor in tensors.items() if name in own}
+    )
+    _fill(model, own, tensors, dtype)
+    summary = summarize(path, found)._replace(**changes)
+    if summary.initial or summary.ignored:
+        logger.warning("%s is not a whole %s", summary, type(model).__name__)
+    return summary
+
+
+def fit(
+    model: nn.Module, file: TensorDict, path: Path, rules: Sequence[Rule] = (), strict: bool = True
+) -> tuple[dict[str, Tensor], dict[str, tuple]]:
+    """What a file and its own fixed positions give `model`, by the model's names; and what a Summary says of it.
+
+    The model may lie on the meta device, and is not changed. Arguments and errors as in `load_weights`.
+    """
+    own = model.state_dict(keep_vars=True)
+    check_no_adapter(file, path)
+    file, stripped = strip_wrappers(file, own, path)
+    rules = (*rules, *DEFAULT_RULES)
+    active = [rule for rule in rules if rule.applies(file, own)]
+    tensors: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
+    for old, tensor in file.items():
+        entry = (old, tensor)
+        for rule in active:
+            entry = entry and rule.load(*entry, own)
+        if entry:
+            tensors[entry[0]], origin[entry[0]] = entry[1], old
+    placed = {name: tensor for name, tensor in tensors.items() if name in own}
+    by_holder = {id(own[name]): tensor for name, tensor in placed.items()}
+    tied = {name: by_holder[id(mine)] for name, mine in own.items() if id(mine) in by_holder}  # stored under any name
+    with torch.device("cpu"):  # wherever the model is
+        filled = {**getattr(model, "positions", dict)(), **tied, **placed}
+    kept = [
+        name for name in own if not own[name].is_meta and any(r.matches(name) for r in rules if isinstance(r, Drop))
+    ]
+    missing = [name for name in own if name not in filled and name not in kept]
+    unexpected = [name for name in tensors if name not in own]
+    misfits = [name for name in placed if not _fits(placed[name], own[name])]
+    problems = [f"{name}: expected {shape(own[name])}, found {shape(placed[name])}" for name in misfits]
+    if strict or not placed:
+        problems += [f"missing {name} {shape(own[name])}" for name in missing]
+        problems += [f"unexpected {name} {shape(tensors[name])}" for name in unexpected]
+    if problems:
+        told = f"{first(problems, separator='; ')}{advice(file, own, path)}"
+        raise WeightsError(f"{path} does not fit {type(model).__name__}: {told}")
+    return filled, {
+        "dropped": tuple(sorted({*file}.difference(origin.values()))),
+        "resized": tuple(name for name, old in origin.items() if tensors[name].shape != file[old].shape),
+        "renamed": tuple((old, name) for name, old in origin.items() if name != old),
+        "initial": tuple(missing), "ignored": tuple(unexpected),
+        "stripped": stripped,
+    }  # fmt: skip
+
+
+def _fill(model: nn.Module, own: TensorDict, tensors: TensorDict, dtype: torch.dtype | None) -> None:
+    replaced: dict[str, Tensor] = {}
+    made: dict[int, nn.Parameter] = {}  # so that tied parameters stay one
+    for name, mine in own.items():
+        wanted = _wanted(name, mine, dtype)
+        if not mine.is_meta:
+            mine.data = mine.data.to(wanted)
+            if name in tensors:
+                mine.data.copy_(tensors[name])
+        elif isinstance(mine, nn.Parameter):
+            replaced[name] = made.setdefault(id(mine), nn.Parameter(tensors[name].to(wanted), mine.requires_grad))
+        else:
+            replaced[name] = tensors[name].to(wanted)
+    model.load_state_dict(replaced, strict=False, assign=True)
+
+
+def _wanted(name: str, mine: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The type that a tensor of a model takes."""
+    if not mine.is_floating_point():
+        return mine.dtype
+    return torch.float32 if kept_in_float32(name) else dtype or mine.dtype
+
+
+def check_finite(path: Path, tensors: Mapping[str, tuple[Tensor, torch.dtype]]) -> None:
+    """Raises WeightsError for tensors with values that are not finite, or would not be as the type beside them."""
+    found = magnitudes({name: tensor for name, (tensor, _) in tensors.items()})
+    if broken := [name for name, value in found.items() if not math.isfinite(value)]:
+        raise WeightsError(
+            f"{path}: has values that are no finite numbers (NaN, infinity) in {first(broken, 3)}; "
+            "the training has diverged or the file is damaged, take an earlier or another one"
+        )
+    for name, (_, dtype) in tensors.items():
+        if dtype.is_floating_point and found[name] > torch.finfo(dtype).max:
+            problem = f"{first([name])} has values up to {found[name]:.3g}, too large for {str(dtype)[6:]}"
+            raise WeightsError(f"{path}: {problem}; use --dtype bf16 or fp32")
+
+
+def _fits(found: Tensor, mine: Tensor) -> bool:
+    return found.shape == mine.shape and found.is_floating_point() == mine.is_floating_point()

@@ -1,0 +1,71 @@
+"""Checkpoints out: one file, or a folder of config.json and shards, that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file as save_safetensors
+
+from opensora.checkpoints.hub import INDEX, SUFFIXES
+from opensora.checkpoints.key_mapping import TensorDict
+from opensora.errors import WeightsError
+from opensora.files import replacing
+
+_replacing = partial(replacing, make_folders=True, error=WeightsError, failures=(RuntimeError, SafetensorError))
+
+
+def save_file(state_dict: TensorDict, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors to one .safetensors, .pt, .pth or .bin file; the file appears whole or not at all.
+
+    A .safetensors file also takes texts as `metadata`.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise WeightsError(f"{path}: cannot write this kind of file; known are {', '.join(SUFFIXES)}")
+    with _replacing(path) as [temporary]:
+        _write(state_dict, temporary, metadata)
+
+
+def save_pretrained(
+    state_dict: TensorDict, folder: str | os.PathLike[str], config: Mapping[str, Any], max_shard_bytes: int = 5 * 2**30
+) -> None:
+    """Writes config.json and model.safetensors, or an index and shards of at most `max_shard_bytes` (or one tensor).
+
+    Files appear under their names only once all of them are written. Weights saved there before are replaced.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    folder = Path(folder)
+    plan = split_torch_state_dict_into_shards(dict(state_dict), max_shard_size=max_shard_bytes)
+    documents: dict[str, Mapping[str, Any]] = {"config.json": config}
+    if plan.is_sharded:
+        documents[f"model.safetensors{INDEX}"] = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    with ExitStack() as files:
+        for name, document in documents.items():
+            text = json.dumps(dict(document), indent=2) + "\n"
+            files.enter_context(_replacing(folder / name))[0].write_text(text, encoding="utf-8")
+        for name, held in plan.filename_to_tensors.items():
+            _write({tensor: state_dict[tensor] for tensor in held}, files.enter_context(_replacing(folder / name))[0])
+    for file in folder.glob("model*.safetensors*"):
+        ours = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", file.name)
+        if ours and file.name not in documents and file.name not in plan.filename_to_tensors:
+            file.unlink()
+
+
+def _write(tensors: TensorDict, file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes copies, of which no two share memory and none drags a larger storage along."""
+    options: dict[str, Any] = {"copy": True, "memory_format": torch.contiguous_format}
+    copies = {name: tensor.detach().to("cpu", **options) for name, tensor in tensors.items()}
+    if file.suffix == ".safetensors":
+        save_safetensors(copies, file, metadata={"format": "pt", **(metadata or {})})
+    else:
+        torch.save(copies, file)

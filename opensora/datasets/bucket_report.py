@@ -1,0 +1,169 @@
+"""What a bucket configuration makes of a table: which rows go where, why the others do not, and how many steps remain.
+
+Counts are those of one epoch: rows that are drawn, not only admitted, differ from epoch to epoch.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from opensora.config.settings import TrainSettings
+from opensora.datasets.bucket import REASONS, Buckets
+from opensora.datasets.samplers import BucketBatchSampler, Epoch
+from opensora.datasets.table import read_table
+from opensora.errors import ConfigError
+from opensora.files import replacing
+
+MOST_EXAMPLES = 3
+ROW_FIELDS = ("row", "path", "resolution", "num_frames", "aspect_ratio", "height", "width", "reason")
+HEADS = ("bucket", "frames x height x width", "rows", "batch", "batches", "a rank", "dropped", "repeated")
+BAR, LINE, LABEL, NUMBER = 420, 20, 330, 170  # pixels of the picture: widest bar, height of a line, texts beside it
+
+
+def load(
+    table: str | Path, settings: TrainSettings, *, world_size: int = 1, epoch: int = 0, pad: bool = False
+) -> tuple[Sequence[str], BucketBatchSampler]:
+    """The paths of a table and the sampler of its rows in an epoch of the settings' training.
+
+    `pad` completes batches and steps by repeating rows instead of dropping what is left over. Raises ConfigError for a
+    table or configuration that cannot be used.
+    """
+    if not settings.bucket_config:
+        raise ConfigError("the configuration has no bucket_config; name one for training with buckets")
+    interval = (settings.dataset or {}).get("frame_interval", 1)
+    for name, number, least in (("frame_interval", interval, 1), ("world size", world_size, 1), ("epoch", epoch, 0)):
+        if type(number) is not int or number < least:
+            raise ConfigError(f"the {name} must be a whole number from {least}; it is {number!r}")
+    rows = read_table(table)
+    sampler = BucketBatchSampler(
+        Buckets(settings.bucket_config),
+        *rows.sizes(),
+        seed=settings.seed,
+        frame_interval=interval,
+        drop_last=not pad,
+        world_size=world_size,
+    )
+    sampler.set_epoch(epoch)
+    return rows.path, sampler
+
+
+def describe(sampler: BucketBatchSampler) -> str:
+    """The report in words: a table of the buckets, the reasons of the rows without one, and the steps of the epoch."""
+    plan, world_size = sampler.plan, sampler.world_size
+    lines = [f"epoch {sampler.epoch}, seed {sampler.seed}, {world_size} rank(s)", "", *_bucket_lines(sampler)]
+    num_placed, num_rows = int(plan.num_rows.sum()), len(plan.placement.fate)
+    lines += ["", f"{num_placed} of {num_rows} rows have a bucket, {num_rows - num_placed} have none", *_reasons(plan)]
+    used = np.concatenate([sampler.dealt(rank) for rank in range(world_size)])
+    served = np.unique(np.concatenate([plan[index][1] for index in used])).size if used.size else 0
+    over = len(plan) - len(np.unique(used))
+    starved = plan.num_rows[plan.num_batches == 0]
+    if starved.size:
+        lines.append(f"{starved.size} bucket(s) with {starved.sum()} rows have no batch; take smaller batches there")
+    lines += ["", f"{len(plan)} batches, {len(sampler)} steps an epoch, {served} different rows served"]
+    if over:
+        lines.append(
+            f"{over} batches at the end do not suffice for all ranks; training takes them first in the next epoch"
+        )
+    if used.size > len(plan):
+        lines.append(f"{used.size - len(plan)} batches are repeated at the end, so that all ranks have one")
+    return "\n".join(lines)
+
+
+def write(sampler: BucketBatchSampler, paths: Sequence[str], folder: str | Path, table: str | Path) -> list[Path]:
+    """Writes the list of all rows and the picture, named after the table; returns their paths. Raises MediaError."""
+    targets = [Path(folder) / f"{Path(table).absolute().stem}.buckets.{suffix}" for suffix in ("csv", "svg")]
+    with replacing(*targets, make_folders=True) as [rows, picture]:
+        write_rows(sampler, paths, rows)
+        picture.write_text(picture_of(sampler), encoding="utf-8")
+    return targets
+
+
+def write_rows(sampler: BucketBatchSampler, paths: Sequence[str], target: Path) -> None:
+    """Writes a CSV with one line a row: its bucket and size, or the reason for having none."""
+    placement = sampler.plan.placement
+    buckets, _, rows, group = placement.groups()
+    cells = [(*bucket, *bucket.size[1:], "") for bucket in buckets] + [("",) * 5 + (text,) for text in REASONS.values()]
+    kind = len(buckets) + placement.fate.astype(int)  # REASONS has the order of Fate, which counts from 0
+    kind[rows] = group
+    with open(target, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(ROW_FIELDS)
+        writer.writerows((row, path, *cells[which]) for row, (path, which) in enumerate(zip(paths, kind, strict=True)))
+
+
+def picture_of(sampler: BucketBatchSampler) -> str:
+    """A histogram as SVG: the rows of each bucket, and of each reason for having none."""
+    plan = sampler.plan
+    bars = []
+    for group in _order(plan):
+        used = min(plan.num_batches[group] * plan.batch_sizes[group], plan.num_rows[group])
+        bars.append((str(plan.buckets[group]), int(used), int(plan.num_rows[group] - used)))
+    return _svg(bars + [(REASONS[fate], 0, len(rows)) for fate, rows in _without(plan)])
+
+
+def _svg(bars: Sequence[tuple[str, int, int]]) -> str:
+    """Bars of (label, rows served, rows not served), one below the other."""
+    most = max((used + rest for _, used, rest in bars), default=1)
+    width, height = LABEL + BAR + NUMBER, LINE * (len(bars) + 2)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
+        f'font-size="12"><rect width="100%" height="100%" fill="white"/>',
+        f'<text x="10" y="{LINE - 6}">rows of each bucket (grey: not served)</text>',
+    ]
+    for number, (label, used, rest) in enumerate(bars, 1):
+        y, dark, light = number * LINE, BAR * used / most, BAR * rest / most
+        text = f"{used + rest}" + (f", {rest} not served" if rest and used else "")
+        parts += [
+            f'<text x="{LABEL - 8}" y="{y + 14}" text-anchor="end">{escape(_shortened(label))}</text>',
+            f'<rect x="{LABEL}" y="{y + 3}" width="{dark:.1f}" height="{LINE - 6}" fill="#2b6cb0"/>',
+            f'<rect x="{LABEL + dark:.1f}" y="{y + 3}" width="{light:.1f}" height="{LINE - 6}" fill="#bbb"/>',
+            f'<text x="{LABEL + dark + light + 6:.1f}" y="{y + 14}">{text}</text>',
+        ]
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _shortened(label: str) -> str:
+    return label if len(label) <= 52 else f"{label[:50]}..."
+
+
+def _bucket_lines(sampler: BucketBatchSampler) -> list[str]:
+    plan = sampler.plan
+    ranks = [
+        np.bincount(plan.group[sampler.dealt(rank)], minlength=len(plan.buckets)) for rank in range(sampler.world_size)
+    ]
+    least, most = np.min(ranks, 0), np.max(ranks, 0)
+    rows = [HEADS]
+    for group in _order(plan):
+        bucket, num_rows, size = plan.buckets[group], plan.num_rows[group], plan.batch_sizes[group]
+        used = plan.num_batches[group] * size
+        share = f"{least[group]}" if least[group] == most[group] else f"{least[group]}-{most[group]}"
+        counts = (num_rows, size, plan.num_batches[group], share, max(num_rows - used, 0), max(used - num_rows, 0))
+        rows.append((str(bucket), "x".join(map(str, bucket.size)), *map(str, counts)))
+    columns = [[cell.rjust(max(map(len, column))) for cell in column] for column in zip(*rows, strict=True)]
+    columns[0] = [cell.strip().ljust(len(cell)) for cell in columns[0]]
+    return ["  ".join(cells) for cells in zip(*columns, strict=True)]
+
+
+def _order(plan: Epoch) -> list[int]:
+    """The buckets as they are tried: the largest first, then by ratio."""
+    order = {(entry.resolution, entry.num_frames): index for index, entry in enumerate(plan.placement.entries)}
+    return sorted(range(len(plan.buckets)), key=lambda g: (order[plan.buckets[g][:2]], float(plan.buckets[g].ratio)))
+
+
+def _without(plan: Epoch) -> list[tuple[int, np.ndarray]]:
+    """(fate, rows) of the rows that have no bucket."""
+    found = [(fate, np.flatnonzero(plan.placement.fate == fate)) for fate in REASONS]
+    return [(fate, rows) for fate, rows in found if len(rows)]
+
+
+def _reasons(plan: Epoch) -> list[str]:
+    lines = []
+    for fate, rows in _without(plan):
+        examples = ", ".join(map(str, rows[:MOST_EXAMPLES])) + (", ..." if len(rows) > MOST_EXAMPLES else "")
+        lines.append(f"  {len(rows)}: {REASONS[fate]} (rows {examples})")
+    return lines

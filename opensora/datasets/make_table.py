@@ -1,0 +1,204 @@
+"""A table of the videos and images in a folder, as training reads it."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from opensora.config.schema import MAX_TEXT, Text, check
+from opensora.datasets.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_image, read_image, read_span
+from opensora.errors import ConfigError, MediaError
+from opensora.files import read_bytes, replacing, why
+
+log = logging.getLogger("opensora")
+
+OTHER_SUFFIXES = {
+    ".3gp", ".apng", ".asf", ".flv", ".gif", ".m2ts", ".m4v", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv",
+    ".avif", ".heic", ".heif", ".jxl",  # photos that are not read, which is said of each
+}  # fmt: skip
+SUFFIXES = {*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, *OTHER_SUFFIXES}
+CAPTION = ".txt"
+CAPTIONS = ("names", "required")  # what becomes of files without a text: one made of their names, or a refusal
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+READERS = 4  # threads; a file is mostly waited for
+DECIMALS = 4
+
+
+class Row(NamedTuple):
+    """One file. Sizes are in pixels, `aspect_ratio` is height / width, `resolution` height x width."""
+
+    path: str
+    text: str
+    num_frames: int
+    width: int
+    height: int
+    aspect_ratio: float
+    resolution: int
+    fps: float | None  # of videos
+
+
+class Made(NamedTuple):
+    """What became of a folder."""
+
+    num_rows: int
+    broken: list[str]  # one line each: the file or folder and what is wrong with it
+    num_captions: int  # texts that came out of files
+    num_named: int  # texts made of the names of files
+
+    def summary(self) -> str:
+        """The counts in words."""
+        num_empty = self.num_rows - self.num_captions - self.num_named
+        return (
+            f"{self.num_rows} rows, {self.num_captions} of them with a text of their own"
+            + (f", {self.num_named} with one made of their file names" if self.num_named else "")
+            + (f", {num_empty} with an empty one" if num_empty else "")
+            + (f"; left out: {len(self.broken)}" if self.broken else "")
+        )
+
+
+def make_table(folder: str | Path, target: str | Path, force: bool = False, captions: str = "names") -> Made:
+    """Writes a CSV with a `Row` for each video and image below `folder`, in the order of their paths.
+
+    Paths begin as `folder` is written. The text is that of the file of the same name that ends in .txt, or else the
+    name itself in words, unless `captions` are "required". Files that cannot be read are left out and named. Raises
+    ConfigError for a folder without videos, a table that is there already, or a file without a text where that is
+    required, and MediaError if no file can be read.
+    """
+    folder, target = Path(folder), Path(target)
+    check(Literal[CAPTIONS], captions, "captions")
+    if target.suffix.lower() != ".csv":
+        raise ConfigError(f"{target}: the table is written as CSV; name it so, with .csv at its end")
+    if target.exists() and not force:
+        raise ConfigError(f"{target} is there already; name another file, or replace it with --force")
+    problems: list[str] = []
+    files = find_media(folder, problems)
+    if captions == "required":
+        _require_captions(files)
+    with ThreadPoolExecutor(READERS) as pool:
+        results = list(pool.map(_row_or_error, files))
+    rows = [one for one in results if isinstance(one, Row)]
+    broken = [*problems, *(one for one in results if isinstance(one, str))]
+    for problem in broken:
+        log.warning("left out: %s", problem)
+    if not rows:
+        raise MediaError(f"nothing in {folder} can be read, of {len(files)} found; the first: {broken[0]}")
+    with (
+        replacing(target, make_folders=True) as [temporary],
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(Row._fields)
+        writer.writerows(rows)
+    named = [row for row in rows if not _caption_file(Path(row.path)).is_file()]
+    if named:
+        remedy = "write a .txt beside each, or have them refused with --captions required"
+        log.warning(
+            "texts made of file names: %d, such as %r of %s; %s", len(named), named[0].text, named[0].path, remedy
+        )
+    return Made(len(rows), broken, sum(bool(row.text) for row in rows) - len(named), len(named))
+
+
+def find_media(folder: Path, problems: list[str] | None = None) -> list[Path]:
+    """The videos and images below a folder, by their suffixes; hidden ones do not count. ConfigError without any.
+
+    `problems` gets a line for each folder below that is not looked into, and each link to nothing.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; name one that holds videos")
+    files = sorted(_visible(folder, [] if problems is None else problems))
+    media = [file for file in files if file.suffix.lower() in SUFFIXES]
+    if not media:
+        known = ", ".join(sorted(SUFFIXES))
+        raise ConfigError(f"{folder}: holds no videos or images ({known}); name another folder, or convert them")
+    others = [file for file in files if file.suffix.lower() not in (*SUFFIXES, CAPTION)]
+    if others:
+        log.info("left alone, because of their suffixes: %d, such as %s", len(others), others[0])
+    return media
+
+
+def read_row(file: Path) -> Row:
+    """The row of one file. Raises MediaError if it or its text cannot be read."""
+    text, fps = caption_of(file), None
+    if is_image(file):
+        num_frames, (height, width) = 1, read_image(file).shape[:2]
+    else:
+        counts: list[int] = []
+
+        def first_frame(total: int) -> list[int]:
+            counts.append(total)
+            return [0]
+
+        [(height, width)], fps = read_span(file, first_frame, lambda frame: frame.shape[:2])
+        [num_frames], fps = counts, round(fps, DECIMALS)
+    ratio = round(height / width, DECIMALS)
+    return Row(str(file), text, num_frames, width, height, ratio, height * width, fps)
+
+
+def caption_of(file: Path) -> str:
+    """The text beside a file, on one line, or else its name in words. MediaError if that text cannot be read."""
+    beside = _caption_file(file)
+    text = _text(beside, file) if beside.is_file() else _words(file.stem)
+    text = " ".join(text.split())
+    try:
+        return check(Text, text)
+    except ConfigError as error:
+        raise MediaError(f"{file}: its text cannot be taken, {error}; correct {beside.name}") from error
+
+
+def _words(name: str) -> str:
+    """The name of a file as a text, which is UTF-8 even if the name is not."""
+    return os.fsencode(name).decode("utf-8", "replace").replace("_", " ")
+
+
+def _text(beside: Path, file: Path) -> str:
+    """The content of a text file in UTF-8 or, with a byte order mark, UTF-16."""
+    content = read_bytes(beside, 4 * MAX_TEXT)
+    try:
+        return content.decode("utf-16" if content.startswith(_UTF16) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MediaError(f"{file}: its text {beside.name} cannot be read; save it as UTF-8") from error
+
+
+def _require_captions(files: Sequence[Path]) -> None:
+    """Raises ConfigError unless each file has a text beside it that is not empty."""
+    without = [file for file in files if not (_caption_file(file).is_file() and _caption_file(file).stat().st_size)]
+    if without:
+        problem = f"{len(without)} of {len(files)} files have no text of their own, such as {without[0]}"
+        remedy = f"write it into {_caption_file(without[0]).name} beside it, or take file names with --captions names"
+        raise ConfigError(f"{problem}; {remedy}")
+
+
+def _caption_file(file: Path) -> Path:
+    return file.with_suffix(CAPTION)
+
+
+def _visible(folder: Path, problems: list[str]) -> Iterator[Path]:
+    """The files below a folder that are not hidden, nor behind a link to a folder."""
+
+    def unreadable(error: OSError) -> None:
+        problems.append(f"{error.filename}: the folder cannot be read ({why(error)}); check its permissions")
+
+    for path, folders, names in os.walk(folder, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        linked = [Path(path, name) for name in folders if os.path.islink(os.path.join(path, name))]
+        problems += [
+            f"{link}: is a link to a folder, which is not followed; name that folder itself" for link in linked
+        ]
+        for file in (Path(path, name) for name in names if not name.startswith(".")):
+            if file.is_file():
+                yield file
+            elif file.suffix.lower() in SUFFIXES:
+                problems.append(f"{file}: is no file, or a link that leads nowhere; replace it")
+
+
+def _row_or_error(file: Path) -> Row | str:
+    try:
+        return read_row(file)
+    except MediaError as error:
+        return str(error)

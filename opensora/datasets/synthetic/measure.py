@@ -1,0 +1,148 @@
+"""What a clip of a moving shape shows, found by plain image processing and named as in `clips.py`.
+
+Checks the embedded model: generate from a caption, measure the pixels, compare. Nothing here is learnt.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from opensora.datasets.synthetic.render import BACKGROUNDS, COLOURS, SHAPES, Scene, render
+
+SIDE = 64  # clips are reduced by a whole factor until the short side is below twice this
+NEAR_BACKGROUND, NEAR_COLOUR = 60.0, 100.0  # farther than this from every palette colour (RGB distance) has no name
+CONTRAST = 45.0  # RGB distance from the background at which a pixel may belong to an object
+SMALLEST = 0.005  # of the frame's pixels: less is noise (the smallest rendered object covers 0.018)
+TRAVEL, GROWTH = 16 / 64, np.log(1.6)  # displacement / short side and log radius ratio of a clear motion; half counts
+FIT = 0.55  # least overlap (intersection over union) with a perfect shape, below which there is no object
+
+
+class Measured(NamedTuple):
+    """Names as in the tables of `clips.py`; None where nothing fits, or nothing was found."""
+
+    shape: str | None
+    colour: str | None
+    motion: str | None
+    background: str | None
+
+
+def measure(video: np.ndarray) -> Measured:
+    """Shape, colour, motion and background of the clip `video`, uint8 [T, H, W, 3] of any size.
+
+    The object is the largest connected region that differs from the border's colour. Shape by overlap with a perfect
+    circle, square and triangle of the same area and centre; motion by the straight lines fitted to centre and radius.
+    """
+    video = _reduce(video)
+    num_frames, height, width = video.shape[:3]
+    inside = np.zeros((height, width), bool)
+    inside[2:-2, 2:-2] = True
+    backdrop = np.median(video[:, ~inside].reshape(-1, 3), axis=0)
+    background = _nearest(backdrop, BACKGROUNDS, NEAR_BACKGROUND)
+    coverage, colour = _find_object(video, backdrop)
+    area = coverage.sum((1, 2))
+    times = np.flatnonzero(area >= SMALLEST * height * width)
+    if 2 * len(times) < num_frames:
+        return Measured(None, None, None, background)
+    coverage, area = coverage[times], area[times]
+    x, y = coverage.sum(1) @ (np.arange(width) + 0.5), coverage.sum(2) @ (np.arange(height) + 0.5)
+    centre = np.stack([x, y], axis=1) / area[:, None]  # [T, 2] in pixels; a pixel's own centre lies at one half
+    shape = _shape(coverage, centre, area)
+    if shape is None:
+        return Measured(None, None, None, background)
+    motion = _motion(times / max(num_frames - 1, 1), centre / min(height, width), area)
+    return Measured(shape, _nearest(colour, COLOURS, NEAR_COLOUR), motion, background)
+
+
+def _reduce(video: np.ndarray) -> np.ndarray:
+    """float32 [T, H, W, 3], averaged over blocks so that the short side is 64 to 127 pixels (or as it is, if less)."""
+    factor = max(1, min(video.shape[1:3]) // SIDE)
+    height, width = video.shape[1] // factor, video.shape[2] // factor
+    video = video[:, : height * factor, : width * factor].astype(np.float32)
+    return video.reshape(len(video), height, factor, width, factor, 3).mean((2, 4))
+
+
+def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]], limit: float) -> str | None:
+    distance, name = min((float(np.linalg.norm(colour - np.array(value))), name) for name, value in palette.items())
+    return name if distance <= limit else None
+
+
+def _find_object(video: np.ndarray, backdrop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How far each pixel belongs to the object, [T, H, W] in 0..1 (edges are soft), and the object's colour [3].
+
+    A pixel's share is its position on the line from the background's colour to the object's. It is 0 everywhere if
+    no pixel stands out.
+    """
+    offset = video - backdrop
+    region = _largest_region(np.linalg.norm(offset, axis=-1) > CONTRAST)
+    if not region.any():
+        return np.zeros(video.shape[:3]), backdrop
+    towards = np.median(offset[region], axis=0)
+    for _ in range(2):  # the first guess includes edge pixels, the second only the core
+        coverage = np.clip(offset @ towards / (towards @ towards), 0, 1)
+        core = region & (coverage > 0.8)
+        towards = np.median(offset[core], axis=0) if core.any() else towards
+    near = _spread(_spread(_largest_region(coverage > 0.5)))
+    return np.where(near, coverage, 0), backdrop + towards
+
+
+def _largest_region(mask: np.ndarray) -> np.ndarray:
+    """The largest 4-connected region of each frame of `mask`, bool [T, H, W]."""
+    labels, before = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0), None
+    while not np.array_equal(labels, before):  # the largest label of a region spreads until it fills the region
+        labels, before = np.where(mask, _spread(labels), 0), labels
+    largest = np.zeros_like(mask)
+    for frame, label in zip(largest, labels, strict=True):
+        names, sizes = np.unique(label[label > 0], return_counts=True)
+        if names.size:
+            frame[:] = label == names[sizes.argmax()]
+    return largest
+
+
+def _spread(values: np.ndarray) -> np.ndarray:
+    """The largest of each pixel and its four neighbours, [T, H, W]; no value is below 0."""
+    padded = np.pad(values, ((0, 0), (1, 1), (1, 1)))
+    rows, columns = padded[:, :, 1:-1], padded[:, 1:-1]
+    return np.maximum.reduce([values, rows[:, :-2], rows[:, 2:], columns[:, :, :-2], columns[:, :, 2:]])
+
+
+def _shape(coverage: np.ndarray, centre: np.ndarray, area: np.ndarray) -> str | None:
+    """The shape that overlaps best, on average over the (up to eight) frames where the object is largest."""
+    frames = np.argsort(area)[::-1][:8]
+    fits = {s: np.mean([_overlap(coverage[t], s, centre[t], area[t]) for t in frames]) for s in SHAPES}
+    best = max(fits, key=fits.__getitem__)
+    return best if fits[best] >= FIT else None
+
+
+def _overlap(coverage: np.ndarray, shape: str, centre: np.ndarray, area: float) -> float:
+    """Intersection over union of an object, [H, W], with the perfect shape of the same centre and area."""
+    perfect = _draw(shape, np.sqrt(area / _unit_area(shape)), (centre[0], centre[1]), *coverage.shape)
+    return float(np.minimum(coverage, perfect).sum() / np.maximum(coverage, perfect).sum())
+
+
+@cache
+def _unit_area(shape: str) -> float:
+    """The area of the shape of radius 1."""
+    return float(_draw(shape, 100, (110, 110), 220, 220).sum()) / 100**2
+
+
+def _draw(shape: str, radius: float, centre: tuple[float, float], height: int, width: int) -> np.ndarray:
+    """How far each pixel is covered by the rendered shape, [H, W] in 0..1."""
+    scene = Scene(shape, "white", "standing still", "black", radius, radius, centre, (0, 0))
+    return render(scene, 1, height, width)[0, :, :, 0] / COLOURS["white"][0]
+
+
+def _motion(times: np.ndarray, centre: np.ndarray, area: np.ndarray) -> str | None:
+    """The motion that stands out most over the clip; None for a single frame. Time is 0..1, centres in short sides."""
+    if len(times) < 2:
+        return None
+    x, y, growth = np.polyfit(times, np.column_stack([centre, np.log(area) / 2]), 1)[0]
+    candidates = {
+        "moving right" if x > 0 else "moving left": abs(x) / TRAVEL,
+        "moving down" if y > 0 else "moving up": abs(y) / TRAVEL,
+        "growing" if growth > 0 else "shrinking": abs(growth) / GROWTH,
+        "standing still": 0.5,
+    }
+    return max(candidates, key=candidates.__getitem__)

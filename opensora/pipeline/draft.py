@@ -1,0 +1,193 @@
+"""A result that was stopped half-way, as one file: what it is to become, and all that the sampler needs to go on.
+
+The file is safetensors: the sampler's tensors, and as metadata a JSON object with the recipe of the whole result, and
+a SHA-256 over both. A recipe names its weights and references by their hashes, so that nothing else can take their
+place unnoticed. The SHA-256 tells of damage only: anybody can compute it, so that all that a draft says is checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from opensora.checkpoints.read import read_metadata, read_state_dict
+from opensora.checkpoints.save import save_file
+from opensora.checkpoints.summary import content_hash
+from opensora.config.schema import Name, Positive, Schema, check, shown
+from opensora.config.settings import InferenceSettings
+from opensora.errors import ConfigError, WeightsError
+from opensora.files import opened, parse_json, plain_name
+from opensora.pipeline.recipe import TOKENIZER, Planned, Recipe, check_recipe
+from opensora.schedulers.common import Pause
+
+FORMAT = 1
+KEY, DIGEST = "opensora_draft", "sha256"  # of the metadata
+SUFFIX = ".draft"  # of a result's name, before that of the file
+SHARE = 3  # --draft takes one step in so many
+GENERATOR = "generator"  # the tensor with the state of the sampler's random numbers
+GIVEN = "given"  # the tensor that tells, of each latent frame, whether it was given
+MAX_BYTES = 2**32  # of the file
+MAX_TENSORS = 16
+
+
+class _Told(Schema):
+    """What a draft says beside its tensors."""
+
+    format: Positive
+    name: str
+    done: Positive
+    num_steps: Positive
+    device: Name
+    recipe: dict[Name, Any]
+
+
+class Draft(NamedTuple):
+    """What a file holds: its path, the recipe of the whole result, where the sampler stands and of how many steps."""
+
+    file: Path
+    recipe: Recipe
+    name: str  # of the whole result, without suffix
+    pause: Pause
+    num_steps: int
+    device: str
+
+    @property
+    def path(self) -> str:
+        """Where the whole result goes, without suffix: beside the file, and beside the preview."""
+        return str(self.file.parent / self.name)
+
+
+def steps_to_take(settings: InferenceSettings, scheduler: Any) -> int | None:
+    """After how many of the sampler's steps to stop, None for a whole result. Raises ConfigError for too many."""
+    if not settings.draft and settings.steps_until is None:
+        return None
+    if settings.draft and settings.steps_until is not None:
+        raise ConfigError("draft chooses the steps that steps_until names; give one of the two")
+    num_steps = scheduler.num_steps
+    taken = max(round(num_steps / SHARE), 1) if settings.draft else settings.steps_until
+    if taken >= num_steps:
+        remedy = f"stop after 1 to {num_steps - 1}" if num_steps > 1 else "take more with --num-sampling-steps"
+        raise ConfigError(f"a draft after {taken} steps is the whole: the sampler takes {num_steps}; {remedy}")
+    return taken
+
+
+def save(file: Path, name: str, recipe: Recipe, pause: Pause, num_steps: int, device: str) -> None:
+    """Writes the draft of the result NAME to a .safetensors file, whole or not at all. Raises WeightsError."""
+    told = {"format": FORMAT, "name": name, "done": pause.done, "num_steps": num_steps, "device": device}
+    text = json.dumps({**told, "recipe": recipe}, ensure_ascii=False)
+    save_file(pause.tensors, file, {KEY: text, DIGEST: _digest(text, pause.tensors)})
+
+
+def load(file: str | Path) -> Draft:
+    """The draft in a file. Raises WeightsError for one that is no draft, damaged, or from a newer program."""
+    file = Path(file)
+    if not file.exists():
+        raise WeightsError(f"{file}: there is no such draft; give the {SUFFIX}.safetensors file that generate wrote")
+    with opened(file, MAX_BYTES, WeightsError):
+        pass  # a device or pipe is not even tried
+    metadata = read_metadata(file)
+    if KEY not in metadata:
+        raise WeightsError(f"{file}: is no draft; give the {SUFFIX}.safetensors file that generate wrote")
+    tensors = read_state_dict(file)
+    if metadata.get(DIGEST) != _digest(metadata[KEY], tensors):
+        raise WeightsError(f"{file}: is damaged, or was changed after it was written; make the draft again")
+    told = parse_json(metadata[KEY], str(file), WeightsError)
+    if isinstance(told, dict) and check(Positive, told.get("format"), f"{file}: format", WeightsError) > FORMAT:
+        raise WeightsError(f"{file}: a newer program wrote this draft (format {told['format']}); update opensora")
+    told = check(_Told, told, f"{file}: is incomplete or damaged", WeightsError, "make the draft again")
+    recipe = check_recipe(dict(told.recipe), Planned, str(file), WeightsError)
+    if told.done >= told.num_steps:
+        raise WeightsError(f"{file}: stands after {told.done} of {told.num_steps} steps; make the draft again")
+    _check_tensors(file, tensors)
+    name = plain_name(told.name, str(file), WeightsError)
+    if (own := file.name.removesuffix(f"{SUFFIX}.safetensors")) != file.name:
+        name = plain_name(own, str(file), WeightsError)  # the file may have taken another number, or name, since
+    return Draft(file, recipe, name, Pause(done=told.done, tensors=tensors), told.num_steps, told.device)
+
+
+def _check_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises WeightsError unless tensors are what samplers leave: `x` [1, C, T, H, W] and others of its shape.
+
+    GENERATOR is the state of a generator; GIVEN [1, T] tells which latent frames were given.
+    """
+
+    def require(holds: bool, problem: str) -> None:
+        if not holds:
+            raise WeightsError(f"{file}: {problem}; make the draft again")
+
+    require(len(tensors) <= MAX_TENSORS, f"holds {len(tensors)} tensors, more than any sampler leaves")
+    for name in ("x", GENERATOR):
+        require(name in tensors, f"lacks the tensor '{name}'")
+    shape = tensors["x"].shape
+    require(len(shape) == 5 and shape[0] == 1 and 0 not in shape, f"'x' has the shape {list(shape)}, no latents")
+    for name, tensor in tensors.items():
+        where = f"tensor {name[:80]!r}"
+        if name == GENERATOR:
+            state = torch.Generator().get_state()
+            fits = (tensor.dtype, tensor.shape) == (state.dtype, state.shape)
+            require(fits, f"{where} is no state of a generator")
+        elif name == GIVEN:
+            require((tensor.dtype, tensor.shape) == (torch.bool, (1, shape[2])), f"{where} is not [1, {shape[2]}] bool")
+        else:
+            require(tensor.shape == shape and tensor.is_floating_point(), f"{where} is not like 'x', {list(shape)}")
+            require(bool(tensor.isfinite().all()), f"{where} holds values that are not finite")
+
+
+def stop(pause: Pause, generator: torch.Generator) -> Pause:
+    """Where a sampler has stopped, with the state of its random numbers beside its tensors."""
+    return Pause(done=pause.done, tensors={**pause.tensors, GENERATOR: generator.get_state()})
+
+
+def go_on(draft: Draft, generator: torch.Generator) -> Pause:
+    """Where a sampler begins to finish a draft, with `generator` set to the numbers that come next."""
+    try:
+        generator.set_state(draft.pause.tensors[GENERATOR])
+    except RuntimeError as error:
+        raise WeightsError(f"{draft.file}: holds no state of a generator; make the draft again") from error
+    return Pause(done=draft.pause.done, tensors=dict(draft.pause.tensors))
+
+
+def check_sampler(draft: Draft, num_steps: int, shape: tuple[int, ...]) -> None:
+    """Raises ConfigError where a sampler of `num_steps` on latents [C, T, H, W] is not the one that was stopped."""
+    found = tuple(draft.pause.tensors["x"].shape[1:])
+    if (draft.num_steps, found) != (num_steps, tuple(shape)):
+        then, now = (f"{n} steps on latents {list(size)}" for n, size in ((draft.num_steps, found), (num_steps, shape)))
+        raise ConfigError(f"{draft.file}: was made by {then}, but its settings now mean {now}; make the draft again")
+
+
+def check_same(draft: Draft, now: Recipe) -> None:
+    """Raises WeightsError or ConfigError where the recipe of the result is not that of the draft, program apart."""
+    for part, sha256 in draft.recipe["weights"].items():
+        if now["weights"].get(part) != sha256:
+            what = "another tokenizer" if part == TOKENIZER else f"other {part} weights"
+            problem = f"{draft.file}: was made with {what}, sha256 {sha256[:12]}"
+            raise WeightsError(f"{problem}; say where those lie, or make the draft again")
+    then = {name: value for name, value in draft.recipe.items() if name not in ("program", "weights")}
+    for name, was, value in differences(then, {name: now.get(name) for name in then}):
+        problem = f"{name} was {shown(was)} for the draft and is {shown(value)} now"
+        raise ConfigError(f"{draft.file}: {problem}; make the draft again")
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """`section.name`, old and new value of all that is not the same; None stands for what one of the two lacks."""
+    for name in {**then, **now}:
+        was, value = then.get(name), now.get(name)
+        if isinstance(was, Mapping) and isinstance(value, Mapping):
+            yield from differences(was, value, f"{prefix}{name}.")
+        elif _plain(was) != _plain(value):
+            yield f"{prefix}{name}", was, value
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(f"{text}\0{content_hash(tensors)}".encode()).hexdigest()

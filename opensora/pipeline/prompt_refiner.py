@@ -1,0 +1,139 @@
+"""Prompts rewritten by a language model, over any server that speaks the chat completions of OpenAI.
+
+The key comes from the environment alone, and is in no setting, recipe or message. It is sent to the given address
+only: no redirect is followed, no proxy asked. Whatever the server does, a text stays as it was written at worst.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Iterable
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from urllib.parse import SplitResult, urlsplit
+
+from opensora.config.settings import InferenceSettings
+from opensora.errors import ConfigError, MediaError
+from opensora.files import parse_json
+from opensora.models.text_encoder.cleaning import preprocess
+
+logger = logging.getLogger("opensora")
+
+SECONDS = 30.0  # for a whole answer, however slowly it drips
+PAUSE = 1.0  # before the second attempt
+MAX_BYTES = 10**6
+MAX_CHARACTERS = 10_000  # of the text in it, which is about ten times what is asked for
+INSTRUCTION = (
+    "You write prompts for a model that turns text into video. Rewrite the text of the user as one detailed paragraph "
+    "in English, of at most 120 words. Describe the subject, what it does, the setting, the light and the camera. Keep "
+    "everything that the user asks for and contradict none of it. Answer with the paragraph alone, without a title, an "
+    "explanation or quotation marks."
+)
+
+
+class _Unusable(Exception):
+    """Says what is wrong with an answer."""
+
+
+def is_wanted(settings: InferenceSettings) -> bool:
+    """Whether a language model is still to be asked; a recipe holds what it answered."""
+    return settings.llm_refine and settings.refined is None
+
+
+def endpoint(settings: InferenceSettings) -> tuple[SplitResult, str, str]:
+    """(base URL, model, key) of settings and environment. Raises ConfigError, which repeats neither URL nor key."""
+    found = {"OPENAI_BASE_URL": settings.llm_base_url, "OPENAI_MODEL": settings.llm_model, "OPENAI_API_KEY": None}
+    found = {name: (given or os.environ.get(name, "")).strip() for name, given in found.items()}
+    if missing := [name for name, value in found.items() if not value]:
+        raise ConfigError(f"llm_refine asks a language model; say where and which: set {', '.join(missing)}")
+    base, model, key = found.values()
+    if not re.fullmatch(r"[!-~]+", key):
+        raise ConfigError("OPENAI_API_KEY holds a space or a character that no key has; set it again")
+    try:
+        parts = urlsplit(base)
+        valid = parts.hostname and parts.port != 0 and re.fullmatch(r"https?://[^@?#]+", base)
+    except ValueError:
+        valid = False
+    if not valid or not re.fullmatch(r"[!-~]+", base):
+        example = "http://localhost:8000/v1, without user name, ? and #"
+        raise ConfigError(f"the base URL of the language model is not valid; write it like {example}")
+    return parts, model, key
+
+
+def refine_texts(texts: Iterable[str], where: tuple[SplitResult, str, str]) -> dict[str, str]:
+    """Each text with the one that takes its place, which is the text itself after a failure; each is sent once.
+
+    A warning says why. When nobody answers, the texts that are left are not sent.
+    """
+    refined = {text: text for text in texts}
+    for text in filter(str.strip, refined):
+        try:
+            refined[text] = _refine(text, *where)
+            logger.info("refined       %s", refined[text])
+        except _Unusable as error:
+            logger.warning("prompt %r stays as written: the language model's %s", text, error)
+        except (OSError, HTTPException, ValueError) as error:  # the last from names that no host can have
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            logger.warning("prompts from %r on stay as written: the language model cannot be asked (%s)", text, reason)
+            break
+    return refined
+
+
+def _refine(text: str, base: SplitResult, model: str, key: str) -> str:
+    messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
+    request = json.dumps({"model": model, "messages": messages}).encode()
+    for last in (False, True):
+        status, body = _post(base, request, {"Authorization": f"Bearer {key}", "Content-Type": "application/json"})
+        if last or not (status is None or status >= 500):
+            break
+        time.sleep(PAUSE)
+    if status is None:
+        raise TimeoutError(0, f"no answer within {SECONDS:.0f} s")
+    if status != 200:
+        raise _Unusable(f"server answers {status}")
+    return _read(body)
+
+
+def _post(base: SplitResult, request: bytes, headers: dict[str, str]) -> tuple[int | None, bytes]:
+    """The status and body of the answer, at most a byte longer than allowed; None when it takes too long."""
+    outcome: list[tuple[int | None, bytes] | Exception] = []
+
+    def run() -> None:
+        kind = HTTPSConnection if base.scheme == "https" else HTTPConnection
+        connection = kind(base.hostname or "", base.port, timeout=SECONDS)
+        try:
+            connection.request("POST", f"{base.path.rstrip('/')}/chat/completions", request, headers)
+            response = connection.getresponse()
+            outcome.append((response.status, response.read(MAX_BYTES + 1)))
+        except Exception as error:
+            outcome.append((None, b"") if isinstance(error, TimeoutError) else error)
+        finally:
+            connection.close()
+
+    thread = threading.Thread(target=run, daemon=True)  # bounds what no timeout covers, such as an answer that drips
+    thread.start()
+    thread.join(SECONDS)
+    result = outcome[0] if outcome else (None, b"")
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _read(body: bytes) -> str:
+    """The text of an answer on one line, without the thoughts and quotation marks that some models put around it."""
+    try:
+        answer = parse_json(body, "answer", most=MAX_BYTES)
+        text = answer["choices"][0]["message"]["content"] or ""
+        text = re.sub(r"<think>.*?</think>", " ", text, flags=re.DOTALL).encode(errors="ignore").decode()
+    except (MediaError, LookupError, TypeError):
+        raise _Unusable("answer is no chat completion") from None
+    if len(text) > MAX_CHARACTERS:
+        raise _Unusable(f"answer has more than {MAX_CHARACTERS:,} characters")
+    text = re.sub(r"^[\"“]([^\"“”]*)[\"”]$", r"\1", " ".join(text.split())).strip()
+    if not preprocess(text).strip():
+        raise _Unusable("answer is empty")
+    return text

@@ -1,0 +1,228 @@
+"""The self-description of an output: everything needed to make it again, inside the file and beside it.
+
+A recipe is a file from anybody. What it decides is listed here, once: `DECIDED`. Who is asked, with which key, and
+where anything is written is decided by the command line alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+import re
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from opensora import __version__
+from opensora.config.schema import Count, Int, Name, NonNegative, Positive, Schema, Sha256, Text, check
+from opensora.config.settings import InferenceSettings
+from opensora.datasets.video import encode_image, encode_video, read_metadata
+from opensora.errors import MediaError, OpenSoraError
+from opensora.files import opened, parse_json, read_json, replacing
+
+FORMAT = 1
+KEY = "opensora_recipe"  # of the metadata of the mp4 or png
+TOKENIZER = "tokenizer"  # its entry among the hashes of the weights; older recipes have none
+Recipe = dict[str, Any]
+
+# The settings that a recipe or draft decides: what the frames are and what they are computed with. All others are the
+# user's: they have their defaults, whatever the file says.
+DECIDED = frozenset((
+    "model", "vae", "text_encoder", "scheduler", "dtype", "cpu_dtype", "linear", "attention", "device", "memory",
+    "compile", "graphs", "guidance_ranks", "batch_size", "seed", "prompt", "negative_prompt", "refined", "aes", "flow",
+    "camera_motion",
+    "num_sample", "num_frames", "image_size", "resolution", "aspect_ratio", "multi_resolution", "fps", "frame_interval",
+    "save_fps", "loop", "condition_frame_length", "condition_frame_edit", "align", "reference_path", "mask_strategy",
+    "watermark", "preview", "verbose", "steps_until", "draft", "cache", "max_error", "cache_threshold", "cache_prompts",
+    "cache_table", "guidance_interval",
+))  # fmt: skip
+USERS = frozenset((
+    "save_dir", "sample_name", "output", "overwrite", "prompt_as_path", "prompt_path", "start_index", "end_index",
+    "outputs", "offline", "allow_downloads", "llm_refine", "llm_base_url", "llm_model", "prompt_generator",
+    "image", "first_frame", "last_frame", "extend", "keep", "edit", "strength", "cache_psnr",
+    "dataset", "num_workers", "perceptual_loss_weight", "kl_loss_weight",
+))  # fmt: skip
+USERS_IN_SECTIONS = ("cache_dir", "local_files_only")  # where downloads go, and whether there are any
+
+MAX_MEDIA_BYTES = 2**40  # of an mp4 or png, of which little is read
+MAX_THREADS = 1024
+Threads = Annotated[Positive, Field(le=MAX_THREADS)]
+
+
+class _Output(Schema):
+    sha256: Sha256
+    num_frames: Positive
+    height: Positive
+    width: Positive
+    fps: NonNegative
+
+
+class _Draft(Schema):
+    steps: Positive
+    of: Positive
+
+
+class Planned(Schema):
+    """The fields of the recipe of an output that is still to be made, as a draft holds it."""
+
+    format: Annotated[Positive, Field(le=FORMAT)]
+    program: dict[Name, Name]
+    threads: Threads | None = None  # that computed it; older recipes do not say
+    prompt: Text
+    encoded_prompts: list[Text]
+    seed: Int
+    sample_index: Annotated[Count, Field(lt=2**31)]
+    settings: dict[Name, Any]  # checked by `settings_of`
+    weights: dict[Name, Sha256]
+    references: dict[Text, Sha256]
+    draft: _Draft | None = None
+
+
+class Finished(Planned):
+    """The fields of the recipe of an output."""
+
+    output: _Output
+
+
+def make_recipe(
+    prompt: str, encoded_prompts: list[str], seed: int, sample_index: int, *,
+    settings: dict, weights: dict[str, str], references: dict[str, str] | None = None,
+) -> Recipe:  # fmt: skip
+    """The recipe of one output, without its pixels (`write_output` adds those).
+
+    `encoded_prompts` holds the text given to the encoder, one per loop; `settings` every resolved setting, JSON-able;
+    `weights` a hash per component, `references` one per file or URL. The number of threads, which changes the last
+    bits of sums, is that of now.
+    """
+    return {
+        "format": FORMAT, "program": program(), "threads": torch.get_num_threads(), "prompt": prompt,
+        "encoded_prompts": encoded_prompts, "seed": seed, "sample_index": sample_index, "settings": settings,
+        "weights": weights, "references": references or {},
+    }  # fmt: skip
+
+
+def program() -> dict[str, str]:
+    """The versions of what runs here."""
+    versions = {"opensora": __version__, "torch": torch.__version__}
+    return {**versions, "python": platform.python_version(), "platform": platform.platform()}
+
+
+def frames_digest(frames: np.ndarray) -> str:
+    """The SHA-256, in hexadecimal, of the bytes of frames uint8 [T, H, W, 3] in row-major order."""
+    return hashlib.sha256(np.ascontiguousarray(frames)).hexdigest()
+
+
+def write_output(frames: np.ndarray, path_without_suffix: str | Path, fps: float, recipe: Recipe) -> Path:
+    """Writes frames uint8 [T, H, W, 3] as NAME.mp4 (NAME.png for one frame) and NAME.json, and returns the media path.
+
+    What lay there before is replaced. Both appear complete or neither does. Raises MediaError where they cannot be
+    written.
+    """
+    media = Path(f"{path_without_suffix}.{'mp4' if len(frames) > 1 else 'png'}")
+    with replacing(media, f"{path_without_suffix}.json") as (temporary_media, temporary_sidecar):
+        encode_output(frames, temporary_media, temporary_sidecar, fps, recipe)
+    return media
+
+
+def encode_output(frames: np.ndarray, media: Path, sidecar: Path, fps: float, recipe: Recipe) -> None:
+    """`write_output` to paths of its own, for use within `replacing`: not atomic, OSError where writing fails.
+
+    The recipe, with the digest and size of the frames added under "output", goes into both files.
+    """
+    num_frames, height, width = frames.shape[:3]
+    output = {"sha256": frames_digest(frames), "num_frames": num_frames, "height": height, "width": width, "fps": fps}
+    recipe = {**recipe, "output": output}
+    metadata = {KEY: json.dumps(recipe, ensure_ascii=False)}
+    if num_frames > 1:
+        encode_video(frames, media, fps, metadata)
+    else:
+        encode_image(frames[0], media, metadata)
+    sidecar.write_text(json.dumps(recipe, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """The recipe of an output: from a .json, from the .mp4 or .png itself, or from the .json beside it.
+
+    Raises MediaError if there is none, if a newer program wrote it, or if one of its own fields is not what it must be.
+    """
+    path, text = Path(path), None
+    if path.suffix.lower() != ".json":
+        with opened(path, MAX_MEDIA_BYTES):
+            pass  # a device or pipe is not even tried
+        text, sidecar = read_metadata(path).get(KEY), path.with_suffix(".json")
+        if text is None and not sidecar.is_file():
+            raise MediaError(f"{path}: holds no recipe, nor is {sidecar.name} beside it; was it written by opensora?")
+        path = sidecar if text is None else path
+    recipe = read_json(path) if text is None else parse_json(text, str(path))
+    return check_recipe(recipe, Finished, str(path), MediaError)
+
+
+def check_recipe(recipe: Any, kind: type[Planned], where: str, error: type[OpenSoraError]) -> Recipe:
+    """A recipe whose own fields are those of `kind`; its settings are checked by `settings_of`. Raises `error`."""
+    if not isinstance(recipe, dict) or "format" not in recipe:
+        raise error(f"{where}: is not the recipe of an output")
+    if check(Positive, recipe["format"], f"{where}: format", error) > FORMAT:
+        raise error(f"{where}: a newer program wrote this recipe (format {recipe['format']}); update opensora")
+    check(kind, recipe, f"{where}: its recipe is incomplete or damaged", error)
+    return recipe
+
+
+def settings_of(recipe: Recipe, where: str) -> InferenceSettings:
+    """The settings that a recipe decides; all others have their defaults. Raises ConfigError, which `where` opens.
+
+    They are checked first, in every spelling, and then taken by name from the result.
+    """
+    fields = {one.name: one for one in dataclasses.fields(InferenceSettings)}
+    known = {name: value for name, value in recipe["settings"].items() if name in fields or name not in USERS}
+    stated = InferenceSettings.from_config(known, where)
+    if recipe["sample_index"] >= stated.num_sample:
+        problem = f"its recipe is of sample {recipe['sample_index']}, but makes {stated.num_sample} of the prompt"
+        raise MediaError(f"{where}: {problem}")
+    users = {name: field.default for name, field in fields.items() if name not in DECIDED}
+    if stated.llm_refine and stated.refined is None:
+        problem = "its prompts were to be refined by a language model, but no answer is in it"
+        raise MediaError(f"{where}: {problem}; a file cannot have anybody asked: generate anew with --llm-refine True")
+    sections = {
+        name: _decided_in_section(value, f"{where}: {name}")
+        for name in DECIDED
+        if isinstance(value := getattr(stated, name), dict) and name not in ("refined", "cache_table")
+    }
+    for text in stated.reference_path or ():
+        for source in text.split(";"):
+            _check_local(source, f"{where}: reference_path")
+    return dataclasses.replace(stated, **users, **sections)
+
+
+def _decided_in_section(section: dict[str, Any], where: str) -> dict[str, Any]:
+    kept = {name: value for name, value in section.items() if name not in USERS_IN_SECTIONS}
+    for name, value in kept.items():
+        if isinstance(value, dict):
+            kept[name] = _decided_in_section(value, f"{where}.{name}")
+        elif isinstance(value, str):
+            _check_local(value, f"{where}.{name}")
+    return kept
+
+
+def _check_local(path: str, where: str) -> None:
+    """Raises MediaError for a path that Windows would ask another machine for."""
+    if re.match(r"[/\\]{2}", path):
+        raise MediaError(f"{where}: {path[:80]!r} names another machine; a recipe cannot have it asked")
+
+
+def check_folder(path: str | Path) -> Path:
+    """The folder, created where missing and proven writable before anybody waits for a video; MediaError otherwise."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(4096))
+    except OSError as error:
+        reason = error.strerror or error
+        raise MediaError(f"{folder}: outputs cannot be saved there ({reason}); choose another --save-dir") from error
+    return folder

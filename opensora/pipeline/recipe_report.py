@@ -1,0 +1,54 @@
+"""How an output was made, in readable lines: the recipe of an mp4, png or .json, or of a draft."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from opensora.pipeline import draft
+from opensora.pipeline.recipe import Recipe, read_recipe
+
+MEDIA = (".mp4", ".png", ".json", ".mov", ".mkv", ".webm", ".gif", ".webp", ".apng", ".jpg", ".jpeg")
+MAX_LINES, MAX_VALUE = 200, 200  # lines of a report, characters of a value
+
+
+def is_output(path: str | Path) -> bool:
+    """Whether a name is that of an output or a draft; weights have other names."""
+    return Path(path).is_file() and (Path(path).suffix.lower() in MEDIA or _is_draft(path))
+
+
+def _is_draft(path: str | Path) -> bool:
+    return str(path).lower().endswith(f"{draft.SUFFIX}.safetensors")
+
+
+def describe_output(path: str | Path) -> str:
+    """The recipe of an output in at most 200 lines. Raises MediaError where there is none, WeightsError for a draft."""
+    if _is_draft(path):
+        found = draft.load(path)
+        stand = f"draft: {found.pause.done} of {found.num_steps} steps are done; opensora continue does the rest"
+        lines = [f"{path}: {stand}", *_lines(found.recipe)]
+    else:
+        lines = [f"{path}: made by opensora", *_lines(read_recipe(path))]
+    more = [f"... and {len(lines) - MAX_LINES} lines more"] if len(lines) > MAX_LINES else []
+    return "\n".join([*lines[:MAX_LINES], *more])
+
+
+def _lines(recipe: Recipe) -> Iterator[str]:
+    """A line for each entry, those of a mapping below its name; settings that say nothing are left out."""
+    for name, value in recipe.items():
+        if not isinstance(value, Mapping):
+            yield f"{name}: {_short(value)}"
+            continue
+        if value:
+            yield f"{name}:"
+        for key, below in value.items():
+            if below is not None:
+                yield f"  {str(key)[:MAX_VALUE]}: {_short(below)}"
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}... ({len(text)} characters)"

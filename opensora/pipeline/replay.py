@@ -1,0 +1,217 @@
+"""Outputs again: made from a recipe alone and compared, or a draft taken to its end.
+
+Recipes and drafts come from anybody. What they decide is listed in `opensora.pipeline.recipe`; whom to
+ask and where to write is said by the caller. Nobody is asked for anything unless `allow_downloads`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from opensora.config.schema import Text, check, shown
+from opensora.config.settings import InferenceSettings
+from opensora.errors import ConfigError, MediaError, OpenSoraError, WeightsError
+from opensora.pipeline import prompts
+from opensora.pipeline.draft import Draft, differences, load
+from opensora.pipeline.outputs import Output
+from opensora.pipeline.pipeline import VideoPipeline
+from opensora.pipeline.recipe import DECIDED, TOKENIZER, USERS_IN_SECTIONS, Recipe, program, read_recipe, settings_of
+from opensora.pipeline.references import content_hashes, urls
+from opensora.pipeline.request import PARTS
+
+logger = logging.getLogger("opensora")
+
+ITS_OWN = ("prompt", "reference_path", "mask_strategy")  # settings with an entry for each result
+# What the user may say anew when a draft goes on; nobody is asked for words again, which the draft holds.
+MAY_DIFFER = (
+    "device", "offline", "allow_downloads", "verbose", "preview", "overwrite", "llm_refine", "llm_base_url",
+    "llm_model", *(f"{part}.{name}" for part in PARTS for name in ("from_pretrained", *USERS_IN_SECTIONS)),
+)  # fmt: skip
+
+
+class Replay(NamedTuple):
+    """The repeated output, whether its decoded frames are the same bytes, and what may explain a difference."""
+
+    output: Output
+    identical: bool
+    differences: list[str]
+
+
+def replay(
+    file: str | Path, save_dir: str | Path, device: str | None = None,
+    weights: Mapping[str, str | None] | None = None, allow_downloads: bool = False,
+) -> Replay:  # fmt: skip
+    """Repeats the output `file` into `save_dir`, on as many threads.
+
+    `weights` says where a part ("model", "vae", "text_encoder") lies now, if not where the recipe says. Addresses out
+    of the recipe (hub ids, URLs of references) are asked only with `allow_downloads`. Raises MediaError when the file
+    holds no usable recipe or a reference is no longer what it was, and what generation raises.
+    """
+    file, save_dir = Path(file), Path(save_dir)
+    recipe = read_recipe(file)
+    if save_dir.resolve() == file.resolve().parent:
+        raise ConfigError(f"{save_dir} is where the original lies; choose another --save-dir")
+    settings = settings_of(recipe, f"{file}: recipe")
+    changed: dict[str, Any] = {
+        "prompt": [recipe["prompt"]], "save_dir": str(save_dir), "sample_name": f"{file.stem}-replay",
+        "device": device or settings.device, "offline": not allow_downloads, "allow_downloads": allow_downloads,
+    }  # fmt: skip
+    given = {part: source for part, source in (weights or {}).items() if source}
+    changed |= {part: {**(getattr(settings, part) or {}), "from_pretrained": source} for part, source in given.items()}
+    settings = dataclasses.replace(settings, **changed)
+    _check_references(file, recipe, settings)
+    with _threads(recipe), _ways_out(settings):
+        # Every sample of a prompt is made by itself: that of the recipe is the only one.
+        pipeline = VideoPipeline(dataclasses.replace(settings, num_sample=1))
+        pipeline.requests = [request._replace(sample=recipe["sample_index"]) for request in pipeline.requests]
+        pipeline.settings = settings
+        output = next(pipeline.generate())
+    again = read_recipe(output.path)
+    return Replay(output, again["output"]["sha256"] == recipe["output"]["sha256"], _explanations(recipe, again))
+
+
+def finish(
+    files: Iterable[str | Path], asked: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> Iterator[Output]:
+    """Takes drafts to their end, on as many threads: each output is what it would have been without a stop.
+
+    `asked` turns the settings of a draft, as a configuration, into those wanted now, which may differ in `MAY_DIFFER`
+    alone. Raises WeightsError for a file that is no draft or is damaged, and where weights are others than then;
+    ConfigError where settings are, MediaError where references are, or where another result lies at its place; and what
+    generation raises.
+    """
+    drafts = [load(file) for file in dict.fromkeys(map(Path, files))]
+    by_path = {one.path: one.file for one in drafts}
+    for one in drafts:
+        if by_path[one.path] != one.file:
+            both = f"{one.file} and {by_path[one.path]} would both become {one.path}"
+            raise ConfigError(f"{both}; put one of them into a folder of its own")
+    alike: dict[str, list[tuple[Draft, InferenceSettings]]] = {}
+    for one in drafts:
+        settings = _settings_now(one, asked or dict)
+        _check_references(one.file, one.recipe, settings)
+        common = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ITS_OWN}
+        key = json.dumps([common, str(one.file.parent), one.recipe["weights"], one.recipe.get("threads")])
+        alike.setdefault(key, []).append((one, settings))
+    pipelines = [(group[0], _pipeline(*zip(*group, strict=True))) for group in alike.values()]
+    for (first, settings), pipeline in pipelines:
+        with _threads(first.recipe), _ways_out(settings):
+            yield from pipeline.generate()
+
+
+def _check_references(file: Path, recipe: Recipe, settings: InferenceSettings) -> None:
+    """Raises MediaError unless what a recipe's settings and prompt name is what it holds the hashes of."""
+    stated = settings.reference_path[0] if settings.reference_path else None
+    named = prompts.split_json(recipe["prompt"])[1].get("reference_path", stated)
+    text = check(Text | None, named, f"{file}: reference_path", MediaError)
+    if not settings.allow_downloads and (found := urls(text)):
+        problem = f"reference {shown(found[0])} is an address out of a recipe"
+        raise MediaError(f"{file}: {problem}; --allow-downloads has it fetched")
+    found, then = content_hashes(text), recipe["references"]
+    for source, sha256 in then.items():
+        if source not in found:
+            raise MediaError(f"{file}: has a hash of {shown(source)}, which is no reference of its settings")
+        if found[source] != sha256:
+            problem = f"reference {source!r} is not what it was, sha256 {sha256[:12]} then"
+            raise MediaError(f"{file}: {problem}; put the original back")
+    if missing := [source for source in found if source not in then]:
+        raise MediaError(f"{file}: has no hash of its reference {shown(missing[0])}; make it anew with generate")
+
+
+def _explanations(then: Recipe, now: Recipe) -> list[str]:
+    """What differs between the making of an output and its repetition."""
+    found = []
+    for part, sha256 in then["weights"].items():
+        if now["weights"].get(part) != sha256:
+            found.append("another tokenizer" if part == TOKENIZER else f"other {part} weights")
+    return [*found, *_other_versions(_machine(then), _machine(now))]
+
+
+def _machine(recipe: Recipe) -> dict[str, Any]:
+    """The versions and the number of threads that computed an output."""
+    return {**recipe["program"], "threads": recipe.get("threads")}
+
+
+def _other_versions(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} {'not recorded' if then.get(name) is None else then[name]} then, {now[name]} now"
+        for name in now
+        if now[name] != then.get(name)
+    ]
+
+
+def _settings_now(draft: Draft, asked: Callable[[dict[str, Any]], dict[str, Any]]) -> InferenceSettings:
+    """The settings wanted now for what a draft was made with. Raises ConfigError where they mean something else."""
+    then = settings_of(draft.recipe, f"{draft.file}")
+    recorded = {name: value for name, value in dataclasses.asdict(then).items() if value is not None}
+    now = InferenceSettings.from_config(asked(recorded), f"{draft.file}")
+    for name, was, value in differences(dataclasses.asdict(then), dataclasses.asdict(now)):
+        if name in MAY_DIFFER:
+            continue
+        problem = f"{name} was {shown(was)} for the draft and is {shown(value)} now"
+        if name.partition(".")[0] not in DECIDED:
+            problem = f"{name} has no effect on a draft, whose result lies beside it"
+        raise ConfigError(f"{draft.file}: {problem}; leave it out, or make the draft again")
+    offline = now.offline or not now.allow_downloads
+    return dataclasses.replace(now, offline=offline, llm_refine=False, llm_base_url=None, llm_model=None)
+
+
+def _pipeline(drafts: Sequence[Draft], settings: Sequence[InferenceSettings]) -> VideoPipeline:
+    """What finishes drafts whose settings differ in `ITS_OWN` alone."""
+    changed: dict[str, Any] = {"prompt": [one.recipe["prompt"] for one in drafts], "num_sample": 1}
+    for name in ("reference_path", "mask_strategy"):
+        given = [getattr(one, name) for one in settings]
+        changed[name] = [value[0] if value else "" for value in given] if any(given) else None
+    changed["save_dir"] = str(drafts[0].file.parent)
+    pipeline = VideoPipeline(dataclasses.replace(settings[0], **changed))
+    pipeline.requests = [
+        request._replace(sample=one.recipe["sample_index"], path=one.path)
+        for request, one in zip(pipeline.requests, drafts, strict=True)
+    ]
+    pipeline.drafts = {one.path: one for one in drafts}
+    pipeline.outputs.may_replace = {one.path for one in drafts if _is_result(pipeline.outputs.parts(one.path)[0], one)}
+    now = {**program(), "device": str(pipeline.device)}
+    for one in drafts:
+        if others := _other_versions({**one.recipe["program"], "device": one.device}, now):
+            logger.warning("%s: the rest may not be what it would have been: %s", one.file, ", ".join(others))
+    return pipeline
+
+
+def _is_result(media: Path, draft: Draft) -> bool:
+    """Whether a file is what became of a draft before."""
+    try:
+        found = read_recipe(media)
+    except OpenSoraError:
+        return False
+    return all(found.get(name) == value for name, value in draft.recipe.items() if name not in ("program", "threads"))
+
+
+@contextmanager
+def _threads(recipe: Recipe) -> Iterator[None]:
+    """Computes with the number of threads that a recipe records, if it does: another changes the last bits of sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(recipe.get("threads") or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _ways_out(settings: InferenceSettings) -> Iterator[None]:
+    """Says of weights that cannot be had what else may be tried."""
+    try:
+        yield
+    except WeightsError as error:
+        remedy = "if weights have moved, say where with --ckpt-path, --vae-path or --text-encoder-path"
+        if "(offline)" in str(error) and not settings.allow_downloads:
+            remedy += "; --allow-downloads has those of the hub fetched"
+        raise WeightsError(f"{error}; {remedy}") from error

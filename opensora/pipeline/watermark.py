@@ -1,0 +1,57 @@
+"""A line of text in the lower right corner of every frame, which says that the pictures were made by a program."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from opensora.config.schema import shown
+from opensora.errors import ConfigError
+
+DEFAULT = "AI generated"
+HEIGHT = 1 / 20  # of the font, as part of the short side
+MOST = 1000  # characters
+USUAL, LEAST = 8, 6  # pixels: small frames get the usual font if the text fits, and none below the least
+
+
+def text_of(setting: bool | str) -> str:
+    """What is to be drawn: the text of a setting, the default for True, nothing for False."""
+    return DEFAULT if setting is True else setting or ""
+
+
+def check(setting: bool | str, size: tuple[int, int]) -> None:
+    """Raises ConfigError when the text cannot be written, or not be read on frames of `size` (H, W)."""
+    draw(np.empty((0, *size, 3), np.uint8), setting)
+
+
+def draw(frames: np.ndarray, setting: bool | str) -> np.ndarray:
+    """Frames uint8 [T, H, W, 3] with the text: white with a black edge, which shows on any ground."""
+    if not setting:
+        return frames
+    mark = _mark(text_of(setting), *frames.shape[1:3]).astype(np.uint16)
+    white, opacity, marked = mark[..., :1], mark[..., 1:], frames.copy()
+    corner = marked[:, -mark.shape[0] :, -mark.shape[1] :]
+    corner[:] = (corner * (255 - opacity) + white * opacity + 127) // 255
+    return marked
+
+
+def _mark(text: str, height: int, width: int) -> np.ndarray:
+    """Brightness and opacity uint8 [h, w, 2] of the text, to be laid on the lower right corner of frames."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    if len(text) > MOST:
+        raise ConfigError(f"watermark {shown(text)} has {len(text):,} characters; give at most {MOST}")
+    for points in range(max(round(min(height, width) * HEIGHT), USUAL), LEAST - 1, -1):
+        font, edge, margin = ImageFont.load_default(points), max(points // 12, 1), points // 4
+        left, top, right, bottom = map(int, font.getbbox(text, stroke_width=edge))
+        if right - left + 2 * margin <= width and bottom - top + 2 * margin <= height:
+            break
+    else:
+        remedy = "make them larger, or give a shorter text"
+        raise ConfigError(f"watermark {text!r} cannot be read on frames of {height}x{width}; {remedy}")
+    unknown = font.getmask("\U0010ffff")
+    if not text.strip() or any(bytes(font.getmask(one)) == bytes(unknown) or not one.isprintable() for one in text):
+        raise ConfigError(f"watermark {text!r} cannot be drawn; write a text in Latin letters without accents")
+    mark = Image.new("LA", (right - left + margin, bottom - top + margin))
+    edges = {"stroke_width": edge, "stroke_fill": (0, 255)}
+    ImageDraw.Draw(mark).text((-left, -top), text, fill=(255, 255), font=font, **edges)
+    return np.asarray(mark)

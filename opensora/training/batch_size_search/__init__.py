@@ -1,0 +1,1 @@
+"""The largest batch of each bucket, found with real training steps."""

@@ -1,0 +1,1 @@
+"""Training checkpoints: written, verified, restored, exported."""

@@ -1,0 +1,41 @@
+"""A model for inference, out of a training run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from opensora.acceleration.model_parts import kept_in_float32
+from opensora.checkpoints.hub import INDEX, SUFFIXES, read_config_json
+from opensora.checkpoints.read import read_state_dict
+from opensora.checkpoints.save import save_pretrained
+from opensora.checkpoints.summary import Summary, summarize
+from opensora.errors import WeightsError
+from opensora.training.checkpoint.state import find_checkpoint
+
+
+def export(source: Path, destination: Path, ema: bool = True, dtype: torch.dtype | None = None) -> Summary:
+    """Writes config.json and model.safetensors into `destination` and returns what was written.
+
+    `source` is an experiment folder, one of its checkpoints (`ema` takes the averaged weights) or a model folder, whose
+    tokenizer comes along. Floating tensors become `dtype` (None: as they are), save those that need float32. Raises
+    WeightsError when `source` holds no weights or is `destination`.
+    """
+    if source.exists() and destination.exists() and source.samefile(destination):
+        raise WeightsError(f"{destination} is the model to export; name another folder")
+    finished = (source / "config.json").is_file()
+    if finished and not ema:
+        raise WeightsError(f"{source} is a finished model, which has one set of weights; leave --no-ema out")
+    model = source if finished else find_checkpoint(source) / "model"
+    tensors = model.parent / "ema.pt" if ema and not finished else model
+    state = {}
+    for name, tensor in read_state_dict(tensors).items():
+        kept = torch.float32 if kept_in_float32(name) else dtype or tensor.dtype
+        state[name] = tensor.to(kept) if tensor.is_floating_point() else tensor
+    save_pretrained(state, destination, read_config_json(model))
+    for file in model.iterdir():
+        if file.is_file() and file.name != "config.json" and not file.name.endswith((*SUFFIXES, INDEX)):
+            shutil.copyfile(file, destination / file.name)
+    return summarize(destination, state)

@@ -1,0 +1,95 @@
+"""What a checkpoint consists of: the SHA-256 of each of its files, and the run that wrote it.
+
+It lies in `optimizer/manifest.json`: the folder itself holds what the documents list, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from opensora.config.schema import MAX_TEXT, Name, NonNegative, Schema, Sha256, check
+from opensora.errors import WeightsError
+from opensora.files import read_bytes, read_json
+
+FILE = Path("optimizer") / "manifest.json"
+PART = 2**22  # bytes read at a time
+RunId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+REMEDY = "it is damaged; try an older checkpoint"
+
+
+class Manifest(Schema):
+    """`saved` is in seconds since 1970, `files` has the hash of each file by its path in the checkpoint."""
+
+    run: RunId | None
+    saved: NonNegative
+    files: dict[Name, Sha256]
+
+
+def write(folder: Path, run: str | None) -> None:
+    """Writes the manifest of a checkpoint whose other files are complete."""
+    files = {name: _hash(folder / name) for name in _names(folder)}
+    made = Manifest(run=run, saved=float(int(time.time())), files=files)
+    (folder / FILE).write_text(_text(made), encoding="utf-8")
+
+
+def read(folder: Path) -> Manifest | None:
+    """The manifest of a checkpoint; None where an earlier version wrote none. Raises WeightsError if it is damaged."""
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    made = check(Manifest, read_json(path, WeightsError), str(path), WeightsError, REMEDY)
+    if read_bytes(path, 16 * MAX_TEXT, WeightsError) != _text(made).encode():
+        raise WeightsError(f"{path}: was changed after it was written; {REMEDY}")
+    return made
+
+
+def verify(folder: Path) -> bool:
+    """Whether the files of a checkpoint have hashes, all of them right. Raises WeightsError naming a wrong file."""
+    made = read(folder)
+    if made is None:
+        return False
+    if absent := sorted(name for name in made.files if not (folder / name).is_file()):
+        raise WeightsError(f"{folder / absent[0]}: is missing; {REMEDY}")
+    names = [name for name in _names(folder) if name in made.files]  # nothing outside of the folder
+    with ThreadPoolExecutor(4) as pool:
+        for name, found in zip(names, pool.map(lambda name: _hash(folder / name), names), strict=True):
+            if found != made.files[name]:
+                raise WeightsError(f"{folder / name}: is not what was written (another SHA-256); {REMEDY}")
+    return True
+
+
+def run_of(folder: Path) -> str | None:
+    """The run that wrote a checkpoint, where that is known."""
+    try:
+        made = read(folder)
+    except WeightsError:
+        return None
+    return made and made.run
+
+
+def _names(folder: Path) -> Iterator[str]:
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / FILE)
+    return (path.relative_to(folder).as_posix() for path in paths)
+
+
+def _text(made: Manifest) -> str:
+    return json.dumps(made.model_dump(), indent=1) + "\n"
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while part := file.read(PART):
+                digest.update(part)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
+    return digest.hexdigest()

@@ -1,0 +1,149 @@
+"""The way back from a training checkpoint: all of it is read and checked before anything of the run is changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from opensora.checkpoints.pickle_machine import View
+from opensora.checkpoints.pickles import Pickled, read_pickled
+from opensora.checkpoints.read import read_state_dict
+from opensora.config.schema import Count, NonNegative, Positive, Schema, check
+from opensora.distributed.full_state_dict import fill, spread
+from opensora.errors import WeightsError
+from opensora.training.checkpoint import manifest
+from opensora.training.data.position import Position, read_position
+from opensora.training.ema import EMA
+
+OPTIMIZER = Path("optimizer") / "optimizer.pt"
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+REMEDY = "it is damaged; try an older checkpoint"
+
+
+class ScalerState(Schema):
+    """`GradScaler.state_dict()`."""
+
+    scale: Annotated[NonNegative, Field(gt=0)]
+    growth_factor: Annotated[NonNegative, Field(gt=1)]
+    backoff_factor: Annotated[NonNegative, Field(gt=0, lt=1)]
+    growth_interval: Positive
+    growth_tracker: Annotated[int, Field(ge=0, alias="_growth_tracker")]
+
+
+class Saved(NamedTuple):
+    """All that a checkpoint holds, on the host; `moments` by the number of the parameter."""
+
+    folder: Path
+    position: Position
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    moments: dict[int, dict[str, Tensor]]
+    num_parameters: int  # of the optimizer
+    scaler: dict[str, Any]
+
+
+def read(folder: Path, hashes: bool = True) -> Saved:
+    """A checkpoint, its files compared with their hashes. Raises WeightsError naming the file that is damaged."""
+    if hashes:
+        manifest.verify(folder)
+    position = read_position(folder)
+    model, ema = read_state_dict(folder / "model"), read_state_dict(folder / "ema.pt")
+    for where, tensors in ((folder / "model", model), (folder / "ema.pt", ema)):
+        _require_finite(where, tensors.items())
+    path = folder / OPTIMIZER
+    pickled = _pickled(path)
+    saved = pickled.value
+    moments, number = _optimizer(saved.get("optimizer"), pickled)
+    scaler = saved.get("scaler") or {}  # empty unless the run was in fp16
+    if scaler:
+        check(ScalerState, scaler, f"{path}: scaler", WeightsError, REMEDY)
+    return Saved(folder, position, model, ema, moments, number, scaler)
+
+
+def _pickled(path: Path) -> Pickled:
+    """The dict of a pickle, read without running anything, within bounds; tensors are still views."""
+    if not path.is_file():
+        raise WeightsError(f"{path}: is missing, and nothing can go on without it; take the weights with --ckpt-path")
+    try:
+        pickled = read_pickled(path)
+    except WeightsError as error:
+        raise WeightsError(f"{error}; {REMEDY}") from error
+    if not isinstance(pickled.value, dict):
+        raise WeightsError(f"{path}: holds a {type(pickled.value).__name__}, not the state of an optimizer; {REMEDY}")
+    return pickled
+
+
+def _optimizer(saved: Any, pickled: Pickled) -> tuple[dict[int, dict[str, Tensor]], int]:
+    """The moments by parameter, and the number of parameters."""
+    path, groups = pickled.file, saved.get("param_groups") if isinstance(saved, dict) else None
+    numbers = [group.get("params") if isinstance(group, dict) else None for group in groups or ()]
+    if not numbers or not all(isinstance(one, list) for one in numbers) or not isinstance(saved.get("state"), dict):
+        raise WeightsError(f"{path}: holds no state of an optimizer; {REMEDY}")
+    flat = [one for part in numbers for one in part]
+    check(list[Count], flat, f"{path}: params", WeightsError, REMEDY)
+    known, state = set(flat), saved["state"]
+    for index, own in state.items():
+        if index not in known or not _are_moments(own):
+            raise WeightsError(f"{path}: the moments of parameter {str(index)[:20]} are not those of AdamW; {REMEDY}")
+    tensors = iter(pickled.tensors(view for own in state.values() for view in own.values()))
+    moments = {index: {name: next(tensors) for name in own} for index, own in state.items()}
+    for index, own in moments.items():
+        _require_finite(path, ((f"{name} of parameter {index}", one) for name, one in own.items()))
+    return moments, len(flat)
+
+
+def _are_moments(own: Any) -> bool:
+    if not isinstance(own, dict) or own.keys() != MOMENTS or not all(isinstance(one, View) for one in own.values()):
+        return False
+    return math.prod(own["step"].size) == 1 and tuple(own["exp_avg"].size) == tuple(own["exp_avg_sq"].size)
+
+
+def _require_finite(where: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and tensor.numel() and not all(one.isfinite() for one in tensor.aminmax()):
+            raise WeightsError(f"{where}: {name} is not finite; {REMEDY}")
+
+
+def check_fit(saved: Saved, model: nn.Module, parameters: list[Tensor]) -> None:
+    """Raises WeightsError unless a checkpoint is that of such a model, whose `parameters` are trained."""
+    own, kind = model.state_dict(), type(model).__name__
+    for what, found in (("model", saved.model), ("averaged weights", saved.ema)):
+        wrong = [name for name in {*own, *found} if name not in own or name not in found]
+        wrong += [name for name in own.keys() & found.keys() if own[name].shape != found[name].shape]
+        if wrong:
+            problem = f"{saved.folder}: its {what} does not fit {kind}: {len(wrong)} tensors, such as {min(wrong)}"
+            raise WeightsError(f"{problem}; load it with the model that was trained")
+    if saved.num_parameters != len(parameters):
+        problem = f"its optimizer is that of {saved.num_parameters} tensors, {len(parameters)} are trained"
+        remedy = "train the same parts, or take the weights alone, with --ckpt-path"
+        raise WeightsError(f"{saved.folder}: {problem}; {remedy}")
+    for index, own_moments in saved.moments.items():
+        found, wanted = tuple(own_moments["exp_avg"].shape), tuple(parameters[index].shape)
+        if found != wanted:
+            problem = f"the moments of parameter {index} have the shape {found}, not {wanted}"
+            raise WeightsError(f"{saved.folder / OPTIMIZER}: {problem}; {REMEDY}")
+
+
+def fill_in(saved: Saved, model: nn.Module, ema: EMA, optimizer: Any, scaler: Any) -> None:
+    """Takes everything from a checkpoint that fits, whatever the number of ranks.
+
+    The optimizer keeps its settings; its moments are those of the checkpoint.
+    """
+    for name, tensor in model.state_dict().items():
+        fill(tensor, saved.model[name])
+    ema.load_state_dict(saved.ema)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {index: _spread(own, parameters[index]) for index, own in saved.moments.items()}
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    if saved.scaler:
+        scaler.load_state_dict(saved.scaler)
+
+
+def _spread(moments: Mapping[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
+    """The moments as their parameter is sharded; the step, a number, stays whole."""
+    return {name: one if name == "step" else spread(one, parameter) for name, one in moments.items()}

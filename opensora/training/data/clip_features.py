@@ -1,0 +1,127 @@
+"""Rendered clips as training data: their latents and text are encoded once and kept, then batches are drawn of them."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opensora.acceleration.device import training_context
+from opensora.config.settings import TrainSettings
+from opensora.datasets.synthetic.dataset import MixedClips, ShapeClips, to_model
+from opensora.errors import ConfigError
+from opensora.models.text_encoder.cleaning import preprocess
+from opensora.training.data.batch import Encoders, Examples, told_of
+from opensora.training.data.loader import Read
+from opensora.training.feature_extraction.clips import Features, encode_once
+
+ENCODE_BATCH = 20
+FPS = 24  # where the data set does not say
+
+
+class ClipSource:
+    """Batch n of clips that are encoded already: of one size, drawn in the sizes' shares as a function of n."""
+
+    def __init__(self, clips: MixedClips, features: list[Features], settings: TrainSettings) -> None:
+        self.clips, self.per_epoch, self.settings = clips, clips.period or 1, settings
+        self.batches = [
+            Batches(encoded, one.batch_size, settings.seed) for one, encoded in zip(clips.sets, features, strict=True)
+        ]
+
+    def count(self, epoch: int) -> int:
+        return self.per_epoch
+
+    def reader(self, epoch: int, index: int) -> Read:
+        return partial(self.read, epoch * self.per_epoch + index)
+
+    def read(self, number: int) -> Examples:
+        """Batch `number` of the run, on the CPU."""
+        which = self.clips.pick(number)
+        return examples_of(self.clips.sets[which], self.batches[which](number), self.settings, f"batch {number}")
+
+
+class Batches:
+    """Batch n of the endless sequence of shuffled epochs, as a function of n."""
+
+    def __init__(self, features: Features, batch_size: int, seed: int) -> None:
+        self.features, self.batch_size, self.seed = features, batch_size, seed
+        self.per_epoch = len(features.latents) // batch_size
+        if self.per_epoch == 0:
+            clips = len(features.latents)
+            raise ConfigError(f"{clips} clips do not fill one batch of {batch_size}: there would be no training step")
+
+    def __call__(self, step: int) -> Features:
+        epoch, position = divmod(step, self.per_epoch)
+        generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+        order = torch.randperm(len(self.features.latents), generator=generator)
+        rows = order[position * self.batch_size : (position + 1) * self.batch_size]
+        return Features(*(tensor[rows] for tensor in self.features))
+
+
+def examples_of(one: ShapeClips, batch: Features, settings: TrainSettings, name: str) -> Examples:
+    """Encoded clips as a model takes them, on the CPU."""
+    size, count = (one.num_frames, *one.image_size), len(batch.latents)
+    told = told_of(settings.model["type"], count, size, (settings.dataset or {}).get("fps", FPS))
+    cond = {"y": batch.text.float()[:, None], "mask": batch.mask, **told}
+    names = [f"{one}, {name}, clip {row}" for row in range(count)]
+    return Examples(batch.latents.float(), cond, size, names, batch.last.float(), continued=one.continued)
+
+
+def encode_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoders) -> list[Features]:
+    """The latents and text of each set of clips, from the folder `features` of the data set.
+
+    With several sets each has a folder of its own, named after it.
+    """
+    section: dict[str, Any] = settings.dataset or {}
+    folder = Path(section["features"])
+
+    def features(one: ShapeClips) -> Features:
+        identity = {
+            "clips": {"frames": one.num_frames, "image_size": one.image_size, "seed": one.seed}
+            | ({"continued": True} if one.continued else {}),
+            "vae": encoders.contents["weights of the vae"],
+            "text_encoder": encoders.contents["weights of the text encoder"],
+            "tokenizer": encoders.contents.get("tokenizer"),
+            "model_max_length": encoders.text.model_max_length,
+            "dtype": settings.dtype,
+            "tensors": Features._fields,
+        }
+        where = folder / str(one) if section.get("sizes") or section.get("continued") else folder
+        count = one.num_clips or section["num_clips"]
+        return encode_once(where, count, identity, partial(_encode, one, encoders, settings.dtype))
+
+    return [features(one) for one in clips.sets]
+
+
+def held_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoders) -> list[tuple[str, Examples]]:
+    """Clips that training never sees, those after the last one of each set, with its name; none without validation."""
+    held = []
+    for one in clips.sets if settings.validate_every else ():
+        first = one.num_clips or settings.dataset["num_clips"]
+        more = ShapeClips(one.num_frames, one.image_size, one.batch_size, one.seed, None, one.continued)
+        for start in range(0, settings.validation_samples, one.batch_size):
+            rows = range(first + start, first + min(start + one.batch_size, settings.validation_samples))
+            features = Features(**_encode(more, encoders, settings.dtype, rows))
+            held.append((str(one), examples_of(one, features, settings, f"held out from {rows.start}")))
+    return held
+
+
+def _encode(one: ShapeClips, encoders: Encoders, dtype: str, indices: range) -> dict[str, Tensor]:
+    """The tensors of Features; texts are as long as the longest may be."""
+    vae, text_encoder, device = encoders.vae, encoders.text, encoders.device
+    made = [one.clip(index) for index in indices]
+    videos = to_model([clip.video for clip in made]).to(encoders.dtype)
+    with torch.no_grad(), training_context(device, dtype):
+        parts = [vae.encode(part.to(device), sample=False).cpu() for part in videos.split(ENCODE_BATCH)]
+        last = vae.encode(videos[:, :, -1:].to(device), sample=False).cpu()
+    text, mask = text_encoder.encode([preprocess(clip.text) for clip in made])
+    room = text_encoder.model_max_length - mask.shape[1]
+    return {
+        "latents": torch.cat(parts).half(),
+        "last": last[:, :, 0].half(),
+        "text": nn.functional.pad(text[:, 0].half().cpu(), (0, 0, 0, room)),
+        "mask": nn.functional.pad(mask.cpu(), (0, room)),
+    }

@@ -1,0 +1,1 @@
+"""Latents and text features, encoded once and stored for training."""
