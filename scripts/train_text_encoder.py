@@ -183,7 +183,7 @@ def report(title: str, encoder: T5Encoder, heads: nn.Linear, seed: int, **drawin
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path(render.__file__).parents[1] / "embedded" / "text_encoder")
+    parser.add_argument("--output", type=Path, default=Path(render.__file__).parents[2] / "embedded" / "text_encoder")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()

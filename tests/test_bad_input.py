@@ -42,7 +42,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("weights were touched")
 
     for name in ("components.locate", "components.load_weights", "components.read_config_json", "components.make_t5"):
-        monkeypatch.setattr(f"opensora.{name}", explode)
+        monkeypatch.setattr(f"opensora.checkpoints.{name}", explode)
 
 
 def refused(capsys: pytest.CaptureFixture, *argv: object, script: bool = True) -> str:

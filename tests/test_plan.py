@@ -335,7 +335,7 @@ def test_the_nearest_setting_that_fits(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], room: float, part: str
 ) -> None:
     frames = 68 if part == "--num-frames" else 17
-    embedded = Path(components.__file__).parents[1] / "configs/embedded/inference/sample.py"
+    embedded = Path(components.__file__).parents[2] / "configs/embedded/inference/sample.py"
     argv = ["x", "--image-size", *map(str, size), "--num-frames", str(frames), "--memory", "low"]
     plan = make_plan(settings_of_command(embedded, argv))
     needed = plan.memory - plan.base

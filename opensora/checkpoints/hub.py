@@ -43,7 +43,7 @@ def locate(
     if not text:
         raise WeightsError(f"{what}: no path and no hub id given")
     if text.startswith(EMBEDDED):
-        text = os.path.join(os.path.dirname(__file__), "embedded", text.removeprefix(EMBEDDED))
+        text = os.path.join(os.path.dirname(os.path.dirname(__file__)), "embedded", text.removeprefix(EMBEDDED))
     path = Path(text).expanduser()
     if _exists(path):
         part = path / (subfolder or "")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from opensora.checkpoints import fit
+from opensora.checkpoints.fit import fit
 from opensora.checkpoints.summary import count_parameters, family
 from opensora.registry import build
 from tests.parity.cases import ROOT, Case, discover
