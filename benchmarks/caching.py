@@ -91,7 +91,7 @@ class Bench:
 def find_methods(bench: Bench, prompts: Sequence[str]) -> tuple[Method, list[Method]]:
     """The uncached run, and all others."""
     exact, scheduler = Method("none", Cache(), bench.steps), bench.pipeline.scheduler
-    effects = cached_sampling.effects(scheduler, bench.shape[0], bench.pipeline.size._asdict(), bench.steps)
+    effects = cached_sampling.effects(scheduler, bench.shape[0], bench.pipeline.size._asdict())
 
     made: dict[Any, Tensor] = {}  # calibrations for several errors try the same tables
 

@@ -123,7 +123,9 @@ def end_to_end(given: argparse.Namespace, device: torch.device, dtype: torch.dty
     def denoise(steps: int) -> torch.Tensor:
         scheduler = RFLOW(num_sampling_steps=steps, cfg_scale=SCALE, use_timestep_transform=True)
         with weights.using("model"):
-            return scheduler.sample(denoiser, noise, cond, null, **shape)
+            return scheduler.sample(
+                denoiser, noise, cond, null, **shape, sequential_cfg=plan.sequential_cfg, precompute=True
+            )
 
     def decoded(z: torch.Tensor) -> None:
         with weights.using("vae"):

@@ -49,12 +49,13 @@ def child(name: str, file: str, width: str, *size: str) -> None:
     noise, text = torch.randn(1, 4, *latent, device=device), torch.randn(1, 1, TOKENS, TEXT, device=device, dtype=dtype)
     told = size_conditioning("STDiT2", 1, (height, columns), frames, FPS, device=device)
     with arranged(model, plan):
-        step = cost_model.step(model, latent, told, TOKENS, dtype, device, batch=1 if plan.apart else 2)
+        step = cost_model.step(model, latent, told, TOKENS, dtype, device, batch=1 if plan.sequential_cfg else 2)
         counted = cost_model.count(step, device).peak
         before = cost_model.resident() if cost_model.is_host(device) else torch.accelerator.memory_allocated(device)
         reset_peak_memory(device)
         scheduler = RFLOW(num_sampling_steps=1, cfg_scale=SCALE)
-        made = scheduler.sample(model, noise, {"y": text, **told}, {"y": model.null_caption(text)})
+        cond, null, options = {"y": text, **told}, {"y": model.null_caption(text)}, {"precompute": True}
+        made = scheduler.sample(model, noise, cond, null, sequential_cfg=plan.sequential_cfg, **options)
     torch.save(made.cpu(), file)
     print(json.dumps({"peak": (peak_memory(device) or 0) - before, "counted": counted}))
 

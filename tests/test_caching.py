@@ -139,8 +139,8 @@ def test_guidance_in_a_part_of_the_run() -> None:
 def test_effects_say_what_a_prediction_does(name: str) -> None:
     """Against runs of the whole sampler in which one prediction is changed."""
     scheduler = make_scheduler(name)
-    effects = cached_sampling.effects(scheduler, 4, {}, STEPS)
-    assert len(effects) == STEPS == cached_sampling.count_evaluations(scheduler, 4, {})
+    effects = cached_sampling.effects(scheduler, 4, {})
+    assert len(effects) == STEPS == scheduler.num_evaluations
 
     def sampled(changed: int | None) -> Tensor:
         index = itertools.count()
@@ -209,7 +209,7 @@ def test_predicted_errors_are_those_of_a_model_that_ignores_the_past() -> None:
         time = (timestep / 1000)[:, None, None, None, None]
         return (y[:, :, None, None, None] * torch.sin(4 * time)).expand_as(x) + time**2
 
-    effects = cached_sampling.effects(scheduler, 4, {}, STEPS)
+    effects = cached_sampling.effects(scheduler, 4, {})
     profile = calibration.record(
         lambda n, cache, observe: run(scheduler, model, n, cache, observe), effects, SCALE, 0
     ).profile
@@ -228,7 +228,7 @@ def test_predicted_errors_are_those_of_a_model_that_ignores_the_past() -> None:
 @pytest.mark.parametrize("interval", [None, (0.2, 0.7)], ids=["", "interval"])
 def test_calibration_keeps_to_the_error_on_other_prompts(name: str, interval: Any) -> None:
     scheduler, model = make_scheduler(name), Model(variance=name == "iddpm")
-    effects = cached_sampling.effects(scheduler, 4, {}, STEPS)
+    effects = cached_sampling.effects(scheduler, 4, {})
 
     def sample(number: int, cache: Cache, observe: Any = None) -> Tensor:
         return run(scheduler, model, number, cache, observe)
@@ -268,7 +268,7 @@ def test_errors_that_grow_are_found_and_kept_out(push: float) -> None:
     def sample(number: int, cache: Cache, observe: Any = None) -> Tensor:
         return run(scheduler, model, number, cache, observe)
 
-    effects = cached_sampling.effects(scheduler, 4, {}, STEPS)
+    effects = cached_sampling.effects(scheduler, 4, {})
     recordings = [calibration.record(sample, effects, SCALE, number) for number in range(2)]
     gains = calibration.find_gains(sample, recordings)
     profile = calibration.mean_profile(recordings)

@@ -30,11 +30,10 @@ CACHES = {"no cache": Cache(), "table": Cache("table", TABLE), "interval": Cache
 
 def sample(
     how: str | None, kind: str = "STDiT3", size: tuple[int, int, int] = SIZES["25 patches"], scale: float = 4.0,
-    given: bool = False, cache: Cache | None = None, halves_apart: bool = False,
+    given: bool = False, cache: Cache | None = None, sequential_cfg: bool = False,
 ) -> Tensor:  # fmt: skip
     """Latents [1, C, T, H, W] on all ranks that there are; `how` None: without them."""
     model = make(kind).float().eval()
-    model.halves_apart = halves_apart
     if how is not None:
         layout = start(CPU, torch.distributed.get_world_size())
         model = guidance_parallel(model, layout, how)
@@ -50,7 +49,8 @@ def sample(
     if kind in ("DiT", "Latte"):
         scheduler = IDDPM(num_sampling_steps=STEPS, cfg_scale=scale, cfg_channel=3)
     edit = torch.tensor([[0.0, 0.6] + [1.0] * (noise.shape[2] - 2)]) if given else None
-    options = {"edit": edit, "source": [torch.Generator().manual_seed(5)]}
+    options = {"edit": edit, "source": [torch.Generator().manual_seed(5)], "precompute": True}
+    options["sequential_cfg"] = sequential_cfg and how != "apart"
     with torch.no_grad():
         null = None if scale == 1 else {"y": model.null_caption(cond["y"])}
         return cached_sampling.sample(scheduler, model, noise, cond, null, cache or Cache(), **options)
@@ -61,7 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"{kind}, given frames": {"kind": kind, "given": True} for kind in ("STDiT3", "STDiT2", "STDiT")},
     "other size": {"size": SIZES["21 patches"], "given": True},
     "no guidance": {"scale": 1.0},
-    "one after the other": {"halves_apart": True},
+    "one after the other": {"sequential_cfg": True},
     **{f"{name}": {"cache": cache} for name, cache in CACHES.items()},
     "tea": {"cache": Cache("tea", threshold=0.5), "given": True},
 }
@@ -110,8 +110,8 @@ def counted() -> Iterator[dict[str, list[int]]]:
 def what_is_computed() -> dict[str, Any]:
     found = {}
     for name, how, options in (
-        ("apart", "auto", {}), ("together", "together", {}), ("one after the other", "auto", {"halves_apart": True}),
-        ("forced", "apart", {"halves_apart": True}), ("table", "auto", {"cache": CACHES["table"]}),
+        ("apart", "auto", {}), ("together", "together", {}), ("one after the other", "auto", {"sequential_cfg": True}),
+        ("forced", "apart", {"sequential_cfg": True}), ("table", "auto", {"cache": CACHES["table"]}),
         ("no guidance", "apart", {"scale": 1.0}),
     ):  # fmt: skip
         with counted() as numbers:

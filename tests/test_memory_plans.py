@@ -31,6 +31,7 @@ from opensora.pipeline.pipeline import VideoPipeline
 from opensora.pipeline.plan import cheaper, make_plan
 from opensora.pipeline.stage_costs import Needs
 from opensora.profiling import cost_model
+from opensora.schedulers.common import SamplerState
 from tests import zoo
 from tests.test_plain import error, inputs, models, randomize
 from tests.tiny import TINY_VAE, make_tiny_stdit3, make_tiny_t5
@@ -85,14 +86,15 @@ def settings_for(parts: dict[str, Path], kind: str = "STDiT3", **changes: Any) -
 
 
 def latents_and_frames(settings: InferenceSettings, monkeypatch: pytest.MonkeyPatch) -> tuple[list, np.ndarray]:
-    found, made = [], VideoPipeline.make_latents
+    found, sample = [], VideoPipeline.sample
 
-    def note(*args: Any) -> torch.Tensor:
-        found.append(made(*args))
-        return found[-1]
+    def note(*args: Any) -> SamplerState:
+        state = sample(*args)
+        found.append(state.x)
+        return state
 
     with monkeypatch.context() as patch:
-        patch.setattr(VideoPipeline, "make_latents", note)
+        patch.setattr(VideoPipeline, "sample", note)
         (output,) = VideoPipeline(settings).generate()
     return found, output.frames.astype(int)
 
@@ -171,11 +173,10 @@ def test_parts_of_blocks_are_exact(tokens, monkeypatch):
     rows, mlp = [], fast.spatial_blocks[0].mlp
     mlp.fc1.register_forward_hook(lambda _, args, out: rows.append(args[0].shape[:-1].numel()))
     with arranged(fast, LOW):
-        assert fast.halves_apart
         assert error(fast(**told), expected) < 1e-5
         assert error(fast(**fast.prepare(**told)), expected) < 1e-5
     assert sum(rows) == 2 * 2 * 3 * 12 and max(rows) <= max(tokens, 1)
-    assert not fast.halves_apart and "forward" not in vars(mlp)
+    assert "forward" not in vars(mlp)
     assert torch.equal(fast(**told), expected)
 
 

@@ -127,9 +127,9 @@ def test_whole_sampling_agrees():
     times = sampling_times(6).tolist()
     expected = plain.sample(slow, noise, y, mask, null, times, 4.0, torch.Generator(), **size)
     scheduler = RFLOW(num_sampling_steps=6, cfg_scale=4.0)
-    for fast.halves_apart in (False, True):
-        made = scheduler.sample(fast, noise, {"y": short, **size}, {"y": fast.null_caption(short)})
-        assert error(made, expected) < 1e-5
+    cond, null = {"y": short, **size}, {"y": fast.null_caption(short)}
+    for options in ({}, {"precompute": True}, {"precompute": True, "sequential_cfg": True}):
+        assert error(scheduler.sample(fast, noise, cond, null, **options), expected) < 1e-5
 
 
 def autoencoders(frames: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module, Tensor]:

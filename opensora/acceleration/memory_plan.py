@@ -28,7 +28,7 @@ class MemoryPlan:
     """What is done to spare memory."""
 
     name: str
-    apart: bool = False  # the halves of guidance come one after the other
+    sequential_cfg: bool = False  # the guidance branches are evaluated one after the other
     one_by_one: bool = False  # large frames are encoded one at a time
     in_parts: bool = False  # the parts of a block take TOKENS at once
     visiting: bool = False  # weights are on an accelerator only while they are needed
@@ -41,7 +41,6 @@ class MemoryPlan:
 
     def arrange(self, model: nn.Module) -> None:
         """Makes a diffusion model compute as planned."""
-        model.halves_apart = self.apart
         if self.in_parts:
             in_parts(model, TOKENS)
 
@@ -53,8 +52,8 @@ class MemoryPlan:
 
 FAST, BALANCED, LOW = PLANS = (
     MemoryPlan("fast"),
-    MemoryPlan("balanced", apart=True, one_by_one=True, winograd=(nn.Conv2d,)),
-    MemoryPlan("low", apart=True, one_by_one=True, in_parts=True, visiting=True, winograd=()),
+    MemoryPlan("balanced", sequential_cfg=True, one_by_one=True, winograd=(nn.Conv2d,)),
+    MemoryPlan("low", sequential_cfg=True, one_by_one=True, in_parts=True, visiting=True, winograd=()),
 )
 BY_NAME = {plan.name: plan for plan in PLANS}
 
@@ -185,5 +184,4 @@ def arranged(model: nn.Module, plan: MemoryPlan) -> Iterator[None]:
     try:
         yield
     finally:
-        model.halves_apart = False
         together(model)

@@ -234,8 +234,6 @@ def shard(model: nn.Module, layout: Layout, dtype: torch.dtype | None = None) ->
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody writes into outputs
     for part in (*blocks_of(model), model):
         fully_shard(part, **options)
-    if hasattr(model, "prepare"):
-        model.prepare = dict  # parameters are gathered in a pass through the model alone: nothing is computed before
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ def guidance_parallel(model: nn.Module, layout: Layout, how: str = "auto", batch
         return model
     assert layout.mesh is not None
     groups = start(torch.device(layout.mesh.device_type), layout.sequence_size // 2)
-    return _Halves(model, split, groups, batch, how)
+    return _Halves(model, split, groups, batch)
 
 
 class _Halves:
@@ -185,24 +185,18 @@ class _Halves:
     `groups` lays out the ranks of an inference by halves: its data rank 0 computes the first half, 1 the second.
     """
 
-    def __init__(self, model: nn.Module, split: _Split, groups: Layout, batch: int, how: str) -> None:
+    def __init__(self, model: nn.Module, split: _Split, groups: Layout, batch: int) -> None:
         assert groups.mesh is not None
-        self.model, self.split, self.groups, self.batch, self.how = model, split, groups, batch, how
+        self.model, self.split, self.groups, self.batch = model, split, groups, batch
         self.partners = groups.mesh["data"].get_group()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    @property
-    def halves_apart(self) -> bool:
-        """Whether the halves shall come one after the other: as the model has it, unless ranks part them anyhow."""
-        return self.how == "auto" and getattr(self.model, "halves_apart", False)
-
     def prepare(self, **arguments: Any) -> dict[str, Any]:
         """What the model makes of its arguments; of both halves of them, only this group's are prepared."""
-        prepare = getattr(self.model, "prepare", dict)
         both = len(arguments["y"]) == 2 * self.batch
-        return {"half": prepare(**self._mine(arguments))} if both else prepare(**arguments)
+        return {"half": self.model.prepare(**self._mine(arguments))} if both else self.model.prepare(**arguments)
 
     def __call__(self, x: Tensor, timestep: Tensor, half: Mapping[str, Any] | None = None, **others: Any) -> Tensor:
         """The predictions for x; for both halves, [2 B, ...], where their arguments are `half`."""

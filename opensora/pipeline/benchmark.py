@@ -98,7 +98,7 @@ class _Bench:
 
     def _count_step(self, model: Any, texts: Sequence[str]) -> cost_model.Cost:
         """The cost of one evaluation of the model, with both branches of guidance."""
-        pipeline, batch = self.pipeline, 1 if self.pipeline.scheduler.cfg_scale == 1 else 2
+        pipeline, batch = self.pipeline, self.pipeline.scheduler.num_branches
         self.tokens = max(count_tokens(self.encoder, text) for text in texts)
         where = (pipeline.dtype, pipeline.device)
         work = cost_model.step(model, self.latent, pipeline.conditioning, self.tokens, *where, batch)

@@ -24,7 +24,7 @@ from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError, WeightsError
 from opensora.files import opened, parse_json, plain_name
 from opensora.pipeline.recipe import TOKENIZER, Planned, Recipe, check_recipe
-from opensora.schedulers.common import Pause
+from opensora.schedulers.common import SamplerState
 
 FORMAT = 1
 KEY, DIGEST = "opensora_draft", "sha256"  # of the metadata
@@ -48,13 +48,13 @@ class _Told(Schema):
 
 
 class Draft(NamedTuple):
-    """What a file holds: its path, the recipe of the whole result, where the sampler stands and of how many steps."""
+    """The content of a file: the recipe of the whole result, and the state in which its sampler stopped."""
 
     file: Path
     recipe: Recipe
     name: str  # of the whole result, without suffix
-    pause: Pause
-    num_steps: int
+    state: SamplerState
+    generator: Tensor  # the state of the generator that the sampler draws from
     device: str
 
     @property
@@ -77,11 +77,12 @@ def steps_to_take(settings: InferenceSettings, scheduler: Any) -> int | None:
     return taken
 
 
-def save(file: Path, name: str, recipe: Recipe, pause: Pause, num_steps: int, device: str) -> None:
+def save(file: Path, name: str, recipe: Recipe, state: SamplerState, generator: Tensor, device: str) -> None:
     """Writes the draft of the result NAME to a .safetensors file, whole or not at all. Raises WeightsError."""
-    told = {"format": FORMAT, "name": name, "done": pause.done, "num_steps": num_steps, "device": device}
+    told = {"format": FORMAT, "name": name, "done": state.step, "num_steps": state.num_steps, "device": device}
     text = json.dumps({**told, "recipe": recipe}, ensure_ascii=False)
-    save_file(pause.tensors, file, {KEY: text, DIGEST: _digest(text, pause.tensors)})
+    tensors = {"x": state.x, **state.carry, GENERATOR: generator}
+    save_file(tensors, file, {KEY: text, DIGEST: _digest(text, tensors)})
 
 
 def load(file: str | Path) -> Draft:
@@ -108,7 +109,8 @@ def load(file: str | Path) -> Draft:
     name = plain_name(told.name, str(file), WeightsError)
     if (own := file.name.removesuffix(f"{SUFFIX}.safetensors")) != file.name:
         name = plain_name(own, str(file), WeightsError)  # the file may have taken another number, or name, since
-    return Draft(file, recipe, name, Pause(done=told.done, tensors=tensors), told.num_steps, told.device)
+    x, generator = tensors.pop("x"), tensors.pop(GENERATOR)
+    return Draft(file, recipe, name, SamplerState(told.done, told.num_steps, x, x, tensors), generator, told.device)
 
 
 def _check_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -139,25 +141,20 @@ def _check_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
             require(bool(tensor.isfinite().all()), f"{where} holds values that are not finite")
 
 
-def stop(pause: Pause, generator: torch.Generator) -> Pause:
-    """Where a sampler has stopped, with the state of its random numbers beside its tensors."""
-    return Pause(done=pause.done, tensors={**pause.tensors, GENERATOR: generator.get_state()})
-
-
-def go_on(draft: Draft, generator: torch.Generator) -> Pause:
-    """Where a sampler begins to finish a draft, with `generator` set to the numbers that come next."""
+def resume(draft: Draft, generator: torch.Generator) -> SamplerState:
+    """The state that a sampler resumes from; `generator` continues where the draft's stopped. Raises WeightsError."""
     try:
-        generator.set_state(draft.pause.tensors[GENERATOR])
+        generator.set_state(draft.generator)
     except RuntimeError as error:
         raise WeightsError(f"{draft.file}: holds no state of a generator; make the draft again") from error
-    return Pause(done=draft.pause.done, tensors=dict(draft.pause.tensors))
+    return draft.state
 
 
 def check_sampler(draft: Draft, num_steps: int, shape: tuple[int, ...]) -> None:
     """Raises ConfigError where a sampler of `num_steps` on latents [C, T, H, W] is not the one that was stopped."""
-    found = tuple(draft.pause.tensors["x"].shape[1:])
-    if (draft.num_steps, found) != (num_steps, tuple(shape)):
-        then, now = (f"{n} steps on latents {list(size)}" for n, size in ((draft.num_steps, found), (num_steps, shape)))
+    found, then = tuple(draft.state.x.shape[1:]), draft.state.num_steps
+    if (then, found) != (num_steps, tuple(shape)):
+        then, now = (f"{n} steps on latents {list(size)}" for n, size in ((then, found), (num_steps, shape)))
         raise ConfigError(f"{draft.file}: was made by {then}, but its settings now mean {now}; make the draft again")
 
 

@@ -7,13 +7,15 @@ import inspect
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from opensora import registry
 from opensora.acceleration.cuda_graphs import Recorded
@@ -40,7 +42,7 @@ from opensora.pipeline.references import References, urls
 from opensora.pipeline.request import PARTS, Request, Size, check_supported, make_requests, make_size, negative_text
 from opensora.pipeline.stage_costs import Needs, count_tokens
 from opensora.profiling import cost_model
-from opensora.schedulers.common import Pause
+from opensora.schedulers.common import SamplerState
 
 logger = logging.getLogger("opensora")
 
@@ -52,10 +54,6 @@ class _Clip(NamedTuple):
 
     frames: np.ndarray
     video: Tensor | None
-
-
-class _Enough(Exception):
-    """Ends a rehearsal."""
 
 
 class VideoPipeline:
@@ -95,7 +93,7 @@ class VideoPipeline:
         self.requests = self.outputs.place(make_requests(settings))
         _check_addresses(settings, self.requests)
         self.negative_text = negative_text(settings)
-        if self.negative_text is not None and self.scheduler.cfg_scale == 1:
+        if self.negative_text is not None and self.scheduler.num_branches == 1:
             logger.warning("negative_prompt has no effect: at cfg_scale 1 nothing is guided")
             self.negative_text = None
         self.negative: Tensor | None = None  # the same, encoded
@@ -108,7 +106,7 @@ class VideoPipeline:
             self.references.check(path)
         self.reference_hashes: dict[str | None, dict[str, str]] = {}
         self.drafts: dict[str, draft.Draft] = {}  # path of a request -> from where it goes on
-        self.stopped: dict[str, Pause] = {}  # path of a request -> where it has stopped
+        self.stopped: dict[str, tuple[SamplerState, Tensor]] = {}  # path of a request -> state of sampler, generator
         self.summaries: dict[str, Summary] = {}
         self.tokenizer: dict[str, str] = {}  # its hash, once it is built
         self.timelines: dict[Request, list[Clip]] = {}
@@ -299,21 +297,14 @@ class VideoPipeline:
 
         The model runs once without numbers, the sampler for two steps on a single value.
         """
-        taken = 0
 
         def stand_in(x: Tensor, timestep: Tensor, **_: Any) -> Tensor:
-            nonlocal taken
-            taken += 1
-            if taken > 2:
-                raise _Enough
             return x.new_zeros(len(x), model.out_channels, *x.shape[2:])
 
         noise, options = torch.zeros(1, model.in_channels, 1, 1, 1), {"guidance_scale": 1.0}
         steps = [noise_generator(self.settings.seed, 0, 0)]
         try:
-            self.scheduler.sample(stand_in, noise, {}, None, **self.size._asdict(), source=steps, **options)
-        except _Enough:
-            pass
+            list(islice(self.scheduler.steps(stand_in, noise, {}, **self.size._asdict(), source=steps, **options), 2))
         except ValueError as error:
             raise _config_error(f"scheduler '{self.settings.scheduler['type']}'", error) from error
         try:
@@ -368,17 +359,17 @@ class VideoPipeline:
         for loop, (text, given) in enumerate(zip(self.texts(request), self.timelines[request], strict=True)):
             noise = initial_noise(seed, request.sample, loop, shape)
             latents, edit = place(noise, references, given.placements, loop)
-            steps, pause = noise_generator(seed, request.sample, loop), Pause()
-            if loop == 0:
-                begun = self.drafts.get(request.path)
-                pause = draft.go_on(begun, steps) if begun else Pause(self.stop)
-            latents = self.make_latents(model, texts[text], latents, edit, steps, pause)
+            generator, resume = noise_generator(seed, request.sample, loop), None
+            if loop == 0 and (begun := self.drafts.get(request.path)):
+                resume = draft.resume(begun, generator)
+            state = self.sample(model, texts[text], latents, edit, generator, resume)
+            latents = state.x if state.step == state.num_steps else state.x0
             goes_on = loop + 1 < settings.loop and not self.stop
             clip = self.decode(vae, latents, goes_on) if self.layout.is_main else None
             if clip is not None:
                 frames.append(clip.frames[self.overlap if loop else 0 :])
             if self.stop:
-                self.stopped[request.path] = draft.stop(pause, steps)
+                self.stopped[request.path] = state, generator.get_state()
                 break
             if goes_on:
                 references.append(share(None if clip is None else self.encode(vae, clip.video), self.layout))
@@ -392,14 +383,21 @@ class VideoPipeline:
         if self.layout.is_main:
             logger.info("PSNR against the uncached run: %.1f dB", step_cache.psnr(frames, exact))
 
-    def make_latents(
-        self, model: Any, text: Tensor, latents: Tensor, edit: Tensor, steps: torch.Generator, pause: Pause,
-    ) -> Tensor:  # fmt: skip
-        """The latents [1, C, T', H, W] of a clip from noise and references [C, T', H, W] and their `edit` [T']."""
-        options = {"edit": edit[None], "source": [steps], "progress": self.settings.verbose > 0 and self.layout.is_main}
-        options["pause"] = pause
-        with self._timed("sampling"):
-            return self.denoise(model, latents[None].to(self.device), text, self.cache, **options)
+    def sample(
+        self, model: Any, text: Tensor, latents: Tensor, edit: Tensor, generator: torch.Generator,
+        resume: SamplerState | None = None,
+    ) -> SamplerState:  # fmt: skip
+        """The last state of sampling from noise and references [C, T', H, W] and their `edit` [T']."""
+        noise, options = latents[None].to(self.device), {"edit": edit[None], "source": [generator], "resume": resume}
+        bar = {"unit": "step", "total": self.scheduler.num_steps, "initial": resume.step if resume else 0}
+        hidden = self.settings.verbose == 0 or not self.layout.is_main
+        steps = closing(self.steps(model, noise, text, self.cache, **options))
+        with self._timed("sampling"), steps as states, tqdm(desc="sampling", **bar, disable=hidden) as progress:
+            for state in states:
+                progress.update()
+                if state.step == self.stop:
+                    break
+        return state
 
     def decode(self, vae: Any, latents: Tensor, goes_on: bool = False) -> _Clip:
         """The clip of latents [1, C, T', H, W], made in pieces, of which the device holds one at a time."""
@@ -412,15 +410,24 @@ class VideoPipeline:
                     kept.append(piece[0].cpu())
         return _Clip(frames, torch.cat(kept, dim=1) if goes_on else None)
 
-    def denoise(self, model: Any, noise: Tensor, text: Tensor, cache: cached_sampling.Cache, **options: Any) -> Tensor:
-        """Clean latents [1, C, T, H, W] of a text; `options` are those of the sampler and of `caching.sample`."""
+    def denoise(self, *args: Any, **options: Any) -> Tensor:
+        """The latents [1, C, T, H, W] after the last of `steps`, which takes the same arguments."""
+        for state in self.steps(*args, **options):  # noqa: B007
+            pass
+        return state.x
+
+    def steps(
+        self, model: Any, noise: Tensor, text: Tensor, cache: cached_sampling.Cache, **options: Any
+    ) -> Iterator[SamplerState]:
+        """The states of sampling for a text; `options` are those of `cached_sampling.steps`."""
         cond = {"y": text, **self.conditioning}
         null = None
-        if self.scheduler.cfg_scale != 1:
+        if self.scheduler.num_branches == 2:
             null = {"y": model.null_caption(text) if self.negative is None else self.negative}
-        options |= self.size._asdict()
+        sequential_cfg = self.memory.sequential_cfg and self.settings.guidance_ranks != "apart"
+        options |= {**self.size._asdict(), "sequential_cfg": sequential_cfg, "precompute": True}
         with self.weights.using("model"):
-            return cached_sampling.sample(self.scheduler, model, noise, cond, null, cache, **options)
+            yield from cached_sampling.steps(self.scheduler, model, noise, cond, null, cache, **options)
 
     def encode(self, vae: Any, frames: Tensor) -> Tensor:
         """The latents [C, T', H, W] of frames [3, T, H, W] in [-1, 1]."""
@@ -442,7 +449,7 @@ class VideoPipeline:
             return
         latent, where = tuple(vae.get_latent_size(self.size)), (self.dtype, self.device)
         tokens = max(text.shape[2] if text.ndim == 4 else 1 for text in texts.values())
-        batch = 1 if self.scheduler.cfg_scale == 1 else 2
+        batch = self.scheduler.num_branches
         steps = self.scheduler.num_sampling_steps or self.scheduler.num_steps
         step = cost_model.step(model, latent, self.conditioning, tokens, *where, batch)
         costs = {
@@ -460,9 +467,9 @@ class VideoPipeline:
         frames, recipe, save_state = watermark.draw(frames, self.settings.watermark), self.recipe(request), None
         if self.stop:
             whole = {**recipe, "settings": {**recipe["settings"], "draft": False, "steps_until": None}}
-            pause, num_steps = self.stopped.pop(request.path), self.scheduler.num_steps
-            save_state = partial(draft.save, recipe=whole, pause=pause, num_steps=num_steps, device=str(self.device))
-            recipe["draft"] = {"steps": self.stop, "of": num_steps}
+            state, generator = self.stopped.pop(request.path)
+            save_state = partial(draft.save, recipe=whole, state=state, generator=generator, device=str(self.device))
+            recipe["draft"] = {"steps": self.stop, "of": state.num_steps}
         return self.outputs.write(request.path, frames, recipe, save_state)
 
     def recipe(self, request: Request) -> Recipe:

@@ -27,7 +27,7 @@ def describe_output(path: str | Path) -> str:
     """The recipe of an output in at most 200 lines. Raises MediaError where there is none, WeightsError for a draft."""
     if _is_draft(path):
         found = draft.load(path)
-        stand = f"draft: {found.pause.done} of {found.num_steps} steps are done; opensora continue does the rest"
+        stand = f"draft: {found.state.step} of {found.state.num_steps} steps are done; opensora continue does the rest"
         lines = [f"{path}: {stand}", *_lines(found.recipe)]
     else:
         lines = [f"{path}: made by opensora", *_lines(read_recipe(path))]

@@ -144,15 +144,15 @@ class Needs:
         return kernel_bytes(self.parts["vae"], within, plan.winograd) if exact else 0
 
     def _step(self, plan: MemoryPlan, tokens: int) -> Cost:
-        """One evaluation of the model, with both halves of guidance."""
+        """One evaluation of the model, with all guidance branches."""
         pipeline, model = self.pipeline, self.parts["model"]
         latent = tuple(self.parts["vae"].get_latent_size(pipeline.size))
         given = any(edit < 1 for clips in self._timelines() for clip in clips for edit in clip.edit)
-        halves = 1 if pipeline.scheduler.cfg_scale == 1 else 2
-        batch = 1 if plan.apart else halves
+        branches = pipeline.scheduler.num_branches
+        batch = 1 if plan.sequential_cfg else branches
         with arranged(model, plan):
             work = cost_model.step(model, latent, pipeline.conditioning, tokens, *self.where, batch, given)
-            return cost_model.count(work, pipeline.device).times(halves / batch)
+            return cost_model.count(work, pipeline.device).times(branches / batch)
 
     def _held(self, frames: int) -> int:
         """Bytes of so many frames in float32."""

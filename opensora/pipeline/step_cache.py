@@ -90,8 +90,7 @@ def tuned(pipeline: Any, model: Any, shape: tuple[int, ...], texts: Mapping[str,
             return pipeline.denoise(model, noise, texts[names[number]], cache, observe=observe, source=source)
 
         sizes = pipeline.size._asdict()
-        count = cached_sampling.count_evaluations(scheduler, shape[0], sizes)
-        effects = cached_sampling.effects(scheduler, shape[0], sizes, count)
+        effects = cached_sampling.effects(scheduler, shape[0], sizes)
         found = calibration.calibrate(run, effects, scheduler.cfg_scale, len(names), settings.max_error, interval)
         found = share(found, pipeline.layout)
         if pipeline.layout.is_main:
@@ -108,7 +107,7 @@ def tuned(pipeline: Any, model: Any, shape: tuple[int, ...], texts: Mapping[str,
 def _halves(table: Table, scheduler: Any, interval: tuple[float, float] | None) -> int:
     """Those of a run without a table."""
     count, (first, end) = len(table.halves), interval or (0.0, 1.0)
-    return count + (0 if scheduler.cfg_scale == 1 else sum(first <= k / count < end for k in range(count)))
+    return count + (scheduler.num_branches - 1) * sum(first <= k / count < end for k in range(count))
 
 
 def recorded(settings: Mapping[str, Any], cache: Cache) -> dict[str, Any]:

@@ -149,7 +149,7 @@ class Samples:
         shape = (self.vae.out_channels, *self.vae.get_latent_size(prompt.size))
         noise = initial_noise(seed, number, 0, shape)[None].to(self.device)
         cond = {name: value.to(self.device) for name, value in prompt.cond.items()}
-        null = {"y": self.model.null_caption(cond["y"])} if self.scheduler.cfg_scale != 1 else None
+        null = {"y": self.model.null_caption(cond["y"])} if self.scheduler.num_branches == 2 else None
         size = {"height": height, "width": width, "num_frames": frames}
         return self.scheduler.sample(self.model, noise, cond, null, **size, source=[noise_generator(seed, number)])
 

@@ -79,7 +79,8 @@ class Maker:
         null = {"y": self.model.null_caption(y)}
         source = [noise_generator(self.seed, index, 0) for index in batch]
         known = {"height": height, "width": width, "num_frames": frames}
-        latents = self.scheduler.sample(self.model, noise, cond, null, edit=edit, source=source, **known)
+        options = {**known, "edit": edit, "source": source, "precompute": True}
+        latents = self.scheduler.sample(self.model, noise, cond, null, **options)
         parts = latents.to(self.dtype).split(8)
         decoded = torch.cat([self.vae.decode(part, num_frames=frames).float() for part in parts])
         return [to_uint8(one) for one in decoded]

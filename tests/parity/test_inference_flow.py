@@ -20,6 +20,7 @@ from opensora.models.text_encoder.cleaning import preprocess
 from opensora.pipeline import pipeline
 from opensora.pipeline.pipeline import VideoPipeline
 from opensora.pipeline.prompts import prepare
+from opensora.schedulers.common import SamplerState
 from opensora.utils.config_utils import parse_inference_args
 from tests.parity.cases import ROOT
 
@@ -93,14 +94,14 @@ class Networks:
     def forward(self, x: Tensor, timestep: Tensor, y: Tensor, x_mask: Tensor | None = None) -> Tensor:
         raise AssertionError("the stand-in sampler asks no model")
 
-    def sample(
+    def steps(
         self, model: Any, noise: Tensor, cond: dict, null: Any, *, edit: Tensor | None = None, **_: Any
-    ) -> Tensor:
+    ) -> Iterator[SamplerState]:
         sizes = {name: value.tolist() for name, value in cond.items() if name != "y"}
         edit = torch.ones(noise.shape[:3:2]) if edit is None else edit
         text = self.texts[int(cond["y"].flatten()[0])]
         self.calls.append({"prompt": text, "z": list(noise.shape), "mask": edit[0].tolist(), "sizes": sizes})
-        return noise
+        yield SamplerState(1, 1, noise, noise)
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def networks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
 
     def stand_in(section: dict) -> Any:
         real = build(section)
-        return SimpleNamespace(sample=made.sample, takes_edit=True, cfg_scale=real.cfg_scale)
+        return SimpleNamespace(steps=made.steps, takes_edit=True, num_steps=1, num_branches=real.num_branches)
 
     monkeypatch.setattr(pipeline.registry, "build", stand_in)
     return made

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from opensora.errors import ConfigError
 from opensora.models.layers.blocks import modulated, rows_of
-from opensora.schedulers.guidance import guided
+from opensora.schedulers.common import SamplerState
+from opensora.schedulers.guidance import Conditioning, Denoiser, GuidedDenoiser, num_branches
+from opensora.schedulers.sampler import Sampler
 
 Weights = tuple[tuple[float, float], ...]
 Interval = tuple[float, float]  # of the run, 0 its first evaluation and 1 its end
@@ -104,64 +106,68 @@ class Cache:
         return self.method == "none" and self.interval is None
 
 
-Run = Callable[[Cache | None], Tensor]
 Observe = Callable[[int, Tensor, Tensor | None], None]
 
 
-def sample(
-    scheduler: Any, model: Any, noise: Tensor, cond: Mapping[str, Any], null: Mapping[str, Any] | None, cache: Cache,
-    observe: Observe | None = None, counter: list[int] | None = None, **options: Any,
-) -> Tensor:  # fmt: skip
-    """`scheduler.sample(model, noise, cond, null, **options)` under a cache.
+@torch.no_grad()
+def steps(
+    scheduler: Sampler, model: Denoiser, noise: Tensor, cond: Conditioning, null: Conditioning | None, cache: Cache,
+    observe: Observe | None = None, counter: list[int] | None = None,
+    sequential_cfg: bool = False, precompute: bool = False, **options: Any,
+) -> Iterator[SamplerState]:  # fmt: skip
+    """`scheduler.steps(model, noise, cond, null, **options)` under a cache.
 
     `observe` is told of every evaluation with both halves: its number, the prediction with text and its difference to
     the one without. `counter` is filled with the halves computed in each evaluation. Raises ConfigError where the
     cache does not fit the sampler or the model.
     """
+    guidance = {"sequential_cfg": sequential_cfg, "precompute": precompute}
     if cache.is_exact and observe is None and counter is None:
-        return scheduler.sample(model, noise, cond, null, **options)
-    if (pause := options.get("pause")) is not None and (pause.done or pause.until is not None):
-        raise ConfigError("a cache cannot stop on the way; use --cache none with drafts")
-    sizes = {name: options.get(name) for name in ("height", "width", "num_frames")}
-    number = count_evaluations(scheduler, noise.shape[1], sizes)
-    scale = scheduler.cfg_scale
-    rule = _rule(cache, model, cond, number, 2 if null is not None and scale != 1 else 1)
-    cached = Cached(model, cond, null, scale, guided_channels(scheduler, noise), rule, number, cache.interval)
+        yield from scheduler.steps(model, noise, cond, null, **guidance, **options)
+        return
+    if options.get("resume") is not None:
+        raise ConfigError("a step cache cannot resume a draft; use --cache none with drafts")
+    number = scheduler.num_evaluations
+    branches = 1 if null is None else scheduler.num_branches
+    rule = _rule(cache, model, cond, number, branches)
+    channels = scheduler.guided_channels(noise.shape[1])
+    cond_only = GuidedDenoiser(model, cond, None, 1, channels, precompute=precompute)
+    guided = cond_only
+    if branches == 2:
+        guided = GuidedDenoiser(
+            model, cond, null, scheduler.cfg_scale, channels, sequential=sequential_cfg, precompute=precompute
+        )
+    cached = Cached(cond_only, guided, rule, number, cache.interval)
     cached.observe, cached.counter = observe, counter
-    return scheduler.sample(cached, noise, {}, None, guidance_scale=1.0, **options)
+    yield from scheduler.steps(cached, noise, {}, None, guidance_scale=1.0, **options)
 
 
-def guided_channels(scheduler: Any, noise: Tensor) -> int | None:
-    """The channels that a sampler guides where it reads all of a prediction's; None where it reads the first C."""
-    return (scheduler.cfg_channel or noise.shape[1]) if hasattr(scheduler, "cfg_channel") else None
-
-
-def count_evaluations(scheduler: Any, channels: int, sizes: Mapping[str, Any]) -> int:
-    """How often a sampler asks a model."""
-    return len(effects(scheduler, channels, sizes, impulses=0))
+def sample(*args: Any, **options: Any) -> Tensor:
+    """The sample [B, C, T, H, W]: the `x` of the last of `steps`, which takes the same arguments."""
+    for state in steps(*args, **options):  # noqa: B007
+        pass
+    return state.x
 
 
 @torch.no_grad()
-def effects(scheduler: Any, channels: int, sizes: Mapping[str, Any], impulses: int) -> list[float]:
-    """How much each prediction weighs in what a sampler gives, [evaluations]; all 0 when `impulses` is 0.
+def effects(scheduler: Sampler, channels: int, sizes: Mapping[str, Any]) -> list[float]:
+    """How much each prediction weighs in what a sampler gives, [evaluations].
 
-    The sampler works on one value for each of `impulses` rows; row k is given a prediction of 1 in evaluation k alone.
+    The sampler works on one value for each evaluation; row k is given a prediction of 1 in evaluation k alone.
     """
-    asked = 0
+    number, done = scheduler.num_evaluations, 0
 
     def impulse(x: Tensor, timestep: Tensor, **_: Any) -> Tensor:
-        nonlocal asked
+        nonlocal done
         out = x.new_zeros(len(x), 2 * x.shape[1], *x.shape[2:])
-        if asked < impulses:
-            out[asked, : x.shape[1]] = 1
-        asked += 1
-        return out if hasattr(scheduler, "learn_sigma") and scheduler.learn_sigma else out[:, : x.shape[1]]
+        out[done, : x.shape[1]] = 1
+        done += 1
+        return out
 
-    noise = torch.zeros(impulses + 1, channels, 1, 1, 1)
+    noise = torch.zeros(number + 1, channels, 1, 1, 1)
     source = lambda: torch.zeros_like(noise)  # noqa: E731
-    sampled = scheduler.sample(impulse, noise, {}, None, guidance_scale=1.0, source=source, **sizes)
-    moved = (sampled - sampled[-1:])[:, 0, 0, 0, 0].tolist()
-    return moved[:impulses] if impulses else [0.0] * asked
+    sampled = scheduler.sample(impulse, noise, {}, guidance_scale=1.0, source=source, **sizes)
+    return (sampled - sampled[-1:])[:number, 0, 0, 0, 0].tolist()
 
 
 class Cached:
@@ -173,16 +179,13 @@ class Cached:
     """
 
     def __init__(
-        self, model: Any, cond: Mapping[str, Any], null: Mapping[str, Any] | None, scale: float, channels: int | None,
-        rule: Any, number: int, interval: Interval | None = None,
+        self, cond_only: GuidedDenoiser, guided: GuidedDenoiser, rule: Any, number: int,
+        interval: Interval | None = None,
     ) -> None:  # fmt: skip
-        self.scale, self.channels, self.rule = scale, channels, rule
-        self.guides = null is not None and scale != 1
+        self.cond_only, self.guided, self.rule = cond_only, guided, rule
         first, end = (0.0, 1.0) if interval is None else interval
-        self.guided_at = [self.guides and first <= k / number < end for k in range(number)]
-        self.recorder = _Recorder(model)
-        self.alone = guided(model, cond, None, 1, channels)
-        self.both = guided(self.recorder, cond, null, scale, channels) if self.guides else self.alone
+        guides = num_branches(guided.scale) == 2
+        self.guided_at = [guides and first <= k / number < end for k in range(number)]
         self.index, self.told = 0, {}
         self.text, self.guidance = Signal("text"), Signal("guidance")
         self.observe: Observe | None = None
@@ -203,7 +206,7 @@ class Cached:
         if halves == 2:
             return self._compute_both(number, x, timestep, frames)
         if halves == 1:
-            text = self.alone(x, timestep, **frames)
+            text = self.cond_only(x, timestep, **frames)
             self.text.keep(number, text)
         else:
             text = self.text.foretell(number, self.rule)
@@ -213,45 +216,21 @@ class Cached:
             return text
         out = text.clone()
         difference = self.guidance.foretell(number, self.rule)
-        out[:, : difference.shape[1]] += (self.scale - 1) * difference
+        out[:, : difference.shape[1]] += (self.guided.scale - 1) * difference
         return out
 
     def _compute_both(self, number: int, x: Tensor, timestep: Tensor, frames: Mapping[str, Tensor]) -> Tensor:
-        out = self.both(x, timestep, **frames)
-        made = self.recorder.take()
-        halves = made[0].chunk(2) if len(made) == 1 else made
-        if len(halves) != 2 or len(halves[0]) != len(x):
-            raise ConfigError("a cache needs both halves of guidance in one place; use --cache none")
-        text, bare = (half[:, : out.shape[1]].to(x.dtype) for half in halves)
-        difference = (text - bare)[:, : self.channels]
+        text, bare = self.guided.branches(x, timestep, **frames)
+        difference = (text - bare)[:, : self.guided.channels]
         self.text.keep(number, text)
         self.guidance.keep(number, difference)
         if self.observe is not None:
             self.observe(number, text, difference)
-        return out
+        return self.guided.combine(text, bare)
 
     def _told_otherwise(self, frames: Mapping[str, Tensor]) -> bool:
         before, self.told = self.told, dict(frames)
         return before.keys() != frames.keys() or any(not torch.equal(before[name], frames[name]) for name in frames)
-
-
-class _Recorder:
-    """A model whose predictions are kept until they are taken."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.made = model, []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.made.append(self.model(*args, **kwargs))
-        return self.made[-1]
-
-    def take(self) -> list[Tensor]:
-        """The predictions since the last time."""
-        made, self.made = self.made, []
-        return made
 
 
 class Signal:

@@ -28,8 +28,6 @@ from opensora.models.layers.embeddings import (
 class PatchTransformer(nn.Module):
     """Latents to tokens and back. `config` holds the constructor's arguments, with at least the keys read here."""
 
-    shares_time = True  # one timestep serves any batch
-
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         self.config = config
@@ -77,6 +75,10 @@ class PatchTransformer(nn.Module):
                 for layer in (part for part in module.modules() if isinstance(part, nn.Linear)):
                     nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.final_layer.linear.weight)
+
+    def prepare(self, **conditioning: Any) -> dict[str, Any]:
+        """Arguments of `forward` with the same result, precomputed where they do not change from step to step."""
+        return conditioning
 
     def null_caption(self, y: Tensor) -> Tensor:
         """The unconditional counterpart of the text features or classes `y`, for classifier-free guidance."""
@@ -126,13 +128,11 @@ class TextTransformer(PatchTransformer):
         """The rows [B, 1, n, C] that `block` makes of the time embedding t [B, C]."""
         return block(t).unflatten(-1, (-1, self.hidden_size))[:, None]
 
-    def prepare(self, y: Tensor, mask: Tensor | None = None, **others: Any) -> dict[str, Any]:
+    def prepare(self, *, y: Tensor, mask: Tensor | None = None, **others: Any) -> dict[str, Any]:
         """Arguments of `forward` that mean the same, the text read once for all steps, by each block.
 
-        So is what the sizes among them give. They stay as they are where the model is still to be trained.
+        So is what the sizes among them give.
         """
-        if any(parameter.requires_grad for parameter in self.parameters()):
-            return {"y": y, "mask": mask, **others}
         y, keep = self.caption(y, mask, len(y) if mask is None else max(len(y), len(mask)))  # one y may serve many rows
         prepared = tuple(block.cross_attn.prepare(y, keep) for block in self.text_blocks())
         return {"y": Text(prepared, keep, {}), **others}
