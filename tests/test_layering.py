@@ -69,6 +69,7 @@ EXCEPTIONS = {
     ("safetensors", "opensora.datasets.feature_files"): "reads single samples out of features, which are no checkpoint",
     ("safetensors", "scripts.train_text_encoder"): "writes the encoder it trained",
     ("PIL", "scripts.misc.draw_assets"): "draws pictures; no file is opened",
+    ("PIL", "opensora.pipeline.in_memory_media"): "images of callers are converted; no file is opened",
     ("PIL", "opensora.pipeline.watermark"): "writes a text into frames; no file is opened",
     ("PIL", "scripts.misc.eval_embedded"): "writes captions into a picture",
     ("PIL", "opensora.training.tracking"): "tensorboard plays GIFs only; they are made in memory",

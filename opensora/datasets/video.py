@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from opensora.datasets.decoding import (
 from opensora.datasets.decoding import frames as _frames
 from opensora.errors import MediaError
 from opensora.files import replacing, why
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv")  # those documented; content tells the others
@@ -144,15 +147,20 @@ def read_image(path: str | Path) -> np.ndarray:
 
     It is upright (the rotation in the file is applied), transparency is dropped, and 16-bit levels become 8-bit.
     """
+    with opened_image(path) as image:
+        return image_levels(image, path)
+
+
+def image_levels(image: Image, where: str | Path) -> np.ndarray:
+    """A Pillow image as uint8 [H, W, 3], converted as `read_image` says. Raises MediaError, which `where` opens."""
     from PIL import Image, ImageOps
 
-    with opened_image(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("I", "F"):
-            raise MediaError(f"{path}: holds 32-bit levels; save it with 8 or 16 bits")
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return np.array(image.convert("RGB"))
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise MediaError(f"{where}: holds 32-bit levels; save it with 8 or 16 bits")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return np.array(image.convert("RGB"))
 
 
 def is_image(path: str | Path) -> bool:

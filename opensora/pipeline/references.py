@@ -17,14 +17,16 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from functools import cache
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +35,7 @@ from opensora.datasets.transforms import get_transform
 from opensora.datasets.video import is_image, iterate_video, read_image
 from opensora.errors import ConfigError, MediaError, printable
 from opensora.files import why
+from opensora.pipeline.in_memory_media import InMemoryMedia, is_in_memory
 
 MAX_REFERENCES = 100  # of a prompt
 MAX_FRAMES = 4096  # of a reference, and of a part of one
@@ -53,8 +56,12 @@ _PART = re.compile(r"(.+)#(first|last|hold)=([1-9]\d*)")  # of a reference: its 
 class References:
     """Frames of references at one size (H, W), each decoded once, as long as all that are held stay within bounds."""
 
-    def __init__(self, size: tuple[int, int], *, offline: bool = False, allow_private: bool = False) -> None:
+    def __init__(
+        self, size: tuple[int, int], *, offline: bool = False, allow_private: bool = False,
+        media: Iterable[InMemoryMedia] = (),
+    ) -> None:  # fmt: skip
         self.size, self.offline, self.allow_private = size, offline, allow_private
+        self.media = {one.name: one for one in media}
         self.held: OrderedDict[str, Tensor] = OrderedDict()  # source -> frames, the latest last
         self.frames: dict[str, int] = {}  # source -> how many it has
 
@@ -80,7 +87,7 @@ class References:
 
     def hashes(self, text: str | None) -> dict[str, str]:
         """`content_hashes`."""
-        return content_hashes(text, allow_private=self.allow_private)
+        return content_hashes(text, allow_private=self.allow_private, media=self.media)
 
     def _check(self, part: Part) -> int | None:
         if _URL.match(part.source):
@@ -97,7 +104,7 @@ class References:
         if source in self.held:
             self.held.move_to_end(source)
             return self.held[source]
-        frames = _read(source, self.size, allow_private=self.allow_private)
+        frames = _read(source, self.size, allow_private=self.allow_private, media=self.media)
         self.frames[source], self.held[source] = frames.shape[1], frames
         while sum(one.nbytes for one in self.held.values()) > MAX_HELD:
             self.held.popitem(last=False)
@@ -152,10 +159,11 @@ def read_references(text: str | None, size: tuple[int, int], **options: Any) -> 
 def read_reference(source: str, size: tuple[int, int], **options: Any) -> Tensor:
     """An image (T = 1) or a whole video as float32 [3, T, H, W] in [-1, 1] at `size` (H, W).
 
-    `source` is a path or a URL; `#first=17` or `#last=17` after it takes so many frames of a video, `#hold=17` repeats
-    an image. An animated image is a video. Options: `transform`, "resize_crop" by default; `cache`, the folder of
-    downloads; `allow_private`, for URLs. Raises ConfigError for a URL that is refused, MediaError for what cannot be
-    fetched or read: broken or empty media never count as no reference.
+    `source` is a path, a URL, or the name of media in memory; `#first=17` or `#last=17` after it takes so many frames
+    of a video, `#hold=17` repeats an image. An animated image is a video. Options: `transform`, "resize_crop" by
+    default; `cache`, the folder of downloads; `allow_private`, for URLs; `media`, media in memory by name. Raises
+    ConfigError for a URL that is refused, MediaError for what cannot be fetched or read: broken or empty media never
+    count as no reference.
     """
     part = Part.of(source)
     return part.of_frames(_read(part.source, size, **options))
@@ -163,10 +171,12 @@ def read_reference(source: str, size: tuple[int, int], **options: Any) -> Tensor
 
 def _read(
     source: str, size: tuple[int, int], transform: str = "resize_crop", cache: str | Path | None = None,
-    allow_private: bool = False,
+    allow_private: bool = False, media: Mapping[str, InMemoryMedia] = MappingProxyType({}),
 ) -> Tensor:  # fmt: skip
-    """All frames of a file or URL. A download that cannot be used is not kept."""
+    """All frames of a source. A download that cannot be used is not kept."""
     to_size = get_transform(transform)
+    if is_in_memory(source):
+        return _read_in_memory(_in_memory(source, media), to_size, size)
     remote = bool(_URL.match(source))
     path = str(fetch(source, cache, allow_private)) if remote else _regular(source)
     try:
@@ -181,15 +191,45 @@ def _read(
         raise _named(source, path, error) from error
 
 
+def _read_in_memory(
+    media: InMemoryMedia, to_size: Callable[[np.ndarray, tuple[int, int]], Tensor], size: tuple[int, int]
+) -> Tensor:
+    """All frames of media in memory, by the transforms of files: that of images for a single frame."""
+    frames = media.frames
+    if len(frames) > (most := MAX_PIXELS // (size[0] * size[1])):
+        problem = f"holds {len(frames)} frames, over the limit of {most} at {size[0]}x{size[1]}"
+        raise MediaError(f"reference '{media.name}': {problem}; give fewer")
+    try:
+        pictures = [frames[0]] if len(frames) == 1 else [frames[index : index + 1] for index in range(len(frames))]
+        return torch.cat([to_size(picture, size) for picture in pictures], dim=1)
+    except MediaError as error:
+        raise _named(media.name, media.name, error) from error
+
+
+def _in_memory(name: str, media: Mapping[str, InMemoryMedia]) -> InMemoryMedia:
+    if name not in media:
+        remedy = "give the same array through the Python interface"
+        raise MediaError(f"reference '{name}' was given as pixels in memory, which no file holds; {remedy}")
+    return media[name]
+
+
 def urls(text: str | None) -> list[str]:
     """Those of the references that would be fetched."""
     return [source for source in split(text) if _URL.match(source)]
 
 
-def content_hashes(text: str | None, *, allow_private: bool = False) -> dict[str, str]:
-    """The SHA-256 of the bytes of each file or URL that references name. Raises MediaError where there are none."""
-    files = dict.fromkeys(Part.of(one).source for one in split(text))
-    return {file: _content_hash(file, allow_private) for file in files}
+def content_hashes(
+    text: str | None, *, allow_private: bool = False, media: Mapping[str, InMemoryMedia] = MappingProxyType({})
+) -> dict[str, str]:
+    """The SHA-256 of each source that references name: of its bytes, or of its pixels if it is in memory.
+
+    Raises MediaError for a source that does not exist.
+    """
+    sources = dict.fromkeys(Part.of(one).source for one in split(text))
+    return {
+        source: _in_memory(source, media).sha256 if is_in_memory(source) else _content_hash(source, allow_private)
+        for source in sources
+    }
 
 
 def _content_hash(source: str, allow_private: bool) -> str:
