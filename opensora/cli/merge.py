@@ -110,8 +110,6 @@ def _tell_what_wins(merged: dict[str, Any], given: dict[str, Any]) -> None:
         logger.warning("image_size %s decides the size; resolution and aspect_ratio have no effect", size)
     if merged.get("save_fps") and given.keys() & {"fps", "frame_interval"} and "save_fps" not in given:
         logger.warning("videos are saved at save_fps %s; --save-fps changes it, --fps does not", merged["save_fps"])
-    if given.get("batch_size", 1) > 1:
-        logger.warning("--batch-size %d changes nothing yet: samples are computed one at a time", given["batch_size"])
     if (words := given.get("unquoted")) and "prompts" not in given:
         told = f"{len(words)} prompts of one word each make {len(words)} results; quote a prompt of several words"
         logger.warning("%s", told)

@@ -134,7 +134,9 @@ class InferenceSettings(_Settings):
     sample_name: str | None = setting(
         None, "results are named {sample-name}_0000 instead of sample_0000", kind=Name, example="cat"
     )
-    batch_size: int = setting(1, "changes nothing yet: samples are computed one at a time", least=1, most=100_000)
+    batch_size: int = setting(
+        1, "requests that are denoised together: faster, more memory, the same bytes", least=1, most=100_000
+    )
     multi_resolution: str | None = setting(
         None, kind=Name, about="size conditioning of the model: STDiT2, OpenSora or PixArtMS", example="STDiT2"
     )

@@ -10,6 +10,11 @@ from opensora.errors import ConfigError
 IMAGE_FPS = 120  # the frame rate that stands for a still image
 
 
+def conditioning_kind(model_type: str) -> str:
+    """The `multi_resolution` of a registered model, where a configuration does not say."""
+    return "PixArtMS" if model_type.startswith("PixArtMS") else "STDiT2"
+
+
 def size_conditioning(
     kind: str | None, batch_size: int, image_size: tuple[int, int], num_frames: int, fps: float,
     dtype: torch.dtype = torch.float32, device: torch.device | str | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from opensora.config.settings import InferenceSettings
 from opensora.datasets.aspect import get_image_size, get_num_frames, get_num_pixels, parse_ratio
 from opensora.errors import ConfigError
 from opensora.pipeline import prompt_refiner, prompts
+from opensora.pipeline.references import urls
 
 logger = logging.getLogger("opensora")
 
@@ -76,23 +78,19 @@ class Size(NamedTuple):
         return f"{made.height}x{made.width} is made for {asked}: {rule}"
 
 
-def check_supported(settings: InferenceSettings) -> None:
-    """Raises ConfigError for a section that is missing or cannot be built, and for what this version cannot do."""
-    from opensora.checkpoints import components
-
-    check_sections(settings)
-    for part in PARTS:
-        components.check(getattr(settings, part), part)
-    if prompt_refiner.is_wanted(settings):
-        if settings.offline:
-            raise ConfigError("llm_refine asks a language model, but offline asks nobody; leave out one of the two")
-        prompt_refiner.endpoint(settings)
-        if settings.text_encoder["type"] == "classes":
-            raise ConfigError("llm_refine rewrites words, but these prompts are numbers of classes; leave it out")
+def check_refiner(settings: InferenceSettings) -> None:
+    """Raises ConfigError where a language model is to refine prompts but cannot, or the prompts are classes."""
+    if not prompt_refiner.is_wanted(settings):
+        return
+    if settings.offline:
+        raise ConfigError("llm_refine asks a language model, but offline asks nobody; leave out one of the two")
+    prompt_refiner.endpoint(settings)
+    if settings.text_encoder["type"] == "classes":
+        raise ConfigError("llm_refine rewrites words, but these prompts are numbers of classes; leave it out")
 
 
 def check_sections(settings: InferenceSettings) -> None:
-    """The part of `check_supported` that loads no model's code."""
+    """Raises ConfigError for a section that is missing or of an unknown type, and for settings without support."""
     for section in (*PARTS, "scheduler"):
         if getattr(settings, section) is None:
             raise ConfigError(f"the configuration has no {section}; add {section} = dict(type=..., ...)")
@@ -136,6 +134,29 @@ def make_size(settings: InferenceSettings) -> Size:
         problem = f"{settings.loop} x {Size(num_frames, height, width)} are {pixels:,} pixels, above {MAX_PIXELS:,}"
         raise ConfigError(f"{problem}; ask for fewer frames, fewer loops or a smaller size")
     return Size(num_frames, height, width)
+
+
+def check_addresses(settings: InferenceSettings, requests: Sequence[Request]) -> None:
+    """Raises ConfigError where a file of prompts names a URL and downloads are not allowed."""
+    if settings.prompt_path is None or settings.prompt or settings.allow_downloads:
+        return
+    given = {url for entry in settings.reference_path or () for url in urls(entry)}
+    for request in requests:
+        if named := [url for url in urls(request.reference_path) if url not in given]:
+            problem = f"the prompts of {settings.prompt_path} name the address {named[0][:200]!r}"
+            raise ConfigError(f"{problem}; --allow-downloads has it fetched, or download it and give its path")
+
+
+def check_keeps_frames(
+    settings: InferenceSettings, scheduler: Any, requests: Sequence[Request], media_given: bool
+) -> None:
+    """Raises ConfigError when frames are given to a sampler or a model that cannot keep them."""
+    if settings.loop == 1 and not media_given and not any(request.mask_strategy for request in requests):
+        return
+    if not scheduler.takes_edit:
+        raise ConfigError(f"scheduler '{settings.scheduler['type']}' cannot keep given frames; use rflow or iddpm")
+    if "x_mask" not in inspect.signature(registry.builder(settings.model["type"]).forward).parameters:
+        raise ConfigError(f"model '{settings.model['type']}' cannot keep given frames; use STDiT, STDiT2 or STDiT3")
 
 
 def make_requests(settings: InferenceSettings) -> list[Request]:

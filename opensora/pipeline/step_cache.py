@@ -9,16 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from opensora.acceleration import quantization, trial
 from opensora.acceleration.device import inference_dtype, use_attention
-from opensora.acceleration.step_cache import cached_sampling, calibration
-from opensora.acceleration.step_cache.cached_sampling import Cache, Observe, Table
+from opensora.acceleration.step_cache import calibration
+from opensora.acceleration.step_cache.cached_sampling import Cache, Table
 from opensora.config.settings import InferenceSettings
-from opensora.distributed.fsdp import share
 from opensora.errors import ConfigError
-from opensora.pipeline.noise import initial_noise, noise_generator
 
 logger = logging.getLogger("opensora")
 
@@ -63,51 +60,6 @@ def prompts(settings: InferenceSettings) -> list[str]:
     classes = (settings.text_encoder or {}).get("num_classes")
     number = len(calibration.PROMPTS)
     return [str(i * classes // number) for i in range(number)] if classes else list(calibration.PROMPTS)
-
-
-@torch.no_grad()
-def tuned(pipeline: Any, model: Any, shape: tuple[int, ...], texts: Mapping[str, Tensor]) -> Cache:
-    """The cache of a pipeline whose parts are loaded: for "auto" as an earlier calibration, or a new one, found it."""
-    settings, scheduler = pipeline.settings, pipeline.scheduler
-    if settings.cache != "auto":
-        return pipeline.cache
-    if settings.max_error == 0:
-        return pipeline.cache
-    names, interval = prompts(settings), settings.guidance_interval
-    negative = {} if pipeline.negative_text is None else {"negative": pipeline.negative_text}
-    key = calibration.key_of(
-        weights=pipeline.summaries["model"].sha256, scheduler=settings.scheduler, shape=shape, size=pipeline.size,
-        dtype=pipeline.dtype, fps=settings.fps, prompts=names, max_error=settings.max_error, interval=interval,
-        linear=settings.linear, **negative,
-    )  # fmt: skip
-    found = share(calibration.remembered(key) if pipeline.layout.is_main else None, pipeline.layout)
-    if found is None:
-        logger.info("cache: calibrating on %d prompts; later runs of this model and size need not", len(names))
-
-        def run(number: int, cache: Cache, observe: Observe | None) -> Tensor:
-            noise = initial_noise(settings.seed, -1 - number, 0, shape)[None].to(pipeline.device)
-            source = [noise_generator(settings.seed, -1 - number, 0)]
-            return pipeline.denoise(model, noise, texts[names[number]], cache, observe=observe, source=source)
-
-        sizes = pipeline.size._asdict()
-        effects = cached_sampling.effects(scheduler, shape[0], sizes)
-        found = calibration.calibrate(run, effects, scheduler.cfg_scale, len(names), settings.max_error, interval)
-        found = share(found, pipeline.layout)
-        if pipeline.layout.is_main:
-            calibration.remember(key, found)
-    if found.table is None:
-        logger.info("cache: nothing can be left out within an error of %g", settings.max_error)
-        return Cache(interval=interval)
-    whole, most = _halves(found.table, scheduler, interval), max(found.errors)
-    text = "cache: %d of %d halves of guidance are computed; error %.4f at most in calibration"
-    logger.info(text, found.table.cost, whole, most)
-    return Cache("table", found.table, interval=interval)
-
-
-def _halves(table: Table, scheduler: Any, interval: tuple[float, float] | None) -> int:
-    """Those of a run without a table."""
-    count, (first, end) = len(table.halves), interval or (0.0, 1.0)
-    return count + (scheduler.num_branches - 1) * sum(first <= k / count < end for k in range(count))
 
 
 def recorded(settings: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
