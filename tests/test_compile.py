@@ -61,7 +61,7 @@ def test_the_flag_compiles_the_model(
     flags: list[str], times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     compiled: list[nn.Module] = []
-    monkeypatch.setattr("opensora.pipeline.pipeline.compile_blocks", compiled.append)
+    monkeypatch.setattr("opensora.pipeline.loaded_models.compile_blocks", compiled.append)
     size = ["--num-frames", "1", "--image-size", "32", "32", "--num-sampling-steps", "1"]
     assert main(["generate", "a red circle", *size, "--save-dir", str(tmp_path), *flags]) == 0
     assert [type(model) for model in compiled] == [STDiT3] * times

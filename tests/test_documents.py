@@ -29,7 +29,9 @@ from opensora.config import model_zoo, read_config
 from opensora.config.settings import InferenceSettings, TrainSettings, check_trainable
 from opensora.datasets.synthetic.render import make_clip
 from opensora.datasets.video import write_image, write_video
-from opensora.pipeline.pipeline import VideoPipeline
+from opensora.pipeline.conditioning import place_media
+from opensora.pipeline.job import Job
+from opensora.pipeline.loaded_models import LoadedModels
 from tests import zoo
 from tests.checkpoints import use_cache
 from tests.tiny import make_tiny_t5, make_tiny_vae
@@ -339,11 +341,11 @@ def here(prepared: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def check_request(settings: InferenceSettings) -> int:
     """All that can be said about a request without reading a weight: sizes, prompts, references, masks, loops."""
-    pipeline = VideoPipeline(settings)
-    assert pipeline.requests
+    job = Job(settings, LoadedModels(settings))
+    assert job.requests
     vae = components.build(settings.vae, components.find(settings.vae, "vae"))
     model = SimpleNamespace(patch_size=(1, 2, 2))  # its checkpoint may be what a command before this one writes
-    pipeline.check_conditions(pipeline.with_conditions(pipeline.requests, vae), model, vae)
+    place_media(job, job.requests, model, vae)
     return 0
 
 

@@ -70,7 +70,7 @@ EXCEPTIONS = {
     ("safetensors", "scripts.train_text_encoder"): "writes the encoder it trained",
     ("PIL", "scripts.misc.draw_assets"): "draws pictures; no file is opened",
     ("PIL", "opensora.pipeline.in_memory_media"): "images of callers are converted; no file is opened",
-    ("PIL", "opensora.pipeline.video"): "frames become images for callers, and GIFs; video files are written by datasets",
+    ("PIL", "opensora.pipeline.video"): "frames become images for callers, and GIFs; no other file is written",
     ("PIL", "opensora.pipeline.watermark"): "writes a text into frames; no file is opened",
     ("PIL", "scripts.misc.eval_embedded"): "writes captions into a picture",
     ("PIL", "opensora.training.tracking"): "tensorboard plays GIFs only; they are made in memory",

@@ -27,11 +27,12 @@ from opensora.config import find_config, read_config
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError
 from opensora.models.vae.vae import VideoAutoencoderKL, VideoAutoencoderPipeline
+from opensora.pipeline import generation
+from opensora.pipeline.decode import decode
 from opensora.pipeline.pipeline import VideoPipeline
 from opensora.pipeline.plan import cheaper, make_plan
-from opensora.pipeline.stage_costs import Needs
+from opensora.pipeline.stage_costs import ResourceEstimate
 from opensora.profiling import cost_model
-from opensora.schedulers.common import SamplerState
 from tests import zoo
 from tests.test_plain import error, inputs, models, randomize
 from tests.tiny import TINY_VAE, make_tiny_stdit3, make_tiny_t5
@@ -86,15 +87,14 @@ def settings_for(parts: dict[str, Path], kind: str = "STDiT3", **changes: Any) -
 
 
 def latents_and_frames(settings: InferenceSettings, monkeypatch: pytest.MonkeyPatch) -> tuple[list, np.ndarray]:
-    found, sample = [], VideoPipeline.sample
+    found = []
 
-    def note(*args: Any) -> SamplerState:
-        state = sample(*args)
-        found.append(state.x)
-        return state
+    def note(models: Any, job: Any, latents: torch.Tensor, **options: Any) -> Any:
+        found.append(latents)
+        return decode(models, job, latents, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(VideoPipeline, "sample", note)
+        patch.setattr(generation, "decode", note)
         (output,) = VideoPipeline(settings).generate()
     return found, output.frames.astype(int)
 
@@ -210,7 +210,7 @@ def large(parts: dict[str, Path], **changes: Any) -> InferenceSettings:
 
 def peaks(settings: InferenceSettings) -> list[dict[str, int]]:
     """Counted bytes of work in each stage, plan by plan."""
-    needs = make_plan(settings).needs
+    needs = make_plan(settings).estimate
     return [{stage.name: stage.cost.peak for stage in needs.stages(plan)} for plan in PLANS]
 
 
@@ -310,7 +310,7 @@ def test_on_a_host_weights_stay_where_they_are():
 def test_the_fastest_plan_that_fits_is_taken(parts, monkeypatch):
     monkeypatch.setattr(memory_plan, "TOKENS", 256)
     settings = large(parts)
-    needs = make_plan(settings).needs
+    needs = make_plan(settings).estimate
     need = {plan: needs.peak(plan) for plan in PLANS}
     assert need[LOW] < need[BALANCED] < need[FAST]
     cases = [(plan, need[plan], plan) for plan in PLANS]
@@ -318,7 +318,7 @@ def test_the_fastest_plan_that_fits_is_taken(parts, monkeypatch):
     for expected, free, _ in cases:
         monkeypatch.setattr(cost_model, "available", lambda device, free=free: free)
         plan = make_plan(settings)
-        assert plan.pipeline.memory == expected
+        assert plan.memory_plan == expected
         assert f"memory plan: {expected.name}" in str(plan).splitlines()
         assert plan.fits == (free != 1)
 
@@ -326,10 +326,10 @@ def test_the_fastest_plan_that_fits_is_taken(parts, monkeypatch):
 def test_generation_takes_what_the_plan_says(parts, monkeypatch):
     settings = settings_for(parts)
     monkeypatch.setattr(cost_model, "available", lambda device: 20)
-    monkeypatch.setattr(Needs, "peak", lambda self, plan: {FAST: 30, BALANCED: 20, LOW: 10}[plan])
+    monkeypatch.setattr(ResourceEstimate, "peak", lambda self, plan: {FAST: 30, BALANCED: 20, LOW: 10}[plan])
     pipeline = VideoPipeline(settings)
     (output,) = pipeline.generate()
-    assert pipeline.memory == BALANCED
+    assert pipeline.models.plan == BALANCED
     recipe = json.loads(output.path.with_suffix(".json").read_text())
     assert recipe["settings"]["memory"] == "balanced"  # so that a replay makes the very same bytes
 
@@ -340,14 +340,14 @@ def test_small_requests_are_told_without_counting(kind, size, parts, monkeypatch
     settings = settings_for(parts, kind, memory="fast")
     if kind in ("STDiT3", "STDiT2"):
         settings = settings_for(parts, kind, memory="fast", image_size=size)
-    needs = make_plan(settings).needs
-    assert needs.peak(FAST) < needs.at_most()
+    needs = make_plan(settings).estimate
+    assert needs.peak(FAST) < needs.upper_bound()
 
 
 def test_a_cheaper_plan_is_named_before_a_smaller_size(parts, monkeypatch):
     monkeypatch.setattr(memory_plan, "TOKENS", 256)
     plan = make_plan(large(parts, memory="fast"))
-    need = {one: plan.needs.peak(one) for one in PLANS}
+    need = {one: plan.estimate.peak(one) for one in PLANS}
     for free, found in ((need[BALANCED], "--memory balanced"), (need[LOW], "--memory low")):
         monkeypatch.setattr(cost_model, "available", lambda device, free=free: free)
         assert cheaper(plan) == found
@@ -357,7 +357,7 @@ def test_a_cheaper_plan_is_named_before_a_smaller_size(parts, monkeypatch):
 
 
 def test_on_an_accelerator_weights_count_while_they_are_there(parts):
-    needs = make_plan(settings_for(parts)).needs
+    needs = make_plan(settings_for(parts)).estimate
     needs.on_host = False
     text, encoding, sampling, _ = needs.stages(FAST)
     low = needs.stages(LOW)
@@ -381,7 +381,7 @@ def test_running_out_of_memory_names_the_plan(parts, monkeypatch):
     def out_of_memory(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("none left")
 
-    monkeypatch.setattr(VideoPipeline, "make", out_of_memory)
+    monkeypatch.setattr(generation, "denoise_clip", out_of_memory)
     for name, remedy in (("fast", "first try --memory low$"), ("low", "a smaller size or fewer frames$")):
         with pytest.raises(ConfigError, match=remedy):
             list(VideoPipeline(settings_for(parts, memory=name)).generate())
@@ -391,7 +391,7 @@ def test_linear_layers_in_8_bits_count_as_such():
     file = find_config("embedded")
     config = {**read_config(file), "prompt": ["a red circle"]}
     exact, small = (
-        make_plan(InferenceSettings.from_config({**config, "linear": linear}, file.name)).needs.stages(FAST)[2]
+        make_plan(InferenceSettings.from_config({**config, "linear": linear}, file.name)).estimate.stages(FAST)[2]
         for linear in ("exact", "int8")
     )
     model, _ = components.load({"type": "STDiT3", "from_pretrained": "embedded:stdit3"}, "model", CPU, torch.float32)

@@ -19,6 +19,7 @@ from opensora.datasets.video import read_video
 from opensora.distributed import fsdp
 from opensora.distributed.fsdp import Layout, gather, local, mean, shard, share, start
 from opensora.errors import ConfigError
+from opensora.pipeline import decode
 from opensora.pipeline.pipeline import VideoPipeline
 from opensora.pipeline.recipe import frames_digest
 from opensora.training.ema import EMA
@@ -118,11 +119,11 @@ def generate(weights: Path, outputs: Path, **changes: Any) -> list[Tensor]:
         verbose=0, device="cpu", **changes,
     )  # fmt: skip
     clips: list[Tensor] = []
-    convert, video.to_uint8 = video.to_uint8, lambda clip: clips.append(clip) or convert(clip)
+    convert, decode.to_uint8 = decode.to_uint8, lambda clip: clips.append(clip) or convert(clip)
     try:
         made = list(VideoPipeline(settings).generate())
     finally:
-        video.to_uint8 = convert
+        decode.to_uint8 = convert
     assert len(made) == (0 if int(os.environ.get("RANK", "0")) else len(settings.prompt))
     return clips
 
@@ -220,17 +221,17 @@ def test_the_program_under_torchrun(program, tmp_path, ranks):
 
 BROKEN = """
 import os, sys
-from opensora import pipeline
 from opensora.errors import ConfigError
 from opensora.cli import generate
+from opensora.pipeline.loaded_models import LoadedModels
 from opensora.utils.config_utils import parse_inference_args, run_program
 
-def fill(self, part, built, own=pipeline.VideoPipeline.fill):
+def fill(self, part, built, linear="exact", own=LoadedModels._fill):
     if part == "model" and os.environ["RANK"] == "{0}":
         raise ConfigError("rank {0} has no luck")
-    return own(self, part, built)
+    return own(self, part, built, linear)
 
-pipeline.VideoPipeline.fill = fill
+LoadedModels._fill = fill
 sys.exit(run_program(lambda: generate(parse_inference_args())))
 """
 

@@ -22,6 +22,9 @@ from opensora.cli import main
 from opensora.config.settings import InferenceSettings
 from opensora.datasets.video import write_image, write_video
 from opensora.errors import OpenSoraError
+from opensora.pipeline import denoise, generation
+from opensora.pipeline.job import Job
+from opensora.pipeline.loaded_models import LoadedModels
 from opensora.pipeline.pipeline import VideoPipeline
 from opensora.pipeline.plan import cheaper, make_plan
 from opensora.profiling import cost_model
@@ -134,29 +137,28 @@ def run(settings: InferenceSettings, monkeypatch: pytest.MonkeyPatch) -> tuple[l
     """What each clip was given, as (edit, source) of its latent frames, and the frames of the result."""
     pipeline, seen = VideoPipeline(settings), []
 
-    def fill(self: VideoPipeline, part: str, built: Any) -> Any:
+    def fill(self: LoadedModels, part: str, built: Any, linear: str = "exact") -> Any:
         if part == "vae":
             return StandIn(built)
         built.forward = lambda x, *_, **__: torch.zeros(len(x), built.out_channels, *x.shape[2:])
         built.null_caption = lambda y: y
         return built
 
-    def texts(self: VideoPipeline, encoder: Any, wanted: list[str]) -> dict[str, torch.Tensor]:
-        return {text: torch.zeros(1, 1, 4, encoder.output_dim) for text in wanted}
+    def texts(models: LoadedModels, job: Job, wanted: list[str]) -> dict[str, torch.Tensor]:
+        return {text: torch.zeros(1, 1, 4, models.build(job.size).text_encoder.output_dim) for text in wanted}
 
-    def sample(self: Any, model: Any, latents: torch.Tensor, *args: Any, edit: torch.Tensor, **options: Any) -> Any:
+    original = denoise.cached_sampling.steps
+
+    def steps(scheduler: Any, model: Any, latents: torch.Tensor, *args: Any, **options: Any) -> Any:
         codes = latents[0, 0, :, 0, 0].round().long().tolist()
         sources = [(code // CODE - 1, code % CODE) if code >= CODE // 2 else None for code in codes]
-        seen.append((tuple(edit[0].tolist()), tuple(sources)))
-        return original(self, model, latents, *args, edit=edit, **options)
+        seen.append((tuple(options["edit"][0].tolist()), tuple(sources)))
+        return original(scheduler, model, latents, *args, **options)
 
-    kind = type(pipeline.scheduler)
-    original = kind.sample
     with monkeypatch.context() as patch:
-        patch.setattr(VideoPipeline, "fill", fill)
-        patch.setattr(VideoPipeline, "encode_texts", texts)
-        patch.setattr(kind, "sample", lambda self, model, latents, *args, **options: (
-            sample if "edit" in options else original)(self, model, latents, *args, **options))  # fmt: skip
+        patch.setattr(LoadedModels, "_fill", fill)
+        patch.setattr(generation, "encode_texts", texts)
+        patch.setattr(denoise.cached_sampling, "steps", steps)
         (output,) = pipeline.generate()
     return seen, len(output.frames)
 

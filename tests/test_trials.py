@@ -13,7 +13,7 @@ from opensora.cli.merge import settings_of
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError
 from opensora.pipeline import step_cache
-from opensora.pipeline.pipeline import VideoPipeline
+from opensora.pipeline.loaded_models import LoadedModels
 from opensora.utils.config_utils import inference_parser
 
 CPU = torch.device("cpu")
@@ -72,8 +72,8 @@ def test_a_choice_is_tried_by_real_work_and_followed(
     assert trial.products(torch.float64, torch.float32, CPU) > 0
     before = torch.get_rng_state()
     monkeypatch.setattr(trial, "linear", lambda *_: 7.0)
-    pipeline = VideoPipeline(settings("--linear", "int8"))
-    assert pipeline.settings.linear == "int8" and "takes 7.0 times as long" in caplog.text
+    models = LoadedModels(settings("--linear", "int8"))
+    assert models.settings.linear == "int8" and "takes 7.0 times as long" in caplog.text
     assert torch.equal(torch.get_rng_state(), before)
 
 

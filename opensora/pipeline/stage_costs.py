@@ -63,7 +63,7 @@ class ResourceEstimate:
         if free is None:
             return plans[0]
         free += loaded
-        if self._upper_bound() < free / 2:
+        if self.upper_bound() < free / 2:
             return plans[0]
         return next((plan for plan in plans if self.peak(plan) <= free), plans[-1])
 
@@ -74,7 +74,7 @@ class ResourceEstimate:
     def fits(self, plan: MemoryPlan, loaded: int = 0) -> bool:
         """Whether a plan fits into free memory; True where nobody knows."""
         free = cost_model.available(self.models.device)
-        return free is None or self._upper_bound() < (free + loaded) / 2 or self.peak(plan) <= free + loaded
+        return free is None or self.upper_bound() < (free + loaded) / 2 or self.peak(plan) <= free + loaded
 
     def least(self, plan: MemoryPlan) -> int:
         """Bytes of the weights alone."""
@@ -98,7 +98,7 @@ class ResourceEstimate:
             weights["decoding"] = weights["encoding"]  # of the same autoencoder
         return max(stage.cost.peak + weights.get(stage.name, text.weights) for stage in stages)
 
-    def _upper_bound(self) -> int:
+    def upper_bound(self) -> int:
         """Bytes that the fast plan never exceeds, without counting operations: enough for small requests."""
         vae, model, job = self.components.vae, self.components.model, self.job
         clips = [(job.size.num_frames, *job.frame_size), *self._references()]

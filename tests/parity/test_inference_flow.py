@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from opensora import registry
+from opensora.checkpoints import components
 from opensora.checkpoints.summary import Summary
 from opensora.datasets.video import read_image, read_video
 from opensora.errors import OpenSoraError
 from opensora.models.text_encoder.cleaning import preprocess
-from opensora.pipeline import pipeline
+from opensora.pipeline import generation
 from opensora.pipeline.pipeline import VideoPipeline
 from opensora.pipeline.prompts import prepare
 from opensora.schedulers.common import SamplerState
@@ -99,8 +101,10 @@ class Networks:
     ) -> Iterator[SamplerState]:
         sizes = {name: value.tolist() for name, value in cond.items() if name != "y"}
         edit = torch.ones(noise.shape[:3:2]) if edit is None else edit
-        text = self.texts[int(cond["y"].flatten()[0])]
-        self.calls.append({"prompt": text, "z": list(noise.shape), "mask": edit[0].tolist(), "sizes": sizes})
+        shape = [1, *noise.shape[1:]]
+        for y, given in zip(cond["y"], edit, strict=True):
+            text = self.texts[int(y.flatten()[0])]
+            self.calls.append({"prompt": text, "z": shape, "mask": given.tolist(), "sizes": sizes})
         yield SamplerState(1, 1, noise, noise)
 
 
@@ -113,16 +117,16 @@ def networks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
     parts = {"find": Path("x"), "build_text_encoder": text_encoder, "build": made, "fill": summary}
     parts |= {"fill_text_encoder": summary, "trained_sizes": []}
     for name, value in parts.items():
-        monkeypatch.setattr(pipeline.components, name, lambda *_, value=value, **__: value)
-    for needs_modules in ("rehearse", "choose_memory", "_remember"):
-        monkeypatch.setattr(VideoPipeline, needs_modules, lambda *_, **__: None)
-    build = pipeline.registry.build
+        monkeypatch.setattr(components, name, lambda *_, value=value, **__: value)
+    for needs_modules in ("dry_run", "choose_memory_plan", "remember_pace"):
+        monkeypatch.setattr(generation, needs_modules, lambda *_, **__: None)
+    build = registry.build
 
     def stand_in(section: dict) -> Any:
         real = build(section)
         return SimpleNamespace(steps=made.steps, takes_edit=True, num_steps=1, num_branches=real.num_branches)
 
-    monkeypatch.setattr(pipeline.registry, "build", stand_in)
+    monkeypatch.setattr(registry, "build", stand_in)
     return made
 
 
