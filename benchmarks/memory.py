@@ -28,6 +28,7 @@ from opensora.acceleration.memory_plan import BY_NAME, PLANS, arranged
 from opensora.models.sizes import size_conditioning
 from opensora.models.stdit.stdit3 import STDiT3
 from opensora.pipeline.plan import make_plan
+from opensora.pipeline.stage_costs import ResourceEstimate
 from opensora.profiling import cost_model
 from opensora.schedulers.rf import RFLOW
 
@@ -80,13 +81,15 @@ def counted(config: str, size: list[int]) -> dict[str, Any]:
     """Plan -> bytes of an accelerator at the peak of a request, and stage by stage, weights and work apart."""
     words = ["x", "--model", config, "--num-frames", str(size[0]), "--image-size", *map(str, size[1:])]
     settings = cli._request(cli._parser().parse_args(["plan", *words, "--memory", "fast"]))
-    needs = make_plan(settings).needs
-    needs.on_host, needs.where = False, (torch.bfloat16, torch.device("meta"))
-    needs.pipeline.dtype = torch.bfloat16
+    made = make_plan(settings)
+    accelerator = {"device": torch.device("meta"), "dtype": torch.bfloat16}
+    estimate = ResourceEstimate(
+        made.models, made.models.build(made.job.size), made.job, made.requests, again=False, **accelerator
+    )
     return {
         plan.name: {
-            "counted": needs.peak(plan),
-            "stages": {one.name: {"weights": one.weights, "work": one.cost.peak} for one in needs.stages(plan)},
+            "counted": estimate.peak(plan),
+            "stages": {one.name: {"weights": one.weights, "work": one.cost.peak} for one in estimate.stages(plan)},
         }
         for plan in PLANS
     }

@@ -40,15 +40,18 @@ class Stage(NamedTuple):
 class ResourceEstimate:
     """The memory and time of a job under each memory plan. The models need no weights and are left as they are.
 
-    `again`: the text encoder is read a second time, beside the other models.
+    again: the text encoder is read a second time, beside the other models
+    device, dtype: of the work and the weights, if not those of the models
     """
 
     def __init__(
-        self, models: LoadedModels, components: Components, job: Job, requests: Sequence[Request], again: bool
-    ) -> None:
+        self, models: LoadedModels, components: Components, job: Job, requests: Sequence[Request], again: bool,
+        device: torch.device | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         self.models, self.components, self.job, self.requests, self.again = models, components, job, requests, again
-        self.on_host = cost_model.is_host(models.device)
-        self.where = (models.dtype, models.device)
+        self.device, self.dtype = device or models.device, dtype or models.dtype
+        self.on_host = cost_model.is_host(self.device)
+        self.where = (self.dtype, self.device)
         self.latent_size = tuple(components.vae.get_latent_size(job.size))
         self.stages = cache(lambda plan: list(self._stages(plan)))
 
@@ -83,7 +86,7 @@ class ResourceEstimate:
     def weights(self) -> int:
         """Bytes of the weights of autoencoder and diffusion model."""
         parts = (self.components.vae, self.components.model)
-        return sum(cost_model.weights(part, self.models.dtype) for part in parts)
+        return sum(cost_model.weights(part, self.dtype) for part in parts)
 
     def _peak_of(self, stages: Sequence[Stage], plan: MemoryPlan) -> int:
         if self.on_host:
@@ -165,7 +168,7 @@ class ResourceEstimate:
 
     def _kernels(self, within: str, plan: MemoryPlan) -> int:
         """Bytes of the kernels that a host makes for a half of the autoencoder, in float32 alone."""
-        exact = self.models.dtype == torch.float32
+        exact = self.dtype == torch.float32
         return kernel_bytes(self.components.vae, within, plan.winograd) if exact else 0
 
     def _step(self, plan: MemoryPlan, tokens: int) -> Cost:
@@ -175,7 +178,7 @@ class ResourceEstimate:
         rows = job.batch_size * (1 if plan.sequential_cfg else job.scheduler.num_branches)
         with arranged(model, plan):
             work = cost_model.step(model, self.latent_size, job.conditioning, tokens, *self.where, rows, given)
-            return cost_model.count(work, self.models.device).times(job.scheduler.num_branches / rows)
+            return cost_model.count(work, self.device).times(job.scheduler.num_branches / rows)
 
     def _float_frames(self, frames: int) -> int:
         """Bytes of so many frames in float32."""
@@ -186,11 +189,11 @@ class ResourceEstimate:
 
     def _stage(self, name: str, part: str, cost: Cost) -> Stage:
         module = getattr(self.components, part)
-        held = cost_model.weights(module, self.models.dtype)
+        held = cost_model.weights(module, self.dtype)
         files, copied = self._files(part, held)
         copied |= part == "vae"  # its kernels are rearranged
         if part == "model" and self.models.settings.linear != "exact":
-            held -= quantization.num_values(module) * (self.models.dtype.itemsize - 1)
+            held -= quantization.num_values(module) * (self.dtype.itemsize - 1)
             copied = True
         return Stage(name, held, files, copied, cost, self._seconds(cost, name))
 
@@ -204,7 +207,7 @@ class ResourceEstimate:
 
     def _text(self) -> tuple[int, Stage]:
         """The longest text in tokens, and the stage that encodes all of them."""
-        job, encoder, dtype = self.job, self.components.text_encoder, self.models.dtype
+        job, encoder, dtype = self.job, self.components.text_encoder, self.dtype
         texts = job.texts_of(self.requests)
         texts += [] if job.negative_text is None else [job.negative_text]
         if isinstance(encoder, ClassIds):
