@@ -30,6 +30,7 @@ from opensora.config.settings import InferenceSettings, TrainSettings, check_tra
 from opensora.datasets.synthetic.render import make_clip
 from opensora.datasets.video import write_image, write_video
 from opensora.pipeline.pipeline import VideoPipeline
+from opensora.training.result import TrainResult
 from tests import zoo
 from tests.checkpoints import use_cache
 from tests.tiny import make_tiny_t5, make_tiny_vae
@@ -347,10 +348,10 @@ def check_request(settings: InferenceSettings) -> int:
     return 0
 
 
-def check_training(settings: TrainSettings) -> int:
+def check_training(settings: TrainSettings) -> TrainResult:
     check_trainable(settings)
     registry.arguments(settings.model)
-    return 0
+    return TrainResult(Path("000-a"), 0)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

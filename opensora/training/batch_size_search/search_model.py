@@ -1,4 +1,4 @@
-"""The search with few trials: time and memory of a step as lines over the batch size, fitted to all buckets at once.
+"""The search with few trials: models time and memory of a step as linear in the batch size, over all buckets at once.
 
 seconds = a + s n and memory = m + u n for n samples, with a and m common to all buckets, and s and u about in
 proportion to the size of a sample. A trial is made where the lines reach their limits; each one makes them better. A

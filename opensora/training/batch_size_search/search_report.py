@@ -1,4 +1,4 @@
-"""The program of the search: its trials, what it prints, and the configuration and the table that it writes."""
+"""Runs the batch-size search, prints the result, and writes it as a configuration and a table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from opensora.training.batch_size_search.probe import TrainingProbe
 from opensora.training.batch_size_search.search import Found, Plan
 from opensora.training.batch_size_search.search_model import ModelSearch
 
-# Settings of the search alone, and those that it writes otherwise.
+# Settings of the search alone, and those written separately.
 NOT_WRITTEN = {
     "base", "base_step_time", "method", "untimed_steps", "active_steps", "output", "bucket_config", "resolution",
     "device", "offline",
@@ -37,7 +37,7 @@ LIMITS = {
 
 
 def search_batch_sizes(settings: SearchSettings) -> list[Path]:
-    """Searches on this machine; prints and writes what was found, and returns the paths of both files.
+    """Searches on this machine, prints the result, and returns the configuration and the table it wrote.
 
     Raises ConfigError when there is nothing to search, or nothing was found.
     """
@@ -59,7 +59,7 @@ def search_batch_sizes(settings: SearchSettings) -> list[Path]:
 
 
 def result_text(plan: Plan, found: Sequence[Found]) -> str:
-    """The result as the original prints it; buckets without a batch size say why and what to do."""
+    """The result as Open-Sora prints it; buckets without a batch size come with reason and remedy."""
     lines = ["[Search BS] Search result:", "Resolution, Frames, Batch size, Step time", *map(result_line, found)]
     sizes: dict[str, dict[int, int]] = {}
     for one in sorted(found, key=lambda one: plan.spans.index(one.span)):
@@ -77,18 +77,18 @@ def result_line(one: Found) -> str:
 
 
 def bucket_config(plan: Plan, found: Sequence[Found]) -> dict[str, dict[int, tuple[float, int]]]:
-    """A `bucket_config` to train with, in the order of the plan's; buckets without a batch size are left out."""
+    """A `bucket_config` for training, in the order of the plan; buckets without a batch size are left out."""
     sizes = {one.span: one.batch_size for one in found}
     config: dict[str, dict[int, tuple[float, int]]] = {}
     for span in plan.spans:
-        size = sizes.get(span, span.lower)  # what was not tried has a range of 0
+        size = sizes.get(span, span.lower)  # fixed batch sizes have a range of 0
         if size is not None:
             config.setdefault(span.resolution, {})[span.num_frames] = (1.0, size)
     return config
 
 
 def write(settings: SearchSettings, plan: Plan, found: Sequence[Found], device: str) -> list[Path]:
-    """Writes a configuration to train with and beside it a table, both or none. Raises ConfigError."""
+    """Writes a training configuration and a table beside it, both or neither. Raises ConfigError."""
     config = output_of(settings)
     paths = [config, config.with_suffix(".md")]
     with replacing(*paths, make_folders=True, error=ConfigError) as [config, table]:
@@ -98,7 +98,7 @@ def write(settings: SearchSettings, plan: Plan, found: Sequence[Found], device: 
 
 
 def output_of(settings: SearchSettings) -> Path:
-    """The configuration to write: searches of several resolutions, each run on its own, do not share one."""
+    """The path of the configuration; searches of single resolutions have separate ones."""
     if settings.output:
         return Path(settings.output).with_suffix(".py")
     name = f"search_bs-{settings.resolution}" if settings.resolution else "search_bs"
@@ -106,7 +106,7 @@ def output_of(settings: SearchSettings) -> Path:
 
 
 def config_text(settings: SearchSettings, plan: Plan, found: Sequence[Found], device: str) -> str:
-    """The settings with the batch sizes in their places, in the language of configurations."""
+    """The source of a configuration: the settings with the batch sizes found."""
     buckets = bucket_config(plan, found)
     Buckets(buckets)  # raises if training would refuse it
     lines = [f"# Batch sizes for {device}; {goal(plan, found)}."]
@@ -126,7 +126,7 @@ def _is_default(field: dataclasses.Field, value: Any) -> bool:
 
 
 def table_text(settings: SearchSettings, plan: Plan, found: Sequence[Found], device: str) -> str:
-    """All buckets in a table of Markdown, under what it is valid for."""
+    """All buckets as a Markdown table, under the conditions it is valid for."""
     by_span = {one.span: one for one in found}
     rows = [HEADS, ("---",) * len(HEADS)]
     for span in plan.spans:
@@ -154,7 +154,7 @@ def _row(one: Found) -> tuple[str, ...]:
 
 
 def goal(plan: Plan, found: Sequence[Found]) -> str:
-    """What was aimed at, in words."""
+    """The goal of the search, in words."""
     if plan.base is None:
         return f"a step takes less than {plan.target:g} s"
     return f"a step takes less than the {found[0].seconds:.2f} s of the largest batch of {plan.base}"

@@ -1,6 +1,6 @@
-"""What a checkpoint consists of: the SHA-256 of each of its files, and the run that wrote it.
+"""The manifest of a checkpoint: the SHA-256 of each of its files, and the run that wrote it.
 
-It lies in `optimizer/manifest.json`: the folder itself holds what the documents list, and nothing else.
+Its path is `optimizer/manifest.json`, so that the checkpoint folder holds only the documented entries.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from opensora.errors import WeightsError
 from opensora.files import read_bytes, read_json
 
 FILE = Path("optimizer") / "manifest.json"
-PART = 2**22  # bytes read at a time
+CHUNK = 2**22  # bytes read at a time
 RunId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 REMEDY = "it is damaged; try an older checkpoint"
 
 
 class Manifest(Schema):
-    """`saved` is in seconds since 1970, `files` has the hash of each file by its path in the checkpoint."""
+    """`saved` is a Unix time in seconds; `files` has the hash of each file by its path in the checkpoint."""
 
     run: RunId | None
     saved: NonNegative
@@ -41,7 +41,7 @@ def write(folder: Path, run: str | None) -> None:
 
 
 def read(folder: Path) -> Manifest | None:
-    """The manifest of a checkpoint; None where an earlier version wrote none. Raises WeightsError if it is damaged."""
+    """The manifest of a checkpoint; None if an earlier version wrote it without. Raises WeightsError if damaged."""
     path = folder / FILE
     if not path.is_file():
         return None
@@ -52,7 +52,7 @@ def read(folder: Path) -> Manifest | None:
 
 
 def verify(folder: Path) -> bool:
-    """Whether the files of a checkpoint have hashes, all of them right. Raises WeightsError naming a wrong file."""
+    """Verifies the hashes of a checkpoint; False if it has none. Raises WeightsError naming a damaged file."""
     made = read(folder)
     if made is None:
         return False
@@ -67,7 +67,7 @@ def verify(folder: Path) -> bool:
 
 
 def run_of(folder: Path) -> str | None:
-    """The run that wrote a checkpoint, where that is known."""
+    """The id of the run that wrote a checkpoint, or None."""
     try:
         made = read(folder)
     except WeightsError:
@@ -88,7 +88,7 @@ def _hash(path: Path) -> str:
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            while part := file.read(PART):
+            while part := file.read(CHUNK):
                 digest.update(part)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
