@@ -23,12 +23,12 @@ from opensora.profiling import memory_meter
 from opensora.training.batch_size_search import probe, search_report
 from opensora.training.batch_size_search.probe import TrainingProbe, rows_of, size_of
 from opensora.training.batch_size_search.search import (
-    Found,
+    BucketResult,
     NoData,
     Outcome,
     OutOfMemory,
-    Plan,
     Probe,
+    SearchPlan,
     Span,
     Step,
     bisect,
@@ -48,7 +48,7 @@ RFLOW = dict(type="rflow", use_timestep_transform=True, sample_method="logit-nor
 ONE = Span("144p", 1, 1, 64)
 
 
-def simulate(seed: int, **device: Any) -> tuple[Simulated, Plan]:
+def simulate(seed: int, **device: Any) -> tuple[Simulated, SearchPlan]:
     """A device, and what is to be searched on it: with a base every other time, else with a time to reach."""
     rng = random.Random(seed)
     simulated = Simulated(rng, **device)
@@ -59,7 +59,7 @@ def simulate(seed: int, **device: Any) -> tuple[Simulated, Plan]:
     return simulated, make_plan(config, span[:2], None if seed % 2 else seconds, None)
 
 
-def both(seed: int, **device: Any) -> tuple[Simulated, list[tuple[list[tuple[Found, float]], int]]] | None:
+def both(seed: int, **device: Any) -> tuple[Simulated, list[tuple[list[tuple[BucketResult, float]], int]]] | None:
     """Bisection's and our answers on one device, each with the time it aimed at, and the numbers of trials."""
     simulated, plan = simulate(seed, **device)
     results = []
@@ -115,8 +115,8 @@ def test_accepts_tells_right_from_wrong():
     simulated, plan = simulate(1, noise=0.0)
     found = search(plan, simulated, bisect)
     assert all(simulated.accepts(one, math.inf if one.span == plan.base else found[0].seconds) for one in found)
-    half = Found(found[0].span, found[0].batch_size // 2, 1.0, "memory")
-    more = Found(found[0].span, simulated.largest(found[0].span) + 1, 1.0, "memory")
+    half = BucketResult(found[0].span, found[0].batch_size // 2, 1.0, "memory")
+    more = BucketResult(found[0].span, simulated.largest(found[0].span) + 1, 1.0, "memory")
     assert not simulated.accepts(half, math.inf) and not simulated.accepts(more, math.inf)
 
 
@@ -143,7 +143,7 @@ def test_nothing_fits_is_no_batch_size(method: Any):
     found = method(fits_up_to(2), span, math.inf)
     assert (found.batch_size, found.limit) == (None, "memory")
     assert "out of memory at 3" in remedy(found) and "larger range" in remedy(found)
-    assert "larger range" not in remedy(Found(Span("1080p", 102, 1, 9), None, 0.0, "memory"))
+    assert "larger range" not in remedy(BucketResult(Span("1080p", 102, 1, 9), None, 0.0, "memory"))
 
 
 @pytest.mark.parametrize("method", [bisect, ModelSearch], ids=["bisect", "model"])
@@ -173,7 +173,7 @@ def test_plans():
     plan = make_plan(good, ("512", "2s"), None, None)
     assert plan.spans == (Span("240p", 1, 1, 50), Span("240p", 51, 4, 4), Span("512", 51, 2, 6))
     assert plan.order == [plan.spans[2], plan.spans[0]] and plan.base == plan.spans[2]
-    assert make_plan(good, ("512", 51), 3, "240p") == Plan(plan.spans[:2], target=3.0)
+    assert make_plan(good, ("512", 51), 3, "240p") == SearchPlan(plan.spans[:2], target=3.0)
     assert make_plan(good, ("240p", 51), None, None).order[0] == plan.spans[1]
     for arguments, message in [
         ((None, None, 1.0, None), "no bucket_config"),

@@ -1,4 +1,4 @@
-"""What a step costs is counted exactly; what a run gets done is sizes in the right proportions."""
+"""What a step costs is counted exactly; what a run gets done is reported in the right proportions."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class TestPeak:
 
 
 class Clock:
-    """Time that passes when it is sizes to."""
+    """Time that passes on demand."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0

@@ -170,8 +170,8 @@ def _newest_that_fits(settings: TrainSettings, verify: Verify, changes_since: Ch
 
 def _written(checkpoint: Path) -> tuple[float, int, int]:
     try:
-        made = manifest.read(checkpoint)
-        saved = made.saved if made else checkpoint.stat().st_mtime
+        found = manifest.read(checkpoint)
+        saved = found.saved if found else checkpoint.stat().st_mtime
     except (WeightsError, OSError):
         saved = 0.0
     return saved, *(int(number) for number in folders.NAME.fullmatch(checkpoint.name).groups()[::-1])

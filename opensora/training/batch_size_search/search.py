@@ -66,7 +66,7 @@ Probe = Callable[[Span, int], Outcome]
 
 
 @dataclass(frozen=True)
-class Found:
+class BucketResult:
     """The batch size found for a bucket and the seconds of its step; None and 0 if no size will do.
 
     limit: what keeps it from being larger: "memory", "time", "data", or the end of the "range"
@@ -78,10 +78,10 @@ class Found:
     limit: str
 
 
-Method = Callable[[Probe, Span, float], Found]
+Method = Callable[[Probe, Span, float], BucketResult]
 
 
-def bisect(probe: Probe, span: Span, target: float) -> Found:
+def bisect(probe: Probe, span: Span, target: float) -> BucketResult:
     """The search of Open-Sora 1.2: halves the range, the lower middle first, at every trial.
 
     Of the sizes tried with a step below `target` seconds the one nearest to it wins; without a target (infinity) the
@@ -101,7 +101,7 @@ def bisect(probe: Probe, span: Span, target: float) -> Found:
     return _nearest_below(span, steps, target, limit)
 
 
-def grid(probe: Probe, span: Span, target: float) -> Found:
+def grid(probe: Probe, span: Span, target: float) -> BucketResult:
     """The search of Open-Sora 1.1: the limit of memory by halving, then every second size up to it.
 
     The size with the time nearest to `target` wins, on either side; without a target (infinity) the largest. The upper
@@ -110,7 +110,7 @@ def grid(probe: Probe, span: Span, target: float) -> Found:
     return grid_search(probe, span, target, GRID_STEP)
 
 
-def grid_search(probe: Probe, span: Span, target: float, step: int) -> Found:
+def grid_search(probe: Probe, span: Span, target: float, step: int) -> BucketResult:
     """`grid` with any distance between the sizes tried."""
     low, high, steps, limit = span.lower, max(span.upper, span.lower + 1), {}, "range"
     while low < high:
@@ -122,19 +122,19 @@ def grid_search(probe: Probe, span: Span, target: float, step: int) -> Found:
         else:
             high, limit = middle, why(outcome)
     if not steps:
-        return Found(span, None, 0.0, limit)
+        return BucketResult(span, None, 0.0, limit)
     for size in range(span.lower, max(steps), step):
         if size not in steps and isinstance(outcome := probe(span, size), Step):
             steps[size] = outcome.seconds
     best = max(steps) if target == math.inf else min(steps, key=lambda size: abs(steps[size] - target))
-    return Found(span, best, steps[best], limit if best == max(steps) else "time")
+    return BucketResult(span, best, steps[best], limit if best == max(steps) else "time")
 
 
-def _nearest_below(span: Span, steps: Mapping[int, float], target: float, limit: str) -> Found:
+def _nearest_below(span: Span, steps: Mapping[int, float], target: float, limit: str) -> BucketResult:
     if not steps:
-        return Found(span, None, 0.0, limit)
+        return BucketResult(span, None, 0.0, limit)
     best = max(steps) if target == math.inf else max(steps, key=lambda size: (steps[size], size))
-    return Found(span, best, steps[best], limit)
+    return BucketResult(span, best, steps[best], limit)
 
 
 def good(outcome: Outcome, target: float) -> bool:
@@ -148,7 +148,7 @@ def why(outcome: Outcome) -> str:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchPlan:
     """What to search: the spans in order, including fixed ones, and the goal.
 
     `base` is the bucket whose largest batch gives the time that the others aim at; without one `target` is that time.
@@ -167,7 +167,7 @@ class Plan:
 
 def make_plan(
     config: Mapping[Any, Any] | None, base: Sequence[Any] | None, base_step_time: float | None, resolution: str | None
-) -> Plan:
+) -> SearchPlan:
     """The plan of a configuration, restricted to one `resolution` if given. Raises ConfigError.
 
     `base_step_time` counts more than `base`.
@@ -181,7 +181,7 @@ def make_plan(
         if not spans:
             raise ConfigError(f"bucket_config has no resolution {wanted}; choose one that it has")
     if base_step_time is not None:
-        return Plan(spans, target=float(base_step_time))
+        return SearchPlan(spans, target=float(base_step_time))
     if base is None:
         raise ConfigError(f"the search has no goal; {BASE_ASKED}")
     if not isinstance(base, tuple | list) or len(base) != 2:
@@ -189,7 +189,7 @@ def make_plan(
     key = (resolution_name(base[0]), get_num_frames(base[1]))
     for span in spans:
         if span[:2] == key:
-            return Plan(spans, base=span)
+            return SearchPlan(spans, base=span)
     among = f"searched at --resolution {resolution}" if resolution else "in bucket_config"
     raise ConfigError(f"base {key[0]}, {key[1]} frames is not {among}; {BASE_ASKED}")
 
@@ -210,7 +210,7 @@ def _spans(config: Mapping[Any, Any]) -> Iterator[Span]:
             yield Span(resolution, num_frames, max(guess - room, 1), guess + room)
 
 
-def search(plan: Plan, probe: Probe, method: Method) -> list[Found]:
+def search(plan: SearchPlan, probe: Probe, method: Method) -> list[BucketResult]:
     """Searches `plan.order`; results in that order. Raises ConfigError when the base has no batch size."""
     target, found = plan.target, []
     for span in plan.order:
@@ -240,7 +240,7 @@ def _logged(probe: Probe) -> Probe:
     return logged
 
 
-def remedy(found: Found) -> str:
+def remedy(found: BucketResult) -> str:
     """Why a bucket has no batch size, and what to do about it."""
     lower, smaller = found.span.lower, "" if found.span.lower == 1 else "a larger range (smaller batches) or "
     return {

@@ -18,7 +18,7 @@ from opensora.errors import ConfigError
 from opensora.files import replacing
 from opensora.training.batch_size_search import search
 from opensora.training.batch_size_search.probe import TrainingProbe
-from opensora.training.batch_size_search.search import Found, Plan
+from opensora.training.batch_size_search.search import BucketResult, SearchPlan
 from opensora.training.batch_size_search.search_model import ModelSearch
 
 # Settings of the search alone, and those written separately.
@@ -58,7 +58,7 @@ def search_batch_sizes(settings: SearchSettings) -> list[Path]:
     return paths
 
 
-def result_text(plan: Plan, found: Sequence[Found]) -> str:
+def result_text(plan: SearchPlan, found: Sequence[BucketResult]) -> str:
     """The result as Open-Sora prints it; buckets without a batch size come with reason and remedy."""
     lines = ["[Search BS] Search result:", "Resolution, Frames, Batch size, Step time", *map(result_line, found)]
     sizes: dict[str, dict[int, int]] = {}
@@ -68,7 +68,7 @@ def result_text(plan: Plan, found: Sequence[Found]) -> str:
     return "\n".join([*lines, f"[Search BS] Bucket searched: {sizes}"])
 
 
-def result_line(one: Found) -> str:
+def result_line(one: BucketResult) -> str:
     place = f"{one.span.resolution}, {one.span.num_frames}"
     if one.batch_size is None:
         return f"{place}, none: {search.remedy(one)}"
@@ -76,7 +76,7 @@ def result_line(one: Found) -> str:
     return f"{place}, {one.batch_size}, {one.seconds:.2f}{limited}"
 
 
-def bucket_config(plan: Plan, found: Sequence[Found]) -> dict[str, dict[int, tuple[float, int]]]:
+def bucket_config(plan: SearchPlan, found: Sequence[BucketResult]) -> dict[str, dict[int, tuple[float, int]]]:
     """A `bucket_config` for training, in the order of the plan; buckets without a batch size are left out."""
     sizes = {one.span: one.batch_size for one in found}
     config: dict[str, dict[int, tuple[float, int]]] = {}
@@ -87,7 +87,7 @@ def bucket_config(plan: Plan, found: Sequence[Found]) -> dict[str, dict[int, tup
     return config
 
 
-def write(settings: SearchSettings, plan: Plan, found: Sequence[Found], device: str) -> list[Path]:
+def write(settings: SearchSettings, plan: SearchPlan, found: Sequence[BucketResult], device: str) -> list[Path]:
     """Writes a training configuration and a table beside it, both or neither. Raises ConfigError."""
     config = output_of(settings)
     paths = [config, config.with_suffix(".md")]
@@ -105,7 +105,7 @@ def output_of(settings: SearchSettings) -> Path:
     return Path(settings.outputs) / f"{name}.py"
 
 
-def config_text(settings: SearchSettings, plan: Plan, found: Sequence[Found], device: str) -> str:
+def config_text(settings: SearchSettings, plan: SearchPlan, found: Sequence[BucketResult], device: str) -> str:
     """The source of a configuration: the settings with the batch sizes found."""
     buckets = bucket_config(plan, found)
     Buckets(buckets)  # raises if training would refuse it
@@ -125,12 +125,12 @@ def _is_default(field: dataclasses.Field, value: Any) -> bool:
     return field.default is not dataclasses.MISSING and value == field.default
 
 
-def table_text(settings: SearchSettings, plan: Plan, found: Sequence[Found], device: str) -> str:
+def table_text(settings: SearchSettings, plan: SearchPlan, found: Sequence[BucketResult], device: str) -> str:
     """All buckets as a Markdown table, under the conditions it is valid for."""
     by_span = {one.span: one for one in found}
     rows = [HEADS, ("---",) * len(HEADS)]
     for span in plan.spans:
-        rows.append(_row(by_span.get(span, Found(span, span.lower, math.nan, "fixed"))))
+        rows.append(_row(by_span.get(span, BucketResult(span, span.lower, math.nan, "fixed"))))
     valid = {
         "device": device,
         "torch": torch.__version__,
@@ -143,7 +143,7 @@ def table_text(settings: SearchSettings, plan: Plan, found: Sequence[Found], dev
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
-def _row(one: Found) -> tuple[str, ...]:
+def _row(one: BucketResult) -> tuple[str, ...]:
     place = (one.span.resolution, str(one.span.num_frames))
     if one.batch_size is None:
         return (*place, "none", "", "", search.remedy(one))
@@ -153,7 +153,7 @@ def _row(one: Found) -> tuple[str, ...]:
     return (*place, str(one.batch_size), f"{one.seconds:.2f}", f"{speed:.3g}", LIMITS[one.limit])
 
 
-def goal(plan: Plan, found: Sequence[Found]) -> str:
+def goal(plan: SearchPlan, found: Sequence[BucketResult]) -> str:
     """The goal of the search, in words."""
     if plan.base is None:
         return f"a step takes less than {plan.target:g} s"

@@ -68,12 +68,12 @@ def require_accepted(changes: list[str], accept: bool) -> list[str]:
     return changes
 
 
-def _of_training(prints: Mapping[str, str]) -> dict[str, str]:
+def _of_training(entries: Mapping[str, str]) -> dict[str, str]:
     """The entries without those for sampling only. IDDPM also trains on the timesteps of `num_sampling_steps`."""
     sampling = set(SAMPLING_ONLY)
-    if prints.get("scheduler.type") == '"rflow"':
+    if entries.get("scheduler.type") == '"rflow"':
         sampling.add("scheduler.num_sampling_steps")
-    return {name: text for name, text in prints.items() if name not in sampling}
+    return {name: text for name, text in entries.items() if name not in sampling}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Where runs and their checkpoints lie: `outputs/NNN-MODEL/epochE-global_stepN`."""
+"""The paths of runs and their checkpoints: `outputs/NNN-MODEL/epochE-global_stepN`."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ class Manifest(Schema):
 def write(folder: Path, run: str | None) -> None:
     """Writes the manifest of a checkpoint whose other files are complete."""
     files = {name: _hash(folder / name) for name in _names(folder)}
-    made = Manifest(run=run, saved=float(int(time.time())), files=files)
-    (folder / FILE).write_text(_text(made), encoding="utf-8")
+    manifest = Manifest(run=run, saved=float(int(time.time())), files=files)
+    (folder / FILE).write_text(_text(manifest), encoding="utf-8")
 
 
 def read(folder: Path) -> Manifest | None:
@@ -45,23 +45,23 @@ def read(folder: Path) -> Manifest | None:
     path = folder / FILE
     if not path.is_file():
         return None
-    made = check(Manifest, read_json(path, WeightsError), str(path), WeightsError, REMEDY)
-    if read_bytes(path, 16 * MAX_TEXT, WeightsError) != _text(made).encode():
+    manifest = check(Manifest, read_json(path, WeightsError), str(path), WeightsError, REMEDY)
+    if read_bytes(path, 16 * MAX_TEXT, WeightsError) != _text(manifest).encode():
         raise WeightsError(f"{path}: was changed after it was written; {REMEDY}")
-    return made
+    return manifest
 
 
 def verify(folder: Path) -> bool:
     """Verifies the hashes of a checkpoint; False if it has none. Raises WeightsError naming a damaged file."""
-    made = read(folder)
-    if made is None:
+    manifest = read(folder)
+    if manifest is None:
         return False
-    if absent := sorted(name for name in made.files if not (folder / name).is_file()):
+    if absent := sorted(name for name in manifest.files if not (folder / name).is_file()):
         raise WeightsError(f"{folder / absent[0]}: is missing; {REMEDY}")
-    names = [name for name in _names(folder) if name in made.files]  # nothing outside of the folder
+    names = [name for name in _names(folder) if name in manifest.files]  # nothing outside of the folder
     with ThreadPoolExecutor(4) as pool:
         for name, found in zip(names, pool.map(lambda name: _hash(folder / name), names), strict=True):
-            if found != made.files[name]:
+            if found != manifest.files[name]:
                 raise WeightsError(f"{folder / name}: is not what was written (another SHA-256); {REMEDY}")
     return True
 
@@ -69,10 +69,10 @@ def verify(folder: Path) -> bool:
 def run_of(folder: Path) -> str | None:
     """The id of the run that wrote a checkpoint, or None."""
     try:
-        made = read(folder)
+        manifest = read(folder)
     except WeightsError:
         return None
-    return made and made.run
+    return manifest and manifest.run
 
 
 def _names(folder: Path) -> Iterator[str]:
@@ -80,8 +80,8 @@ def _names(folder: Path) -> Iterator[str]:
     return (path.relative_to(folder).as_posix() for path in paths)
 
 
-def _text(made: Manifest) -> str:
-    return json.dumps(made.model_dump(), indent=1) + "\n"
+def _text(manifest: Manifest) -> str:
+    return json.dumps(manifest.model_dump(), indent=1) + "\n"
 
 
 def _hash(path: Path) -> str:
