@@ -49,7 +49,7 @@ loss = lambda step, generator: model(torch.randn(2, 4, generator=generator).to(t
 settings = dict(model={"type": "Linear"}, dtype="fp32", max_steps=4, log_every=3, outputs=folder, tensorboard=False)
 trainer = Trainer(TrainSettings(**settings), model, loss, there, 8)
 trainer.run()
-assert trainer.late == (device == "gcu")
+assert trainer.optimization.deferred_check == (device == "gcu")
 torch.save(model.weight.detach(), folder + "/weight.pt")
 print(json.dumps(fake.CALLS))
 """

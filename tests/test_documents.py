@@ -32,6 +32,7 @@ from opensora.datasets.video import write_image, write_video
 from opensora.pipeline.conditioning import place_media
 from opensora.pipeline.job import Job
 from opensora.pipeline.loaded_models import LoadedModels
+from opensora.training.result import TrainResult
 from tests import zoo
 from tests.checkpoints import use_cache
 from tests.tiny import make_tiny_t5, make_tiny_vae
@@ -349,10 +350,10 @@ def check_request(settings: InferenceSettings) -> int:
     return 0
 
 
-def check_training(settings: TrainSettings) -> int:
+def check_training(settings: TrainSettings) -> TrainResult:
     check_trainable(settings)
     registry.arguments(settings.model)
-    return 0
+    return TrainResult(Path("000-a"), 0)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

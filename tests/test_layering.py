@@ -64,7 +64,7 @@ EXCEPTIONS = {
     ("get_device_module()", "opensora.profiling.memory_meter"): "the accounts of a device, whatever its name",
     ("get_device_module()", "opensora.profiling.peak_flops"): "the name of a device, for a table of them",
     ("torch.accelerator", "opensora.profiling.cost_model"): "how much memory is free, whatever the device's name",
-    ("torch.save", "opensora.training.checkpoint.state"): "the same, written, and ema.pt as the documents name it",
+    ("torch.save", "opensora.training.checkpoint.write"): "the same, written, and ema.pt as the documents name it",
     ("PIL", "opensora.datasets.transforms"): "images are scaled by Pillow's own filter; no file is opened",
     ("safetensors", "opensora.datasets.feature_files"): "reads single samples out of features, which are no checkpoint",
     ("safetensors", "scripts.train_text_encoder"): "writes the encoder it trained",

@@ -19,7 +19,7 @@ from opensora.config.settings import TrainSettings
 from opensora.distributed import peers
 from opensora.distributed.fsdp import barrier, of_main, one_voice, share, start, total
 from opensora.errors import ConfigError, OpenSoraError, WeightsError
-from opensora.training.data.loader import Feed, Numbered
+from opensora.training.data.loader import PrefetchLoader, StepIndices
 from opensora.training.trainer import Trainer
 from tests.ranks import End, ends, run
 
@@ -38,7 +38,7 @@ def train_until(folder: Path, who: int, what: Callable[[], Any]) -> None:
 
     how = dict(dtype="fp32", max_steps=9, outputs=str(folder), tensorboard=False, ckpt_every=1)
     one = Trainer(TrainSettings(model={"type": "Linear"}, **how), model, loss, CPU,
-                  Feed(Numbered(8), layout.data_rank, layout.data_size), layout)  # fmt: skip
+                  PrefetchLoader(StepIndices(8), layout.data_rank, layout.data_size), layout)  # fmt: skip
     with one_voice():
         one.run()
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opensora.training.checkpoint.state import checkpoints
+from opensora.training.checkpoint.folders import checkpoints
 from tests.tiny import TINY_STDIT3, TINY_VAE, make_tiny_t5, make_tiny_vae
 
 ROOT = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""What a step costs is counted exactly; what a run gets done is told in the right proportions."""
+"""What a step costs is counted exactly; what a run gets done is reported in the right proportions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from opensora.distributed.fsdp import Layout
 from opensora.models.stdit.stdit3 import STDiT3
 from opensora.profiling import peak_flops
 from opensora.training import throughput
-from opensora.training.data.batch import told_of
+from opensora.training.data.batch import clip_conditioning
 from opensora.training.throughput import StepCost, Throughput
 from tests.ranks import run
 from tests.tiny import TINY_STDIT3
@@ -25,8 +25,8 @@ TEXT = 7
 
 def batch(count: int, latent: tuple[int, int, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     frames, height, width = latent
-    told = told_of("STDiT3", count, (17 * frames // 5 or 1, 8 * height, 8 * width), 24.0)
-    return torch.randn(count, 4, *latent), {"y": torch.randn(count, 1, TEXT, 32), **told}
+    sizes = clip_conditioning("STDiT3", count, (17 * frames // 5 or 1, 8 * height, 8 * width), 24.0)
+    return torch.randn(count, 4, *latent), {"y": torch.randn(count, 1, TEXT, 32), **sizes}
 
 
 def forward_flops(frames: int, patches: int) -> int:
@@ -77,8 +77,8 @@ class TestStepCost:
 
     def test_each_shape_is_counted_once(self, monkeypatch):
         cost, shapes = StepCost(STDiT3(**TINY_STDIT3), "STDiT3"), []
-        count = throughput.estimate.count
-        monkeypatch.setattr(throughput.estimate, "count", lambda *args: shapes.append(1) or count(*args))
+        count = throughput.cost_model.count
+        monkeypatch.setattr(throughput.cost_model, "count", lambda *args: shapes.append(1) or count(*args))
         for latent, samples in (((5, 4, 4), 1), ((5, 4, 4), 3), ((1, 4, 4), 1), ((5, 4, 4), 2)):
             cost(*batch(samples, latent))
         assert len(shapes) == 2
@@ -114,7 +114,7 @@ class TestPeak:
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """Time that passes on demand."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0

@@ -15,8 +15,8 @@ from opensora.datasets.quarantine import Broken, Quarantine
 from opensora.datasets.video import write_image
 from opensora.distributed.fsdp import Layout
 from opensora.errors import MediaError
-from opensora.training.data import turns
-from opensora.training.data.turns import Turns
+from opensora.training.data import synchronize
+from opensora.training.data.synchronize import StepSynchronizer
 from opensora.training.diffusion import train
 from tests.ranks import run
 from tests.tiny import TINY_STDIT3, make_tiny_t5, make_tiny_vae
@@ -28,8 +28,10 @@ def as_ranks(
     monkeypatch: pytest.MonkeyPatch, numbers: list[tuple[float, ...]], broken: list[list[Broken]] = ()
 ) -> Layout:
     """One rank of several, of which the others say the same each time."""
-    monkeypatch.setattr(turns, "total", lambda own, _: [sum(column) for column in zip(own, *numbers, strict=True)])
-    monkeypatch.setattr(turns, "gather", lambda own, _: [own, *broken])
+    monkeypatch.setattr(
+        synchronize, "total", lambda own, _: [sum(column) for column in zip(own, *numbers, strict=True)]
+    )
+    monkeypatch.setattr(synchronize, "gather", lambda own, _: [own, *broken])
     return Layout(0, len(numbers) + 1)
 
 
@@ -37,7 +39,7 @@ def batch(*names: str, broken: tuple = ()) -> dict[str, Any]:
     return {"names": list(names), "weight": float(bool(names)), "broken": list(broken)}
 
 
-class TestTurns:
+class TestStepSynchronizer:
     @pytest.mark.parametrize(
         ("own", "others", "weights", "samples"),
         [
@@ -53,19 +55,19 @@ class TestTurns:
     def test_batches_without_samples_take_no_weight_from_the_others(
         self, own: list, others: list, weights: list[float], samples: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        made = Turns(as_ranks(monkeypatch, others))(own)
-        assert [one["weight"] for one in made.batches] == weights and made.samples == samples and not made.stops
+        made = StepSynchronizer(as_ranks(monkeypatch, others))(own)
+        assert [one["weight"] for one in made.batches] == weights and made.samples == samples and not made.stop
 
     def test_broken_files_of_all_ranks_are_counted_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         broken = [Broken(row, f"{row}.mp4", "is cut off") for row in range(6)]
         quarantine = Quarantine(tmp_path / "quarantine.jsonl", 100)
         group = as_ranks(monkeypatch, [(0, 0, 3, 0), (0, 0, 0, 0)], [broken[1:4], []])
-        Turns(group, quarantine)([batch("a", broken=broken[:2])])
-        Turns(group, quarantine)([batch("a", broken=broken[:2])])
+        StepSynchronizer(group, quarantine)([batch("a", broken=broken[:2])])
+        StepSynchronizer(group, quarantine)([batch("a", broken=broken[:2])])
         assert quarantine.rows == {0, 1, 2, 3}
         assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 4
         with pytest.raises(MediaError, match="6 of 100 files cannot be read, over the limit of 5"):
-            Turns(group, quarantine)([batch("a", broken=broken[4:])])
+            StepSynchronizer(group, quarantine)([batch("a", broken=broken[4:])])
 
 
 def make_settings(folder: Path, name: str, sharded: bool = False, **changes: Any) -> TrainSettings:

@@ -141,7 +141,7 @@ def train(settings: TrainSettings) -> Path:
     preflight.check_training(settings)
     from opensora.training.diffusion import train
 
-    return train(settings)
+    return train(settings).path
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -154,7 +154,7 @@ def train_vae(settings: TrainSettings) -> Path:
     preflight.check_training(settings)
     from opensora.training.autoencoder import train_vae
 
-    return train_vae(settings)
+    return train_vae(settings).path
 
 
 def _train_vae(args: argparse.Namespace) -> int:

@@ -11,9 +11,9 @@ from opensora.errors import WeightsError
 
 
 class EMA:
-    """shadow <- decay * shadow + (1 - decay) * parameter after every step, for trainable parameters but `pos_embed`.
+    """shadow <- decay * shadow + (1 - decay) * parameter, for trainable parameters except `pos_embed`.
 
-    Every other tensor of the model's state dict stays as it was at the start. Each rank averages its own shards.
+    Every other tensor of the model's state dict keeps its initial value. Each rank averages its own shards.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -25,15 +25,15 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Moves the shadow towards the model's present parameters."""
+        """Moves the shadow towards the current parameters."""
         torch._foreach_lerp_(self.averaged, self.parameters, 1.0 - self.decay)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A complete state dict of the model, its trainable parameters averaged."""
+        """A full state dict of the model, its trainable parameters averaged."""
         return dict(self.shadow)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes everything back from `state_dict()`, made whole. Raises WeightsError when a tensor is missing."""
+        """Loads a full `state_dict()` into the shards. Raises WeightsError when a tensor is missing."""
         if absent := sorted(self.shadow.keys() - state.keys()):
             raise WeightsError(f"the averaged weights lack {len(absent)} tensors of the model, such as {absent[0]}")
         for name, tensor in self.shadow.items():
