@@ -17,7 +17,7 @@ from opensora.pipeline import draft, media_conditions, step_cache, watermark
 from opensora.pipeline.draft import Draft
 from opensora.pipeline.in_memory_media import InMemoryMedia
 from opensora.pipeline.loaded_models import LoadedModels
-from opensora.pipeline.mask_strategy import Clip
+from opensora.pipeline.mask_strategy import ClipConditioning
 from opensora.pipeline.outputs import Outputs
 from opensora.pipeline.prompts import text_of_loop
 from opensora.pipeline.recipe import Recipe, make_recipe
@@ -91,7 +91,7 @@ class Job:
 
         self.align = settings.align  # latent frames that references start at multiples of
         self.reference_hashes: dict[str | None, dict[str, str]] = {}
-        self.timelines: dict[Request, list[Clip]] = {}  # of each request, a clip for each loop
+        self.timelines: dict[Request, list[ClipConditioning]] = {}  # of each request, a clip for each loop
         self.overlap = 0  # frames that each clip shares with the one before
         self.seconds: dict[str, float] = {}  # stage -> seconds
         self._alone = models.layout.world_size > 1  # all ranks denoise one sample together
