@@ -69,7 +69,7 @@ class Job:
         self.outputs = Outputs(named, self.size.num_frames, bool(self.stop))
         self.to_files = to_files
         if to_files:
-            requests = self.outputs.place(requests)
+            requests = self.outputs.assign_paths(requests)
         if sample is not None:
             requests = [request._replace(sample=sample) for request in requests]
         if drafts:

@@ -17,7 +17,7 @@ from opensora.pipeline.generation import check
 from opensora.pipeline.job import Job
 from opensora.pipeline.loaded_models import LoadedModels
 from opensora.pipeline.mask_strategy import ClipConditioning, ReferencePlacement, parse_mask_strategy
-from opensora.pipeline.outputs import output_folder
+from opensora.pipeline.output_files import output_folder
 from opensora.pipeline.request import SPATIAL_FACTOR, Request
 from opensora.pipeline.stage_costs import ResourceEstimate, Stage
 from opensora.pipeline.text_encoding import portions

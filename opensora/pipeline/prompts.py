@@ -7,7 +7,6 @@ object, `a wave.{"reference_path": "wave.png", "mask_strategy": "0"}`. The order
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -28,7 +27,6 @@ MAX_TEXT = 5_000  # characters of one text: several times what any text encoder 
 MAX_BRACES = 100  # `{` in a prompt
 MAX_FILE_BYTES, MAX_LINES = 64 * 2**20, 100_000  # of a prompt file
 MAX_LOOP = 1_000_000  # that a text may begin at
-MAX_NAME_BYTES = 200  # of a file name, which leaves room for a suffix below the usual limit of 255
 
 
 class PromptJson(Schema):
@@ -187,30 +185,3 @@ def _cleaned(text: str) -> str:
         problem = f"has {len(text):,} characters, and at most {MAX_TEXT:,} are encoded"
         raise ConfigError(f"text {shown(text)} of a prompt {problem}; shorten it")
     return preprocess(text)
-
-
-def save_path_name(
-    save_dir: str | os.PathLike[str], sample_name: str | None = None, sample_idx: int | None = None,
-    prompt: str | None = None, prompt_as_path: bool = False, num_sample: int = 1, k: int | None = None,
-) -> str:  # fmt: skip
-    """The path of a sample without its extension: `DIR/sample_0007`, or `DIR/sample_0007-2` as number k of several.
-
-    With `prompt_as_path` the prompt is the name, after `sample_name` if there is one. A name never leaves `save_dir`:
-    slashes become `_`, and one that is too long for a file system is cut and gets a hash of the whole.
-    Raises ConfigError if a number is needed and not given.
-    """
-    if prompt_as_path:
-        name = f"{sample_name or ''}{prompt}"
-    elif sample_idx is None:
-        raise ConfigError("a sample's file name needs its index; give sample_idx, or prompt_as_path")
-    else:
-        name = f"{'sample' if sample_name is None else sample_name}_{sample_idx:04d}"
-    if num_sample != 1:
-        name += f"-{k}"
-    name = re.sub(r"[/\\\x00-\x1f\x7f]", "_", name)
-    if name in (".", ".."):
-        name = "_" * len(name)
-    whole = name.encode(errors="replace")
-    if len(whole) > MAX_NAME_BYTES:
-        name = f"{whole[: MAX_NAME_BYTES - 9].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:8]}"
-    return os.path.join(save_dir, name)

@@ -15,6 +15,7 @@ from opensora.config.settings import InferenceSettings
 from opensora.datasets.aspect import get_image_size, get_num_frames, get_num_pixels, parse_ratio
 from opensora.errors import ConfigError
 from opensora.pipeline import prompt_refiner, prompts
+from opensora.pipeline.output_names import path_by_settings
 from opensora.pipeline.references import urls
 
 logger = logging.getLogger("opensora")
@@ -178,8 +179,7 @@ def make_requests(settings: InferenceSettings) -> list[Request]:
         if conditions["mask_strategy"]:
             parse_mask_strategy(conditions["mask_strategy"])
         for sample in range(settings.num_sample):
-            name = (settings.sample_name, index, text, settings.prompt_as_path, settings.num_sample, sample)
-            path = prompts.save_path_name(settings.save_dir, *name)
+            path = path_by_settings(settings, text, index, sample)
             requests.append(Request(text, encoded, sample, path, **conditions))
     return requests
 

@@ -11,6 +11,7 @@ import pytest
 from opensora.errors import ConfigError
 from opensora.models.text_encoder.cleaning import preprocess
 from opensora.pipeline import prompts
+from opensora.pipeline.output_names import save_path_name
 from tests.parity.cases import discover
 
 CASES = [case for case in discover("data") if "extract_json" in case.facts or "multi_segment" in case.facts]
@@ -52,11 +53,11 @@ def test_save_path_name() -> None:
     for row in rows("save_path_name"):
         folder = Path(row["args"]["save_dir"])
         if "out" in row and (Path(row["out"]).parent != folder or len(Path(row["out"]).name.encode()) > 200):
-            found = Path(prompts.save_path_name(**row["args"]))
+            found = Path(save_path_name(**row["args"]))
             assert found.parent == folder, row  # P4: the name stays inside
             assert len(found.name.encode()) <= 200
         else:
-            same_or_refused(row, lambda row=row: prompts.save_path_name(**row["args"]))
+            same_or_refused(row, lambda row=row: save_path_name(**row["args"]))
 
 
 def test_append_score() -> None:
