@@ -45,12 +45,6 @@ def test_unknown_json_key_names_the_nearest() -> None:
         prompts.split_json('p {"refrence_path": "x.png"}')
 
 
-def test_extract_json_leaves_its_arguments_alone() -> None:
-    texts, references = ['p {"reference_path": "x.png"}'], [""]
-    assert prompts.extract_json(texts, references, ["0"]) == (["p "], ["x.png"], ["0"])
-    assert (texts, references) == (['p {"reference_path": "x.png"}'], [""])
-
-
 @pytest.mark.parametrize(
     "prompt", ["and/or", "/abs", "../../up", "..", ".", "a\\b", "line\nbreak", "x" * 5000, "猫" * 300]
 )

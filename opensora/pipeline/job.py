@@ -19,7 +19,7 @@ from opensora.pipeline.in_memory_media import InMemoryMedia
 from opensora.pipeline.loaded_models import LoadedModels
 from opensora.pipeline.mask_strategy import ClipConditioning
 from opensora.pipeline.outputs import Outputs
-from opensora.pipeline.prompts import text_of_loop
+from opensora.pipeline.prompts import negative_text
 from opensora.pipeline.recipe import Recipe, make_recipe
 from opensora.pipeline.references import References
 from opensora.pipeline.request import (
@@ -30,7 +30,6 @@ from opensora.pipeline.request import (
     check_sections,
     make_requests,
     make_size,
-    negative_text,
 )
 
 logger = logging.getLogger("opensora")
@@ -104,7 +103,7 @@ class Job:
 
     def texts(self, request: Request) -> list[str]:
         """The text of each loop."""
-        return [text_of_loop(request.encoded, loop) for loop in range(self.settings.loop)]
+        return list(request.loop_texts)
 
     def texts_of(self, requests: Sequence[Request]) -> list[str]:
         """Each text of these requests once."""
