@@ -335,7 +335,7 @@ def test_a_video_that_cannot_be_written_leaves_nothing(pipe: VideoPipeline, here
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("opensora.pipeline.recipe.encode_video", full)
+    monkeypatch.setattr("opensora.pipeline.output_files.encode_video", full)
     with pytest.raises(MediaError, match="No space left"):
         video.save("out.mp4")
     assert not list(here.glob("out*"))

@@ -14,7 +14,7 @@ from opensora.acceleration.step_cache.cached_sampling import Cache
 from opensora.pipeline import draft
 from opensora.pipeline.job import Job
 from opensora.pipeline.loaded_models import LoadedModels
-from opensora.pipeline.mask_strategy import place
+from opensora.pipeline.mask_strategy import condition_latents
 from opensora.pipeline.noise import initial_noise
 from opensora.pipeline.request import Request
 from opensora.pipeline.text_encoding import Texts
@@ -35,7 +35,7 @@ def denoise_clip(
     latents, edits = [], []
     for request, given in zip(batch, references, strict=True):
         noise = initial_noise(job.settings.seed, request.sample, loop, shape)
-        placed, edit = place(noise, given, job.timelines[request][loop].placements, loop)
+        placed, edit = condition_latents(noise, given, job.timelines[request][loop])
         latents.append(placed)
         edits.append(edit)
     begun = job.drafts.get(batch[0].path) if loop == 0 else None
