@@ -39,7 +39,7 @@ from opensora.pipeline.denoise import denoise
 from opensora.pipeline.job import Job
 from opensora.pipeline.loaded_models import LoadedModels
 from opensora.pipeline.noise import initial_noise, noise_generator
-from opensora.pipeline.recipe import check_folder
+from opensora.pipeline.output_files import check_folder
 from opensora.pipeline.step_cache import psnr
 from opensora.pipeline.text_encoding import encode_texts
 from opensora.utils.config_utils import run_program

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from opensora.checkpoints import read
 from opensora.cli import main
 from opensora.datasets.video import read_video
 from opensora.errors import ArgumentError, Cancelled, ConfigError, MediaError, WeightsError
+from opensora.pipeline import batching
 from opensora.pipeline.pipeline import Preview, VideoPipeline
 from opensora.pipeline.recipe import frames_digest, read_recipe
 from opensora.pipeline.video import Video
@@ -47,8 +49,8 @@ def test_the_snippet_of_the_readme(here: Path) -> None:
     assert video.frames.dtype == np.uint8 and video.frames.shape == (17, 64, 64, 3)
     video.save("out.mp4")
     assert main(["replay", "out.mp4", "--save-dir", "again"]) == 0
-    argv = ["a red circle moving right on a black background", "--num-frames", "17", "--seed", "3", "-o", "cli.mp4"]
-    assert main(["generate", *argv]) == 0
+    argv = ["a red circle moving right on a black background", "--num-frames", "17", "--seed", "3"]
+    assert main(["generate", *argv, "--device", "cpu", "-o", "cli.mp4"]) == 0
     made, by_command = (read_recipe(name) for name in ("out.mp4", "cli.mp4"))
     differing = {name for name, value in made["settings"].items() if value != by_command["settings"][name]}
     assert differing == {"output"}
@@ -59,7 +61,8 @@ def test_importing_opensora_loads_nothing_heavy() -> None:
     code = (
         "import sys, opensora; assert 'load' in dir(opensora); print({'torch', 'numpy', 'pydantic'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(DOCUMENT.parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
     with pytest.raises(AttributeError, match="has no attribute 'pipeline_of_dreams'"):
         opensora.pipeline_of_dreams  # noqa: B018
@@ -93,11 +96,26 @@ def test_batches_give_the_bytes_of_single_requests(pipe: VideoPipeline, loops: i
     assert [one.recipe["prompt"] for one in together] == texts
 
 
-def test_requests_of_one_length_are_denoised_together(pipe: VideoPipeline) -> None:
+def test_requests_of_one_length_are_denoised_together(pipe: VideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
+    monkeypatch.setattr(batching, "is_batch_invariant", lambda *_: True)
     texts = ["a red circle", "a long sentence about a green square", "a red square", "a red circle"]
     pipe(texts, batch_size=3, callback_on_step_end=lambda p, i, t, given: sizes.append(len(given["latents"])))
     assert sizes == [3, 3, 1, 1]
+
+
+def test_a_batch_with_other_bits_is_not_computed(pipe: VideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    monkeypatch.setattr(batching, "is_batch_invariant", lambda *_: False)
+    note = lambda p, i, t, given: sizes.append(len(given["latents"]))  # noqa: E731
+    pipe(["a red circle"] * 3, batch_size=3, num_inference_steps=1, callback_on_step_end=note)
+    assert sizes == [1, 1, 1]
+
+
+def test_batches_of_the_published_size_of_the_embedded_model() -> None:
+    pipe = opensora.load("embedded", device="cpu", num_frames=17, num_inference_steps=2)
+    single = [frames_digest(pipe(text).frames) for text in PROMPTS]
+    assert [frames_digest(one.frames) for one in pipe(PROMPTS, batch_size=4)] == single
 
 
 def test_given_frames_in_a_batch(pipe: VideoPipeline) -> None:
@@ -317,7 +335,7 @@ def test_a_video_that_cannot_be_written_leaves_nothing(pipe: VideoPipeline, here
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("opensora.pipeline.recipe.encode_video", full)
+    monkeypatch.setattr("opensora.pipeline.output_files.encode_video", full)
     with pytest.raises(MediaError, match="No space left"):
         video.save("out.mp4")
     assert not list(here.glob("out*"))

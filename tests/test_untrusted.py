@@ -236,7 +236,7 @@ def test_addresses_are_asked_if_the_user_says_so(
 def test_a_file_of_prompts_has_nobody_asked(
     here: Path, listener: Listener, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("opensora.pipeline.references._check_public", lambda *_: None)
+    monkeypatch.setattr("opensora.pipeline.remote_media._check_public", lambda *_: None)
     Path("p.txt").write_text(f'a cat{{"reference_path": "{listener.url}/a.png", "mask_strategy": "0"}}\n')
     argv = ("--prompt-path", "p.txt", "--save-dir", "new")
     assert run_script(SAMPLE, *SMALL, *argv) == 1

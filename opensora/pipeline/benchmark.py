@@ -24,7 +24,7 @@ from opensora.pipeline.calibrated_cache import calibrated_cache
 from opensora.pipeline.generation import check, choose_memory_plan, generate_batch, refine
 from opensora.pipeline.job import Job
 from opensora.pipeline.loaded_models import LoadedModels
-from opensora.pipeline.recipe import check_folder
+from opensora.pipeline.output_files import check_folder
 from opensora.pipeline.text_encoding import count_tokens, encode_texts
 from opensora.profiling import cost_model
 from opensora.profiling.peak_flops import peak_flops

@@ -1,4 +1,4 @@
-"""Denoising: a batch of requests whose clips have one shape, step by step, and how requests are put into batches."""
+"""Denoising of a batch of requests whose clips have one shape, step by step."""
 
 from __future__ import annotations
 
@@ -14,35 +14,11 @@ from opensora.acceleration.step_cache.cached_sampling import Cache
 from opensora.pipeline import draft
 from opensora.pipeline.job import Job
 from opensora.pipeline.loaded_models import LoadedModels
-from opensora.pipeline.mask_strategy import place
+from opensora.pipeline.mask_strategy import condition_latents
 from opensora.pipeline.noise import initial_noise
 from opensora.pipeline.request import Request
 from opensora.pipeline.text_encoding import Texts
 from opensora.schedulers.common import SamplerState
-
-LOOKAHEAD = 8  # batches in which a request may wait for others like it
-
-
-def batches(job: Job, requests: Sequence[Request], texts: Texts) -> Iterator[list[Request]]:
-    """The requests in batches of at most `job.batch_size` that the model can compute as one.
-
-    Requests of a batch have texts of equal lengths, since padding would change the last bits, and agree on which clips
-    have given frames. A batch starts with the first request that is left and looks only `LOOKAHEAD` batches ahead, so
-    that few results wait for their turn.
-    """
-    left = list(requests)
-    while left:
-        window = left[: LOOKAHEAD * job.batch_size if job.batch_size > 1 else 1]
-        kind = _kind(job, window[0], texts)
-        batch = [one for one in window if _kind(job, one, texts) == kind][: job.batch_size]
-        yield batch
-        left = [one for one in left if one not in batch]
-
-
-def _kind(job: Job, request: Request, texts: Texts) -> tuple[Any, ...]:
-    """What requests must agree on to be denoised in one batch."""
-    shapes = tuple(texts[text].shape for text in job.texts(request))
-    return shapes, tuple(any(edit < 1 for edit in clip.edit) for clip in job.timelines[request])
 
 
 def denoise_clip(
@@ -59,7 +35,7 @@ def denoise_clip(
     latents, edits = [], []
     for request, given in zip(batch, references, strict=True):
         noise = initial_noise(job.settings.seed, request.sample, loop, shape)
-        placed, edit = place(noise, given, job.timelines[request][loop].placements, loop)
+        placed, edit = condition_latents(noise, given, job.timelines[request][loop])
         latents.append(placed)
         edits.append(edit)
     begun = job.drafts.get(batch[0].path) if loop == 0 else None
@@ -82,16 +58,22 @@ def denoise(
     `texts` holds the negative prompt; `cache` is that of the job by default; `options` are those of the sampler.
     """
     cache = cache or job.cache
-    cond, null = {"y": text, **job.conditioning}, None
-    if job.scheduler.num_branches == 2:
-        uncond = models.model.null_caption(text)
-        if job.negative_text is not None:
-            uncond = texts[job.negative_text].expand(len(text), -1, -1, -1)
-        null = {"y": uncond}
-    sequential_cfg = models.plan.sequential_cfg and models.settings.guidance_ranks != "apart"
-    options |= {**job.size._asdict(), "sequential_cfg": sequential_cfg, "precompute": True}
+    cond, null = conditioning(models, job, text, texts)
+    options |= {**job.size._asdict(), "sequential_cfg": models.sequential_cfg, "precompute": True}
     with models.on_device("model"):
         yield from cached_sampling.steps(job.scheduler, models.denoiser, noise, cond, null, cache, **options)
+
+
+def conditioning(
+    models: LoadedModels, job: Job, text: Tensor, texts: Texts
+) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """The conditioning of texts, and what differs in the unconditional branch; None without guidance."""
+    cond = {"y": text, **job.conditioning}
+    if job.scheduler.num_branches == 1:
+        return cond, None
+    if job.negative_text is None:
+        return cond, {"y": models.model.null_caption(text)}
+    return cond, {"y": texts[job.negative_text].expand(len(text), -1, -1, -1)}
 
 
 def timesteps(job: Job) -> list[float]:

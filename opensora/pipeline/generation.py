@@ -16,11 +16,12 @@ from opensora.acceleration.memory_plan import PLANS
 from opensora.checkpoints import components
 from opensora.distributed.fsdp import share
 from opensora.pipeline import draft, prompt_refiner, step_cache
+from opensora.pipeline.batching import batches
 from opensora.pipeline.calibrated_cache import calibrated_cache
 from opensora.pipeline.checks import check_text_lengths, dry_run, memory_advice, warn_untrained
 from opensora.pipeline.conditioning import place_media
 from opensora.pipeline.decode import decode, encode
-from opensora.pipeline.denoise import batches, denoise_clip
+from opensora.pipeline.denoise import denoise_clip
 from opensora.pipeline.job import Job
 from opensora.pipeline.loaded_models import Components, LoadedModels
 from opensora.pipeline.noise import noise_generator
@@ -146,7 +147,7 @@ def _generate_portion(
     waiting = iter(requests)
     expected = next(waiting)
     with memory_advice(job.size, models.plan):
-        for batch in batches(job, requests, texts):
+        for batch in batches(models, job, requests, texts):
             for event in generate_batch(models, job, batch, texts, decodes, progress):
                 if isinstance(event, StepEnd):
                     yield event

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Pixels: TypeAlias = Union[np.ndarray, Tensor, "Image", Sequence["np.ndarray | Image"]]
 MediaInput: TypeAlias = Union[str, "os.PathLike[str]", Pixels]
 
-MAX_FRAMES = 4096  # of a video
+MAX_FRAMES = 4096  # of a reference
 TOLERANCE = 1e-3  # of float levels beyond their range, which rounding explains
 _NAME = re.compile(r"memory:[0-9a-f]{16}")
 

@@ -17,9 +17,9 @@ from opensora.pipeline import draft, media_conditions, step_cache, watermark
 from opensora.pipeline.draft import Draft
 from opensora.pipeline.in_memory_media import InMemoryMedia
 from opensora.pipeline.loaded_models import LoadedModels
-from opensora.pipeline.mask_strategy import Clip
+from opensora.pipeline.mask_strategy import ClipConditioning
 from opensora.pipeline.outputs import Outputs
-from opensora.pipeline.prompts import text_of_loop
+from opensora.pipeline.prompts import negative_text
 from opensora.pipeline.recipe import Recipe, make_recipe
 from opensora.pipeline.references import References
 from opensora.pipeline.request import (
@@ -30,7 +30,6 @@ from opensora.pipeline.request import (
     check_sections,
     make_requests,
     make_size,
-    negative_text,
 )
 
 logger = logging.getLogger("opensora")
@@ -69,7 +68,7 @@ class Job:
         self.outputs = Outputs(named, self.size.num_frames, bool(self.stop))
         self.to_files = to_files
         if to_files:
-            requests = self.outputs.place(requests)
+            requests = self.outputs.assign_paths(requests)
         if sample is not None:
             requests = [request._replace(sample=sample) for request in requests]
         if drafts:
@@ -91,7 +90,7 @@ class Job:
 
         self.align = settings.align  # latent frames that references start at multiples of
         self.reference_hashes: dict[str | None, dict[str, str]] = {}
-        self.timelines: dict[Request, list[Clip]] = {}  # of each request, a clip for each loop
+        self.timelines: dict[Request, list[ClipConditioning]] = {}  # of each request, a clip for each loop
         self.overlap = 0  # frames that each clip shares with the one before
         self.seconds: dict[str, float] = {}  # stage -> seconds
         self._alone = models.layout.world_size > 1  # all ranks denoise one sample together
@@ -104,7 +103,7 @@ class Job:
 
     def texts(self, request: Request) -> list[str]:
         """The text of each loop."""
-        return [text_of_loop(request.encoded, loop) for loop in range(self.settings.loop)]
+        return list(request.loop_texts)
 
     def texts_of(self, requests: Sequence[Request]) -> list[str]:
         """Each text of these requests once."""

@@ -223,6 +223,11 @@ class LoadedModels:
 
     # in use
 
+    @property
+    def sequential_cfg(self) -> bool:
+        """Whether the guidance branches are evaluated one after the other."""
+        return self.plan.sequential_cfg and self.settings.guidance_ranks != "apart"
+
     def on_device(self, part: str) -> AbstractContextManager[Any]:
         """Within it the weights of an offloaded part ("model" or "vae") are on the device."""
         return self._offloader.using(part)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError
-from opensora.pipeline.mask_strategy import Placement
+from opensora.pipeline.mask_strategy import ReferencePlacement
 
 NAMES = ("image", "first_frame", "last_frame", "extend", "keep", "edit", "strength")
 
@@ -56,10 +56,10 @@ def conditions(settings: InferenceSettings, num_frames: int, latent_frames: int,
     """
     frames, latents = group
     references: list[str] = []
-    placements: list[Placement] = []
+    placements: list[ReferencePlacement] = []
 
     def give(reference: str, **at: Any) -> None:
-        placements.append(Placement(reference=len(references), **at))
+        placements.append(ReferencePlacement(reference=len(references), **at))
         references.append(reference)
 
     if first := settings.image or settings.first_frame:  # as a clip begins, where there is one: a still of one group

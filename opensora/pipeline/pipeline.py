@@ -22,7 +22,8 @@ from opensora.pipeline.generation import Result, StepEnd, generate
 from opensora.pipeline.in_memory_media import MediaInput
 from opensora.pipeline.job import Job
 from opensora.pipeline.loaded_models import LoadedModels
-from opensora.pipeline.outputs import Output, output_folder
+from opensora.pipeline.output_files import output_folder
+from opensora.pipeline.outputs import Output
 from opensora.pipeline.plan import Plan, plan_job
 from opensora.pipeline.video import OUTPUT_TYPES, Video
 

@@ -16,8 +16,8 @@ from opensora.pipeline import prompt_refiner
 from opensora.pipeline.generation import check
 from opensora.pipeline.job import Job
 from opensora.pipeline.loaded_models import LoadedModels
-from opensora.pipeline.mask_strategy import Clip, Placement, parse_mask_strategy
-from opensora.pipeline.outputs import output_folder
+from opensora.pipeline.mask_strategy import ClipConditioning, ReferencePlacement, parse_mask_strategy
+from opensora.pipeline.output_files import output_folder
 from opensora.pipeline.request import SPATIAL_FACTOR, Request
 from opensora.pipeline.stage_costs import ResourceEstimate, Stage
 from opensora.pipeline.text_encoding import portions
@@ -43,7 +43,7 @@ class Plan:
     grid: tuple[int, int, int]  # frames, rows and columns of pixels that the autoencoder takes together
 
     @property
-    def timelines(self) -> list[list[Clip]]:
+    def timelines(self) -> list[list[ClipConditioning]]:
         """The clips of each request and the frames that they are given."""
         return [self.job.timelines[request] for request in self.requests]
 
@@ -170,7 +170,7 @@ def plan_job(models: LoadedModels, job: Job) -> Plan:
     return Plan(models, job, estimate, estimate.choose(), requests, list(dict.fromkeys(notes)), base, grid)
 
 
-def describe(clip: Clip, given: Sequence[str]) -> Iterator[str]:
+def describe(clip: ClipConditioning, given: Sequence[str]) -> Iterator[str]:
     """A line for each run of latent frames of a clip that are treated alike; `given` names its references."""
 
     def kind(frame: int) -> tuple[str, Any, Any]:
@@ -218,13 +218,13 @@ def _snapped(job: Job, request: Request) -> Iterator[str]:
             yield f"clip {found.loop} goes on from latent frame {found.reference_start} of the one before, not {start}"
 
 
-def _same(asked: Placement, found: Placement, count: int) -> bool:
+def _same(asked: ReferencePlacement, found: ReferencePlacement, count: int) -> bool:
     """Whether `found` may be what became of a placement that names one of `count` references (or an earlier clip)."""
     total = count + asked.loop
     return (asked.loop, asked.reference % max(total, 1), asked.edit) == (found.loop, found.reference, found.edit)
 
 
-def _moved(asked: Placement, found: Placement, job: Job, request: Request) -> Iterator[str]:
+def _moved(asked: ReferencePlacement, found: ReferencePlacement, job: Job, request: Request) -> Iterator[str]:
     frames = len(job.timelines[request][0].edit)
     start = asked.target_start % frames
     if start != found.target_start:

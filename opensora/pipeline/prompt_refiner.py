@@ -10,9 +10,9 @@ import json
 import logging
 import os
 import re
-import threading
 import time
 from collections.abc import Iterable
+from contextlib import closing
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from urllib.parse import SplitResult, urlsplit
 
@@ -20,6 +20,7 @@ from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError, MediaError
 from opensora.files import parse_json
 from opensora.models.text_encoder.cleaning import preprocess
+from opensora.pipeline.timeout import call_with_timeout
 
 logger = logging.getLogger("opensora")
 
@@ -86,41 +87,33 @@ def refine_texts(texts: Iterable[str], where: tuple[SplitResult, str, str]) -> d
 def _refine(text: str, base: SplitResult, model: str, key: str) -> str:
     messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
     request = json.dumps({"model": model, "messages": messages}).encode()
-    for last in (False, True):
-        status, body = _post(base, request, {"Authorization": f"Bearer {key}", "Content-Type": "application/json"})
-        if last or not (status is None or status >= 500):
-            break
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    try:
+        status, body = _post(base, request, headers)
+    except TimeoutError:
+        status = None
+    if status is None or status >= 500:
         time.sleep(PAUSE)
-    if status is None:
-        raise TimeoutError(0, f"no answer within {SECONDS:.0f} s")
+        status, body = _post(base, request, headers)
     if status != 200:
         raise _Unusable(f"server answers {status}")
     return _read(body)
 
 
-def _post(base: SplitResult, request: bytes, headers: dict[str, str]) -> tuple[int | None, bytes]:
-    """The status and body of the answer, at most a byte longer than allowed; None when it takes too long."""
-    outcome: list[tuple[int | None, bytes] | Exception] = []
+def _post(base: SplitResult, request: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
+    """The status and body of the answer, the body at most a byte over the limit. Raises TimeoutError."""
 
-    def run() -> None:
+    def post() -> tuple[int, bytes]:
         kind = HTTPSConnection if base.scheme == "https" else HTTPConnection
-        connection = kind(base.hostname or "", base.port, timeout=SECONDS)
-        try:
+        with closing(kind(base.hostname or "", base.port, timeout=SECONDS)) as connection:
             connection.request("POST", f"{base.path.rstrip('/')}/chat/completions", request, headers)
             response = connection.getresponse()
-            outcome.append((response.status, response.read(MAX_BYTES + 1)))
-        except Exception as error:
-            outcome.append((None, b"") if isinstance(error, TimeoutError) else error)
-        finally:
-            connection.close()
+            return response.status, response.read(MAX_BYTES + 1)
 
-    thread = threading.Thread(target=run, daemon=True)  # bounds what no timeout covers, such as an answer that drips
-    thread.start()
-    thread.join(SECONDS)
-    result = outcome[0] if outcome else (None, b"")
-    if isinstance(result, Exception):
-        raise result
-    return result
+    try:
+        return call_with_timeout(post, SECONDS)
+    except TimeoutError:
+        raise TimeoutError(0, f"no answer within {SECONDS:.0f} s") from None
 
 
 def _read(body: bytes) -> str:

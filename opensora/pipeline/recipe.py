@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import platform
 import re
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,9 +20,9 @@ from pydantic import Field
 from opensora import __version__
 from opensora.config.schema import Count, Int, Name, NonNegative, Positive, Schema, Sha256, Text, check
 from opensora.config.settings import InferenceSettings
-from opensora.datasets.video import encode_image, encode_video, read_metadata
+from opensora.datasets.video import read_metadata
 from opensora.errors import MediaError, OpenSoraError
-from opensora.files import opened, parse_json, read_json, replacing
+from opensora.files import opened, parse_json, read_json
 
 FORMAT = 1
 KEY = "opensora_recipe"  # of the metadata of the mp4 or png
@@ -94,7 +92,7 @@ def make_recipe(
     prompt: str, encoded_prompts: list[str], seed: int, sample_index: int, *,
     settings: dict, weights: dict[str, str], references: dict[str, str] | None = None,
 ) -> Recipe:  # fmt: skip
-    """The recipe of one output, without its pixels (`write_output` adds those).
+    """The recipe of one output, without its pixels (`with_output` adds those).
 
     `encoded_prompts` holds the text given to the encoder, one per loop; `settings` every resolved setting, JSON-able;
     `weights` a hash per component, `references` one per file or URL. The number of threads, which changes the last
@@ -118,32 +116,11 @@ def frames_digest(frames: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(frames)).hexdigest()
 
 
-def write_output(frames: np.ndarray, path_without_suffix: str | Path, fps: float, recipe: Recipe) -> Path:
-    """Writes frames uint8 [T, H, W, 3] as NAME.mp4 (NAME.png for one frame) and NAME.json, and returns the media path.
-
-    What lay there before is replaced. Both appear complete or neither does. Raises MediaError where they cannot be
-    written.
-    """
-    media = Path(f"{path_without_suffix}.{'mp4' if len(frames) > 1 else 'png'}")
-    with replacing(media, f"{path_without_suffix}.json") as (temporary_media, temporary_sidecar):
-        encode_output(frames, temporary_media, temporary_sidecar, fps, recipe)
-    return media
-
-
-def encode_output(frames: np.ndarray, media: Path, sidecar: Path, fps: float, recipe: Recipe) -> None:
-    """`write_output` to paths of its own, for use within `replacing`: not atomic, OSError where writing fails.
-
-    The recipe, with the digest and size of the frames added under "output", goes into both files.
-    """
+def with_output(recipe: Recipe, frames: np.ndarray, fps: float) -> Recipe:
+    """The recipe with the digest and size of its frames under "output"."""
     num_frames, height, width = frames.shape[:3]
     output = {"sha256": frames_digest(frames), "num_frames": num_frames, "height": height, "width": width, "fps": fps}
-    recipe = {**recipe, "output": output}
-    metadata = {KEY: json.dumps(recipe, ensure_ascii=False)}
-    if num_frames > 1:
-        encode_video(frames, media, fps, metadata)
-    else:
-        encode_image(frames[0], media, metadata)
-    sidecar.write_text(json.dumps(recipe, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    return {**recipe, "output": output}
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -213,16 +190,3 @@ def _check_local(path: str, where: str) -> None:
     """Raises MediaError for a path that Windows would ask another machine for."""
     if re.match(r"[/\\]{2}", path):
         raise MediaError(f"{where}: {path[:80]!r} names another machine; a recipe cannot have it asked")
-
-
-def check_folder(path: str | Path) -> Path:
-    """The folder, created where missing and proven writable before anybody waits for a video; MediaError otherwise."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(4096))
-    except OSError as error:
-        reason = error.strerror or error
-        raise MediaError(f"{folder}: outputs cannot be saved there ({reason}); choose another --save-dir") from error
-    return folder

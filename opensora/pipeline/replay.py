@@ -172,7 +172,7 @@ def _job(drafts: Sequence[Draft], settings: Sequence[InferenceSettings]) -> tupl
     whole = dataclasses.replace(settings[0], **changed)
     pipeline = VideoPipeline(whole)
     job = Job(whole, pipeline.models, drafts=drafts)
-    job.outputs.may_replace |= {one.path for one in drafts if _is_result(job.outputs.parts(one.path)[0], one)}
+    job.outputs.may_replace |= {one.path for one in drafts if _is_result(job.outputs.files(one.path)[0], one)}
     now = {**program(), "device": str(pipeline.models.device)}
     for one in drafts:
         if others := _other_versions({**one.recipe["program"], "device": one.device}, now):

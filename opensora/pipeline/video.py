@@ -15,8 +15,8 @@ from torch import Tensor
 
 from opensora.datasets.video import encode_image, encode_video
 from opensora.errors import MediaError
-from opensora.files import replacing
-from opensora.pipeline.recipe import Recipe, encode_output
+from opensora.pipeline.output_files import write_video
+from opensora.pipeline.recipe import Recipe
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,20 +57,9 @@ class Video:
 
         The .mp4 or .png holds the recipe too. What lies there is replaced. Raises MediaError.
         """
-        path = Path(path)
-        suffixes = (".png",) if len(self.pixels) == 1 else (".mp4", ".gif")
         if not len(self.pixels):
             raise MediaError(f"{path}: latents cannot be saved as a video; leave out output_type='latent'")
-        if path.suffix.lower() not in suffixes:
-            kind = "an image" if len(self.pixels) == 1 else f"a video of {len(self.pixels)} frames"
-            raise MediaError(f"{path}: is to hold {kind}; name it {path.stem or 'out'}{suffixes[0]}")
-        with replacing(path, path.with_suffix(".json"), make_folders=True) as (media, sidecar):
-            encode_output(self.pixels, media, sidecar, self.fps, self.recipe)
-            if path.suffix.lower() == ".gif":  # whose recipe is in the .json alone
-                first, *others = _images(self.pixels)
-                options = {"duration": round(1000 / self.fps), "loop": 0}
-                first.save(media, format="gif", save_all=True, append_images=others, **options)
-        return path
+        return write_video(path, self.pixels, self.fps, self.recipe)
 
     def _repr_html_(self) -> str | None:
         """The video itself, for notebooks."""

@@ -26,7 +26,8 @@ from opensora.datasets.synthetic.measure import measure
 from opensora.datasets.synthetic.render import Clip, make_clip, render
 from opensora.datasets.video import contact_sheet, read_video, tile, write_image, write_video
 from opensora.errors import MediaError
-from opensora.pipeline.recipe import check_folder, read_recipe
+from opensora.pipeline.output_files import check_folder
+from opensora.pipeline.recipe import read_recipe
 from opensora.utils.config_utils import run_program
 
 NUM_FRAMES, SIDE, FPS = 17, 64, 8  # of the clips that the embedded model was trained on
