@@ -26,7 +26,7 @@ from opensora.distributed.fsdp import Layout, barrier, gather, of_main, one_voic
 from opensora.distributed.full_state_dict import whole
 from opensora.distributed.parallelize import parallelize
 from opensora.errors import ConfigError
-from opensora.models.layers.transformer import FixedPositions
+from opensora.models.layers.fixed_positions import FixedPositions
 from opensora.training.callbacks import held_out, watches
 from opensora.training.checkpoint.fingerprint import fingerprint
 from opensora.training.data import encoded

@@ -26,7 +26,7 @@ from opensora.datasets.aspect import SIZES
 from opensora.datasets.bucket import Buckets
 from opensora.datasets.table import Table, read_table
 from opensora.errors import ConfigError
-from opensora.models.layers.transformer import FixedPositions
+from opensora.models.layers.fixed_positions import FixedPositions
 from opensora.models.sizes import size_conditioning
 from opensora.profiling.memory_meter import MemoryMeter, bounded_host_memory, is_out_of_memory
 from opensora.training.batch_size_search.search import NoData, Outcome, OutOfMemory, Span, Step
