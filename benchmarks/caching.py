@@ -163,7 +163,7 @@ def _row(method: Method, found: Sequence[dict[str, Any]], exact: Sequence[dict[s
     if method.max_error is not None:
         row["percent_within_max_error"] = 100 * float(np.mean([one["error"] <= method.max_error for one in found]))
     if method.cache.table is not None:
-        row["table"] = method.cache.table.halves
+        row["table"] = method.cache.table.branches
     return row
 
 

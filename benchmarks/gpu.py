@@ -146,7 +146,7 @@ def end_to_end(given: argparse.Namespace, device: torch.device, dtype: torch.dty
 
 def count(work: common.Work, model: STDiT3) -> int:
     """Operations of `work`, counted without compilation."""
-    compiled = {block: block.__dict__.pop("forward", None) for block in model.text_blocks()}
+    compiled = {block: block.__dict__.pop("forward", None) for block in model.blocks_in_order()}
     with FlopCounterMode(display=False) as counter:
         work()
     for block, forward in compiled.items():

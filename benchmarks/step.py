@@ -50,7 +50,7 @@ def measure(
 ) -> dict[str, Any]:
     """Times, ratios, errors of the gradients and the bound of one size in one type."""
     x, y, timestep = pair.inputs(fast, size, given.tokens).values()
-    texts = [y] * len(fast.text_blocks())
+    texts = [y] * len(fast.blocks_in_order())
 
     def plainly(dtype: str = dtype) -> None:
         step(slow, lambda: pair.plain_step(slow, x, y, timestep), dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -265,9 +266,9 @@ class Told:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def prepare(self, **arguments: Any) -> dict[str, Any]:
+    def prepare(self, shape: Sequence[int], **arguments: Any) -> dict[str, Any]:
         self.prepared += 1
-        return self.model.prepare(**arguments)
+        return self.model.prepare(shape, **arguments)
 
     def __call__(self, x: Tensor, timestep: Tensor, **arguments: Any) -> Tensor:
         self.calls.append((len(x), arguments))
@@ -284,13 +285,13 @@ def test_text_is_read_once_a_request(scale, apart, batches, prepared):
     cond = {"y": told["y"][:1, :, :5], **{name: told[name] for name in ("fps", "height", "width")}}
     denoiser = Told(fast)
     reads = []
-    for block in fast.text_blocks():
+    for block in fast.blocks_in_order():
         block.cross_attn.kv_linear.register_forward_hook(lambda *_: reads.append(1))
     scheduler = RFLOW(num_sampling_steps=3, cfg_scale=scale)
     null = None if scale == 1 else {"y": fast.null_caption(cond["y"])}
     made = scheduler.sample(denoiser, told["x"][:1], cond, null, sequential_cfg=apart, precompute=True)
     assert [batch for batch, _ in denoiser.calls] == batches
-    assert denoiser.prepared == prepared and len(reads) == prepared * len(fast.text_blocks())
+    assert denoiser.prepared == prepared and len(reads) == prepared * len(fast.blocks_in_order())
     assert all("x_mask" not in arguments for _, arguments in denoiser.calls)
     slowly = scheduler.sample(lambda x, t, **a: fast(x, t, **a), told["x"][:1], cond, null)
     assert error(made, slowly) < 1e-5

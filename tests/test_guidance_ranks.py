@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from opensora.acceleration.step_cache import cached_sampling
-from opensora.acceleration.step_cache.cached_sampling import Cache, Table
+from opensora.acceleration.step_cache.cached_sampling import Cache
+from opensora.acceleration.step_cache.table import CacheTable
 from opensora.distributed import sequence_parallel
 from opensora.distributed.fsdp import Layout, start
 from opensora.distributed.sequence_parallel import check_guidance_ranks, guidance_parallel
@@ -24,7 +25,7 @@ from tests.test_sequence import KINDS, make
 CPU = torch.device("cpu")
 STEPS, TOLERANCE = 4, 1e-5
 SIZES = {"25 patches": (5, 10, 10), "21 patches": (3, 6, 14)}
-TABLE = Table("2110", ((0.0, 0.0),) * 3 + ((1.5, -0.5),), ((0.0, 0.0),) + ((1.0, 0.0),) * 3)
+TABLE = CacheTable("2110", ((0.0, 0.0),) * 3 + ((1.5, -0.5),), ((0.0, 0.0),) + ((1.0, 0.0),) * 3)
 CACHES = {"no cache": Cache(), "table": Cache("table", TABLE), "interval": Cache(interval=(0.0, 0.5))}
 
 

@@ -216,22 +216,6 @@ def test_models_use_it(monkeypatch):
             assert error(attend(*way), each) < 1e-6
 
 
-def test_what_sizes_give_is_made_once_a_request():
-    fast, _ = models(pred_sigma=False)
-    told, asked = inputs((3, 6, 8), False), []
-    fast.fps_embedder.register_forward_hook(lambda *_: asked.append(1))
-    arguments = {name: told[name] for name in ("y", "fps", "height", "width")}
-    prepared = fast.prepare(**arguments)
-    for time in (900.0, 400.0):
-        timestep = torch.full((2,), time)
-        found = fast(told["x"], timestep, **prepared)
-        assert len(asked) == 1
-        assert error(found, fast(told["x"], timestep, **arguments)) < 1e-6
-        asked.pop()
-    larger = torch.randn(*told["x"].shape[:3], 10, 12)  # which has positions of its own
-    assert error(fast(larger, timestep, **prepared), fast(larger, timestep, **arguments)) < 1e-6
-
-
 def test_what_is_made_in_inference_mode_leaves_a_model_as_it_was():
     fast, _ = models(pred_sigma=False)
     told = inputs((3, 6, 8), False)

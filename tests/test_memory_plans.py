@@ -34,7 +34,7 @@ from opensora.pipeline.plan import cheaper, make_plan
 from opensora.pipeline.stage_costs import ResourceEstimate
 from opensora.profiling import cost_model
 from tests import zoo
-from tests.test_plain import error, inputs, models, randomize
+from tests.test_plain import error, inputs, models, prepared, randomize
 from tests.tiny import TINY_VAE, make_tiny_stdit3, make_tiny_t5
 
 ROOT = Path(__file__).parents[1]
@@ -174,7 +174,7 @@ def test_parts_of_blocks_are_exact(tokens, monkeypatch):
     mlp.fc1.register_forward_hook(lambda _, args, out: rows.append(args[0].shape[:-1].numel()))
     with arranged(fast, LOW):
         assert error(fast(**told), expected) < 1e-5
-        assert error(fast(**fast.prepare(**told)), expected) < 1e-5
+        assert error(fast(**prepared(fast, told)), expected) < 1e-5
     assert sum(rows) == 2 * 2 * 3 * 12 and max(rows) <= max(tokens, 1)
     assert "forward" not in vars(mlp)
     assert torch.equal(fast(**told), expected)

@@ -13,7 +13,7 @@ parameters is then the gradient of a single rank: joining multiplies gradients b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -193,10 +193,11 @@ class _Halves:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def prepare(self, **arguments: Any) -> dict[str, Any]:
+    def prepare(self, shape: Sequence[int], **arguments: Any) -> dict[str, Any]:
         """What the model makes of its arguments; of both halves of them, only this group's are prepared."""
-        both = len(arguments["y"]) == 2 * self.batch
-        return {"half": self.model.prepare(**self._mine(arguments))} if both else self.model.prepare(**arguments)
+        if shape[0] != 2 * self.batch:
+            return self.model.prepare(shape, **arguments)
+        return {"half": self.model.prepare((self.batch, *shape[1:]), **self._mine(arguments))}
 
     def __call__(self, x: Tensor, timestep: Tensor, half: Mapping[str, Any] | None = None, **others: Any) -> Tensor:
         """The predictions for x; for both halves, [2 B, ...], where their arguments are `half`."""

@@ -27,7 +27,7 @@ from opensora.distributed.fsdp import Layout, of_main, one_voice, start
 from opensora.distributed.full_state_dict import whole
 from opensora.distributed.parallelize import parallelize
 from opensora.errors import ConfigError
-from opensora.models.layers.transformer import FixedPositions
+from opensora.models.layers.fixed_positions import FixedPositions
 from opensora.training.callbacks import make_callbacks
 from opensora.training.checkpoint.fingerprint import fingerprint
 from opensora.training.data.diffusion_data import DiffusionData, make_data

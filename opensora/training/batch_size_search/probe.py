@@ -25,7 +25,7 @@ from opensora.datasets.table import Table, read_table
 from opensora.distributed.fsdp import Layout
 from opensora.distributed.parallelize import parallelize
 from opensora.errors import ConfigError
-from opensora.models.layers.transformer import FixedPositions
+from opensora.models.layers.fixed_positions import FixedPositions
 from opensora.profiling.memory_meter import MemoryMeter, bounded_host_memory, is_out_of_memory
 from opensora.training.batch_size_search.search import NoData, Outcome, OutOfMemory, Span, Step
 from opensora.training.data.batch import Size, TrainingBatch, clip_conditioning, encode_texts, encode_videos
