@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks import common, plain
-from opensora.acceleration.device import DTYPES, place
+from opensora.acceleration.placement import to_device
+from opensora.acceleration.precision import DTYPES
 from opensora.acceleration.quantization import KINDS, quantize
 from opensora.models.layers.transformer import Text
 from opensora.models.stdit.stdit3 import STDiT3
@@ -84,7 +85,7 @@ def measure(
     models = {"fast": common.cast(fast, kind), **{name: quantize(copy.deepcopy(fast), name) for name in eight}}
     works: dict[str, common.Work] = {}
     for name, model in models.items():
-        place(model, torch.device("cpu"))
+        to_device(model, torch.device("cpu"))
         works[name] = partial(fast_step, model, x, read(model, y).prepared, timestep[:1])
     kept = partial(plain_step, slow, x, y, timestep)
     sides = {"plain": common.as_usual(kept), "plain, memory kept": kept, "fast": works["fast"]}
