@@ -29,7 +29,7 @@ def as_ranks(
 ) -> RankLayout:
     """One rank of several, of which the others say the same each time."""
     monkeypatch.setattr(
-        synchronize, "total", lambda own, _: [sum(column) for column in zip(own, *numbers, strict=True)]
+        synchronize, "all_reduce_sum", lambda own, _: [sum(column) for column in zip(own, *numbers, strict=True)]
     )
     monkeypatch.setattr(synchronize, "all_gather_objects", lambda own, _: [own, *broken])
     return RankLayout(0, len(numbers) + 1)
