@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from benchmarks import common, plain
-from opensora.acceleration.device import DTYPES, place
+from opensora.acceleration.placement import to_device
+from opensora.acceleration.precision import DTYPES
 from opensora.acceleration.quantization import KINDS, quantize
 from opensora.models.layers.attention import rotation_table
 from opensora.models.stdit.stdit3 import STDiT3
@@ -88,7 +89,7 @@ def measure(
     models = {"fast": common.cast(fast, kind), **{name: quantize(copy.deepcopy(fast), name) for name in eight}}
     works: dict[str, common.Work] = {}
     for name, model in models.items():
-        place(model, torch.device("cpu"))
+        to_device(model, torch.device("cpu"))
         works[name] = partial(fast_step, model, x, keys_values(model, y), timestep[:1])
     kept = partial(plain_step, slow, x, y, timestep)
     sides = {"plain": common.as_usual(kept), "plain, memory kept": kept, "fast": works["fast"]}

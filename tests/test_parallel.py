@@ -17,7 +17,9 @@ from opensora.config.settings import InferenceSettings
 from opensora.datasets import video
 from opensora.datasets.video import read_video
 from opensora.distributed import fsdp
-from opensora.distributed.fsdp import Layout, gather, local, mean, shard, share, start
+from opensora.distributed.collectives import all_gather_objects, all_reduce_mean, broadcast_object
+from opensora.distributed.fsdp import local_shard, shard
+from opensora.distributed.process_group import RankLayout, start
 from opensora.errors import ConfigError
 from opensora.pipeline import decode
 from opensora.pipeline.pipeline import VideoPipeline
@@ -44,9 +46,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_process_alone_is_one_rank():
     layout = start(CPU)
-    assert layout == Layout() and layout.is_main and not torch.distributed.is_initialized()
+    assert layout == RankLayout() and layout.is_main and not torch.distributed.is_initialized()
     assert (layout.data_rank, layout.data_size, layout.sequence_rank) == (0, 1, 0)
-    assert share("a", layout) == "a" and gather("a", layout) == ["a"] and mean(torch.ones(()), layout) == 1
+    assert (
+        broadcast_object("a", layout) == "a"
+        and all_gather_objects("a", layout) == ["a"]
+        and all_reduce_mean(torch.ones(()), layout) == 1
+    )
 
 
 @pytest.mark.parametrize(("ranks", "size"), [(1, 2), (4, 3)])
@@ -59,28 +65,28 @@ def test_sequences_that_ranks_do_not_fill(monkeypatch, ranks, size):
 
 
 def test_ranks_lie_in_a_grid():
-    places = [(one.data_rank, one.sequence_rank) for one in (Layout(rank, 6, 3) for rank in range(6))]
-    assert places == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)] and Layout(0, 6, 3).data_size == 2
+    places = [(one.data_rank, one.sequence_rank) for one in (RankLayout(rank, 6, 3) for rank in range(6))]
+    assert places == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)] and RankLayout(0, 6, 3).data_size == 2
 
 
 def on_two_ranks(weights: Path) -> dict[str, Any]:
     layout = start(CPU, 2)
     found: dict[str, Any] = {
-        "shared": share(f"of {layout.rank}", layout),
-        "gathered": gather(layout.rank, layout),
-        "mean": mean(torch.tensor([1.0, 2.0]) * layout.rank, layout),
+        "shared": broadcast_object(f"of {layout.rank}", layout),
+        "gathered": all_gather_objects(layout.rank, layout),
+        "mean": all_reduce_mean(torch.tensor([1.0, 2.0]) * layout.rank, layout),
     }
     found |= average_and_clip(layout)
     encoder = components.build_text_encoder(T5, weights / "text_encoder", torch.float32)
     components.fill_text_encoder(encoder, T5, weights / "text_encoder", CPU, layout)
     found["text"] = encoder.encode(["a red circle", "waves of the sea at dawn"])[0]
-    found["held"] = sum(local(p).numel() for p in encoder.model.parameters()) / sum(
+    found["held"] = sum(local_shard(p).numel() for p in encoder.model.parameters()) / sum(
         p.numel() for p in encoder.model.parameters()
     )
     return found
 
 
-def average_and_clip(layout: Layout) -> dict[str, Any]:
+def average_and_clip(layout: RankLayout) -> dict[str, Any]:
     """Two steps of a model with an average of its weights."""
     model = make("STDiT3")
     shard(model, layout)
@@ -96,7 +102,7 @@ def average_and_clip(layout: Layout) -> dict[str, Any]:
 
 
 def test_two_ranks(weights):
-    layout, expected = Layout(), average_and_clip(Layout())
+    layout, expected = RankLayout(), average_and_clip(RankLayout())
     encoder = components.build_text_encoder(T5, weights / "text_encoder", torch.float32)
     components.fill_text_encoder(encoder, T5, weights / "text_encoder", CPU, layout)
     expected["text"] = encoder.encode(["a red circle", "waves of the sea at dawn"])[0]

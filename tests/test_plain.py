@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks import plain
 from benchmarks.common import cast
-from opensora.acceleration.device import place
+from opensora.acceleration.placement import to_device
 from opensora.models.stdit.stdit3 import STDiT3
 from opensora.models.vae.vae import VideoAutoencoderPipeline
 from opensora.schedulers.rf import RFLOW, sampling_times
@@ -38,7 +38,7 @@ def models(dtype: torch.dtype = torch.float32, **config: object) -> tuple[STDiT3
     randomize(fast)
     slow = plain.PlainSTDiT3(fast.config)
     slow.load_state_dict(fast.state_dict())
-    return place(fast.to(dtype).eval().requires_grad_(False), torch.device("cpu")), slow.to(dtype).eval()
+    return to_device(fast.to(dtype).eval().requires_grad_(False), torch.device("cpu")), slow.to(dtype).eval()
 
 
 def inputs(size: tuple[int, int, int], given: bool) -> dict[str, Tensor]:
@@ -146,7 +146,7 @@ def autoencoders(frames: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Mo
     torch.manual_seed(0)
     slow = VideoAutoencoderPipeline(**TINY_VAE).eval().requires_grad_(False)
     z = torch.randn(1, 4, slow.get_latent_size((frames, None, None))[0], 3, 4)
-    return place(cast(slow, dtype), torch.device("cpu")), slow, z
+    return to_device(cast(slow, dtype), torch.device("cpu")), slow, z
 
 
 @pytest.mark.parametrize("frames", [17, 34, 5])

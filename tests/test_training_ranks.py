@@ -13,7 +13,7 @@ import pytest
 from opensora.config.settings import TrainSettings
 from opensora.datasets.quarantine import Broken, Quarantine
 from opensora.datasets.video import write_image
-from opensora.distributed.fsdp import Layout
+from opensora.distributed.process_group import RankLayout
 from opensora.errors import MediaError
 from opensora.training.data import synchronize
 from opensora.training.data.synchronize import StepSynchronizer
@@ -26,13 +26,13 @@ ROWS = 8  # of an epoch: 4 steps of one row on each rank
 
 def as_ranks(
     monkeypatch: pytest.MonkeyPatch, numbers: list[tuple[float, ...]], broken: list[list[Broken]] = ()
-) -> Layout:
+) -> RankLayout:
     """One rank of several, of which the others say the same each time."""
     monkeypatch.setattr(
-        synchronize, "total", lambda own, _: [sum(column) for column in zip(own, *numbers, strict=True)]
+        synchronize, "all_reduce_sum", lambda own, _: [sum(column) for column in zip(own, *numbers, strict=True)]
     )
-    monkeypatch.setattr(synchronize, "gather", lambda own, _: [own, *broken])
-    return Layout(0, len(numbers) + 1)
+    monkeypatch.setattr(synchronize, "all_gather_objects", lambda own, _: [own, *broken])
+    return RankLayout(0, len(numbers) + 1)
 
 
 def batch(*names: str, broken: tuple = ()) -> dict[str, Any]:

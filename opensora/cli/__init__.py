@@ -129,7 +129,7 @@ def _convert(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     """Writes a model for inference and prints what was written."""
     preflight.check_exists(args.checkpoint)
-    from opensora.acceleration.device import DTYPES
+    from opensora.acceleration.precision import DTYPES
     from opensora.training.checkpoint.export import export as write
 
     print(write(Path(args.checkpoint), Path(args.destination), not args.no_ema, DTYPES.get(args.dtype)))

@@ -10,7 +10,7 @@ from torch import Tensor
 from opensora.acceleration.step_cache import cached_sampling, calibration, calibration_store
 from opensora.acceleration.step_cache.cached_sampling import Cache, Observe
 from opensora.acceleration.step_cache.table import CacheTable
-from opensora.distributed.fsdp import share
+from opensora.distributed.collectives import broadcast_object
 from opensora.pipeline import step_cache
 from opensora.pipeline.denoise import denoise
 from opensora.pipeline.job import Job
@@ -37,7 +37,7 @@ def calibrated_cache(models: LoadedModels, job: Job, latent_shape: tuple[int, ..
         dtype=models.dtype, fps=settings.fps, prompts=names, max_error=settings.max_error, interval=interval,
         linear=settings.linear, **negative,
     )  # fmt: skip
-    found = share(calibration_store.load(key) if models.layout.is_main else None, models.layout)
+    found = broadcast_object(calibration_store.load(key) if models.layout.is_main else None, models.layout)
     if found is None:
         logger.info("step cache: calibrating on %d prompts; later runs of this model and size reuse it", len(names))
 
@@ -49,7 +49,7 @@ def calibrated_cache(models: LoadedModels, job: Job, latent_shape: tuple[int, ..
 
         effects = cached_sampling.effects(scheduler, latent_shape[0], job.size._asdict())
         found = calibration.calibrate(run, effects, scheduler.cfg_scale, len(names), settings.max_error, interval)
-        found = share(found, models.layout)
+        found = broadcast_object(found, models.layout)
         if models.layout.is_main:
             calibration_store.save(key, found)
     if found.table is None:

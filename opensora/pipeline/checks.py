@@ -52,7 +52,7 @@ def dry_run(job: Job, models: LoadedModels, components: Components) -> None:
         raise _config_error(f"scheduler '{job.settings.scheduler['type']}'", error) from error
     latent_size = tuple(components.vae.get_latent_size(job.size))
     try:
-        cost_model.step(model, latent_size, job.conditioning, 1, models.dtype, models.device, batch=1)()
+        cost_model.dry_run(model, latent_size, job.conditioning, 1, models.dtype, models.device)
     except ValueError as error:
         raise _config_error(f"model '{job.settings.model['type']}'", error) from error
 

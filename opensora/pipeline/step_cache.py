@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from opensora.acceleration import quantization, trial
-from opensora.acceleration.device import inference_dtype, use_attention
+from opensora.acceleration.flash_attention import use_attention
+from opensora.acceleration.precision import inference_dtype
 from opensora.acceleration.step_cache import calibration
 from opensora.acceleration.step_cache.cached_sampling import Cache
 from opensora.acceleration.step_cache.table import CacheTable
@@ -47,7 +48,7 @@ def try_choices(settings: InferenceSettings, device: torch.device, dtype: torch.
 
 
 def _tell(flag: str, choice: str, ratio: float, usual: str) -> None:
-    if ratio > trial.LOSES:
+    if ratio > trial.SLOWER:
         warning = "--%s %s takes %.1f times as long as %s here, by a moment's trial; leave it out to be faster"
         logger.warning(warning, flag, choice, ratio, usual)
 

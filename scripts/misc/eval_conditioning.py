@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from opensora import registry
-from opensora.acceleration.device import inference_dtype, keep_allocations_in_heap, pick_device
+from opensora.acceleration.allocator import keep_allocations_in_heap
+from opensora.acceleration.device import pick_device
+from opensora.acceleration.precision import inference_dtype
 from opensora.checkpoints import components
 from opensora.config import find_config, read_config
 from opensora.config.settings import InferenceSettings

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from opensora import cli
-from opensora.acceleration.device import inference_dtype, pick_device
+from opensora.acceleration.device import pick_device
+from opensora.acceleration.precision import inference_dtype
 from opensora.checkpoints import components
 from opensora.config import find_config, read_config
 from opensora.config.settings import InferenceSettings
