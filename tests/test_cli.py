@@ -128,7 +128,7 @@ def test_generate_with_preview(here, hub_cache, capsys):
 
 def test_prompts_by_place_come_before_those_by_flag(monkeypatch):
     seen = []
-    monkeypatch.setattr("opensora.cli.generate", lambda settings: seen.append(settings.prompt))
+    monkeypatch.setattr("opensora.cli.verbs.generation.generate", lambda settings: seen.append(settings.prompt))
     main(["generate", "a cat", "a dog", "--model", SAMPLE, "--prompt", "a cow"])
     main(["generate", "--model", SAMPLE, "--cfg-options", "prompt=['of the file']"])
     assert seen == [["a cat", "a dog", "a cow"], ["of the file"]]

@@ -1,4 +1,4 @@
-"""Promises of the repository as a whole: its size, its version, and documents that stay true."""
+"""Promises of the repository as a whole: its version, and documents that stay true."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ import torch
 from opensora import cli
 from opensora.acceleration.device import inference_dtype, pick_device
 from opensora.checkpoints import components
+from opensora.cli.program import run_program
 from opensora.config import find_config, read_config
 from opensora.config.settings import InferenceSettings
 from opensora.datasets.synthetic.dataset import to_model
@@ -27,7 +28,6 @@ from opensora.datasets.synthetic.render import Clip, make_clip, render
 from opensora.datasets.video import contact_sheet, read_video, tile, write_image, write_video
 from opensora.errors import MediaError
 from opensora.pipeline.recipe import check_folder, read_recipe
-from opensora.utils.config_utils import run_program
 
 NUM_FRAMES, SIDE, FPS = 17, 64, 8  # of the clips that the embedded model was trained on
 TOGETHER = "all four together"

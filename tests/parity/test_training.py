@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from opensora.cli.flags import boolean
 from opensora.config.settings import TrainSettings
 from opensora.training.checkpoint import state
 from opensora.training.ema import EMA
 from opensora.training.trainer import Trainer
-from opensora.utils.config_utils import boolean
 from tests.parity.cases import ROOT
 
 MISC = json.loads((ROOT / "data" / "training_misc.json").read_text())
