@@ -29,8 +29,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 HEAVY = {"torch", "numpy", "transformers", "diffusers", "av", "PIL", "huggingface_hub", "bs4", "ftfy"}
 # What can be said and refused without a library: each with its exit status.
 LIGHT = {
-    0: ("--help", "generate --help", "generate --help-all", "extract --help", "benchmark --help", "models"),
-    2: ("", "doctor", "generate x --seed y", "generate x --widht 3", "train --steps 3", "inspect", "continue"),
+    0: (
+        "--help", "generate --help", "generate --help-all", "extract --help", "benchmark --help", "doctor --help",
+        "models",
+    ),
+    2: ("", "doctro", "generate x --seed y", "generate x --widht 3", "train --steps 3", "inspect", "continue"),
     1: (
         "generate x --model embeded", "generate a red circle", "generate",
         "generate x --width 64", "generate x --save-fps 0",

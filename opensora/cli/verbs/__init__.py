@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from opensora import __version__
 from opensora.cli.parser import Parser
-from opensora.cli.verbs import checkpoints, datasets, generation, training
+from opensora.cli.verbs import checkpoints, datasets, doctor, generation, training
 from opensora.cli.verbs.verb import Verb
 
-VERBS: dict[str, Verb] = {**generation.VERBS, **checkpoints.VERBS, **training.VERBS, **datasets.VERBS}
+VERBS: dict[str, Verb] = {
+    **generation.VERBS, **checkpoints.VERBS, **training.VERBS, **datasets.VERBS, **doctor.VERBS,
+}  # fmt: skip
 
 
 def make_parser() -> Parser:
