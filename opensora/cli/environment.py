@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from opensora import __version__
 from opensora.config import find_config
@@ -150,18 +150,18 @@ def _codecs() -> Iterator[Entry]:
     import av
 
     yield Entry("libavcodec", ".".join(map(str, av.library_versions["libavcodec"])))
-    for mode, names in (("w", ENCODERS), ("r", DECODERS)):
-        available = [name for name in names if _has_codec(name, mode)]
-        broken = mode == "w" and "libx264" not in available
-        remedy = "reinstall PyAV from its wheel: pip install --force-reinstall av" if broken else ""
-        yield Entry("encoders" if mode == "w" else "decoders", " ".join(available) or "none", remedy, broken)
+    encoders = [name for name in ENCODERS if _has_codec(name, "w")]
+    broken = "libx264" not in encoders
+    remedy = "reinstall PyAV from its wheel: pip install --force-reinstall av" if broken else ""
+    yield Entry("encoders", " ".join(encoders) or "none", remedy, broken)
+    yield Entry("decoders", " ".join(name for name in DECODERS if _has_codec(name, "r")) or "none")
 
 
-def _has_codec(name: str, mode: str) -> bool:
+def _has_codec(name: str, mode: Literal["r", "w"]) -> bool:
     import av
 
     try:
-        av.Codec(name, mode)  # type: ignore[call-overload]
+        av.Codec(name, mode)
     except ValueError:
         return False
     return True

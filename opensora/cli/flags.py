@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from opensora.cli.parser import Parser
 from opensora.config import load_config
-from opensora.config.settings import InferenceSettings, Settings
+from opensora.config.settings import InferenceSettings, TrainSettings
 from opensora.errors import ConfigError
 
+SettingsClass = type[InferenceSettings] | type[TrainSettings]
 CONFIGURED = "as configured"
 
 
@@ -46,7 +47,7 @@ ALIASES = {
 }
 # Training flags that scripts/inference.py accepts; `opensora generate` does not.
 SCRIPT_FLAGS = ("outputs", "data_path", "captions")
-ARGUMENTS = {
+ARGUMENTS: dict[str, dict[str, Any]] = {
     "int": {"type": int}, "float": {"type": float}, "str": {"type": str}, "bool": {"type": boolean},
     "Sequence[str]": {"type": str, "nargs": "+"}, "tuple[int, int]": {"type": int, "nargs": 2},
     "tuple[float, float]": {"type": float, "nargs": 2},
@@ -70,7 +71,7 @@ class Flag(NamedTuple):
     default: str
 
 
-def flags_of(kind: type[Settings], config: Mapping[str, Any] | None = None) -> Iterator[Flag]:
+def flags_of(kind: SettingsClass, config: Mapping[str, Any] | None = None) -> Iterator[Flag]:
     """Every flag of these settings. Defaults are those of `config`, else of the fields."""
     config = config or {}
     for field in dataclasses.fields(kind):
@@ -144,7 +145,7 @@ SIZE_FLAGS = (  # aliases of other programs
 
 
 def add_flags(
-    parser: Parser, kind: type[Settings], *, scripts: bool = True, extra: Sequence[Flag] = (),
+    parser: Parser, kind: SettingsClass, *, scripts: bool = True, extra: Sequence[Flag] = (),
     defaults_of: str | None = None, default_text: str | None = None,
 ) -> None:  # fmt: skip
     """Adds every flag of these settings but the configuration, and the `extra` ones.
@@ -228,11 +229,17 @@ def merge_size_flags(args: argparse.Namespace) -> None:
     if args.image_size is not None or (size is not None and width is not None):
         raise ConfigError(f"{given[0]} says the size, and so does another flag; give it once")
     if size is not None:
-        width, _, height = size.lower().replace("×", "x").partition("x")
-        if not (width.isdecimal() and height.isdecimal() and len(width) < 7 and len(height) < 7):
-            raise ConfigError(f"--size is {size!r}; write width x height in pixels, such as 640x480")
-    args.image_size = [int(height), int(width)]
+        width, height = _parse_size(size)
+    args.image_size = [height, width]
     args.size = args.width = args.height = None
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    """Width and height of `WxH`. Raises ConfigError."""
+    width, _, height = text.lower().replace("×", "x").partition("x")
+    if not (width.isdecimal() and height.isdecimal() and len(width) < 7 and len(height) < 7):
+        raise ConfigError(f"--size is {text!r}; write width x height in pixels, such as 640x480")
+    return int(width), int(height)
 
 
 def prefer_size_flags(args: argparse.Namespace) -> None:

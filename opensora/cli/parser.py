@@ -33,8 +33,8 @@ class Parser(argparse.ArgumentParser):
     The error of an incomplete command line shows `example`.
     """
 
-    def __init__(self, *args: Any, example: str = "", **kwargs: Any) -> None:
-        super().__init__(*args, **{"formatter_class": _formatter, **kwargs}, allow_abbrev=False)
+    def __init__(self, prog: str | None = None, *, example: str = "", **kwargs: Any) -> None:
+        super().__init__(prog, formatter_class=_formatter, allow_abbrev=False, **kwargs)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # the rule of Python 3.14, for all versions
         self.example = example
         self.advanced: set[str] = set()  # flags that only --help-all shows

@@ -11,6 +11,7 @@ from typing import Any
 
 from opensora import registry
 from opensora.checkpoints.hub import EMBEDDED, SUFFIXES, locate
+from opensora.config.sections import check_type
 from opensora.config.settings import InferenceSettings, TrainSettings
 from opensora.distributed.ranks import ranks
 from opensora.errors import ConfigError, MediaError, WeightsError
@@ -25,9 +26,9 @@ def check_request(settings: InferenceSettings) -> None:
     ranks(connecting=True)
     check_sections(settings)
     make_size(settings)
-    if not settings.prompt and not settings.prompt_path:
-        raise ConfigError("there is no prompt: give one, or --prompt-path with a file of prompts")
     if not settings.prompt:
+        if not settings.prompt_path:
+            raise ConfigError("there is no prompt: give one, or --prompt-path with a file of prompts")
         load_prompts(settings.prompt_path)
     _check_references(settings)
     for part in PARTS:
@@ -41,10 +42,10 @@ def check_training(settings: TrainSettings, connecting: bool = True) -> None:
     known |= {"vae": registry.AUTOENCODERS, "text_encoder": registry.TEXT_ENCODERS}
     for name, table in known.items():
         if section := getattr(settings, name):
-            registry.check_type(name, section["type"], table)
-    table = (settings.dataset or {}).get("data_path")
-    if isinstance(table, str) and table and not _exists(table):
-        raise ConfigError(f"{table}: no such table; check data_path")
+            check_type(name, section["type"], table)
+    data_path = (settings.dataset or {}).get("data_path")
+    if isinstance(data_path, str) and data_path and not _exists(data_path):
+        raise ConfigError(f"{data_path}: no such table; check data_path")
 
 
 def check_drafts(files: Iterable[str]) -> None:

@@ -7,10 +7,10 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from opensora.cli.flags import add_flags
+from opensora.cli.flags import SettingsClass, add_flags
 from opensora.cli.merge import settings_of
 from opensora.cli.parser import Parser
-from opensora.config.settings import InferenceSettings, SearchSettings, Settings, TrainSettings
+from opensora.config.settings import InferenceSettings, SearchSettings, TrainSettings
 
 logger = logging.getLogger("opensora")
 
@@ -44,7 +44,7 @@ def search_parser() -> Parser:
     return _configured(Parser(description="Search the batch size of each bucket."), SearchSettings, _TRAINING)
 
 
-def _configured(parser: Parser, kind: type[Settings], published: Sequence[str]) -> Parser:
+def _configured(parser: Parser, kind: SettingsClass, published: Sequence[str]) -> Parser:
     parser.abbreviable = [f"--{name}" for name in published]
     parser.usage = "%(prog)s CONFIG [flags]"
     parser.add_argument("config", help="configuration file, or its name below configs/")

@@ -61,7 +61,7 @@ def generate(settings: InferenceSettings) -> int:
 
 def _print_paths(outputs: Iterator[Output]) -> int:
     """Prints the paths of each output as soon as it is written."""
-    with closing(outputs):  # a stop signal ends the generator before the program
+    with closing(outputs):  # type: ignore[type-var]  # a generator, which a stop signal ends before the program
         for output in outputs:
             for path in filter(None, (output.path, output.preview, output.state)):
                 print(one_line(path), flush=True)

@@ -12,7 +12,7 @@ from opensora.cli.merge import settings_of
 from opensora.cli.parser import Parser
 from opensora.cli.program import one_line
 from opensora.cli.verbs.verb import Verb
-from opensora.config.settings import ExtractSettings, SearchSettings, Settings, TrainSettings
+from opensora.config.settings import ExtractSettings, SearchSettings, TrainSettings
 from opensora.distributed.ranks import ranks
 
 
@@ -72,7 +72,7 @@ def _print_path(path: Path) -> int:
     return 0
 
 
-def _configured(kind: type[Settings]) -> Callable[[Parser], None]:
+def _configured(kind: type[TrainSettings]) -> Callable[[Parser], None]:
     """Returns a function that adds CONFIG and the flags of these settings."""
 
     def add(parser: Parser) -> None:
