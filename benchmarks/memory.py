@@ -22,11 +22,11 @@ import torch
 
 from benchmarks import common
 from benchmarks.gpu import FPS, SCALE, random_model
-from opensora import cli
 from opensora.acceleration.allocator import keep_allocations_in_heap
 from opensora.acceleration.device import is_cpu, peak_memory, pick_device, reset_peak_memory
 from opensora.acceleration.memory_plan import BY_NAME, PLANS
 from opensora.acceleration.placement import to_device
+from opensora.cli.verbs.generation import request_settings
 from opensora.models.sizes import size_conditioning
 from opensora.models.stdit.stdit3 import STDiT3
 from opensora.pipeline.plan import make_plan
@@ -83,7 +83,7 @@ def measured(width: int, size: list[int]) -> dict[str, Any]:
 def counted(config: str, size: list[int]) -> dict[str, Any]:
     """Plan -> bytes of an accelerator at the peak of a request, and stage by stage, weights and work apart."""
     words = ["x", "--model", config, "--num-frames", str(size[0]), "--image-size", *map(str, size[1:])]
-    settings = cli._request(cli._parser().parse_args(["plan", *words, "--memory", "fast"]))
+    settings = request_settings([*words, "--memory", "fast"])
     made = make_plan(settings)
     accelerator = {"device": torch.device("meta"), "dtype": torch.bfloat16}
     estimate = ResourceEstimate(

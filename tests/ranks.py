@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from opensora.utils.config_utils import run_program
+from opensora.cli.program import run_program
 
 TIMEOUT = 250  # seconds, for all that the ranks do
 PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor", "torch.multiprocessing.spawn", "opensora.registry"]

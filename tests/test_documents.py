@@ -25,6 +25,7 @@ import pytest
 
 from opensora import cli, registry
 from opensora.checkpoints import components
+from opensora.cli.verbs import make_parser
 from opensora.config import model_zoo, read_config
 from opensora.config.settings import InferenceSettings, TrainSettings, check_trainable
 from opensora.datasets.synthetic.render import make_clip
@@ -359,7 +360,7 @@ def check_training(settings: TrainSettings) -> TrainResult:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_is_understood_as_it_stands(command: list[str], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, arguments = program_of(command)
-    monkeypatch.setattr("opensora.cli.generate", check_request)
+    monkeypatch.setattr("opensora.cli.verbs.generation.generate", check_request)
     monkeypatch.setattr("opensora.training.diffusion.train", check_training)
     monkeypatch.setattr("opensora.training.autoencoder.train_vae", check_training)
     Path("my-videos.csv").touch()  # what a command before this one writes
@@ -370,7 +371,7 @@ def test_is_understood_as_it_stands(command: list[str], here: Path, monkeypatch:
     elif name == "opensora generate":
         assert cli.main(command[1:]) == 0
     elif command[0] == "opensora":
-        assert cli._parser().parse_args(command[1:]).run
+        assert make_parser().parse_args(command[1:]).run
 
 
 @pytest.mark.timeout(900)  # for a document as a whole, on a machine that has other things to do

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from benchmarks import memory
-from opensora import cli
 from opensora.acceleration import memory_plan
 from opensora.acceleration.memory_plan import BALANCED, FAST, LOW, PLANS
 from opensora.acceleration.offload import OffloadedModule, Offloader, offload_blocks
@@ -26,6 +25,7 @@ from opensora.acceleration.placement import to_device
 from opensora.acceleration.quantization import quantize
 from opensora.acceleration.replace_modules import copy_structure, unwrap
 from opensora.checkpoints import components
+from opensora.cli.verbs.generation import request_settings
 from opensora.config import find_config, read_config
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError
@@ -126,9 +126,9 @@ def test_clips_that_go_on_are_the_same(parts, small_steps, monkeypatch):
 
 
 def test_the_embedded_model_makes_the_same_in_every_plan(small_steps, monkeypatch):
-    words = ["generate", "a red circle moving left on a black background", "--num-sampling-steps", "2"]
+    words = ["a red circle moving left on a black background", "--num-sampling-steps", "2"]
     words += ["--num-frames", "17", "--image-size", "32", "48", "--verbose", "0"]
-    settings = cli._request(cli._parser().parse_args(words))
+    settings = request_settings(words)
     made = [latents_and_frames(dataclasses.replace(settings, memory=plan.name), monkeypatch) for plan in PLANS]
     [latents], frames = made[0]
     assert frames.std() > 1
@@ -142,14 +142,14 @@ import numpy as np
 import tests.fake_torch_gcu as fake
 sys.modules["torch_gcu"] = fake
 from opensora.acceleration.offload import OffloadedModule
-from opensora import cli
+from opensora.cli.verbs.generation import request_settings
 from opensora.pipeline.pipeline import VideoPipeline
 visits, onload = [], OffloadedModule.onload
 OffloadedModule.onload = lambda self, module, *_: visits.append(type(module).__name__) or onload(self, module)
 for plan in ("fast", "low"):
-    argv = ["generate", "a red circle", "--device", "gcu", "--dtype", "fp32", "--memory", plan, "--save-dir", plan]
+    argv = ["a red circle", "--device", "gcu", "--dtype", "fp32", "--memory", plan, "--save-dir", plan]
     size = ["--image-size", "16", "24", "--num-frames", "5", "--num-sampling-steps", "2", "--verbose", "0"]
-    [output] = VideoPipeline(cli._request(cli._parser().parse_args([*argv, *size]))).generate()
+    [output] = VideoPipeline(request_settings([*argv, *size])).generate()
     np.save(plan, output.frames)
     print(json.dumps(visits))
 """

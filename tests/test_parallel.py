@@ -228,9 +228,10 @@ def test_the_program_under_torchrun(program, tmp_path, ranks):
 BROKEN = """
 import os, sys
 from opensora.errors import ConfigError
-from opensora.cli import generate
+from opensora.cli.program import run_program
+from opensora.cli.verbs.generation import generate
 from opensora.pipeline.loaded_models import LoadedModels
-from opensora.utils.config_utils import parse_inference_args, run_program
+from opensora.utils.config_utils import parse_inference_args
 
 def fill(self, part, built, linear="exact", own=LoadedModels._fill):
     if part == "model" and os.environ["RANK"] == "{0}":

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from opensora import cli, registry
+from opensora import registry
 from opensora.checkpoints import components
 from opensora.checkpoints.save import save_pretrained
 from opensora.cli import main
+from opensora.cli.verbs.generation import request_settings
 from opensora.config.settings import InferenceSettings
 from opensora.datasets.video import write_image, write_video
 from opensora.errors import OpenSoraError
@@ -378,7 +379,7 @@ def test_what_is_done_again_costs_what_it_did(kind: str, size: tuple[int, int, i
 
 
 def settings_of_command(config: Path, argv: list[str]) -> InferenceSettings:
-    return cli._request(cli._parser().parse_args(["plan", "--model", str(config), *argv]))
+    return request_settings(["--model", str(config), *argv])
 
 
 COST = operation_counter.Cost(products=1e12, moved=1e9, calls=10, peak=5)  # 10.2 seconds at the nominal pace
@@ -484,8 +485,9 @@ PEAK = (
     "print('PEAK', next(line.split()[1] for line in status if line.startswith('VmHWM')))\n"
 )
 FIGURE = (
-    "import sys\nfrom opensora import cli\nfrom opensora.pipeline.plan import make_plan\n"
-    "print('PEAK', make_plan(cli._request(cli._parser().parse_args(['plan', *sys.argv[1:]]))).memory // 1024)\n"
+    "import sys\nfrom opensora.cli.verbs.generation import request_settings\n"
+    "from opensora.pipeline.plan import make_plan\n"
+    "print('PEAK', make_plan(request_settings(sys.argv[1:])).memory // 1024)\n"
 )
 ONE_STEP = ("--num-sampling-steps", "1", "--verbose", "0")
 

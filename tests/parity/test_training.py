@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from opensora.cli.flags import boolean
 from opensora.config.settings import TrainSettings
 from opensora.distributed.process_group import RankLayout
 from opensora.training.checkpoint import folders, write
 from opensora.training.checkpoint.snapshot import take_snapshot
 from opensora.training.ema import EMA
 from opensora.training.trainer import Trainer
-from opensora.utils.config_utils import boolean
 from tests.parity.cases import ROOT
 
 MISC = json.loads((ROOT / "data" / "training_misc.json").read_text())
