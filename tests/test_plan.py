@@ -31,10 +31,11 @@ from opensora.pipeline.plan import cheaper, make_plan
 from opensora.profiling import cost_model, memory_meter, operation_counter, speed_history
 from tests import zoo
 from tests.checkpoints import SAMPLE
+from tests.full import FULL, count
 from tests.tiny import make_tiny_stdit3
 
 ROOT = Path(__file__).parents[1]
-REQUESTS = 1000
+REQUESTS = count(150, 1000)
 CODE = 1000  # what tells the frames of one reference from those of the next
 CPU = torch.device("cpu")
 
@@ -76,7 +77,7 @@ def strategy(rng: random.Random) -> str:
             one_of(rng, 0, 1, 2), one_of(rng, 0, 1, -1), one_of(rng, 0, -1, 1, -5, 6, 12), one_of(rng, 0, -1, 5, 7, -8),
             one_of(rng, 1, 0, 2, 5, 10), one_of(rng, 0, 0.3, 1, 0.75),
         ]  # fmt: skip
-        groups.append(",".join(map(str, numbers[: rng.randint(1, 6)])))
+        groups.append(",".join(map(str, numbers[: one_of(rng, 6, *range(1, 6), odds=0.3)])))
     return ";".join(groups)
 
 
@@ -522,7 +523,7 @@ def test_memory_of_the_embedded_model(argv: tuple) -> None:
 
 
 @on_linux
-@pytest.mark.skipif(not os.environ.get("OPENSORA_LARGE_TESTS"), reason="takes 10 GB of disk and minutes")
+@pytest.mark.skipif(not FULL, reason="takes 10 GB of disk and minutes: set OPENSORA_FULL=1")
 @pytest.mark.parametrize(
     ("kind", "dtype", "config", "size"),
     [
