@@ -1,11 +1,10 @@
-"""Number types: what models compute in, and the contexts of a training step."""
+"""Number types: what models compute in, and mixed precision."""
 
 from __future__ import annotations
 
 import contextlib
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opensora.acceleration.device import is_cpu
 from opensora.acceleration.kernels.linear import multiplies_bf16
@@ -26,21 +25,6 @@ def inference_dtype(device: torch.device, dtype: str, on_cpu: str = "fp32") -> t
     return DTYPES[on_cpu]
 
 
-def training_context(device: torch.device, dtype: str) -> contextlib.ExitStack:
-    """The context of a training forward pass: mixed precision for bf16 and fp16, and `training_attention`.
-
-    Matrix products take the half type; parameters and sums stay in float32.
-    """
-    context = contextlib.ExitStack()
-    if dtype in ("bf16", "fp16"):
-        context.enter_context(torch.autocast(device.type, DTYPES[dtype]))
-    context.enter_context(training_attention(device))
-    return context
-
-
-def training_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """The attention kernels of training, also for a backward pass that recomputes checkpointed blocks.
-
-    On a CPU the backward pass of fused attention is slower than plain matrix products at small sizes.
-    """
-    return sdpa_kernel(SDPBackend.MATH) if is_cpu(device) else contextlib.nullcontext()
+def training_context(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[None]:
+    """Mixed precision for a training forward pass in bf16 or fp16; parameters and sums stay in float32."""
+    return torch.autocast(device.type, DTYPES[dtype]) if dtype in ("bf16", "fp16") else contextlib.nullcontext()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from opensora.acceleration.device import fastest_adamw
-from opensora.acceleration.precision import training_attention
 from opensora.acceleration.streams import is_asynchronous
 from opensora.config.settings import TrainSettings
 from opensora.distributed.fsdp import clip_grad_norm
@@ -53,8 +52,7 @@ class Optimization:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of one of the step's `accumulation_steps` batches."""
-        with training_attention(self.device):
-            self.scaler.scale(loss / self.settings.accumulation_steps).backward()
+        self.scaler.scale(loss / self.settings.accumulation_steps).backward()
 
     def step(self, loss: Tensor, learning_rate: float) -> Update:
         """Clips the gradients and checks the step; with `deferred_check`, also updates the weights unless it is bad.
@@ -78,8 +76,7 @@ class Optimization:
         Unless the verdict is "go", all gradients are dropped, those of a next step included. `recompute` repeats the
         forward pass to find the cause of a bad step; see `BadStepGuard.resolve`.
         """
-        with training_attention(self.device):
-            verdict = self.guard.resolve(update.check, sample_ids, step, recompute)
+        verdict = self.guard.resolve(update.check, sample_ids, step, recompute)
         if not self.deferred_check:
             if verdict == GO:
                 self.scaler.step(self.optimizer)
