@@ -29,6 +29,7 @@ from torch import Tensor
 from opensora import __version__
 from opensora.acceleration.step_cache import cached_sampling, calibration
 from opensora.acceleration.step_cache.cached_sampling import Cache
+from opensora.cli.program import run_program
 from opensora.config import find_config, read_config
 from opensora.config.settings import InferenceSettings
 from opensora.datasets import video
@@ -42,7 +43,6 @@ from opensora.pipeline.noise import initial_noise, noise_generator
 from opensora.pipeline.output_files import check_folder
 from opensora.pipeline.step_cache import psnr
 from opensora.pipeline.text_encoding import encode_texts
-from opensora.utils.config_utils import run_program
 
 MAX_ERRORS = (0.01, 0.02, 0.05, 0.1)
 FEWEST_TIMES, LEAST_PSNR, MOST_LOST = 2.0, 30.0, 1.0  # bars: evaluations saved, dB on average, points of quality
@@ -163,7 +163,7 @@ def _row(method: Method, found: Sequence[dict[str, Any]], exact: Sequence[dict[s
     if method.max_error is not None:
         row["percent_within_max_error"] = 100 * float(np.mean([one["error"] <= method.max_error for one in found]))
     if method.cache.table is not None:
-        row["table"] = method.cache.table.halves
+        row["table"] = method.cache.table.branches
     return row
 
 

@@ -141,7 +141,7 @@ def test_it_compiles_and_records_as_generation_does(
     done: list[str] = []
     monkeypatch.setattr("opensora.pipeline.loaded_models.compile_blocks", lambda model: done.append("compiled"))
     monkeypatch.setattr("opensora.pipeline.loaded_models.check_graphs", lambda device: None)
-    monkeypatch.setattr("opensora.pipeline.loaded_models.Recorded", lambda model: done.append("recorded") or model)
+    monkeypatch.setattr("opensora.pipeline.loaded_models.CapturedModel", lambda model: done.append("recorded") or model)
     report = report_of(tmp_path, *flags)
     assert (done.count("compiled"), done.count("recorded")) == (compiled, recorded)
     assert (report["compile"], report["graphs"]) == ("--compile" in flags, "--graphs" in flags)

@@ -13,7 +13,7 @@ from opensora.config.settings import TrainSettings
 from opensora.datasets.make_table import make_table
 from opensora.datasets.synthetic.render import make_clip
 from opensora.datasets.video import write_video
-from opensora.distributed.fsdp import Layout
+from opensora.distributed.process_group import RankLayout
 from opensora.training.data.diffusion_data import make_data
 from opensora.training.diffusion import build_model
 from opensora.training.step import step_generator
@@ -38,7 +38,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> TrainSettings:
 
 def test_a_table_begins_with_a_small_loss(settings: TrainSettings) -> None:
     device = torch.empty(0).device
-    data = make_data(settings, device, Layout())
+    data = make_data(settings, device, RankLayout())
     model, scheduler = build_model(settings, data, device).eval(), registry.build(settings.scheduler)
     batch = data.encode(data.source.reader(0, 0)())
     frames, height, width = batch.size

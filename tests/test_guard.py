@@ -217,7 +217,7 @@ class TestNames:
             if whole:
                 block.compile(backend=backend)
             else:
-                block.forward = torch.compile(block.forward, backend=backend)
+                block.compile(backend=backend)
         loop.run(2)
         count = len(compiled)
         loop.model.blocks[1].mlp.weight.data[0, 0] = math.inf
@@ -352,7 +352,8 @@ def test_resumed_guard_judges_as_the_one_before():
 
 def on_two_ranks() -> list[Any]:
     """The answers and what is told on a rank whose neighbour alone has a bad sample; then a broken weight of all."""
-    from opensora.distributed.fsdp import clip_grad_norm, shard, start
+    from opensora.distributed.fsdp import clip_grad_norm, shard
+    from opensora.distributed.process_group import start
 
     layout = start(torch.device("cpu"))
     torch.manual_seed(0)

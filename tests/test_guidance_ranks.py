@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from opensora.acceleration.step_cache import cached_sampling
-from opensora.acceleration.step_cache.cached_sampling import Cache, Table
+from opensora.acceleration.step_cache.cached_sampling import Cache
+from opensora.acceleration.step_cache.table import CacheTable
 from opensora.distributed import sequence_parallel
-from opensora.distributed.fsdp import Layout, start
-from opensora.distributed.sequence_parallel import check_guidance_ranks, guidance_parallel
+from opensora.distributed.guidance_parallel import check_guidance_ranks, guidance_parallel
+from opensora.distributed.process_group import RankLayout, start
 from opensora.errors import ConfigError
 from opensora.schedulers.iddpm import IDDPM
 from opensora.schedulers.rf import RFLOW
@@ -24,7 +25,7 @@ from tests.test_sequence import KINDS, make
 CPU = torch.device("cpu")
 STEPS, TOLERANCE = 4, 1e-5
 SIZES = {"25 patches": (5, 10, 10), "21 patches": (3, 6, 14)}
-TABLE = Table("2110", ((0.0, 0.0),) * 3 + ((1.5, -0.5),), ((0.0, 0.0),) + ((1.0, 0.0),) * 3)
+TABLE = CacheTable("2110", ((0.0, 0.0),) * 3 + ((1.5, -0.5),), ((0.0, 0.0),) + ((1.0, 0.0),) * 3)
 CACHES = {"no cache": Cache(), "table": Cache("table", TABLE), "interval": Cache(interval=(0.0, 0.5))}
 
 
@@ -90,7 +91,7 @@ def test_latents_are_those_of_one_rank(alone, ranks, hows):
 def counted() -> Iterator[dict[str, list[int]]]:
     """The rows of each pass through the first block, and how many ranks each exchange has."""
     found: dict[str, list[int]] = {"rows": [], "exchanges": []}
-    enter, exchange = sequence_parallel._Split.enter, sequence_parallel._Exchange.forward
+    enter, exchange = sequence_parallel.SequenceSplit.scatter, sequence_parallel.AllToAll.forward
 
     def entered(self: Any, module: nn.Module, args: tuple[Any, ...]) -> Any:
         found["rows"].append(len(args[0]))
@@ -100,11 +101,11 @@ def counted() -> Iterator[dict[str, list[int]]]:
         found["exchanges"].append(len(x))
         return exchange(ctx, x, group)
 
-    sequence_parallel._Split.enter, sequence_parallel._Exchange.forward = entered, staticmethod(exchanged)
+    sequence_parallel.SequenceSplit.scatter, sequence_parallel.AllToAll.forward = entered, staticmethod(exchanged)
     try:
         yield found
     finally:
-        sequence_parallel._Split.enter, sequence_parallel._Exchange.forward = enter, exchange
+        sequence_parallel.SequenceSplit.scatter, sequence_parallel.AllToAll.forward = enter, exchange
 
 
 def what_is_computed() -> dict[str, Any]:
@@ -133,14 +134,14 @@ def test_each_group_computes_one_half(ranks):
 
 def test_ranks_that_make_no_two_groups():
     with pytest.raises(ConfigError, match="guidance_ranks 'apart' needs an even number of ranks, not 3; use auto"):
-        check_guidance_ranks("apart", Layout(0, 3, 3))
+        check_guidance_ranks("apart", RankLayout(0, 3, 3))
     with pytest.raises(ConfigError, match="not 1; use auto or together"):
-        check_guidance_ranks("apart", Layout())
+        check_guidance_ranks("apart", RankLayout())
     for how in ("auto", "together"):
-        check_guidance_ranks(how, Layout(0, 3, 3))
-    check_guidance_ranks("apart", Layout(0, 4, 4))
+        check_guidance_ranks(how, RankLayout(0, 3, 3))
+    check_guidance_ranks("apart", RankLayout(0, 4, 4))
 
 
 def test_a_rank_alone_keeps_its_model():
     model = make("STDiT3")
-    assert guidance_parallel(model, Layout()) is model
+    assert guidance_parallel(model, RankLayout()) is model

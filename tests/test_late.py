@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from opensora.acceleration.activation_checkpointing import checkpoint_blocks
 from opensora.acceleration.device import pick_device
 from opensora.config.settings import TrainSettings
-from opensora.distributed.fsdp import start
 from opensora.distributed.parallelize import parallelize
+from opensora.distributed.process_group import start
 from opensora.errors import OpenSoraError
 from opensora.training import bad_step_guard as guards
 from opensora.training.data.loader import PrefetchLoader, StepIndices

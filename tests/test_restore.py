@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from opensora.distributed.fsdp import Layout
+from opensora.distributed.process_group import RankLayout
 from opensora.errors import WeightsError
 from opensora.training.checkpoint import folders, manifest, write
 from opensora.training.checkpoint.running_states import read_running_states
@@ -231,7 +231,7 @@ def test_another_model_is_no_damage(folder: Path) -> None:
     checkpoint, other = newest(folder), nn.Linear(5, 5)
     optimizer, scaler = torch.optim.AdamW(other.parameters()), torch.amp.GradScaler("cpu", enabled=False)
     position = {"epoch": 0, "step": 0, "global_step": 1}
-    snapshot = take_snapshot(other, EMA(other, 0.9), optimizer, scaler, Layout())
+    snapshot = take_snapshot(other, EMA(other, 0.9), optimizer, scaler, RankLayout())
     made = write.write_checkpoint(folder.parent, snapshot, {}, position, keep=1)
     assert "its model does not fit Linear: 2 tensors, such as bias" in refusal(made)
     assert checkpoint.is_dir()

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import nn
 
-from opensora.distributed.fsdp import Layout
+from opensora.distributed.process_group import RankLayout
 from opensora.errors import ConfigError, WeightsError
 from opensora.training import run_folder
 from opensora.training.checkpoint import folders, write
@@ -335,7 +335,7 @@ def save(folder: Path, step: int, width: int = 200) -> Path:
     model(torch.ones(1, width)).sum().backward()
     optimizer.step()
     position = {"epoch": 0, "step": step, "global_step": step}
-    snapshot = take_snapshot(model, EMA(model, 0.9), optimizer, scaler, Layout())
+    snapshot = take_snapshot(model, EMA(model, 0.9), optimizer, scaler, RankLayout())
     return write.write_checkpoint(folder, snapshot, {}, position, keep=2)
 
 
@@ -509,5 +509,5 @@ def test_changes_are_told_in_words(tmp_path: Path, words: dict[str, str]) -> Non
     with pytest.raises(ConfigError, match=told):
         run.__class__(
             asked, nn.Linear(4, 4), run.train_step.loss, torch.device("cpu"), 5,
-            fingerprint={"the table": "b" * 64}, history=Explained(Layout()),
+            fingerprint={"the table": "b" * 64}, history=Explained(RankLayout()),
         )  # fmt: skip

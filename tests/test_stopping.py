@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from opensora.config.settings import TrainSettings
-from opensora.distributed.fsdp import start
 from opensora.distributed.parallelize import parallelize
+from opensora.distributed.process_group import start
 from opensora.training.checkpoint import folders
 from opensora.training.data.loader import PrefetchLoader, StepIndices
 from opensora.training.trainer import Trainer

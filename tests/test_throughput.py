@@ -9,8 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from opensora.acceleration.activation_checkpointing import checkpoint_blocks
-from opensora.acceleration.device import training_context
-from opensora.distributed.fsdp import Layout
+from opensora.acceleration.precision import training_context
+from opensora.distributed.process_group import RankLayout
 from opensora.models.stdit.stdit3 import STDiT3
 from opensora.profiling import peak_flops
 from opensora.training import throughput
@@ -77,8 +77,10 @@ class TestStepCost:
 
     def test_each_shape_is_counted_once(self, monkeypatch):
         cost, shapes = StepCost(STDiT3(**TINY_STDIT3), "STDiT3"), []
-        count = throughput.cost_model.count
-        monkeypatch.setattr(throughput.cost_model, "count", lambda *args: shapes.append(1) or count(*args))
+        count = throughput.cost_model.step_cost
+        monkeypatch.setattr(
+            throughput.cost_model, "step_cost", lambda *args, **how: shapes.append(1) or count(*args, **how)
+        )
         for latent, samples in (((5, 4, 4), 1), ((5, 4, 4), 3), ((1, 4, 4), 1), ((5, 4, 4), 2)):
             cost(*batch(samples, latent))
         assert len(shapes) == 2
@@ -159,8 +161,8 @@ class TestThroughput:
     def test_ranks_of_a_sequence_share_a_batch(self, monkeypatch):
         clock = Clock(monkeypatch)
         monkeypatch.setattr(throughput, "peak_flops", lambda *_: 1e12)
-        monkeypatch.setattr(throughput, "mean", lambda values, _: values)
-        done = Throughput(CPU, layout=Layout(rank=0, world_size=4, sequence_size=2))
+        monkeypatch.setattr(throughput, "all_reduce_mean", lambda values, _: values)
+        done = Throughput(CPU, layout=RankLayout(rank=0, world_size=4, sequence_size=2))
         done.add(2, 20, 1e12)
         clock.now += 2
         line = done.line()
@@ -169,7 +171,7 @@ class TestThroughput:
 
 def on_two_ranks() -> dict[str, Any]:
     """The line of ranks that do and wait unequally."""
-    from opensora.distributed.fsdp import start
+    from opensora.distributed.process_group import start
 
     layout = start(CPU)
     throughput.peak_flops = lambda *_: 1e12

@@ -19,7 +19,7 @@ from opensora import registry
 from opensora.config import read_config
 from opensora.config.settings import TrainSettings, check_trainable
 from opensora.datasets.video import write_image, write_video
-from opensora.distributed.fsdp import Layout
+from opensora.distributed.process_group import RankLayout
 from opensora.errors import ConfigError, MediaError
 from opensora.training.data.batch import TrainingBatch
 from opensora.training.data.diffusion_data import make_data
@@ -337,7 +337,7 @@ class TestTraining:
             text_encoder=dict(type=text, from_pretrained=str(files / text)),
         )  # fmt: skip
         kind, ratios = check_training(asked)
-        data = make_data(asked, CPU, Layout())
+        data = make_data(asked, CPU, RankLayout())
         made = build_model(asked, data, CPU)
         for parameter in made.parameters():
             if not parameter.any():
@@ -409,7 +409,7 @@ def test_every_published_configuration_is_accepted(path: Path, files: Path) -> N
     check_trainable(asked)
     check_training(asked)
     with pytest.raises(ConfigError, match=r"nowhere\.csv: cannot be read"):
-        make_data(asked, CPU, Layout())
+        make_data(asked, CPU, RankLayout())
     assert registry.keywords(asked.model["type"])
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from opensora.acceleration import trial
-from opensora.acceleration.device import inference_dtype
+from opensora.acceleration.precision import inference_dtype
 from opensora.cli.merge import settings_of
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError
@@ -29,8 +29,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     taken: list[float] = []
     monkeypatch.setattr(trial, "seconds", lambda work, device: taken.pop(0))
     monkeypatch.setattr(step_cache, "use_attention", lambda name: None)
-    monkeypatch.setattr(step_cache.eight_bits, "check", lambda *_: None)
-    monkeypatch.setattr("opensora.acceleration.device.multiplies_bf16", lambda: True)
+    monkeypatch.setattr(step_cache.quantization, "check", lambda *_: None)
+    monkeypatch.setattr("opensora.acceleration.precision.multiplies_bf16", lambda: True)
     return taken
 
 

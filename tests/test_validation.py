@@ -251,8 +251,8 @@ class TestSamples:
 
 def on_ranks() -> list[tuple[dict[str, float], int]]:
     """The report on sharded weights, and how many samples this rank has: with one rank to a sequence, and with two."""
-    from opensora.distributed.fsdp import start
     from opensora.distributed.parallelize import parallelize
+    from opensora.distributed.process_group import start
 
     found = []
     for sp_size in (1, 2):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from opensora import registry
-from opensora.acceleration.device import place
+from opensora.acceleration.placement import to_device
 from opensora.acceleration.quantization import quantize
 from opensora.checkpoints.fit import load_weights
 from opensora.checkpoints.hub import locate, one_line, read_config_json
@@ -20,7 +20,8 @@ from opensora.checkpoints.tokenizer import check_tokenizer, tokenizer_hash
 from opensora.config.schema import check as check_value
 from opensora.config.sections import check_type, checked
 from opensora.config.sections.checkpoints import CLIPConfig, CLIPTextConfig, Stated, T5Config, TokenizerConfig
-from opensora.distributed.fsdp import Layout, shard
+from opensora.distributed.fsdp import shard
+from opensora.distributed.process_group import RankLayout
 from opensora.errors import ConfigError, OpenSoraError, WeightsError
 from opensora.files import read_json
 from opensora.models.text_encoder.clip import CLIP_DROPPED, CLIP_RENAMED, make_clip
@@ -37,7 +38,7 @@ TEXT_RULES = {
 }
 MAX_LENGTHS = {"t5": 300, "clip": 77}  # tokens, where a section does not say
 Section = Mapping[str, Any]
-ALONE = Layout()  # one rank
+ALONE = RankLayout()  # one rank
 
 
 def check(section: Section, what: str) -> None:
@@ -114,7 +115,7 @@ def fill(
     """
     summary = load_weights(model, path, dtype=dtype, strict=section.get("strict", True))
     model = model.eval().requires_grad_(False)
-    place(model if linear == "exact" else quantize(model, linear), device)
+    to_device(model if linear == "exact" else quantize(model, linear), device)
     return summary
 
 
@@ -162,8 +163,8 @@ def _check_vocabulary(encoder: Any, folder: Path) -> None:
 
 
 def fill_text_encoder(
-    encoder: Any, section: Section, path: Path, device: torch.device, layout: Layout = ALONE,
-    put: Callable[[nn.Module, torch.device], Any] = place,
+    encoder: Any, section: Section, path: Path, device: torch.device, layout: RankLayout = ALONE,
+    put: Callable[[nn.Module, torch.device], Any] = to_device,
 ) -> Summary:  # fmt: skip
     """Gives a built text encoder its weights, which `put` then brings to the device; returns what was read.
 
@@ -172,14 +173,14 @@ def fill_text_encoder(
     summary = load_weights(encoder.model, path, rules=TEXT_RULES[section["type"]])
     if section.get("shardformer"):
         shard(encoder.model, layout)
-        put = place
+        put = to_device
     put(encoder.model, device)
     return summary
 
 
 def load(
     section: Section, what: str, device: torch.device, dtype: torch.dtype, offline: bool = False,
-    layout: Layout = ALONE,
+    layout: RankLayout = ALONE,
 ) -> tuple[Any, Summary]:  # fmt: skip
     """A "model", "vae" or "text_encoder" that stands for itself, ready for inference, and what was read."""
     path = find(section, what, offline)

@@ -1,4 +1,4 @@
-"""What multi-resolution models are told about the clip's size, beside the noise and the text."""
+"""Size conditioning: the arguments by which multi-resolution models know the size and frame rate of a clip."""
 
 from __future__ import annotations
 

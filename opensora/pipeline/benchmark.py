@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from opensora import __version__
-from opensora.acceleration.device import DTYPES, name_of, peak_memory, reset_peak_memory, synchronize
+from opensora.acceleration.device import device_name, peak_memory, reset_peak_memory, synchronize
+from opensora.acceleration.precision import DTYPES
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError, MediaError
 from opensora.files import replacing
@@ -27,6 +28,7 @@ from opensora.pipeline.loaded_models import LoadedModels
 from opensora.pipeline.output_files import check_folder
 from opensora.pipeline.text_encoding import count_tokens, encode_texts
 from opensora.profiling import cost_model
+from opensora.profiling.operation_counter import Cost
 from opensora.profiling.peak_flops import peak_flops
 
 logger = logging.getLogger("opensora")
@@ -99,13 +101,12 @@ class _Bench:
             "text": encoded - begin, "denoise": taken["sampling"], "decode": taken["decoding"], "total": end - begin,
         }  # fmt: skip
 
-    def _count_step(self, model: Any) -> cost_model.Cost:
+    def _count_step(self, model: Any) -> Cost:
         """The cost of one evaluation of the model, with all guidance branches."""
         models, job = self.models, self.job
         self.tokens = max(count_tokens(models.text_encoder, text) for text in job.texts(self.request))
         where, rows = (models.dtype, models.device), job.scheduler.num_branches
-        work = cost_model.step(model, self.latent_size, job.conditioning, self.tokens, *where, rows)
-        return cost_model.count(work, models.device)
+        return cost_model.step_cost(model, self.latent_size, job.conditioning, self.tokens, *where, rows)
 
     def flops(self) -> dict[str, float | None]:
         """Stage -> floating-point operations; None where they are not known."""
@@ -113,12 +114,12 @@ class _Bench:
         found: dict[str, float | None] = {"denoise": None, "text": None}
         if job.cache.is_exact and job.scheduler.num_sampling_steps:
             found["denoise"] = _operations(self.step.times(job.scheduler.num_sampling_steps * loops))
-        decoding = cost_model.decoding(models.vae, job.size, models.dtype, models.device)
+        decoding = cost_model.decoding_cost(models.vae, job.size, models.dtype, models.device)
         found["decode"] = _operations(decoding.times(loops))
         if not isinstance(models.text_encoder, ClassIds):
             reader = models.text_encoder.model
             config = getattr(reader, "config", None) or reader.text_model.config
-            read = cost_model.reading_text(config, sum(one.numel() for one in reader.parameters()), self.tokens)
+            read = cost_model.text_cost(config, sum(one.numel() for one in reader.parameters()), self.tokens)
             found["text"] = _operations(read.times(len(job.texts_of([self.request]))))
         return found
 
@@ -128,7 +129,7 @@ class _Bench:
         table = job.cache.table
         return {
             "opensora": __version__, "torch": torch.__version__, "python": platform.python_version(),
-            "platform": platform.platform(), "device": str(models.device), "device_name": name_of(models.device),
+            "platform": platform.platform(), "device": str(models.device), "device_name": device_name(models.device),
             "dtype": str(models.dtype).removeprefix("torch."), "peak_flops": self.peak,
             "model": settings.model["type"], "weights": {n: one.sha256 for n, one in models.summaries.items()},
             "parameters": self.parameters, "scheduler": dict(settings.scheduler),
@@ -140,7 +141,7 @@ class _Bench:
         }  # fmt: skip
 
 
-def _operations(cost: cost_model.Cost) -> float:
+def _operations(cost: Cost) -> float:
     return cost.products + cost.convolutions
 
 

@@ -55,7 +55,7 @@ def dry_run(job: Job, models: LoadedModels, components: Components) -> None:
     if inputs in models.accepted_inputs:
         return
     try:
-        cost_model.step(model, latent_size, job.conditioning, 1, models.dtype, models.device, batch=1)()
+        cost_model.dry_run(model, latent_size, job.conditioning, 1, models.dtype, models.device)
     except ValueError as error:
         raise _config_error(f"model '{job.settings.model['type']}'", error) from error
     models.accepted_inputs.add(inputs)

@@ -34,6 +34,6 @@ def decode(models: LoadedModels, job: Job, latents: Tensor, keep_video: bool = F
 
 def encode(models: LoadedModels, frames: Tensor) -> Tensor:
     """The latents [C, T', H, W] of frames [3, T, H, W] in [-1, 1], on the host."""
-    pieces = (piece.to(models.device, models.dtype) for piece in models.plan.pieces(frames[None]))
+    pieces = (piece.to(models.device, models.dtype) for piece in models.plan.split_video(frames[None]))
     with models.on_device("vae"):
         return models.vae.encoded(pieces)[0].float().cpu()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from opensora.acceleration.device import synchronize
 from opensora.acceleration.memory_plan import PLANS
 from opensora.checkpoints import components
-from opensora.distributed.fsdp import share
+from opensora.distributed.collectives import broadcast_object
 from opensora.pipeline import draft, prompt_refiner, step_cache
 from opensora.pipeline.batching import batches
 from opensora.pipeline.calibrated_cache import calibrated_cache
@@ -101,7 +101,7 @@ def refine(models: LoadedModels, job: Job, requests: Sequence[Request]) -> list[
     if prompt_refiner.is_wanted(job.settings):
         where, texts = prompt_refiner.endpoint(job.settings), [text for one in requests for text in one.texts]
         answers = prompt_refiner.refine_texts(texts, where) if models.layout.is_main else {}
-        job.use_refined(share(answers, models.layout), llm_model=where[1])
+        job.use_refined(broadcast_object(answers, models.layout), llm_model=where[1])
     return [one.refined(job.settings) for one in requests] if job.settings.refined else list(requests)
 
 
@@ -127,8 +127,8 @@ def choose_memory_plan(
     estimate = ResourceEstimate(models, built, job, requests, again)
     loaded = estimate.weights() if models.model is not None else 0
     plans = PLANS[PLANS.index(models.plan) :] if loaded else PLANS
-    models.use_plan(share(estimate.choose(loaded, plans), models.layout))
-    return stays and share(estimate.fits(models.plan, loaded), models.layout)
+    models.use_plan(broadcast_object(estimate.choose(loaded, plans), models.layout))
+    return stays and broadcast_object(estimate.fits(models.plan, loaded), models.layout)
 
 
 def _check_drafts(models: LoadedModels, job: Job, requests: Sequence[Request], latent_shape: tuple[int, ...]) -> None:
@@ -188,7 +188,7 @@ def generate_batch(
                 frames[row].append(clip.frames[job.overlap if loop else 0 :])
             if continues:
                 latent = None if clip is None else encode(models, clip.video)
-                references[row].append(share(latent, models.layout))
+                references[row].append(broadcast_object(latent, models.layout))
         if not continues:
             break
     for row, request in enumerate(batch):

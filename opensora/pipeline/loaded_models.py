@@ -15,15 +15,21 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from opensora import registry
-from opensora.acceleration.cuda_graphs import Recorded
-from opensora.acceleration.device import check_graphs, inference_dtype, keep_allocations_in_heap, pick_device
-from opensora.acceleration.memory_plan import BY_NAME, FAST, MemoryPlan, Weights
+from opensora.acceleration.allocator import keep_allocations_in_heap
+from opensora.acceleration.compile import compile_blocks
+from opensora.acceleration.cuda_graphs import CapturedModel, check_graphs
+from opensora.acceleration.device import pick_device
+from opensora.acceleration.memory_plan import BY_NAME, FAST, MemoryPlan
+from opensora.acceleration.offload import Offloader
+from opensora.acceleration.precision import inference_dtype
 from opensora.checkpoints import components
 from opensora.checkpoints.summary import Summary
 from opensora.config.settings import InferenceSettings
-from opensora.distributed.fsdp import one_voice, start, world_size
-from opensora.distributed.parallelize import compile_blocks
-from opensora.distributed.sequence_parallel import check_divisible, check_guidance_ranks, guidance_parallel
+from opensora.distributed.failures import report_first_failure
+from opensora.distributed.guidance_parallel import check_guidance_ranks, guidance_parallel
+from opensora.distributed.process_group import start
+from opensora.distributed.ranks import world_size
+from opensora.distributed.sequence_parallel import check_divisible
 from opensora.errors import ConfigError, WeightsError
 from opensora.models.text_encoder.classes import ClassIds
 from opensora.pipeline import step_cache
@@ -54,7 +60,7 @@ class LoadedModels:
     memory plan.
     """
 
-    @one_voice()
+    @report_first_failure()
     def __init__(self, settings: InferenceSettings) -> None:
         """Checks what needs no file. Raises ConfigError."""
         for part in PARTS:
@@ -81,7 +87,7 @@ class LoadedModels:
         self._unloaded: dict[str, Any] = {}  # part -> module without weights
         self._latent_size: tuple[int, ...] | None = None  # that the unloaded diffusion model was built for
         self._loaded_for: tuple[int, ...] | None = None  # the same of the loaded one
-        self._offloader = Weights(self.plan, self.device)
+        self._offloader = Offloader(self.plan.offload, self.device)
 
     # 1. locate
 
@@ -150,12 +156,12 @@ class LoadedModels:
             self.unload()
         self.plan = plan
         if self.model is None:
-            self._offloader = Weights(plan, self.device)
+            self._offloader = Offloader(plan.offload, self.device)
 
     def unload(self) -> None:
         """Drops all weights; the next request reads them again."""
         self.text_encoder = self.vae = self.model = self.denoiser = None
-        self._offloader = Weights(self.plan, self.device)
+        self._offloader = Offloader(self.plan.offload, self.device)
 
     def load_text_encoder(self) -> Any:
         """The text encoder with its weights. Raises WeightsError where its files have changed since it was read."""
@@ -164,7 +170,7 @@ class LoadedModels:
         keep_allocations_in_heap()
         encoder = self._unloaded.pop("text_encoder", None) or self._build_text_encoder()
         if path := self.paths["text_encoder"]:
-            where = (self.device, self.layout, self._offloader.put_text_encoder)
+            where = (self.device, self.layout, self._offloader.place_text_encoder)
             before = self.summaries.get("text_encoder")
             summary = components.fill_text_encoder(encoder, self.settings.text_encoder, path, *where)
             self._note_loaded("text_encoder", summary)
@@ -184,12 +190,12 @@ class LoadedModels:
         self.build(size)
         if self.vae is None:
             self.vae = self._fill("vae", self._unloaded.pop("vae"))
-            self.plan.arrange_vae(self.vae)
-            self._offloader.settle("vae", self.vae)
+            self.plan.prepare_vae(self.vae)
+            self._offloader.offload("vae", self.vae)
         self.denoiser = self.model = None  # before the next one is read
         model = self._fill("model", self._unloaded.pop("model"), self.settings.linear)
-        self.plan.arrange(model)
-        self._offloader.settle("model", model)
+        self.plan.prepare_model(model)
+        self._offloader.offload("model", model)
         self.model, self._loaded_for = model, self._latent_size
         self.denoiser = self._accelerated(model)
 
@@ -211,15 +217,15 @@ class LoadedModels:
 
     def _accelerated(self, model: Any) -> Any:
         settings, plan = self.settings, self.plan
-        if settings.compile and plan.in_parts:
-            logger.warning("nothing is compiled: --memory %s cuts blocks into parts", plan.name)
+        if settings.compile and plan.chunked:
+            logger.warning("nothing is compiled: --memory %s runs blocks in chunks", plan.name)
         elif settings.compile:
             compile_blocks(model)
         model = guidance_parallel(model, self.layout, settings.guidance_ranks)
-        if settings.graphs and plan.visiting:
-            logger.warning("nothing is recorded: --memory %s moves the weights", plan.name)
+        if settings.graphs and plan.offload:
+            logger.warning("no graphs are captured: --memory %s offloads the weights", plan.name)
         elif settings.graphs:
-            return Recorded(model)
+            return CapturedModel(model)
         return model
 
     # in use
@@ -231,7 +237,7 @@ class LoadedModels:
 
     def on_device(self, part: str) -> AbstractContextManager[Any]:
         """Within it the weights of an offloaded part ("model" or "vae") are on the device."""
-        return self._offloader.using(part)
+        return self._offloader.onloaded(part)
 
     def hashes(self) -> Mapping[str, str]:
         """Part -> SHA-256 of its weights, and of the tokenizer."""

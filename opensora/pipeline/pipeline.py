@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from opensora.config.settings import InferenceSettings
-from opensora.distributed.fsdp import one_voice, share
+from opensora.distributed.collectives import broadcast_object
+from opensora.distributed.failures import report_first_failure
 from opensora.errors import Cancelled, ConfigError
 from opensora.pipeline import arguments, draft, watermark
 from opensora.pipeline.decode import decode
@@ -122,12 +123,12 @@ class VideoPipeline:
 
         With `prompt_as_path` those that exist are kept. Raises ConfigError, MediaError or WeightsError.
         """
-        with self._exclusive(), one_voice():
+        with self._exclusive(), report_first_failure():
             job = job or Job(self.settings, self.models)
             if not job.requests:
                 raise ConfigError("there is no prompt: give one, or --prompt-path with a file of prompts")
             layout = self.models.layout
-            wanted = share([one for one in job.requests if not job.outputs.keeps(one.path)], layout)
+            wanted = broadcast_object([one for one in job.requests if not job.outputs.keeps(one.path)], layout)
             if not wanted:
                 return
             with output_folder(job.outputs.folder) if layout.is_main else nullcontext():

@@ -21,8 +21,8 @@ from opensora.pipeline.output_files import output_folder
 from opensora.pipeline.request import SPATIAL_FACTOR, Request
 from opensora.pipeline.stage_costs import ResourceEstimate, Stage
 from opensora.pipeline.text_encoding import portions
-from opensora.profiling import cost_model
-from opensora.profiling.cost_model import Span
+from opensora.profiling import memory_meter, speed_history
+from opensora.profiling.speed_history import Span
 
 GIB = 2**30
 LIBRARIES = 100 * 2**20  # of a host's memory, for what is loaded only once numbers are computed
@@ -82,12 +82,12 @@ class Plan:
     def spans(self) -> list[Span]:
         """How long each stage takes."""
         device, dtype = self.models.device, self.models.dtype
-        return [cost_model.span(stage.cost, device, stage.name, dtype) for stage in self.stages]
+        return [speed_history.span(stage.cost, device, stage.name, dtype) for stage in self.stages]
 
     @property
     def room(self) -> int | None:
         """Bytes that the device has for this, None where nobody says."""
-        free = cost_model.available(self.models.device)
+        free = memory_meter.available_memory(self.models.device)
         return None if free is None else free + self._base
 
     @property
@@ -166,7 +166,7 @@ def plan_job(models: LoadedModels, job: Job) -> Plan:
     notes += [note for request in requests for note in _snapped(job, request)]
     grid = (built.vae.group[0], SPATIAL_FACTOR, SPATIAL_FACTOR)
     estimate = ResourceEstimate(models, built, job, requests, again=len(portions(job, requests)) > 1)
-    base = cost_model.resident() + LIBRARIES
+    base = memory_meter.resident_memory() + LIBRARIES
     return Plan(models, job, estimate, estimate.choose(), requests, list(dict.fromkeys(notes)), base, grid)
 
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from opensora.acceleration import quantization
+from opensora.acceleration.device import is_cpu
 from opensora.acceleration.kernels.winograd import kernel_bytes
-from opensora.acceleration.memory_plan import BY_NAME, PLANS, MemoryPlan, arranged
+from opensora.acceleration.memory_plan import BY_NAME, PLANS, MemoryPlan
 from opensora.acceleration.model_parts import blocks_of
 from opensora.checkpoints.hub import checkpoint_files
 from opensora.models.text_encoder.classes import ClassIds
@@ -19,8 +20,8 @@ from opensora.pipeline.job import Job
 from opensora.pipeline.loaded_models import Components, LoadedModels
 from opensora.pipeline.request import Request
 from opensora.pipeline.text_encoding import Texts, count_tokens
-from opensora.profiling import cost_model
-from opensora.profiling.cost_model import Cost
+from opensora.profiling import cost_model, memory_meter, speed_history
+from opensora.profiling.operation_counter import Cost
 
 T5_XXL = {"parameters": 4_762_310_656, "tokens": 300}  # what is assumed of a text encoder that is not here
 GENEROUS = 16  # tensors of a network's widest layer that are never held at once
@@ -50,7 +51,7 @@ class ResourceEstimate:
     ) -> None:  # fmt: skip
         self.models, self.components, self.job, self.requests, self.again = models, components, job, requests, again
         self.device, self.dtype = device or models.device, dtype or models.dtype
-        self.on_host = cost_model.is_host(self.device)
+        self.on_host = is_cpu(self.device)
         self.where = (self.dtype, self.device)
         self.latent_size = tuple(components.vae.get_latent_size(job.size))
         self.stages = cache(lambda plan: list(self._stages(plan)))
@@ -60,7 +61,7 @@ class ResourceEstimate:
 
         `loaded` is the memory in bytes that the models occupy already.
         """
-        name, free = self.models.settings.memory, cost_model.available(self.models.device)
+        name, free = self.models.settings.memory, memory_meter.available_memory(self.models.device)
         if name != "auto":
             return BY_NAME[name]
         if free is None:
@@ -76,7 +77,7 @@ class ResourceEstimate:
 
     def fits(self, plan: MemoryPlan, loaded: int = 0) -> bool:
         """Whether a plan fits into free memory; True where nobody knows."""
-        free = cost_model.available(self.models.device)
+        free = memory_meter.available_memory(self.models.device)
         return free is None or self.upper_bound() < (free + loaded) / 2 or self.peak(plan) <= free + loaded
 
     def least(self, plan: MemoryPlan) -> int:
@@ -86,18 +87,18 @@ class ResourceEstimate:
     def weights(self) -> int:
         """Bytes of the weights of autoencoder and diffusion model."""
         parts = (self.components.vae, self.components.model)
-        return sum(cost_model.weights(part, self.dtype) for part in parts)
+        return sum(cost_model.weight_bytes(part, self.dtype) for part in parts)
 
     def _peak_of(self, stages: Sequence[Stage], plan: MemoryPlan) -> int:
         if self.on_host:
             return peak_on_host(stages, self.again)
         text, *others = stages
         held = sum(stage.weights for stage in others)
-        if self.again and not plan.visiting:
+        if self.again and not plan.offload:
             text = text._replace(weights=text.weights + held)
             stages = [text, *others]
-        weights = {stage.name: stage.weights if plan.visiting else held for stage in others}
-        if plan.visiting:
+        weights = {stage.name: stage.weights if plan.offload else held for stage in others}
+        if plan.offload:
             weights["decoding"] = weights["encoding"]  # of the same autoencoder
         return max(stage.cost.peak + weights.get(stage.name, text.weights) for stage in stages)
 
@@ -116,7 +117,7 @@ class ResourceEstimate:
         """Text, autoencoder and model, in order."""
         job, vae = self.job, self.components.vae
         tokens, text = self._text()
-        if plan.visiting and not self.on_host:
+        if plan.offload and not self.on_host:
             text = text._replace(weights=_by_layers(self.components.text_encoder, text.weights))
         yield text
         yield self._stage("encoding", "vae", self._encoding(plan))
@@ -126,7 +127,7 @@ class ResourceEstimate:
         if job.stop:
             num_clips, steps = len(self.requests), steps * job.stop / job.scheduler.num_steps
         yield self._stage("sampling", "model", step.times(steps * num_clips))
-        made = cost_model.decoding(vae, job.size, *self.where, streamed=True).times(num_clips)
+        made = cost_model.decoding_cost(vae, job.size, *self.where, streamed=True).times(num_clips)
         made = made._replace(peak=made.peak + self._frames_held(plan))
         yield Stage("decoding", 0, 0, False, made, self._seconds(made, "decoding"))
 
@@ -157,9 +158,9 @@ class ResourceEstimate:
 
     def _encoding(self, plan: MemoryPlan) -> Cost:
         vae, work, sizes = self.components.vae, Cost(), self._encoded()
-        at_once = frames_at_once(*self.job.frame_size) if plan.one_by_one else None
+        at_once = frames_at_once(*self.job.frame_size) if plan.single_frames else None
         for one in sorted(set(sizes)):
-            work = work.then(cost_model.encoding(vae, one, *self.where, at_once).times(sizes.count(one)))
+            work = work.then(cost_model.encoding_cost(vae, one, *self.where, at_once).times(sizes.count(one)))
         longest = max((frames for frames, *_ in sizes), default=0)
         held = self._float_frames(longest if self.on_host or at_once is None else min(longest, at_once))
         if sizes and self.on_host:
@@ -176,24 +177,23 @@ class ResourceEstimate:
         model, job = self.components.model, self.job
         given = any(edit < 1 for clips in self._timelines() for clip in clips for edit in clip.edit)
         rows = job.batch_size * (1 if plan.sequential_cfg else job.scheduler.num_branches)
-        with arranged(model, plan):
-            work = cost_model.step(model, self.latent_size, job.conditioning, tokens, *self.where, rows, given)
-            return cost_model.count(work, self.device).times(job.scheduler.num_branches / rows)
+        step = cost_model.step_cost(model, self.latent_size, job.conditioning, tokens, *self.where, rows, given, plan)
+        return step.times(job.scheduler.num_branches / rows)
 
     def _float_frames(self, frames: int) -> int:
         """Bytes of so many frames in float32."""
         return 12 * frames * self.job.frame_size[0] * self.job.frame_size[1]
 
     def _seconds(self, cost: Cost, stage: str) -> float:
-        return cost_model.seconds(cost, self.models.device, stage, self.models.dtype)
+        return speed_history.seconds(cost, self.models.device, stage, self.models.dtype)
 
     def _stage(self, name: str, part: str, cost: Cost) -> Stage:
         module = getattr(self.components, part)
-        held = cost_model.weights(module, self.dtype)
+        held = cost_model.weight_bytes(module, self.dtype)
         files, copied = self._files(part, held)
         copied |= part == "vae"  # its kernels are rearranged
         if part == "model" and self.models.settings.linear != "exact":
-            held -= quantization.num_values(module) * (self.dtype.itemsize - 1)
+            held -= quantization.num_quantized(module) * (self.dtype.itemsize - 1)
             copied = True
         return Stage(name, held, files, copied, cost, self._seconds(cost, name))
 
@@ -222,7 +222,7 @@ class ResourceEstimate:
         parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
         cost = Cost()
         for length in lengths:
-            cost = cost.then(cost_model.reading_text(config, parameters, length))
+            cost = cost.then(cost_model.text_cost(config, parameters, length))
         held = sum(map(_bytes, encoder.model.parameters()))
         files, copied = self._files("text_encoder", held)
         stage = Stage("text", held, files, copied, cost, self._seconds(cost, "text"))
@@ -232,18 +232,19 @@ class ResourceEstimate:
 def remember_pace(models: LoadedModels, job: Job, texts: Texts, clips: int) -> None:
     """Records the pace of this device for later estimates, after a run that was whole and long enough to tell."""
     whole = not job.stop and not job.drafts and job.cache.is_exact and models.layout.world_size == 1
-    if not whole or models.settings.compile or max(job.seconds.values()) < cost_model.LONG_ENOUGH:
+    if not whole or models.settings.compile or max(job.seconds.values()) < speed_history.MIN_SECONDS:
         return
     latent, where = tuple(models.vae.get_latent_size(job.size)), (models.dtype, models.device)
     tokens = max(text.shape[2] if text.ndim == 4 else 1 for text in texts.values())
     steps, rows = job.scheduler.num_sampling_steps or job.scheduler.num_steps, job.batch_size
-    step = cost_model.step(models.model, latent, job.conditioning, tokens, *where, job.scheduler.num_branches * rows)
+    batch = job.scheduler.num_branches * rows
+    step = cost_model.step_cost(models.model, latent, job.conditioning, tokens, *where, batch)
     costs = {
-        "sampling": cost_model.count(step, models.device).times(steps / rows),
-        "decoding": cost_model.decoding(models.vae, job.size, *where),
+        "sampling": step.times(steps / rows),
+        "decoding": cost_model.decoding_cost(models.vae, job.size, *where),
     }
     for stage, cost in costs.items():
-        cost_model.remember(models.device, stage, cost.times(clips), job.seconds[stage], models.dtype)
+        speed_history.remember(models.device, stage, cost.times(clips), job.seconds[stage], models.dtype)
 
 
 def _widest(model: Any) -> int:

@@ -1,7 +1,7 @@
 """DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095): few steps along the probability-flow ODE, exact in its linear part.
 
-Time runs from 1 (noise) to 1/1000; the model, which predicts noise, gets it as a timestep 999..0. All samples share
-their times, so what follows from times are lists of floats, one for each point between two steps.
+Time falls from 1 (noise) to 1/1000; the model, which predicts noise, gets it as a timestep 999..0. All samples share
+their times, so everything that depends on time alone is a list of floats, one for each point between two steps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FEW_STEPS = 10  # with fewer, the last steps of a multistep run fall in order
 class Path(NamedTuple):
     """Points that a solver visits: time, scale of signal and of noise, and lambda = log(alpha / sigma), [N + 1] each.
 
-    Lambda, half the logarithm of the signal-to-noise ratio, is what the solver takes its steps in.
+    Lambda is half the logarithm of the signal-to-noise ratio. The solver steps in it.
     """
 
     time: list[float]
@@ -44,11 +44,11 @@ Predictor = Callable[[Tensor, int], Tensor]  # (x, number of a point) -> clean l
 
 @dataclass(frozen=True)
 class DPM_SOLVER(Sampler):
-    """Settings of DPM-Solver++ under the names that configuration files use, and sampling with them.
+    """The DPM-Solver++ sampler; its fields are the keys of a configuration.
 
-    `order` is 1 to 3, `skip_type` says how steps are spaced; a step of `method` "multistep" learns from the steps
-    before it, one of "singlestep" from evaluations within it. Either way the model is evaluated `num_sampling_steps`
-    times. There is no training: IDDPM trains the models. Raises ConfigError for settings that make no sense.
+    `order` is 1 to 3, `skip_type` the spacing of the steps. A step of `method` "multistep" uses the predictions of
+    earlier steps, one of "singlestep" several evaluations of its own; both evaluate the model `num_sampling_steps`
+    times. IDDPM trains the models. Raises ConfigError for invalid settings.
     """
 
     num_sampling_steps: int = 20
@@ -138,7 +138,7 @@ def multistep(data: Predictor, state: SamplerState, path: Path, order: int) -> I
 def singlestep(data: Predictor, state: SamplerState, path: Path, order: int) -> Iterator[SamplerState]:
     """The states after `state`: each step spans `order` intervals of `path`, with an evaluation in each.
 
-    What is left over is one step of lower order; a run of third order ends on a step of order 2 or 1 in any case
+    The remaining intervals are a step of lower order; a run of third order always ends on a step of order 2 or 1
     (DPM-Solver, Lu et al. 2022, arXiv:2206.00927, algorithms 1 and 2 and "DPM-Solver-fast", for clean latents).
     """
     x, sizes = state.x, step_sizes(len(path.time) - 1, order)
@@ -155,7 +155,7 @@ def singlestep(data: Predictor, state: SamplerState, path: Path, order: int) -> 
 
 
 def step_sizes(num_evaluations: int, order: int) -> list[int]:
-    """How many intervals each step of `singlestep` takes."""
+    """The number of intervals in each step of `singlestep`."""
     sizes = [order] * (num_evaluations // order) + [num_evaluations % order] * (num_evaluations % order > 0)
     if order == 3 and num_evaluations % 3 == 0:
         sizes[-1:] = [2, 1]

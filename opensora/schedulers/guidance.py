@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -27,8 +26,8 @@ class Denoiser(Protocol):
 class PreparableDenoiser(Denoiser, Protocol):
     """A model that can precompute what its conditioning contributes to every step."""
 
-    def prepare(self, **conditioning: Any) -> dict[str, Any]:
-        """Keyword arguments that replace `conditioning` in calls of the model."""
+    def prepare(self, shape: Sequence[int], **conditioning: Any) -> dict[str, Any]:
+        """Keyword arguments that replace `conditioning` in calls of the model on latents of this shape."""
 
 
 def num_branches(scale: float) -> int:
@@ -56,6 +55,7 @@ class GuidedDenoiser:
     ) -> None:  # fmt: skip
         self.model, self.scale, self.channels, self.precompute = model, scale, channels, precompute
         self.batches, self.joins = [cond], False
+        self._prepared: list[Conditioning] | None = None
         if num_branches(scale) == 2:
             if null is None:
                 raise ValueError(f"guidance scale {scale} needs the unconditional arguments; pass null, or use scale 1")
@@ -67,17 +67,18 @@ class GuidedDenoiser:
     def __call__(self, x: Tensor, timestep: Tensor, **masks: Tensor) -> Tensor:
         """The guided prediction [B, C or more, T, H, W]; `masks` are arguments of this step, such as `x_mask`."""
         if num_branches(self.scale) == 1:
-            return self._predict(self._arguments[0], x, timestep, masks)
+            return self._predict(self._arguments(x)[0], x, timestep, masks)
         return self.combine(*self.branches(x, timestep, **masks))
 
     def branches(self, x: Tensor, timestep: Tensor, **masks: Tensor) -> tuple[Tensor, Tensor]:
         """The predictions of the conditional and the unconditional branch."""
         if not self.joins:
-            cond, uncond = (self._predict(arguments, x, timestep, masks) for arguments in self._arguments)
+            cond, uncond = (self._predict(arguments, x, timestep, masks) for arguments in self._arguments(x))
             return cond, uncond
         timestep = timestep if len(timestep) == 1 else torch.cat([timestep, timestep])
         twice = {name: torch.cat([mask, mask]) for name, mask in masks.items()}
-        cond, uncond = self._predict(self._arguments[0], torch.cat([x, x]), timestep, twice).chunk(2)
+        x = torch.cat([x, x])
+        cond, uncond = self._predict(self._arguments(x)[0], x, timestep, twice).chunk(2)
         return cond, uncond
 
     def combine(self, cond: Tensor, uncond: Tensor) -> Tensor:
@@ -86,11 +87,14 @@ class GuidedDenoiser:
         channels = self.channels
         return out if channels is None else torch.cat([out[:, :channels], cond[:, channels:]], dim=1)
 
-    @cached_property
-    def _arguments(self) -> list[Conditioning]:
+    def _arguments(self, x: Tensor) -> list[Conditioning]:
+        """The conditioning of each batch for latents like x, precomputed in the first evaluation if that is wanted."""
         if not self.precompute:
             return self.batches
-        return [cast(PreparableDenoiser, self.model).prepare(**batch) for batch in self.batches]
+        if self._prepared is None:
+            model = cast(PreparableDenoiser, self.model)
+            self._prepared = [model.prepare(x.shape, **batch) for batch in self.batches]
+        return self._prepared
 
     def _predict(self, conditioning: Conditioning, x: Tensor, timestep: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
         out = self.model(x, timestep, **conditioning, **masks)

@@ -26,7 +26,7 @@ TABLES = {"float64": torch.float64, "float32": torch.float32}
 
 
 class Prediction(NamedTuple):
-    """What a model's output says about x_{t-1}: mean and log variance of its distribution, and clean latents."""
+    """The mean and log variance of x_{t-1}, and the clean latents, that a model predicts."""
 
     mean: Tensor
     log_variance: Tensor
@@ -35,14 +35,14 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class IDDPM(Sampler):
-    """Settings of IDDPM under the names that configuration files use, and what is done with them.
+    """IDDPM, training loss and sampler; its fields are the keys of a configuration.
 
-    The process keeps `num_sampling_steps` of the `diffusion_steps` timesteps, or those that `timestep_respacing` names
+    The process keeps `num_sampling_steps` of the `diffusion_steps` timesteps, or those of `timestep_respacing`
     (`diffusion.space_timesteps`), or all. `cfg_channel` latent channels are guided, all by default. `ddim_eta` samples
     by DDIM with that share of noise, 0 to 1, instead of ancestrally. Without `learn_sigma` the variance is beta, or
     with `sigma_small` that of the posterior. `use_kl` trains on the whole variational bound; `rescale_learned_sigmas`
     scales the bound's share of the usual loss. `tables="float32"` repeats a rounding of Open-Sora 1.1 and 1.2, see
-    `diffusion.Diffusion`. Raises ConfigError for settings that make no sense.
+    `diffusion.Diffusion`. Raises ConfigError for invalid settings.
     """
 
     num_sampling_steps: int | None = None
@@ -108,7 +108,7 @@ class IDDPM(Sampler):
     def step(
         self, denoise: Denoiser, x: Tensor, index: int, source: NoiseSource, starts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """`x` at step `index` - 1 from `x` at step `index`, and the clean latents that the model sees in it.
+        """`x` at step `index` - 1 from `x` at step `index`, and the predicted clean latents.
 
         `denoise(x, timestep)` gives all channels of the model. A frame is left alone as long as `index` is above its
         entry of `starts` (int64 [B, T]), and noised first where both are equal.
@@ -131,7 +131,7 @@ class IDDPM(Sampler):
         return torch.where(started, moved, x), torch.where(started, predicted.x_start, x)
 
     def predict(self, output: Tensor, x: Tensor, t: Tensor, clip: bool = False) -> Prediction:
-        """What the model's `output` for `x` at `t` means; `clip` keeps clean latents in -1..1 (DDPM, algorithm 2)."""
+        """The prediction of `output` for `x` at `t`; `clip` clamps clean latents to -1..1 (DDPM, algorithm 2)."""
         channels, process = x.shape[1], self.process
         if self.learn_sigma and output.shape[1] != 2 * channels:
             raise ValueError(f"learn_sigma needs {2 * channels} channels from the model; it gave {output.shape[1]}")
@@ -151,7 +151,7 @@ class IDDPM(Sampler):
         self, model: Denoiser, x_start: Tensor, cond: Conditioning, *,
         height: Number = None, width: Number = None, num_frames: Number = None, **given: Any,
     ) -> Tensor:  # fmt: skip
-        """The loss of each sample, float32 [B]: that of `training_terms`, which takes `given`; sizes do not matter."""
+        """The "loss" of `training_terms`, float32 [B]; sizes have no effect."""
         return self.training_terms(model, x_start, cond, **given)["loss"]
 
     def training_terms(
@@ -159,11 +159,11 @@ class IDDPM(Sampler):
         noise: Tensor | None = None, timestep: Tensor | None = None, mask: Tensor | None = None,
         weights: Tensor | None = None, generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """`loss` and what it is made of, each float32 [B].
+        """`loss` and its terms, each float32 [B].
 
         `loss` is `mse`, the squared error of the prediction, plus `vb`, the variational bound in bits, which teaches
         the variance alone (L_hybrid of IDDPM, section 3.1); with `use_kl` it is the bound times N. Frames where `mask`
-        [B, T] is False get the noise of step 0, are told to the model as `x_mask`, and are left out (a sample without
+        [B, T] is False get the noise of step 0, are passed to the model as `x_mask`, and do not count (a sample without
         any True frame has loss 0). `weights` [N] multiply the `mse` of their steps. `timestep`, steps of the process
         as int64 [B], and `noise` are drawn when absent: from `generator`, which lives on any device, or from the
         default generator of the device of `x_start`.

@@ -1,7 +1,7 @@
 """Rectified flow (Liu et al. 2022, arXiv:2209.03003): straight lines between noise and data.
 
 Axes: latents [B, C, T, H, W], times [B] in 0..1 (1 noise, 0 data), frame masks [B, T]. A velocity points from noise to
-data: data - noise. At the model's door, and only there, times become timesteps 0..num_timesteps.
+data: data - noise. The model gets times as timesteps 0..num_timesteps.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from opensora.schedulers.common import NoiseSource, Number, SamplerState, per_fr
 from opensora.schedulers.guidance import Conditioning, Denoiser
 from opensora.schedulers.sampler import Sampler, Size
 
-CHUNK, CHUNK_LATENTS = 17, 5  # pixel frames that the video autoencoder takes at once, and what they become
+CHUNK, CHUNK_LATENTS = 17, 5  # pixel frames in a chunk of the video autoencoder, and their latent frames
 
 
 @dataclass(frozen=True)
 class RFLOW(Sampler):
-    """Settings of rectified flow under the names that configuration files use, and what is done with them.
+    """Rectified flow, training loss and sampler; its fields are the keys of a configuration.
 
     `use_timestep_transform` shifts times by video size, when training by `transform_scale` in addition;
     `sample_method="logit-normal"` draws training times as sigmoid(Normal(`loc`, `scale`)). Both are from Esser et al.
     2024 (Stable Diffusion 3, arXiv:2403.03206). `height` and `width` (pixels) and `num_frames` (pixel frames) of a
-    video feed the transform only. Raises ConfigError for settings that make no sense.
+    video matter to the transform only. Raises ConfigError for invalid settings.
     """
 
     num_sampling_steps: int = 10
@@ -89,8 +89,8 @@ class RFLOW(Sampler):
     ) -> Tensor:  # fmt: skip
         """Mean squared error of the predicted velocity, per sample: float32 [B].
 
-        Only the first C channels that `model(x, timestep, **cond)` gives count. Frames where `mask` [B, T] is False are
-        fed clean, told to the model as `x_mask`, and left out of the mean (a sample without any True frame has loss 0).
+        Only the first C predicted channels count. Frames where `mask` [B, T] is False stay clean, are passed to the
+        model as `x_mask`, and are left out of the mean (a sample without any True frame has loss 0).
         `weights` [num_timesteps] multiplies each loss by the entry of its nearest whole timestep. `noise` and `time`
         ([B], used as it is) are drawn when absent: from `generator`, which lives on any device, or from the default
         generator of the device of `x_start`.

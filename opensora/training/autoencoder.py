@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from opensora import registry
-from opensora.acceleration.device import keep_allocations_in_heap, pick_device, place
+from opensora.acceleration.allocator import keep_allocations_in_heap
+from opensora.acceleration.device import pick_device
+from opensora.acceleration.placement import to_device
 from opensora.checkpoints import components
 from opensora.checkpoints.fit import load_weights
 from opensora.checkpoints.hub import read_config_json
 from opensora.checkpoints.save import save_pretrained
 from opensora.config.settings import NOT_YET_IN_VAE_TRAINING, TrainSettings, check_trainable
 from opensora.datasets.synthetic.dataset import MixedClips, shape_clips
-from opensora.distributed.fsdp import world_size
+from opensora.distributed.ranks import world_size
 from opensora.errors import ConfigError
 from opensora.models.vae.vae import VideoAutoencoderPipeline
 from opensora.training.checkpoint.fingerprint import fingerprint
@@ -48,7 +50,7 @@ def train_vae(settings: TrainSettings) -> TrainResult:
     model = _build(settings.model, settings.offline)
     temporal = settings.use_z_rec_loss or settings.use_real_rec_loss
     _freeze(model, settings, temporal)
-    model = place(model, device).train()
+    model = to_device(model, device).train()
     data = shape_clips(settings.dataset, settings.batch_size or 1, settings.seed)
     loss = _loss(settings, model, _mixed(settings, data, device), data.period, temporal)
     identity = fingerprint(settings, **{"steps of an epoch": str(max(settings.ckpt_every, 1))})

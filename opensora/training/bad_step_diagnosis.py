@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from opensora.distributed.fsdp import Layout, gather, local
+from opensora.distributed.collectives import all_gather_objects
+from opensora.distributed.fsdp import local_shard
+from opensora.distributed.process_group import RankLayout
 
 Recompute = Callable[[], Tensor]  # losses of the step's samples [B], or their mean
 RecomputeSample = Callable[[int], Tensor]  # row -> loss of that sample alone
@@ -64,7 +66,7 @@ class BadStep:
 class Diagnosis:
     """Repeats bad steps of `model`. All ranks call `run` together."""
 
-    def __init__(self, model: nn.Module, layout: Layout) -> None:
+    def __init__(self, model: nn.Module, layout: RankLayout) -> None:
         self.model, self.layout = model, layout
 
     def run(
@@ -92,7 +94,7 @@ class Diagnosis:
         """The recomputed losses, and the first module with a non-finite output."""
         with torch.no_grad(), NonFiniteOutput(self.model) as first:
             losses = recompute().detach()
-        found = [one for one in gather(first.found, self.layout) if one is not None]
+        found = [one for one in all_gather_objects(first.found, self.layout) if one is not None]
         event.module, event.where = found[0] if found else (None, "")
         return losses, event.module
 
@@ -108,12 +110,12 @@ class Diagnosis:
 
     def _rows(self, ids: list[str]) -> list[int]:
         """The rows of the batch; the last one repeats until all ranks have the same number of forward passes."""
-        return [min(row, len(ids) - 1) for row in range(max(gather(len(ids), self.layout)))]
+        return [min(row, len(ids) - 1) for row in range(max(all_gather_objects(len(ids), self.layout)))]
 
     def _non_finite_gradients(self, loss: Callable[[], Tensor]) -> list[str]:
         """The names of the parameters with non-finite gradients."""
         with self._gradients(loss) as gradients:
-            bad = [name for name, gradient in gradients.items() if not local(gradient).isfinite().all()]
+            bad = [name for name, gradient in gradients.items() if not local_shard(gradient).isfinite().all()]
         return _union(bad, self.layout)
 
     def _dominant_samples(
@@ -191,14 +193,14 @@ class NonFiniteOutput:
 
 def _is_finite(value: Any) -> bool:
     tensors = [one for one in tree_leaves(value) if isinstance(one, Tensor) and one.is_floating_point()]
-    return all(bool(local(one).isfinite().all()) for one in tensors)
+    return all(bool(local_shard(one).isfinite().all()) for one in tensors)
 
 
-def _concatenated(values: Sequence[Any], layout: Layout) -> list[Any]:
+def _concatenated(values: Sequence[Any], layout: RankLayout) -> list[Any]:
     """The values of all ranks, in one list."""
-    return [one for part in gather(list(values), layout) for one in part]
+    return [one for part in all_gather_objects(list(values), layout) for one in part]
 
 
-def _union(values: Sequence[str], layout: Layout) -> list[str]:
+def _union(values: Sequence[str], layout: RankLayout) -> list[str]:
     """The values of all ranks in order, without duplicates: ranks of one sequence have the same."""
     return list(dict.fromkeys(_concatenated(values, layout)))

@@ -14,9 +14,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from opensora.acceleration.device import read_later
+from opensora.acceleration.streams import read_async
 from opensora.config.settings import TrainSettings
-from opensora.distributed.fsdp import Layout, mean
+from opensora.distributed.collectives import all_reduce_mean
+from opensora.distributed.process_group import RankLayout
 from opensora.errors import OpenSoraError
 from opensora.training.bad_step_diagnosis import GRADIENTS, LOSS, SPIKE, BadStep, Diagnosis, Recompute, RecomputeSample
 
@@ -48,10 +49,10 @@ class BadStepGuard:
     """
 
     def __init__(
-        self, model: nn.Module, settings: TrainSettings, layout: Layout | None = None,
+        self, model: nn.Module, settings: TrainSettings, layout: RankLayout | None = None,
         report: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:  # fmt: skip
-        self.settings, self.layout, self.report = settings, layout or Layout(), report
+        self.settings, self.layout, self.report = settings, layout or RankLayout(), report
         self.diagnosis = Diagnosis(model, self.layout)
         self.norms: deque[float] = deque(maxlen=WINDOW)
         self.in_a_row = self.overflows = 0
@@ -67,9 +68,9 @@ class BadStepGuard:
 
     def launch(self, loss: Tensor, grad_norm: Tensor) -> FiniteCheck:
         """Starts the check of a step on the device. Both arguments are scalars; the norm is that before clipping."""
-        values = mean(torch.stack([value.detach().float() for value in (loss, grad_norm)]), self.layout)
+        values = all_reduce_mean(torch.stack([value.detach().float() for value in (loss, grad_norm)]), self.layout)
         bad = 1 - (values.isfinite().all() & (values[1] <= self._limit())).float()
-        return FiniteCheck(bad, read_later(torch.cat([values, bad[None]])))
+        return FiniteCheck(bad, read_async(torch.cat([values, bad[None]])))
 
     def check(
         self, loss: Tensor, grad_norm: Tensor, sample_ids: Sequence[str] = (), step: int = 0,

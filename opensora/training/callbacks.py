@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from opensora.config.settings import TrainSettings
-from opensora.distributed.fsdp import Layout
+from opensora.distributed.process_group import RankLayout
 from opensora.training.data.batch import Encoders, Size, clip_conditioning, encode_texts
 from opensora.training.data.diffusion_data import DiffusionData
 from opensora.training.trainer import Callback, Trainer
@@ -17,7 +17,7 @@ FPS = 24
 
 
 def make_callbacks(
-    settings: TrainSettings, model: nn.Module, scheduler: Any, data: DiffusionData, layout: Layout
+    settings: TrainSettings, model: nn.Module, scheduler: Any, data: DiffusionData, layout: RankLayout
 ) -> list[Callback]:
     """The callbacks that the settings ask for, as far as the data allows."""
     callbacks: list[Callback] = []

@@ -11,23 +11,23 @@ import torch
 from torch import nn
 
 from opensora import registry
-from opensora.acceleration.device import (
-    DTYPES,
-    copied_alongside,
-    keep_allocations_in_heap,
-    pick_device,
-    place,
-)
+from opensora.acceleration.allocator import keep_allocations_in_heap
+from opensora.acceleration.device import pick_device
+from opensora.acceleration.placement import to_device
+from opensora.acceleration.precision import DTYPES
+from opensora.acceleration.streams import pin_memory_for
 from opensora.checkpoints import components
 from opensora.checkpoints.fit import load_weights
 from opensora.checkpoints.save import save_pretrained
 from opensora.config.settings import TrainSettings, check_trainable
-from opensora.distributed import peers
-from opensora.distributed.fsdp import Layout, of_main, one_voice, start
-from opensora.distributed.full_state_dict import whole
+from opensora.distributed import ranks
+from opensora.distributed.collectives import run_on_main
+from opensora.distributed.failures import report_first_failure
+from opensora.distributed.full_state_dict import full_state_dict
 from opensora.distributed.parallelize import parallelize
+from opensora.distributed.process_group import RankLayout, start
 from opensora.errors import ConfigError
-from opensora.models.layers.transformer import FixedPositions
+from opensora.models.layers.fixed_positions import FixedPositions
 from opensora.training.callbacks import make_callbacks
 from opensora.training.checkpoint.fingerprint import fingerprint
 from opensora.training.data.diffusion_data import DiffusionData, make_data
@@ -42,7 +42,7 @@ from opensora.training.trainer import Trainer
 logger = logging.getLogger("opensora")
 
 
-@one_voice()
+@report_first_failure()
 def train(settings: TrainSettings) -> TrainResult:
     """Trains a diffusion model; exports the averaged weights once the last step is done.
 
@@ -52,13 +52,13 @@ def train(settings: TrainSettings) -> TrainResult:
     scheduler, ratios = check_training(settings)
     keep_allocations_in_heap()
     device = pick_device(settings.device)
-    layout = start(device, settings.sp_size, peers.timeout())
-    of_main(lambda: refuse_running(settings), layout)
+    layout = start(device, settings.sp_size, ranks.rank_timeout())
+    run_on_main(lambda: refuse_running(settings), layout)
     data = make_data(settings, device, layout)
     model = build_model(settings, data, device)
     parallelize(model, layout, DTYPES[settings.dtype], settings.grad_checkpoint, settings.compile)
     workers = settings.num_workers if data.reads_files else 0
-    loader = PrefetchLoader(data.source, layout.data_rank, layout.data_size, workers, copied_alongside(device))
+    loader = PrefetchLoader(data.source, layout.data_rank, layout.data_size, workers, pin_memory_for(device))
     trainer = Trainer(
         settings, model, DiffusionLoss(model, scheduler, ratios), device, loader, layout,
         fingerprint=fingerprint(settings, **data.contents),
@@ -108,16 +108,16 @@ def build_model(settings: TrainSettings, data: DiffusionData, device: torch.devi
         logger.info("%s", load_weights(model, path, strict=section.get("strict", False)))
     if data.sizes:
         model.config = {**model.config, "trained_sizes": [list(size) for size in data.sizes]}
-    return place(model, device).train()
+    return to_device(model, device).train()
 
 
-def export_average(settings: TrainSettings, model: nn.Module, trainer: Trainer, layout: Layout) -> Path:
+def export_average(settings: TrainSettings, model: nn.Module, trainer: Trainer, layout: RankLayout) -> Path:
     """Writes the averaged model as inference reads it into `ema` of the run folder; returns its path."""
-    averaged = whole(trainer.ema.state_dict(), layout)
+    averaged = full_state_dict(trainer.ema.state_dict(), layout)
 
     def write() -> Path:
         config = {"model_type": settings.model["type"], **model.config}
         save_pretrained(averaged, trainer.folder / "ema", config)
         return publish(trainer.folder)
 
-    return of_main(write, layout)
+    return run_on_main(write, layout)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from opensora.distributed.fsdp import local
-from opensora.distributed.full_state_dict import fill
+from opensora.distributed.fsdp import local_shard
+from opensora.distributed.full_state_dict import copy_full
 from opensora.errors import WeightsError
 
 
@@ -20,8 +20,8 @@ class EMA:
         self.decay = decay
         self.shadow = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         followed = {name: p for name, p in model.named_parameters() if p.requires_grad and name != "pos_embed"}
-        self.parameters = [local(parameter) for parameter in followed.values()]
-        self.averaged = [local(self.shadow[name]) for name in followed]
+        self.parameters = [local_shard(parameter) for parameter in followed.values()]
+        self.averaged = [local_shard(self.shadow[name]) for name in followed]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -37,4 +37,4 @@ class EMA:
         if absent := sorted(self.shadow.keys() - state.keys()):
             raise WeightsError(f"the averaged weights lack {len(absent)} tensors of the model, such as {absent[0]}")
         for name, tensor in self.shadow.items():
-            fill(tensor, state[name])
+            copy_full(tensor, state[name])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora.config.schema import Count, Name, Schema, check
-from opensora.distributed import peers
+from opensora.distributed import ranks
 from opensora.errors import MediaError, OpenSoraError, WeightsError, printable
 from opensora.files import read_json, why
 
@@ -56,7 +56,7 @@ class Lock:
         self._write_holder()
 
     def _write_holder(self) -> None:
-        own = Holder(host=socket.gethostname(), pid=os.getpid(), launcher=peers.launcher()[:1024])
+        own = Holder(host=socket.gethostname(), pid=os.getpid(), launcher=ranks.launch_id()[:1024])
         try:
             self._file.truncate(0)
             self._file.write(own.model_dump_json())

@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from opensora.acceleration.device import optimizer_kernels, runs_ahead, training_attention
+from opensora.acceleration.device import fastest_adamw
+from opensora.acceleration.precision import training_attention
+from opensora.acceleration.streams import is_asynchronous
 from opensora.config.settings import TrainSettings
-from opensora.distributed.fsdp import Layout, clip_grad_norm
+from opensora.distributed.fsdp import clip_grad_norm
+from opensora.distributed.process_group import RankLayout
 from opensora.training.bad_step_guard import GO, BadStepGuard, FiniteCheck, Verdict
 from opensora.training.ema import EMA
 
@@ -33,19 +36,19 @@ class Optimization:
     """
 
     def __init__(
-        self, model: nn.Module, settings: TrainSettings, device: torch.device, layout: Layout | None = None,
+        self, model: nn.Module, settings: TrainSettings, device: torch.device, layout: RankLayout | None = None,
         report: Callable[[dict[str, Any]], None] | None = None, deferred_check: bool | None = None,
     ) -> None:  # fmt: skip
         self.settings, self.device = settings, device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        kernels = optimizer_kernels(device)
+        kernels = fastest_adamw(device)
         hyperparameters = dict(betas=settings.adam_betas, eps=settings.adam_eps, weight_decay=settings.weight_decay)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, **hyperparameters, **kernels)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "fp16")
         self.ema = EMA(model, settings.ema_decay)
         self.guard = BadStepGuard(model, settings, layout, report)
         if deferred_check is None:
-            deferred_check = settings.dtype != "fp16" and kernels["fused"] and runs_ahead(device)
+            deferred_check = settings.dtype != "fp16" and kernels["fused"] and is_asynchronous(device)
         self.deferred_check = deferred_check
 
     def backward(self, loss: Tensor) -> None:

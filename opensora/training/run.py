@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from opensora import registry
-from opensora.acceleration.device import DTYPES
+from opensora.acceleration.precision import DTYPES
 from opensora.checkpoints.summary import Summary
 from opensora.config import load_config, merge_configs
 from opensora.config.settings import ExtractSettings, TrainSettings

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from opensora.config.schema import Positive, Schema, Text, check
 from opensora.config.settings import TrainSettings
-from opensora.distributed import peers
+from opensora.distributed import ranks
 from opensora.errors import ConfigError, MediaError, OpenSoraError, WeightsError
 from opensora.files import read_json, replacing
 from opensora.training import lock
@@ -52,7 +52,7 @@ def open_run(settings: TrainSettings, verify: Verify, changes_since: Changes) ->
 
     A run resumes in place from the newest checkpoint of its own folder if that is intact, else in a new folder.
     """
-    own = _of_launcher(settings) if peers.restarts() else []
+    own = _of_launcher(settings) if ranks.restart_count() else []
     checkpoint = newest_intact(own, verify) if own else _find(settings, verify, changes_since)
     if checkpoint is None or (settings.start_from_scratch and not own):
         return _new_run(settings, DEFAULT_KEEP)._replace(checkpoint=checkpoint)
@@ -120,13 +120,13 @@ def _find(settings: TrainSettings, verify: Verify, changes_since: Changes) -> Pa
 
 def _of_launcher(settings: TrainSettings) -> list[Path]:
     """The checkpoints of the run that this torchrun started before a restart, newest first."""
-    if not peers.launcher():
+    if not ranks.launch_id():
         return []
     loaded = [Path(settings.load).resolve()] if settings.load not in (None, AUTO) else []
     runs = [*loaded, *(path.parent for path in loaded), *folders.run_folders(Path(settings.outputs))]
     for folder in reversed(runs):
         found = lock.holder(folder)
-        if found is not None and found.launcher == peers.launcher() and folders.checkpoints(folder):
+        if found is not None and found.launcher == ranks.launch_id() and folders.checkpoints(folder):
             return [path.resolve() for path in reversed(folders.checkpoints(folder))]
     return []
 

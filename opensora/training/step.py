@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from opensora.acceleration.device import training_context
+from opensora.acceleration.precision import training_context
 from opensora.config.settings import TrainSettings
-from opensora.distributed.fsdp import Layout
+from opensora.distributed.process_group import RankLayout
 from opensora.training.bad_step_guard import GO, ROLL_BACK
 from opensora.training.data.batch import sample_names
 from opensora.training.optimization import Optimization, Update
@@ -50,12 +50,12 @@ class TrainStep:
     """
 
     def __init__(
-        self, settings: TrainSettings, loss: Loss, optimization: Optimization, layout: Layout | None = None,
+        self, settings: TrainSettings, loss: Loss, optimization: Optimization, layout: RankLayout | None = None,
         encode: Encode = lambda batch: batch, on_batch: Callable[[Any], None] = lambda batch: None,
         roll_back: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self.settings, self.loss, self.optimization = settings, loss, optimization
-        self.layout, self.encode, self.on_batch, self.roll_back = layout or Layout(), encode, on_batch, roll_back
+        self.layout, self.encode, self.on_batch, self.roll_back = layout or RankLayout(), encode, on_batch, roll_back
         self.pending: PendingStep | None = None
         self.samples = 0
         self.losses: list[Tensor] = []

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opensora.acceleration.device import HOST
 from opensora.checkpoints import components
-from opensora.distributed.fsdp import Layout, mean
+from opensora.distributed.collectives import all_reduce_mean
+from opensora.distributed.process_group import RankLayout
 from opensora.profiling import cost_model
 from opensora.profiling.peak_flops import peak_flops
 from opensora.training.data.batch import TrainingBatch
@@ -45,9 +47,7 @@ class StepCost:
     def _forward(self, size: tuple[int, ...], text: int, cond: Mapping[str, Tensor]) -> float:
         """FLOPs of a forward pass for one sample."""
         sizes = {name: value[:1] for name, value in cond.items() if name not in ("y", "mask")}
-        host = torch.empty(0).device
-        work = cost_model.step(self.model, size, sizes, text, torch.float32, host, batch=1)
-        cost = cost_model.count(work, host)
+        cost = cost_model.step_cost(self.model, size, sizes, text, torch.float32, HOST, batch=1)
         return cost.products + cost.convolutions
 
 
@@ -73,9 +73,9 @@ class Throughput:
     """
 
     def __init__(
-        self, device: torch.device, dtype: str = "bf16", layout: Layout | None = None, per_step: int = 1
+        self, device: torch.device, dtype: str = "bf16", layout: RankLayout | None = None, per_step: int = 1
     ) -> None:
-        self.device, self.dtype, self.layout, self.per_step = device, dtype, layout or Layout(), per_step
+        self.device, self.dtype, self.layout, self.per_step = device, dtype, layout or RankLayout(), per_step
         self.waited = 0.0  # seconds since the start of the run, when the last line was written
         self._reset()
 
@@ -100,7 +100,7 @@ class Throughput:
         """
         seconds = max(time.perf_counter() - self.began, 1e-9)
         done = [self.clips, self.tokens, self.flops, (waited - self.waited) / seconds]
-        clips, tokens, flops, waiting = mean(self._tensor(done), self.layout).tolist()
+        clips, tokens, flops, waiting = all_reduce_mean(self._tensor(done), self.layout).tolist()
         line = {
             "step_s": seconds * self.per_step / max(self.batches, 1),
             "clips_per_s": clips * self.layout.data_size / seconds,

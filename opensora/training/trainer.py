@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from opensora.config.settings import TrainSettings
-from opensora.distributed.fsdp import Layout, barrier, gather, mean, of_main, share
+from opensora.distributed.collectives import all_gather_objects, all_reduce_mean, barrier, broadcast_object, run_on_main
+from opensora.distributed.process_group import RankLayout
 from opensora.errors import OpenSoraError
 from opensora.training.checkpoint.fingerprint import differences
 from opensora.training.checkpoint.folders import checkpoints
@@ -56,12 +57,12 @@ class Trainer:
 
     def __init__(
         self, settings: TrainSettings, model: nn.Module, loss: Loss, device: torch.device,
-        loader: PrefetchLoader | int, layout: Layout | None = None, *, fingerprint: dict[str, str] | None = None,
+        loader: PrefetchLoader | int, layout: RankLayout | None = None, *, fingerprint: dict[str, str] | None = None,
         encode: Encode = lambda batch: batch, cost: Callable[[Any], tuple[float, ...]] = lambda batch: (1,),
         history: DataHistory | None = None, callbacks: Sequence[Callback] = (), deferred_check: bool | None = None,
     ) -> None:  # fmt: skip
         self.settings, self.model, self.device = settings, model, device
-        self.layout, self.fingerprint = layout or Layout(), fingerprint or {}
+        self.layout, self.fingerprint = layout or RankLayout(), fingerprint or {}
         self.history, self.callbacks = history or DataHistory(self.layout), list(callbacks)
         self.loader = PrefetchLoader(StepIndices(loader)) if isinstance(loader, int) else loader
         self.batches_per_step = settings.accumulation_steps * self.loader.ranks
@@ -94,7 +95,7 @@ class Trainer:
             self.lock = opened.lock
             return opened._replace(lock=None)
 
-        opened = of_main(open_on_main, self.layout)
+        opened = run_on_main(open_on_main, self.layout)
         self.folder, self.run_id, self.keep = opened.folder, opened.run.run, opened.run.keep_checkpoints
         self.resumed_from: Path | None = None  # the folder of the run that this one continues
         if opened.checkpoint is None:
@@ -191,7 +192,7 @@ class Trainer:
         batches = [next(self.loader) for _ in range(self.settings.accumulation_steps)]
         step = self.synchronize(batches, stop=received > 0)
         if step.stop:
-            self.stopped_by = max(gather(received, self.layout))
+            self.stopped_by = max(all_gather_objects(received, self.layout))
             self.loader.position = position
         return step
 
@@ -226,7 +227,7 @@ class Trainer:
             "guard": self.optimization.guard.state_dict(),
         }  # fmt: skip
         if losses:  # replaced by their means over the ranks, as in a run that resumes here
-            self.train_step.losses = list(mean(torch.stack(losses), self.layout))
+            self.train_step.losses = list(all_reduce_mean(torch.stack(losses), self.layout))
             states["losses"] = torch.stack(self.train_step.losses).tolist()
         return self.checkpoints.save(self.folder, self.settings.model["type"], states, self.keep, self.run_id)
 
@@ -258,7 +259,7 @@ class Trainer:
         minutes = self.settings.max_minutes
         if not minutes or (self.layout.world_size > 1 and self.step % self.settings.log_every):
             return False
-        return share(time.monotonic() >= started + 60 * minutes, self.layout)
+        return broadcast_object(time.monotonic() >= started + 60 * minutes, self.layout)
 
     def _progress_bar(self) -> tqdm:
         options = dict(unit="step", mininterval=5, disable=self.layout.rank > 0)
@@ -268,7 +269,7 @@ class Trainer:
         """Logs the mean loss since the last line, and returns it: NaN if no step was good."""
         self.finish_pending()
         losses, self.train_step.losses = self.train_step.losses, []
-        loss = mean(torch.stack(losses), self.layout).mean().item() if losses else math.nan
+        loss = all_reduce_mean(torch.stack(losses), self.layout).mean().item() if losses else math.nan
         line = {"step": self.step, "loss": loss} if losses else {"step": self.step}
         line |= {"lr": self.learning_rate(self.step - 1), "grad_norm": grad_norm.item()}
         self.tracker.step({**line, **self.throughput.line(self.loader.waited)})

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opensora.acceleration.device import training_context
+from opensora.acceleration.precision import training_context
 from opensora.config.settings import TrainSettings
 from opensora.datasets.video import to_uint8
-from opensora.distributed.fsdp import Layout, gather
+from opensora.distributed.collectives import all_gather_objects
+from opensora.distributed.process_group import RankLayout
 from opensora.pipeline.noise import initial_noise, noise_generator
 from opensora.schedulers.iddpm import IDDPM
 from opensora.training.data.batch import TrainingBatch
@@ -35,10 +36,10 @@ class Validation:
 
     def __init__(
         self, model: nn.Module, scheduler: Any, settings: TrainSettings, batches: Sequence[tuple[str, TrainingBatch]],
-        layout: Layout | None = None,
+        layout: RankLayout | None = None,
     ) -> None:  # fmt: skip
         self.model, self.scheduler, self.settings, self.batches = model, scheduler, settings, batches
-        self.layout = layout or Layout()
+        self.layout = layout or RankLayout()
         self.device = next(model.parameters()).device
 
     def due(self, step: int) -> bool:
@@ -56,7 +57,7 @@ class Validation:
                 losses = self._of_batch(number, batch.to(self.device)).tolist()
                 if batch.weight:  # else none of its clips could be read
                     mine[number] = name, losses
-        found = {number: one for part in gather(mine, self.layout) for number, one in part.items()}
+        found = {number: one for part in all_gather_objects(mine, self.layout) for number, one in part.items()}
         results: dict[str, list[list[float]]] = {}
         for number in sorted(found):
             name, losses = found[number]
@@ -119,10 +120,10 @@ class Samples:
 
     def __init__(
         self, model: Any, scheduler: Any, vae: Any, settings: TrainSettings, prompts: Sequence[Prompt],
-        layout: Layout | None = None,
+        layout: RankLayout | None = None,
     ) -> None:  # fmt: skip
         self.model, self.scheduler, self.vae, self.settings, self.prompts = model, scheduler, vae, settings, prompts
-        self.layout = layout or Layout()
+        self.layout = layout or RankLayout()
         self.device = next(model.parameters()).device
 
     def due(self, step: int) -> bool:

@@ -17,8 +17,11 @@ import torch
 from torch import Tensor
 
 from opensora import registry
-from opensora.acceleration.device import inference_dtype, keep_allocations_in_heap, pick_device
+from opensora.acceleration.allocator import keep_allocations_in_heap
+from opensora.acceleration.device import pick_device
+from opensora.acceleration.precision import inference_dtype
 from opensora.checkpoints import components
+from opensora.cli.program import run_program
 from opensora.config import find_config, read_config
 from opensora.config.settings import InferenceSettings
 from opensora.datasets.synthetic.dataset import to_model
@@ -29,7 +32,6 @@ from opensora.models.sizes import size_conditioning
 from opensora.models.text_encoder.cleaning import preprocess
 from opensora.pipeline.noise import initial_noise, noise_generator
 from opensora.pipeline.output_files import check_folder
-from opensora.utils.config_utils import run_program
 
 SIZES = ("17x64x64", "34x64x64", "1x64x64", "17x48x80", "34x48x80", "1x48x80", "17x80x48", "34x80x48", "1x80x48")
 CHUNK, CHUNK_LATENTS = 17, 5

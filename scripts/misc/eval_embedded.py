@@ -17,8 +17,10 @@ import numpy as np
 import torch
 
 from opensora import cli
-from opensora.acceleration.device import inference_dtype, pick_device
+from opensora.acceleration.device import pick_device
+from opensora.acceleration.precision import inference_dtype
 from opensora.checkpoints import components
+from opensora.cli.program import run_program
 from opensora.config import find_config, read_config
 from opensora.config.settings import InferenceSettings
 from opensora.datasets.synthetic.dataset import to_model
@@ -28,7 +30,6 @@ from opensora.datasets.video import contact_sheet, read_video, tile, write_image
 from opensora.errors import MediaError
 from opensora.pipeline.output_files import check_folder
 from opensora.pipeline.recipe import read_recipe
-from opensora.utils.config_utils import run_program
 
 NUM_FRAMES, SIDE, FPS = 17, 64, 8  # of the clips that the embedded model was trained on
 TOGETHER = "all four together"

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from opensora.cli.flags import boolean
 from opensora.config.settings import TrainSettings
-from opensora.distributed.fsdp import Layout
+from opensora.distributed.process_group import RankLayout
 from opensora.training.checkpoint import folders, write
 from opensora.training.checkpoint.snapshot import take_snapshot
 from opensora.training.ema import EMA
 from opensora.training.trainer import Trainer
-from opensora.utils.config_utils import boolean
 from tests.parity.cases import ROOT
 
 MISC = json.loads((ROOT / "data" / "training_misc.json").read_text())
@@ -101,7 +101,7 @@ def test_checkpoint_folder(case: dict[str, Any], tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     optimizer, scaler = torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
     position = {name: value for name, value in case["arguments"].items() if name not in FUNCTION_OF_STEP}
-    snapshot = take_snapshot(model, EMA(model, 0.9), optimizer, scaler, Layout())
+    snapshot = take_snapshot(model, EMA(model, 0.9), optimizer, scaler, RankLayout())
     made = write.write_checkpoint(tmp_path, snapshot, {}, position, keep=1)
     assert made == tmp_path / case["folder"]
     entries = {path.name + "/" * path.is_dir() for path in made.iterdir()}

@@ -16,16 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from opensora import registry
-from opensora.acceleration.device import DTYPES, inference_dtype, pick_device, place, training_context
+from opensora.acceleration.device import pick_device
+from opensora.acceleration.placement import to_device
+from opensora.acceleration.precision import DTYPES, inference_dtype, training_context
 from opensora.checkpoints import components
 from opensora.config.settings import SearchSettings
 from opensora.datasets.aspect import SIZES
 from opensora.datasets.bucket import Buckets
 from opensora.datasets.table import Table, read_table
-from opensora.distributed.fsdp import Layout
 from opensora.distributed.parallelize import parallelize
+from opensora.distributed.process_group import RankLayout
 from opensora.errors import ConfigError
-from opensora.models.layers.transformer import FixedPositions
+from opensora.models.layers.fixed_positions import FixedPositions
 from opensora.profiling.memory_meter import MemoryMeter, bounded_host_memory, is_out_of_memory
 from opensora.training.batch_size_search.search import NoData, Outcome, OutOfMemory, Span, Step
 from opensora.training.data.batch import Size, TrainingBatch, clip_conditioning, encode_texts, encode_videos
@@ -101,8 +103,8 @@ class TrainingProbe:
         else:
             forced["skip_y_embedder"] = False  # features are those of the text encoder
         model = components.build({**settings.model, "strict": False}, None, fitting, forced)
-        model = place(model, self.device).train()
-        parallelize(model, Layout(), DTYPES[settings.dtype], settings.grad_checkpoint, settings.compile)
+        model = to_device(model, self.device).train()
+        parallelize(model, RankLayout(), DTYPES[settings.dtype], settings.grad_checkpoint, settings.compile)
         return model
 
     def _mean_time(self, batch: dict[str, Any]) -> float:

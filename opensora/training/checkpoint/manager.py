@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from opensora.distributed.fsdp import Layout, local, mean, of_main
+from opensora.distributed.collectives import all_reduce_mean, run_on_main
+from opensora.distributed.fsdp import local_shard
+from opensora.distributed.process_group import RankLayout
 from opensora.training.checkpoint import folders, restore
 from opensora.training.checkpoint.running_states import RunningStates
 from opensora.training.checkpoint.snapshot import take_snapshot
@@ -20,7 +22,7 @@ from opensora.training.run_folder import newest_intact
 class CheckpointManager:
     """Checkpoints of a model and its optimization. All ranks call its methods together unless stated otherwise."""
 
-    def __init__(self, model: nn.Module, optimization: Optimization, layout: Layout) -> None:
+    def __init__(self, model: nn.Module, optimization: Optimization, layout: RankLayout) -> None:
         self.model, self.optimization, self.layout = model, optimization, layout
         self.writer = BackgroundWriter()
 
@@ -42,13 +44,13 @@ class CheckpointManager:
             found = folders.checkpoints(folder)[::-1]
             return newest_intact(found, self.verify) if found else None
 
-        if checkpoint := of_main(newest, self.layout):
+        if checkpoint := run_on_main(newest, self.layout):
             self.load(checkpoint)
 
     def weights_are_finite(self) -> bool:
         """Whether all trained weights are finite, on all ranks."""
-        norms = torch.stack(torch._foreach_norm([local(one.detach()) for one in self.optimization.parameters]))
-        return bool(mean(norms, self.layout).isfinite().all())
+        norms = torch.stack(torch._foreach_norm([local_shard(one.detach()) for one in self.optimization.parameters]))
+        return bool(all_reduce_mean(norms, self.layout).isfinite().all())
 
     def save(self, folder: Path, model_type: str, running_states: dict[str, Any], keep: int, run: str) -> Path:
         """Copies the state and writes it in the background, after the previous checkpoint; returns its folder."""

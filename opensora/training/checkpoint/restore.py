@@ -15,7 +15,7 @@ from opensora.checkpoints.pickle_machine import View
 from opensora.checkpoints.pickles import Pickled, read_pickled
 from opensora.checkpoints.read import read_state_dict
 from opensora.config.schema import Count, NonNegative, Positive, Schema, check
-from opensora.distributed.full_state_dict import fill, spread
+from opensora.distributed.full_state_dict import copy_full, distribute_like
 from opensora.errors import WeightsError
 from opensora.training.checkpoint import manifest
 from opensora.training.checkpoint.running_states import RunningStates, read_running_states
@@ -140,7 +140,7 @@ def load_into(
 ) -> None:  # fmt: skip
     """Copies a checkpoint that fits into a run, sharded or not. The optimizer keeps its own hyperparameters."""
     for name, tensor in model.state_dict().items():
-        fill(tensor, saved.model[name])
+        copy_full(tensor, saved.model[name])
     ema.load_state_dict(saved.ema)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {index: _spread(own, parameters[index]) for index, own in saved.moments.items()}
@@ -151,4 +151,4 @@ def load_into(
 
 def _spread(moments: Mapping[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
     """Shards the moments like their parameter; the step count is a scalar and stays replicated."""
-    return {name: one if name == "step" else spread(one, parameter) for name, one in moments.items()}
+    return {name: one if name == "step" else distribute_like(one, parameter) for name, one in moments.items()}

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from opensora.distributed.fsdp import Layout
-from opensora.distributed.full_state_dict import whole
+from opensora.distributed.full_state_dict import full_state_dict
+from opensora.distributed.process_group import RankLayout
 from opensora.training.ema import EMA
 
 
@@ -27,11 +27,11 @@ class Snapshot(NamedTuple):
 
 
 def take_snapshot(
-    model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, layout: Layout
+    model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, layout: RankLayout
 ) -> Snapshot | None:
     """Gathers the full state on the main rank; None on the others. All ranks call this together."""
     rest = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    parts = [whole(part, layout) for part in (model.state_dict(), ema.state_dict(), rest)]
+    parts = [full_state_dict(part, layout) for part in (model.state_dict(), ema.state_dict(), rest)]
     return Snapshot(*parts) if layout.is_main else None
 
 

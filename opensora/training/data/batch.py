@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from opensora.acceleration.device import inference_dtype, training_context
+from opensora.acceleration.precision import inference_dtype, training_context
 from opensora.checkpoints import components
 from opensora.config.settings import TrainSettings
 from opensora.datasets.datasets import to_levels
-from opensora.distributed.fsdp import Layout
+from opensora.distributed.process_group import RankLayout
 from opensora.errors import ConfigError
 from opensora.models.sizes import size_conditioning
 from opensora.models.text_encoder.classes import ClassIds
@@ -85,7 +85,7 @@ class Encoders:
     contents: the hashes of their weights and of the tokenizer, by name, for the fingerprint of the run
     """
 
-    def __init__(self, settings: TrainSettings, device: torch.device, layout: Layout) -> None:
+    def __init__(self, settings: TrainSettings, device: torch.device, layout: RankLayout) -> None:
         for name in ("vae", "text_encoder"):
             if getattr(settings, name) is None:
                 raise ConfigError(f"training a diffusion model needs a section {name}")
@@ -95,7 +95,7 @@ class Encoders:
         self.contents = {"weights of the vae": vae.sha256}
         self.text = self._load_text_encoder(settings.text_encoder, layout)
 
-    def _load_text_encoder(self, section: dict[str, Any], layout: Layout) -> Any:
+    def _load_text_encoder(self, section: dict[str, Any], layout: RankLayout) -> Any:
         if section["type"] in components.WITHOUT_WEIGHTS:
             return components.build_text_encoder(section, None, self.dtype)
         offline = self.settings.offline

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora.acceleration.device import training_context
+from opensora.acceleration.precision import training_context
 from opensora.config.settings import TrainSettings
 from opensora.datasets.synthetic.dataset import MixedClips, ShapeClips, to_model
 from opensora.errors import ConfigError

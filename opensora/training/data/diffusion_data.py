@@ -14,7 +14,8 @@ from opensora.config.settings import TrainSettings
 from opensora.datasets.datasets import VideoTextDataset
 from opensora.datasets.quarantine import Broken
 from opensora.datasets.synthetic.dataset import shape_clips
-from opensora.distributed.fsdp import Layout, barrier, gather, of_main
+from opensora.distributed.collectives import all_gather_objects, barrier, run_on_main
+from opensora.distributed.process_group import RankLayout
 from opensora.errors import ConfigError
 from opensora.training.data import encoded
 from opensora.training.data.batch import Encoders, Size, TrainingBatch
@@ -51,7 +52,7 @@ class DiffusionData(NamedTuple):
     reads_files: bool = False
 
 
-def make_data(settings: TrainSettings, device: torch.device, layout: Layout) -> DiffusionData:
+def make_data(settings: TrainSettings, device: torch.device, layout: RankLayout) -> DiffusionData:
     """The data that the settings name, with its frozen encoders. Raises ConfigError if there is none to train on.
 
     Encodes rendered clips here, unless their features exist.
@@ -67,9 +68,9 @@ def make_data(settings: TrainSettings, device: torch.device, layout: Layout) -> 
     return _rendered_clips(settings, section, device, layout)
 
 
-def _features(settings: TrainSettings, device: torch.device, layout: Layout) -> DiffusionData:
+def _features(settings: TrainSettings, device: torch.device, layout: RankLayout) -> DiffusionData:
     source = encoded.EncodedSource(settings, layout.data_size)
-    of_main(lambda: encoded.refuse_other_encoders(source.dataset, settings), layout)
+    run_on_main(lambda: encoded.refuse_other_encoders(source.dataset, settings), layout)
     record, digest = _record(lambda: record_of_features(source.dataset), layout)
     contents = {"the features": digest, **source.contents()}
     if settings.validate_every or settings.sample_every:
@@ -79,12 +80,12 @@ def _features(settings: TrainSettings, device: torch.device, layout: Layout) -> 
 
 
 def _rendered_clips(
-    settings: TrainSettings, section: dict[str, Any], device: torch.device, layout: Layout
+    settings: TrainSettings, section: dict[str, Any], device: torch.device, layout: RankLayout
 ) -> DiffusionData:
     if settings.batch_size is None:
         raise ConfigError("training on rendered clips needs a batch_size")
     clips = shape_clips(section, settings.batch_size, section.get("seed", 0), "features", "num_clips")
-    encoders = Encoders(settings, device, Layout())  # one rank encodes while the others wait: nothing is sharded
+    encoders = Encoders(settings, device, RankLayout())  # one rank encodes while the others wait: nothing is sharded
     source = _main_first(layout, lambda: ClipSource(clips, encode_clips(clips, settings, encoders), settings))
     sizes = [(one.num_frames, *one.image_size) for one in clips.sets if not one.continued]
     held_out, model_kwargs = held_clips(clips, settings, encoders), encoders.model_kwargs(sizes)
@@ -92,9 +93,9 @@ def _rendered_clips(
     return DiffusionData(source, _to(device), sizes, model_kwargs, encoders.contents, history, encoders, held_out)
 
 
-def _table(settings: TrainSettings, device: torch.device, layout: Layout) -> DiffusionData:
+def _table(settings: TrainSettings, device: torch.device, layout: RankLayout) -> DiffusionData:
     """A table is checked before the encoders are loaded."""
-    gather_all = partial(gather, layout=layout)
+    gather_all = partial(all_gather_objects, layout=layout)
 
     def check(dataset: VideoTextDataset) -> list[Broken]:
         check_texts(dataset.table, dataset.captions)
@@ -115,7 +116,7 @@ def _table(settings: TrainSettings, device: torch.device, layout: Layout) -> Dif
     )  # fmt: skip
 
 
-def _record(make: Callable[[], DataRecord], layout: Layout) -> tuple[DataRecord | None, str]:
+def _record(make: Callable[[], DataRecord], layout: RankLayout) -> tuple[DataRecord | None, str]:
     """The record of the data, on the main rank, and its digest, on every rank."""
     made: list[DataRecord] = []
 
@@ -123,7 +124,7 @@ def _record(make: Callable[[], DataRecord], layout: Layout) -> tuple[DataRecord 
         made.append(make())
         return made[0].digest
 
-    found = of_main(digest, layout)
+    found = run_on_main(digest, layout)
     return (made[0] if made else None), found
 
 
@@ -131,7 +132,7 @@ def _to(device: torch.device) -> Callable[[TrainingBatch], TrainingBatch]:
     return lambda batch: batch.to(device)
 
 
-def _main_first(layout: Layout, make: Callable[[], T]) -> T:
+def _main_first(layout: RankLayout, make: Callable[[], T]) -> T:
     """`make()` on every rank, first on the main rank, which writes the files that all read."""
     made = make() if layout.is_main else None
     barrier(layout)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from opensora.datasets.quarantine import Broken, Quarantine
 from opensora.datasets.table import Table
-from opensora.distributed.fsdp import Layout, gather
+from opensora.distributed.collectives import all_gather_objects
+from opensora.distributed.process_group import RankLayout
 from opensora.training.data.data_record import DataRecord, read_record
 
 
@@ -20,7 +21,7 @@ class DataHistory:
     """
 
     def __init__(
-        self, layout: Layout, record: DataRecord | None = None, table: Table | None = None,
+        self, layout: RankLayout, record: DataRecord | None = None, table: Table | None = None,
         broken: Sequence[Broken] = (),
     ) -> None:  # fmt: skip
         self.layout, self.record, self.table, self.broken = layout, record, table, broken
@@ -46,5 +47,5 @@ class DataHistory:
         former = [] if resumed_from is None else [resumed_from]
         path = folder / "quarantine.jsonl"
         quarantine = Quarantine(path, len(self.table), table=self.table, former=former, writes=self.layout.is_main)
-        quarantine.add(one for part in gather(self.broken, self.layout) for one in part)
+        quarantine.add(one for part in all_gather_objects(self.broken, self.layout) for one in part)
         return quarantine

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from opensora.datasets.quarantine import Quarantine
-from opensora.distributed.fsdp import Layout, gather, total
+from opensora.distributed.collectives import all_gather_objects, all_reduce_sum
+from opensora.distributed.process_group import RankLayout
 from opensora.training.data.batch import batch_field
 
 
@@ -25,7 +26,7 @@ class StepSynchronizer:
     of the batches with samples. Unreadable files of all ranks go into one quarantine.
     """
 
-    def __init__(self, layout: Layout, quarantine: Quarantine | None = None) -> None:
+    def __init__(self, layout: RankLayout, quarantine: Quarantine | None = None) -> None:
         self.layout, self.quarantine = layout, quarantine
 
     def __call__(self, batches: Sequence[Any], stop: bool = False) -> StepBatches:
@@ -36,9 +37,9 @@ class StepSynchronizer:
         samples = [_num_samples(batch) for batch in batches]
         broken = [one for batch in batches for one in batch_field(batch, "broken", ())]
         own = [float(sum(samples)), float(sum(map(bool, samples))), float(len(broken)), float(stop)]
-        sums = total(own, self.layout)
+        sums = all_reduce_sum(own, self.layout)
         if sums[2] and self.quarantine is not None:
-            self.quarantine.add([one for part in gather(broken, self.layout) for one in part])
+            self.quarantine.add([one for part in all_gather_objects(broken, self.layout) for one in part])
         filled = sums[1] / (len(batches) * self.layout.world_size)  # share of batches with samples
         if 0 < filled < 1:
             batches = [_scaled(batch, 1 / filled) for batch in batches]

@@ -16,7 +16,9 @@ import numpy as np
 import torch
 
 from opensora import registry
-from opensora.acceleration.device import DTYPES, inference_dtype, keep_allocations_in_heap, pick_device, take_own
+from opensora.acceleration.allocator import keep_allocations_in_heap
+from opensora.acceleration.device import pick_device, set_device
+from opensora.acceleration.precision import DTYPES, inference_dtype
 from opensora.checkpoints import components
 from opensora.config.settings import ExtractSettings
 from opensora.datasets.bucket import Buckets
@@ -180,5 +182,5 @@ def _own_device(name: str | None) -> torch.device:
     """The device of this process: one each, shared if a machine has more processes than devices."""
     device = pick_device(name)
     if device.index is None:
-        take_own(device, ranks().local, share=True)
+        set_device(device, ranks().local_rank, share=True)
     return device
