@@ -148,7 +148,7 @@ def test_output_types(pipe: VideoPipeline) -> None:
     latents = pipe("a cat", seed=1, output_type="latent")
     assert (tensors.frames.permute(0, 2, 3, 1).mul(255).round().byte().numpy() == video.frames).all()
     assert all((np.asarray(image) == frame).all() for image, frame in zip(images.frames, video.frames, strict=True))
-    assert latents.frames.shape == (4, 2, 2, 3) and latents.frames.dtype == torch.float32
+    assert latents.frames.shape == (8, 2, 2, 3) and latents.frames.dtype == torch.float32
     latents.frames.requires_grad_().square().sum().backward()
     with pytest.raises(MediaError, match="latents cannot be saved"):
         latents.save("x.mp4")
@@ -160,7 +160,7 @@ def test_the_callback_sees_every_step_and_may_change_the_latents(pipe: VideoPipe
     seen: list[tuple[int, float]] = []
 
     def note(pipeline: VideoPipeline, step: int, timestep: float, given: dict[str, torch.Tensor]) -> dict:
-        assert pipeline is pipe and given["latents"].shape == (1, 4, 2, 2, 3)
+        assert pipeline is pipe and given["latents"].shape == (1, 8, 2, 2, 3)
         seen.append((step, timestep))
         return given
 

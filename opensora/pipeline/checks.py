@@ -51,10 +51,14 @@ def dry_run(job: Job, models: LoadedModels, components: Components) -> None:
     except ValueError as error:
         raise _config_error(f"scheduler '{job.settings.scheduler['type']}'", error) from error
     latent_size = tuple(components.vae.get_latent_size(job.size))
+    inputs = (latent_size, tuple((name, value.shape) for name, value in job.conditioning.items()))
+    if inputs in models.accepted_inputs:
+        return
     try:
         cost_model.dry_run(model, latent_size, job.conditioning, 1, models.dtype, models.device)
     except ValueError as error:
         raise _config_error(f"model '{job.settings.model['type']}'", error) from error
+    models.accepted_inputs.add(inputs)
 
 
 def _config_error(place: str, error: ValueError) -> ConfigError:
