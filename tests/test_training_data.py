@@ -201,7 +201,7 @@ class TestTables:
                 source.dataset.name(key) for epoch in range(3) for keys, _ in source.batches(epoch) for key in keys
             }
             assert not held & trained and len(trained) > 30
-            assert not table_source(make(tmp_path, "many"), 1).held
+            assert not table_source(make(tmp_path, "many"), 1).held_out
 
 
 class TestWhatIsSaid:
@@ -342,7 +342,8 @@ class TestTraining:
         for parameter in made.parameters():
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.02)
-        losses = DiffusionLoss(made, kind, ratios, data.prepare)(data.source.reader(0, 0)(), step_generator(0, 0))
+        batch = data.encode(data.source.reader(0, 0)())
+        losses = DiffusionLoss(made, kind, ratios)(batch, step_generator(0, 0))
         losses.mean().backward()
         assert losses.shape == (2,) and made.x_embedder.proj.weight.grad.abs().sum() > 0
 

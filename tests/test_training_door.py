@@ -25,7 +25,7 @@ CONFIG: dict[str, Any] = dict(
 def test_a_run_resumes_and_is_exported(tmp_path: Path) -> None:
     first = opensora.training.train(CONFIG, max_steps=1, outputs=str(tmp_path))
     assert first == TrainResult(
-        tmp_path / "000-VideoAutoencoderPipeline", 1, first.folder / "epoch0-global_step1", tmp_path / "ema"
+        tmp_path / "000-VideoAutoencoderPipeline", 1, first.folder / "epoch1-global_step1", tmp_path / "ema"
     )
     rest = opensora.training.train(CONFIG, max_steps=2, outputs=str(tmp_path), load=str(first.folder))
     assert rest.folder == first.folder and rest.step == 2 and rest.path == rest.model
@@ -33,8 +33,10 @@ def test_a_run_resumes_and_is_exported(tmp_path: Path) -> None:
     assert (tmp_path / "exported" / "model.safetensors").is_file() and "fp16" in str(summary)
 
 
-def test_an_interrupted_run_has_no_model(tmp_path: Path) -> None:
-    run = opensora.training.train(CONFIG, max_steps=9, max_minutes=1e-6, outputs=str(tmp_path))
+def test_an_interrupted_run_has_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(0, 1000, 20))
+    monkeypatch.setattr("opensora.training.trainer.time.monotonic", lambda: next(now))
+    run = opensora.training.train(CONFIG, max_steps=9, max_minutes=1, log_every=1, outputs=str(tmp_path))
     assert 0 < run.step < 9 and run.model is None and run.path == run.checkpoint
 
 
