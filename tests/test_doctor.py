@@ -96,6 +96,12 @@ def test_ranks_without_an_address_are_broken(capsys: pytest.CaptureFixture, monk
     assert entry["value"] == "WORLD_SIZE" and "start the ranks with torchrun" in entry["problem"]
 
 
+def test_the_rank_under_torchrun(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(environment.RANK_VARIABLES, ("2", "1", "1", "localhost", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert report(capsys)["ranks"]["torchrun"]["value"] == "rank 1 of 2, local rank 1"
+
+
 @pytest.mark.parametrize("form", [[], ["--json"]], ids=["text", "json"])
 def test_no_secret_is_shown(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: list[str]

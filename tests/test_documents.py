@@ -53,6 +53,7 @@ RUN_BY_CI = (
     'pip install -c constraints.txt -e ".[dev]"',
     "python -m pytest -q",
     "ruff check .",
+    "mypy",
     "ruff format --check .",
 )
 

@@ -23,6 +23,7 @@ from opensora.datasets.synthetic.render import make_clip
 from opensora.datasets.video import read_video, write_video
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.timeout(900)  # on a machine with other work
 PROMPT = "a red circle moving right on a black background"
 SMALL = ("--image-size", "16", "24", "--num-frames", "5", "--verbose", "0")
 FEW = "bucket_config={'144p': {17: (1.0, 1)}}"

@@ -226,5 +226,5 @@ def _ranks() -> Iterator[Entry]:
     except OpenSoraError as error:
         yield Entry("torchrun", ", ".join(n for n in RANK_VARIABLES if n in os.environ), str(error), broken=True)
         return
-    place = f"rank {found.rank} of {found.count}, local rank {found.local}" if found.count > 1 else "one process"
-    yield Entry("torchrun", place)
+    place = f"rank {found.rank} of {found.world_size}, local rank {found.local_rank}"
+    yield Entry("torchrun", place if found.world_size > 1 else "one process")

@@ -13,7 +13,7 @@ from opensora.cli.parser import Parser
 from opensora.cli.program import one_line
 from opensora.cli.verbs.verb import Verb
 from opensora.config.settings import ExtractSettings, SearchSettings, TrainSettings
-from opensora.distributed.ranks import ranks
+from opensora.distributed.ranks import rank
 
 
 def train(settings: TrainSettings) -> Path:
@@ -67,7 +67,7 @@ def _search(args: argparse.Namespace) -> int:
 
 def _print_path(path: Path) -> int:
     """Prints the path of the result once, whatever the number of ranks."""
-    if ranks().rank == 0:
+    if rank() == 0:
         print(one_line(path))
     return 0
 
