@@ -54,8 +54,6 @@ def along(axis: Axis, module: nn.Module, x: Tensor, rotation: Tensor | None = No
 class Block(nn.Module):
     """Self-attention along one axis and an MLP, each normalised, modulated and gated."""
 
-    modulate = staticmethod(modulated)  # a device may have its own
-
     def __init__(self, dim: int, attn: SelfAttention, mlp_ratio: float, axis: Axis) -> None:
         super().__init__()
         self.axis: Axis = axis
@@ -64,11 +62,11 @@ class Block(nn.Module):
 
     def self_attend(self, x: Tensor, rows: tuple[Tensor, ...], rotation: Tensor | None = None) -> Tensor:
         """x plus its gated self-attention, modulated by the first three of `rows`."""
-        return torch.addcmul(x, rows[2], along(self.axis, self.attn, self.modulate(x, *rows[:2]), rotation))
+        return torch.addcmul(x, rows[2], along(self.axis, self.attn, modulated(x, *rows[:2]), rotation))
 
     def feed_forward(self, x: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
         """x plus its gated MLP, modulated by the last three of `rows`."""
-        return torch.addcmul(x, rows[-1], self.mlp(self.modulate(x, *rows[-3:-1])))
+        return torch.addcmul(x, rows[-1], self.mlp(modulated(x, *rows[-3:-1])))
 
 
 class TextBlock(Block):

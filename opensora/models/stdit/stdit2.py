@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from opensora.models.layers.arguments import arguments_of
 from opensora.models.layers.attention import Pair, RotaryFrequencies, SelfAttention, rotation_table
-from opensora.models.layers.blocks import TextBlock, along, rows_of
+from opensora.models.layers.blocks import TextBlock, along, modulated, rows_of
 from opensora.models.layers.embeddings import Size3, SizeEmbedder
 from opensora.models.layers.transformer import StaticInputs, TextTransformer
 
@@ -31,7 +31,7 @@ class STDiT2Block(TextBlock):
         rows = rows_of(self.scale_shift_table + modulation)
         x = self.self_attend(x, rows)
         shift, scale, gate = rows_of(self.scale_shift_table_temporal + temporal)
-        x = torch.addcmul(x, gate, along("time", self.attn_temp, self.modulate(x, shift, scale), rotation))
+        x = torch.addcmul(x, gate, along("time", self.attn_temp, modulated(x, shift, scale), rotation))
         return self.feed_forward(self.attend_text(x, y, text_mask), rows)
 
 
