@@ -78,6 +78,25 @@ def test_guidance_and_flags(name):
     assert isinstance(registry.build({"type": name, **FEW}), SCHEDULERS[name])
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        RFLOW(num_sampling_steps=6), RFLOW(num_sampling_steps=6, use_timestep_transform=True),
+        IDDPM(num_sampling_steps=6, cfg_channel=3), DPM_SOLVER(num_sampling_steps=6),
+        *(DPM_SOLVER(num_sampling_steps=7, method="singlestep", order=order) for order in (1, 2, 3)),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_timesteps_are_those_of_the_first_evaluations(scheduler):
+    model, size, found = Model(), {"height": 240, "width": 426, "num_frames": 17}, []
+    done = 0
+    for _ in scheduler.steps(model, noise(0), text(1.0), guidance_scale=1.0, source=generators(0), **size):
+        found.append(model.calls[done]["timestep"][0].item())
+        done = len(model.calls)
+    assert len(found) == scheduler.num_steps
+    assert scheduler.timesteps(**size) == pytest.approx(found)
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_an_edit_of_ones_is_no_edit(name):
     scheduler, model = SCHEDULERS[name](**FEW), Model()

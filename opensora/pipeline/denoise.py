@@ -78,15 +78,4 @@ def conditioning(
 
 def timesteps(job: Job) -> list[float]:
     """The timestep that the model gets in the first evaluation of each step."""
-    found: list[float] = []
-
-    def stand_in(x: Tensor, timestep: Tensor, **_: Any) -> Tensor:
-        seen.append(timestep.flatten()[0].item())
-        return x.new_zeros(len(x), 2, *x.shape[2:])
-
-    noise, source = torch.zeros(1, 1, 1, 1, 1), [torch.Generator()]
-    seen: list[float] = []
-    for _ in job.scheduler.steps(stand_in, noise, {}, **job.size._asdict(), source=source, guidance_scale=1.0):
-        found.append(seen[0])
-        seen.clear()
-    return found
+    return job.scheduler.timesteps(**job.size._asdict())

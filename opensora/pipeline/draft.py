@@ -1,8 +1,8 @@
-"""A result that was stopped half-way, as one file: what it is to become, and all that the sampler needs to go on.
+"""Drafts: the state of a sampler that stopped early and the recipe of the whole result, in one file.
 
-The file is safetensors: the sampler's tensors, and as metadata a JSON object with the recipe of the whole result, and
-a SHA-256 over both. A recipe names its weights and references by their hashes, so that nothing else can take their
-place unnoticed. The SHA-256 tells of damage only: anybody can compute it, so that all that a draft says is checked.
+The file is safetensors: the tensors of the state, and as metadata a JSON object with the recipe, and a SHA-256 over
+both. A recipe names its weights and references by hash, so they cannot be replaced unnoticed. The SHA-256 detects
+damage only: anybody can compute it, so the content of a draft is checked as untrusted input.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from opensora.schedulers.common import SamplerState
 FORMAT = 1
 KEY, DIGEST = "opensora_draft", "sha256"  # of the metadata
 SUFFIX = ".draft"  # of a result's name, before that of the file
-SHARE = 3  # --draft takes one step in so many
+SHARE = 3  # --draft takes a third of the steps
 GENERATOR = "generator"  # the tensor with the state of the sampler's random numbers
-GIVEN = "given"  # the tensor that tells, of each latent frame, whether it was given
+GIVEN = "given"  # the tensor that marks latent frames that are still clean
 MAX_BYTES = 2**32  # of the file
 MAX_TENSORS = 16
 
 
-class _Told(Schema):
-    """What a draft says beside its tensors."""
+class _Header(Schema):
+    """The metadata of a draft."""
 
     format: Positive
     name: str
@@ -64,7 +64,7 @@ class Draft(NamedTuple):
 
 
 def steps_to_take(settings: InferenceSettings, scheduler: Any) -> int | None:
-    """After how many of the sampler's steps to stop, None for a whole result. Raises ConfigError for too many."""
+    """The number of steps of a draft, None for a whole result. Raises ConfigError if it is not below the sampler's."""
     if not settings.draft and settings.steps_until is None:
         return None
     if settings.draft and settings.steps_until is not None:
@@ -79,8 +79,8 @@ def steps_to_take(settings: InferenceSettings, scheduler: Any) -> int | None:
 
 def save(file: Path, name: str, recipe: Recipe, state: SamplerState, generator: Tensor, device: str) -> None:
     """Writes the draft of the result NAME to a .safetensors file, whole or not at all. Raises WeightsError."""
-    told = {"format": FORMAT, "name": name, "done": state.step, "num_steps": state.num_steps, "device": device}
-    text = json.dumps({**told, "recipe": recipe}, ensure_ascii=False)
+    header = {"format": FORMAT, "name": name, "done": state.step, "num_steps": state.num_steps, "device": device}
+    text = json.dumps({**header, "recipe": recipe}, ensure_ascii=False)
     tensors = {"x": state.x, **state.carry, GENERATOR: generator}
     save_file(tensors, file, {KEY: text, DIGEST: _digest(text, tensors)})
 
@@ -91,32 +91,34 @@ def load(file: str | Path) -> Draft:
     if not file.exists():
         raise WeightsError(f"{file}: there is no such draft; give the {SUFFIX}.safetensors file that generate wrote")
     with opened(file, MAX_BYTES, WeightsError):
-        pass  # a device or pipe is not even tried
+        pass  # refuses devices and pipes
     metadata = read_metadata(file)
     if KEY not in metadata:
         raise WeightsError(f"{file}: is no draft; give the {SUFFIX}.safetensors file that generate wrote")
     tensors = read_state_dict(file)
     if metadata.get(DIGEST) != _digest(metadata[KEY], tensors):
         raise WeightsError(f"{file}: is damaged, or was changed after it was written; make the draft again")
-    told = parse_json(metadata[KEY], str(file), WeightsError)
-    if isinstance(told, dict) and check(Positive, told.get("format"), f"{file}: format", WeightsError) > FORMAT:
-        raise WeightsError(f"{file}: a newer program wrote this draft (format {told['format']}); update opensora")
-    told = check(_Told, told, f"{file}: is incomplete or damaged", WeightsError, "make the draft again")
-    recipe = check_recipe(dict(told.recipe), Planned, str(file), WeightsError)
-    if told.done >= told.num_steps:
-        raise WeightsError(f"{file}: stands after {told.done} of {told.num_steps} steps; make the draft again")
+    header = parse_json(metadata[KEY], str(file), WeightsError)
+    if isinstance(header, dict) and check(Positive, header.get("format"), f"{file}: format", WeightsError) > FORMAT:
+        raise WeightsError(f"{file}: a newer program wrote this draft (format {header['format']}); update opensora")
+    header = check(_Header, header, f"{file}: is incomplete or damaged", WeightsError, "make the draft again")
+    recipe = check_recipe(dict(header.recipe), Planned, str(file), WeightsError)
+    if header.done >= header.num_steps:
+        raise WeightsError(f"{file}: stands after {header.done} of {header.num_steps} steps; make the draft again")
     _check_tensors(file, tensors)
-    name = plain_name(told.name, str(file), WeightsError)
+    name = plain_name(header.name, str(file), WeightsError)
     if (own := file.name.removesuffix(f"{SUFFIX}.safetensors")) != file.name:
-        name = plain_name(own, str(file), WeightsError)  # the file may have taken another number, or name, since
+        name = plain_name(own, str(file), WeightsError)  # the file may have been renamed since
     x, generator = tensors.pop("x"), tensors.pop(GENERATOR)
-    return Draft(file, recipe, name, SamplerState(told.done, told.num_steps, x, x, tensors), generator, told.device)
+    return Draft(
+        file, recipe, name, SamplerState(header.done, header.num_steps, x, x, tensors), generator, header.device
+    )
 
 
 def _check_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raises WeightsError unless tensors are what samplers leave: `x` [1, C, T, H, W] and others of its shape.
+    """Raises WeightsError unless the tensors are those of a state: `x` [1, C, T, H, W] and others of its shape.
 
-    GENERATOR is the state of a generator; GIVEN [1, T] tells which latent frames were given.
+    GENERATOR is the state of a generator; GIVEN is [1, T] bool.
     """
 
     def require(holds: bool, problem: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from opensora.errors import ConfigError
 from opensora.schedulers import common
-from opensora.schedulers.common import NoiseSource, SamplerState
+from opensora.schedulers.common import NoiseSource, Number, SamplerState
 from opensora.schedulers.diffusion import linear_betas
 from opensora.schedulers.guidance import Denoiser
 from opensora.schedulers.sampler import Sampler, Size
@@ -69,6 +69,11 @@ class DPM_SOLVER(Sampler):
     def num_steps(self) -> int:
         count = self.num_sampling_steps
         return count if self.method == "multistep" else len(step_sizes(count, self.order))
+
+    def timesteps(self, height: Number = None, width: Number = None, num_frames: Number = None) -> list[float]:
+        times = spaced_times(self.num_sampling_steps, self.skip_type)
+        sizes = [1] * self.num_steps if self.method == "multistep" else step_sizes(self.num_sampling_steps, self.order)
+        return [times[sum(sizes[:step])] * NUM_TIMESTEPS - 1 for step in range(self.num_steps)]
 
     @property
     def num_evaluations(self) -> int:

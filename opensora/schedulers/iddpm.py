@@ -82,6 +82,9 @@ class IDDPM(Sampler):
     def num_steps(self) -> int:
         return len(self.process)
 
+    def timesteps(self, height: Number = None, width: Number = None, num_frames: Number = None) -> list[float]:
+        return self.process.timestep_map.flip(0).float().tolist()
+
     def guided_channels(self, channels: int) -> int:
         """Raises ConfigError if `cfg_channel` is more than there are channels."""
         if (self.cfg_channel or 0) > channels:

@@ -55,11 +55,14 @@ class RFLOW(Sampler):
     def num_steps(self) -> int:
         return self.num_sampling_steps
 
+    def timesteps(self, height: Number = None, width: Number = None, num_frames: Number = None) -> list[float]:
+        times = self._sampling_times((height, width, num_frames))
+        return (times[:-1, 0] * self.num_timesteps).tolist()
+
     def _solve(
         self, denoise: Denoiser, state: SamplerState, size: Size, edit: Tensor | None, source: NoiseSource | None
     ) -> Iterator[SamplerState]:
-        times = sampling_times(self.num_sampling_steps, self.num_timesteps, self.use_discrete_timesteps)
-        times = self._transform(times[:, None], size).to(state.x.device)  # [N + 1, 1 or B]
+        times = self._sampling_times(size).to(state.x.device)
 
         def velocity(x: Tensor, time: Tensor, **masks: Tensor) -> Tensor:
             return denoise(x, time * self.num_timesteps, **masks)
@@ -69,6 +72,11 @@ class RFLOW(Sampler):
         if source is None:
             raise ValueError("frames are kept or edited, which draws noise; pass one generator per sample as source")
         return euler_edit(velocity, state, times, edit, source)
+
+    def _sampling_times(self, size: Size) -> Tensor:
+        """The times [N + 1, 1 or B] of a run."""
+        times = sampling_times(self.num_sampling_steps, self.num_timesteps, self.use_discrete_timesteps)
+        return self._transform(times[:, None], size)
 
     def training_times(
         self, draw: Tensor, height: Number = None, width: Number = None, num_frames: Number = None

@@ -27,6 +27,10 @@ class Sampler(ABC):
     def num_steps(self) -> int:
         """Steps of a whole run: the states that `steps` yields."""
 
+    @abstractmethod
+    def timesteps(self, height: Number = None, width: Number = None, num_frames: Number = None) -> list[float]:
+        """The timestep of the first evaluation in every step, for a video of this size."""
+
     @property
     def num_evaluations(self) -> int:
         """Evaluations of the guided model in a whole run."""
