@@ -1,8 +1,8 @@
-"""A result that was stopped half-way, as one file: what it is to become, and all that the sampler needs to go on.
+"""Drafts: the state of a sampler that stopped early, and the recipe of the whole result, in one file.
 
-The file is safetensors: the sampler's tensors, and as metadata a JSON object with the recipe of the whole result, and
-a SHA-256 over both. A recipe names its weights and references by their hashes, so that nothing else can take their
-place unnoticed. The SHA-256 tells of damage only: anybody can compute it, so that all that a draft says is checked.
+The file is safetensors: the sampler's tensors, and as metadata the recipe as JSON and a SHA-256 over both. The recipe
+holds the hashes of weights and references, so that replaced ones are noticed. The SHA-256 detects damage only: anyone
+can compute it, so that every field is validated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from opensora.config.schema import Name, Positive, Schema, check, shown
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError, WeightsError
 from opensora.files import opened, parse_json, plain_name
-from opensora.pipeline.recipe import TOKENIZER, Planned, Recipe, check_recipe
+from opensora.pipeline.recipe import TOKENIZER, DraftRecipe, Recipe, check_recipe
 from opensora.schedulers.common import SamplerState
 
 FORMAT = 1
@@ -36,8 +36,8 @@ MAX_BYTES = 2**32  # of the file
 MAX_TENSORS = 16
 
 
-class _Told(Schema):
-    """What a draft says beside its tensors."""
+class _Metadata(Schema):
+    """The fields of a draft beside its tensors."""
 
     format: Positive
     name: str
@@ -79,8 +79,8 @@ def steps_to_take(settings: InferenceSettings, scheduler: Any) -> int | None:
 
 def save(file: Path, name: str, recipe: Recipe, state: SamplerState, generator: Tensor, device: str) -> None:
     """Writes the draft of the result NAME to a .safetensors file, whole or not at all. Raises WeightsError."""
-    told = {"format": FORMAT, "name": name, "done": state.step, "num_steps": state.num_steps, "device": device}
-    text = json.dumps({**told, "recipe": recipe}, ensure_ascii=False)
+    fields = {"format": FORMAT, "name": name, "done": state.step, "num_steps": state.num_steps, "device": device}
+    text = json.dumps({**fields, "recipe": recipe}, ensure_ascii=False)
     tensors = {"x": state.x, **state.carry, GENERATOR: generator}
     save_file(tensors, file, {KEY: text, DIGEST: _digest(text, tensors)})
 
@@ -98,19 +98,21 @@ def load(file: str | Path) -> Draft:
     tensors = read_state_dict(file)
     if metadata.get(DIGEST) != _digest(metadata[KEY], tensors):
         raise WeightsError(f"{file}: is damaged, or was changed after it was written; make the draft again")
-    told = parse_json(metadata[KEY], str(file), WeightsError)
-    if isinstance(told, dict) and check(Positive, told.get("format"), f"{file}: format", WeightsError) > FORMAT:
-        raise WeightsError(f"{file}: a newer program wrote this draft (format {told['format']}); update opensora")
-    told = check(_Told, told, f"{file}: is incomplete or damaged", WeightsError, "make the draft again")
-    recipe = check_recipe(dict(told.recipe), Planned, str(file), WeightsError)
-    if told.done >= told.num_steps:
-        raise WeightsError(f"{file}: stands after {told.done} of {told.num_steps} steps; make the draft again")
+    value = parse_json(metadata[KEY], str(file), WeightsError)
+    if isinstance(value, dict) and check(Positive, value.get("format"), f"{file}: format", WeightsError) > FORMAT:
+        raise WeightsError(f"{file}: a newer program wrote this draft (format {value['format']}); update opensora")
+    fields = check(_Metadata, value, f"{file}: is incomplete or damaged", WeightsError, "make the draft again")
+    recipe = check_recipe(dict(fields.recipe), DraftRecipe, str(file), WeightsError)
+    if fields.done >= fields.num_steps:
+        raise WeightsError(f"{file}: stands after {fields.done} of {fields.num_steps} steps; make the draft again")
     _check_tensors(file, tensors)
-    name = plain_name(told.name, str(file), WeightsError)
+    name = plain_name(fields.name, str(file), WeightsError)
     if (own := file.name.removesuffix(f"{SUFFIX}.safetensors")) != file.name:
         name = plain_name(own, str(file), WeightsError)  # the file may have taken another number, or name, since
     x, generator = tensors.pop("x"), tensors.pop(GENERATOR)
-    return Draft(file, recipe, name, SamplerState(told.done, told.num_steps, x, x, tensors), generator, told.device)
+    return Draft(
+        file, recipe, name, SamplerState(fields.done, fields.num_steps, x, x, tensors), generator, fields.device
+    )
 
 
 def _check_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
