@@ -23,7 +23,7 @@ from opensora.config.schema import Name, Positive, Schema, check, shown
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError, WeightsError
 from opensora.files import opened, parse_json, plain_name
-from opensora.pipeline.recipe import TOKENIZER, Planned, Recipe, check_recipe
+from opensora.pipeline.recipe import TOKENIZER, DraftRecipe, Recipe, check_recipe
 from opensora.schedulers.common import SamplerState
 
 FORMAT = 1
@@ -102,7 +102,7 @@ def load(file: str | Path) -> Draft:
     if isinstance(header, dict) and check(Positive, header.get("format"), f"{file}: format", WeightsError) > FORMAT:
         raise WeightsError(f"{file}: a newer program wrote this draft (format {header['format']}); update opensora")
     header = check(_Header, header, f"{file}: is incomplete or damaged", WeightsError, "make the draft again")
-    recipe = check_recipe(dict(header.recipe), Planned, str(file), WeightsError)
+    recipe = check_recipe(dict(header.recipe), DraftRecipe, str(file), WeightsError)
     if header.done >= header.num_steps:
         raise WeightsError(f"{file}: stands after {header.done} of {header.num_steps} steps; make the draft again")
     _check_tensors(file, tensors)
