@@ -14,7 +14,9 @@ import pytest
 
 from opensora import __version__
 from opensora.cli import main
+from opensora.config.settings import TrainSettings
 from opensora.datasets.video import read_image
+from opensora.training.result import TrainResult
 from tests.checkpoints import SAMPLE, snapshot
 
 SMALL = ("--num-sampling-steps", "2", "--image-size", "16", "24", "--num-frames", "17")
@@ -248,7 +250,11 @@ def test_what_holds_no_recipe(here: Path, capsys: pytest.CaptureFixture, name: s
 def test_verbs_have_the_programs_behind_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, verb: str, place: str
 ) -> None:
-    monkeypatch.setattr(place, lambda settings: Path(settings.outputs))
+    def done(settings: TrainSettings) -> Path | TrainResult:
+        folder = Path(settings.outputs)
+        return folder if verb == "extract" else TrainResult(folder, step=1, model=folder)
+
+    monkeypatch.setattr(place, done)
     assert main([verb, "embedded/train/stdit3", "--outputs", "there"]) == 0
     assert capsys.readouterr().out == "there\n"
 

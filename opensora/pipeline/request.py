@@ -13,7 +13,6 @@ from opensora.datasets.aspect import get_image_size, get_num_frames, get_num_pix
 from opensora.errors import ConfigError
 from opensora.pipeline import prompt_refiner, prompts
 from opensora.pipeline.output_names import path_by_settings
-from opensora.pipeline.references import urls
 
 SPATIAL_FACTOR = 8  # pixels along a side of what an autoencoder makes one latent pixel of
 MAX_SIDE, MAX_FRAMES = 16_384, 100_000  # of a clip
@@ -136,6 +135,8 @@ def check_addresses(settings: InferenceSettings, requests: Sequence[Request]) ->
     """Raises ConfigError where a file of prompts names a URL and downloads are not allowed."""
     if settings.prompt_path is None or settings.prompt or settings.allow_downloads:
         return
+    from opensora.pipeline.references import urls  # imports torch, which a refusal of sizes must not wait for
+
     given = {url for entry in settings.reference_path or () for url in urls(entry)}
     for request in requests:
         if named := [url for url in urls(request.reference_path) if url not in given]:
