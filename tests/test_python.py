@@ -456,5 +456,6 @@ def test_blocks_of_the_document(here: Path, block: str) -> None:
     Image.new("RGB", (64, 64), "red").save("photo.png")
     namespace: dict[str, Any] = {}
     if "opensora.load(" not in block:
-        block = f'import opensora\npipe = opensora.load("embedded", device="cpu")\n{block}'
+        block = f'pipe = opensora.load("embedded", device="cpu")\n{block}'
+    block = f"import opensora\n{block}"
     exec(compile(block.replace("num_frames=17", "num_frames=17, steps=2"), "docs/python.md", "exec"), namespace)
