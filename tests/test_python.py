@@ -355,7 +355,7 @@ def test_a_notebook_shows_the_video(pipe: VideoPipeline) -> None:
         ({"guidence_scale": 3}, "did you mean 'guidance_scale'"),
         ({"save_dir": "x"}, "unknown argument 'save_dir'"),
         ({"device": "cpu"}, "device belongs to the loaded models; give it to opensora.load"),
-        ({"height": 16}, "width is half a size; give height and width"),
+        ({"height": 16}, "height alone is half a size; give height and width"),
         ({"num_inference_steps": 3, "steps": 4}, "are the same setting"),
         ({"seed": 1, "generator": torch.Generator()}, "seed and generator both give the random numbers"),
         ({"generator": 3}, "generator must be a torch.Generator"),
@@ -373,7 +373,7 @@ def test_wrong_arguments_are_named(pipe: VideoPipeline, given: dict[str, Any], w
     ("given", "error", "words"),
     [
         ({"num_frames": 0}, ConfigError, "num_frames"),
-        ({"num_frames": "three"}, ConfigError, "num_frames"),
+        ({"num_frames": "three"}, ConfigError, "number of frames 'three'"),
         ({"resolution": "241p", "aspect_ratio": "9:16"}, ConfigError, "241p"),
         ({"guidance_scale": "strong"}, ConfigError, "cfg_scale"),
         ({"num_inference_steps": -1}, ConfigError, "num_sampling_steps"),
@@ -456,5 +456,8 @@ def test_blocks_of_the_document(here: Path, block: str) -> None:
     Image.new("RGB", (64, 64), "red").save("photo.png")
     namespace: dict[str, Any] = {}
     if "opensora.load(" not in block:
-        block = f'import opensora\npipe = opensora.load("embedded", device="cpu")\n{block}'
-    exec(compile(block.replace("num_frames=17", "num_frames=17, steps=2"), "docs/python.md", "exec"), namespace)
+        block = f'pipe = opensora.load("embedded", device="cpu")\n{block}'
+    block = f"import opensora\n{block}"
+    if "num_inference_steps" not in block:
+        block = block.replace("num_frames=17", "num_frames=17, steps=2")
+    exec(compile(block, "docs/python.md", "exec"), namespace)

@@ -104,7 +104,7 @@ def _changes(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     given, changes, owners = dict(given), {}, {}
     height, width = given.pop("height", None), given.pop("width", None)
     if (height is None) != (width is None):
-        raise ArgumentError(f"{'width' if height is None else 'height'} is half a size; give height and width")
+        raise ArgumentError(f"{'width' if height is None else 'height'} alone is half a size; give height and width")
     if height is not None:
         if "image_size" in given:
             raise ArgumentError("height and width say the size, and so does image_size; give it once")
