@@ -60,7 +60,7 @@ EXCEPTIONS = {
     ("'cpu'", "opensora.acceleration.kernels.layout"): "a host's own sums are mended there alone",
     ("'cpu'", "opensora.acceleration.kernels.linear"): "a host's own kernel",
     ("'cpu'", "opensora.profiling.memory_meter"): "a host keeps its accounts in files",
-    ("'cuda'", "opensora.config.settings"): "an example in the document of settings; nothing runs on it",
+    ("'cuda'", "opensora.config.settings.common"): "an example in docs/config.md; nothing runs on it",
     ("get_device_module()", "opensora.profiling.memory_meter"): "the accounts of a device, whatever its name",
     ("get_device_module()", "opensora.profiling.peak_flops"): "the name of a device, for a table of them",
     ("torch.accelerator", "opensora.profiling.cost_model"): "how much memory is free, whatever the device's name",

@@ -186,8 +186,8 @@ def test_wrong_values_in_sections(section, value, problem):
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ({"bucket_config": {"144p": {1: (0.5,)}}}, "bucket_config.144p[1] must be (keep, batch size)"),
-        ({"bucket_config": {"144p": {1: (0.5, 1.5)}}}, "bucket_config.144p[1] must be (keep, batch size)"),
+        ({"bucket_config": {"144p": {1: (0.5,)}}}, "bucket_config.144p[1] must be (keep probability, batch size)"),
+        ({"bucket_config": {"144p": {1: (0.5, 1.5)}}}, "bucket_config.144p[1] must be (keep probability, batch size)"),
         ({"bucket_config": {"144p": {"x": (0.5, 1)}}}, "bucket_config.144p.x must be a whole number; it is 'x'"),
         ({"bucket_config": {"144p": {10**9: (0.5, 1)}}}, "bucket_config.144p[1000000000] must be at most 100000"),
         ({"bucket_config": {"144p": (0.5, 1)}}, "bucket_config.144p must be a dict"),

@@ -19,7 +19,7 @@ from opensora.checkpoints.summary import Summary
 from opensora.checkpoints.tokenizer import check_tokenizer, tokenizer_hash
 from opensora.config.schema import check as check_value
 from opensora.config.sections import check_type, checked
-from opensora.config.sections.checkpoints import CLIPConfig, CLIPTextConfig, Stated, T5Config, TokenizerConfig
+from opensora.config.sections.checkpoints import CLIPConfig, CLIPTextConfig, ModelMetadata, T5Config, TokenizerConfig
 from opensora.distributed.fsdp import Layout, shard
 from opensora.errors import ConfigError, OpenSoraError, WeightsError
 from opensora.files import read_json
@@ -194,7 +194,7 @@ def load(
 
 def trained_sizes(path: Path) -> list[list[int]]:
     """The (frames, height, width) that a checkpoint says it was trained on; empty when it does not say."""
-    found = check_value(Stated, config_json(path), str(config_file(path)), WeightsError).trained_sizes
+    found = check_value(ModelMetadata, config_json(path), str(config_file(path)), WeightsError).trained_sizes
     return [list(size) for size in found]
 
 

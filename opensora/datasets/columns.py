@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from opensora.config.schema import MAX_TEXT, SHOWN, Number, Text, check
+from opensora.config.schema import MAX_SHOWN, MAX_TEXT, Number, Text, check
 from opensora.errors import ConfigError, did_you_mean
 
 log = logging.getLogger("opensora")
@@ -54,7 +54,7 @@ def no_path(names: Sequence[str], source: str) -> ConfigError:
 
 def shortened(text: str) -> str:
     """A text from outside, cut to what a message shows."""
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 class Notes:
