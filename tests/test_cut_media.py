@@ -13,7 +13,7 @@ from PIL import Image
 
 from opensora.datasets import video as media
 from opensora.datasets.datasets import VideoTextDataset
-from opensora.datasets.make_table import make_table, read_row
+from opensora.datasets.folder_table import make_table, read_row
 from opensora.errors import MediaError
 from opensora.pipeline.references import References, read_reference
 

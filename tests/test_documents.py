@@ -24,7 +24,7 @@ from typing import NamedTuple
 import pytest
 
 from opensora import cli, registry
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.config import model_zoo, read_config
 from opensora.config.settings import InferenceSettings, TrainSettings, check_trainable
 from opensora.datasets.synthetic.render import make_clip
@@ -341,7 +341,7 @@ def check_request(settings: InferenceSettings) -> int:
     """All that can be said about a request without reading a weight: sizes, prompts, references, masks, loops."""
     pipeline = VideoPipeline(settings)
     assert pipeline.requests
-    vae = components.build(settings.vae, components.find(settings.vae, "vae"))
+    vae = builder.build_model(settings.vae, builder.find_weights(settings.vae, "vae"))
     model = SimpleNamespace(patch_size=(1, 2, 2))  # its checkpoint may be what a command before this one writes
     pipeline.check_conditions(pipeline.with_conditions(pipeline.requests, vae), model, vae)
     return 0

@@ -21,7 +21,7 @@ from opensora.acceleration.kernels.layout import channels_last, outputs_last
 from opensora.acceleration.kernels.linear import OneDnnLinear, use_onednn
 from opensora.acceleration.kernels.upsample import Doubled
 from opensora.acceleration.quantization import KINDS, EightBitLinear, quantize
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.checkpoints.fit import load_weights
 from opensora.datasets.video import read_video
 from opensora.errors import ConfigError
@@ -439,7 +439,7 @@ def test_an_autoencoder_lets_go_of_its_file(tmp_path):
         return str(tmp_path) in Path("/proc/self/maps").read_text()
 
     section = {"type": "VideoAutoencoderPipeline", "from_pretrained": str(tmp_path / "vae")}
-    built = components.build(section, tmp_path / "vae")
+    built = builder.build_model(section, tmp_path / "vae")
     load_weights(built, tmp_path / "vae", dtype=torch.float32)
     assert mapped(), "else this test says nothing"
     before = {name: tensor.clone() for name, tensor in built.state_dict().items()}

@@ -112,7 +112,7 @@ def _inspect(args: argparse.Namespace) -> int:
     if is_output(args.path):
         print(describe_output(args.path))
         return 0
-    from opensora.checkpoints.summary import inspect
+    from opensora.checkpoints import inspect
 
     print(inspect(args.path, args.offline))
     return 0
@@ -120,7 +120,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     locate(args.source, offline=args.offline)
-    from opensora.checkpoints.convert import convert
+    from opensora.checkpoints import convert
 
     print(convert(**{name: value for name, value in vars(args).items() if name not in ("run", "example")}))
     return 0
@@ -164,7 +164,7 @@ def _train_vae(args: argparse.Namespace) -> int:
 
 def _table(args: argparse.Namespace) -> int:
     preflight.check_exists(args.folder)
-    from opensora.datasets.make_table import make_table
+    from opensora.datasets import make_table
 
     made = make_table(args.folder, args.table, args.force, args.captions)
     print(f"{one_line(args.table)}: {made.summary()}")

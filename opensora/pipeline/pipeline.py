@@ -20,7 +20,7 @@ from opensora.acceleration.cuda_graphs import Recorded
 from opensora.acceleration.device import check_graphs, inference_dtype, keep_allocations_in_heap, pick_device
 from opensora.acceleration.memory_plan import BY_NAME, FAST, LOW, MemoryPlan, Weights
 from opensora.acceleration.step_cache import cached_sampling
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.checkpoints.summary import Summary
 from opensora.config.settings import InferenceSettings
 from opensora.datasets import video
@@ -140,7 +140,7 @@ class VideoPipeline:
             texts = self.encode_texts(parts.pop("text_encoder"), told)
             vae, model = (self.fill(name, parts.pop(name)) for name in ("vae", "model"))
             model = self.accelerated(model)
-            _tell_untrained(self.size, components.trained_sizes(self.paths["model"]))
+            _tell_untrained(self.size, builder.trained_sizes(self.paths["model"]))
             self._check_drafts(wanted, (vae.out_channels, *vae.get_latent_size(self.size)))
             self.cache = step_cache.tuned(self, model, (vae.out_channels, *vae.get_latent_size(self.size)), texts)
             if self.stop:
@@ -218,15 +218,15 @@ class VideoPipeline:
     def build(self) -> dict[str, Any]:
         """The text encoder, autoencoder and model without their weights, which are located and checked to fit."""
         settings = self.settings
-        self.paths = {part: components.find(getattr(settings, part), part, settings.offline) for part in PARTS}
-        text_encoder = components.build_text_encoder(settings.text_encoder, self.paths["text_encoder"], self.dtype)
-        self.tokenizer = components.tokenizer_sha256(self.paths["text_encoder"])
-        vae = components.build(settings.vae, self.paths["vae"])
+        self.paths = {part: builder.find_weights(getattr(settings, part), part, settings.offline) for part in PARTS}
+        text_encoder = builder.build_text_encoder(settings.text_encoder, self.paths["text_encoder"], self.dtype)
+        self.tokenizer = builder.tokenizer_sha256(self.paths["text_encoder"])
+        vae = builder.build_model(settings.vae, self.paths["vae"])
         defaults = {"in_channels": vae.out_channels}
         if not isinstance(text_encoder, ClassIds):
             defaults |= {"caption_channels": text_encoder.output_dim, "model_max_length": text_encoder.model_max_length}
         size = {"input_size": tuple(vae.get_latent_size(self.size))}
-        model = components.build(settings.model, self.paths["model"], defaults, size)
+        model = builder.build_model(settings.model, self.paths["model"], defaults, size)
         _check_fit(model, vae, text_encoder)
         return {"text_encoder": text_encoder, "vae": vae, "model": model}
 
@@ -246,7 +246,7 @@ class VideoPipeline:
         keep_allocations_in_heap()
         if path := self.paths["text_encoder"]:
             where = (self.device, self.layout, self.weights.put_text_encoder)
-            filled = components.fill_text_encoder(encoder, self.settings.text_encoder, path, *where)
+            filled = builder.load_text_encoder_weights(encoder, self.settings.text_encoder, path, *where)
             self._tell_loaded("text_encoder", filled)
         told: dict[str, Tensor] = {}
         for text in dict.fromkeys(texts if self.negative_text is None else [*texts, self.negative_text]):
@@ -259,7 +259,7 @@ class VideoPipeline:
         """`encode_texts` of further requests, with the text encoder read a second time. Raises WeightsError."""
         before = self.summaries.get("text_encoder")
         section, path = self.settings.text_encoder, self.paths["text_encoder"]
-        encoder = components.build_text_encoder(section, path, self.dtype)
+        encoder = builder.build_text_encoder(section, path, self.dtype)
         texts = self.encode_texts(encoder, self.texts_of(requests))
         if before and self.summaries["text_encoder"].sha256 != before.sha256:
             raise WeightsError(f"{path}: has changed since the first prompts were encoded with it; start again")
@@ -269,7 +269,9 @@ class VideoPipeline:
         """The autoencoder or the model with its weights, ready to run."""
         section = getattr(self.settings, part)
         linear = self.settings.linear if part == "model" else "exact"
-        self._tell_loaded(part, components.fill(built, section, self.paths[part], self.device, self.dtype, linear))
+        self._tell_loaded(
+            part, builder.load_model_weights(built, section, self.paths[part], self.device, self.dtype, linear)
+        )
         (self.memory.arrange if part == "model" else self.memory.arrange_vae)(built)
         self.weights.settle(part, built)
         return built

@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from opensora.acceleration.memory_plan import PLANS
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError, WeightsError
 from opensora.pipeline import prompt_refiner
@@ -161,7 +161,7 @@ def build(pipeline: VideoPipeline) -> tuple[dict[str, Any], list[str]]:
     settings, paths, absent = pipeline.settings, {}, []
     for part in PARTS:
         try:
-            paths[part] = components.find(getattr(settings, part), part, offline=True)
+            paths[part] = builder.find_weights(getattr(settings, part), part, offline=True)
         except WeightsError as error:
             if settings.offline or os.environ.get("HF_HUB_OFFLINE") or "(offline)" not in str(error):
                 raise  # it is no name of the hub, or nobody may ask there
@@ -170,11 +170,11 @@ def build(pipeline: VideoPipeline) -> tuple[dict[str, Any], list[str]]:
         return pipeline.build(), []
     encoder = None
     if "text_encoder" in paths:
-        encoder = components.build_text_encoder(settings.text_encoder, paths["text_encoder"], pipeline.dtype)
-    vae = components.build(settings.vae, paths.get("vae"))
+        encoder = builder.build_text_encoder(settings.text_encoder, paths["text_encoder"], pipeline.dtype)
+    vae = builder.build_model(settings.vae, paths.get("vae"))
     size = {"input_size": tuple(vae.get_latent_size(pipeline.size))}
     defaults = {"in_channels": vae.out_channels}
-    model = components.build(settings.model, paths.get("model"), defaults, size)
+    model = builder.build_model(settings.model, paths.get("model"), defaults, size)
     pipeline.paths = paths
     return {"text_encoder": encoder, "vae": vae, "model": model}, absent
 

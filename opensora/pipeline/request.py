@@ -78,11 +78,11 @@ class Size(NamedTuple):
 
 def check_supported(settings: InferenceSettings) -> None:
     """Raises ConfigError for a section that is missing or cannot be built, and for what this version cannot do."""
-    from opensora.checkpoints import components
+    from opensora.checkpoints import builder
 
     check_sections(settings)
     for part in PARTS:
-        components.check(getattr(settings, part), part)
+        builder.check_section(getattr(settings, part), part)
     if prompt_refiner.is_wanted(settings):
         if settings.offline:
             raise ConfigError("llm_refine asks a language model, but offline asks nobody; leave out one of the two")

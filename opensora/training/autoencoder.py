@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opensora import registry
 from opensora.acceleration.device import keep_allocations_in_heap, pick_device, place
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.checkpoints.fit import load_weights
 from opensora.checkpoints.hub import read_config_json
 from opensora.checkpoints.save import save_pretrained
@@ -172,7 +172,7 @@ def _build(section: dict[str, Any], offline: bool) -> VideoAutoencoderPipeline:
 
     Without one its parts start from those that their own sections name.
     """
-    path = components.located(section, "model", offline) if section.get("from_pretrained") else None
+    path = builder.locate_weights(section, "model", offline) if section.get("from_pretrained") else None
     parts = {} if path else _parts(section, offline)
     stated = read_config_json(path) if path else {}
     model = registry.build({**{name: stated[name] for name in ("shift", "scale") if name in stated}, **section})
@@ -187,7 +187,7 @@ def _parts(section: dict[str, Any], offline: bool) -> dict[str, Path]:
     """Where the weights of the parts lie, of those that name any."""
     own = {name: section.get(name) for name in ("vae_2d", "vae_temporal")}
     named = {name: one for name, one in own.items() if isinstance(one, dict) and one.get("from_pretrained")}
-    return {name: components.located(one, name, offline) for name, one in named.items()}
+    return {name: builder.locate_weights(one, name, offline) for name, one in named.items()}
 
 
 def _mixed(settings: TrainSettings, data: MixedClips, device: torch.device) -> Videos:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from opensora import registry
 from opensora.acceleration.device import DTYPES, keep_allocations_in_heap, pick_device, place
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.checkpoints.fit import load_weights
 from opensora.checkpoints.save import save_pretrained
 from opensora.config.settings import TrainSettings, check_trainable
@@ -226,9 +226,9 @@ def build_model(settings: TrainSettings, data: Data, device: torch.device) -> nn
     keywords.pop("input_size", None)
     if data.encoders is None:
         forced["skip_y_embedder"] = False  # features are those of the text encoder
-    path = components.located(section, "model", settings.offline) if section.get("from_pretrained") else None
+    path = builder.locate_weights(section, "model", settings.offline) if section.get("from_pretrained") else None
     torch.manual_seed(settings.seed)
-    model = components.build({**section, "strict": False}, path, keywords, forced)
+    model = builder.build_model({**section, "strict": False}, path, keywords, forced)
     if path:
         logger.info("%s", load_weights(model, path, strict=section.get("strict", False)))
     if data.sizes:

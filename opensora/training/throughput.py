@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.distributed.fsdp import Layout, mean
 from opensora.profiling import cost_model
 from opensora.profiling.peak_flops import peak_flops
@@ -26,7 +26,7 @@ class StepCost:
     """
 
     def __init__(self, model: nn.Module, model_type: str) -> None:
-        self.model = components.build({"type": model_type}, None, model.config)
+        self.model = builder.build_model({"type": model_type}, None, model.config)
         matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
         trained = sum(matrix.numel() for matrix in matrices if matrix.requires_grad)
         self.passes = 2 + trained / max(sum(matrix.numel() for matrix in matrices), 1)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opensora import registry
 from opensora.acceleration.device import inference_dtype, keep_allocations_in_heap, pick_device
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.config import find_config, read_config
 from opensora.config.settings import InferenceSettings
 from opensora.datasets.synthetic.dataset import to_model
@@ -47,9 +47,9 @@ class Maker:
         self.device = pick_device(settings.device)
         self.dtype = inference_dtype(self.device, settings.dtype)
         how = (self.device, self.dtype, settings.offline)
-        self.model, _ = components.load(settings.model, "model", *how)
-        self.vae, _ = components.load(settings.vae, "vae", *how)
-        self.text_encoder, _ = components.load(settings.text_encoder, "text_encoder", *how)
+        self.model, _ = builder.load_component(settings.model, "model", *how)
+        self.vae, _ = builder.load_component(settings.vae, "vae", *how)
+        self.text_encoder, _ = builder.load_component(settings.text_encoder, "text_encoder", *how)
         self.scheduler = registry.build(settings.scheduler)
 
     def clips(self, count: int) -> list[Clip]:

@@ -109,10 +109,10 @@ def networks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
     made = Networks(chunked=version == "v1.2.0")
     summary = Summary(Path("x"), 1, 1, ("fp32",), "0" * 64)
     text_encoder = SimpleNamespace(encode=made.encode_text, output_dim=8, model_max_length=300)
-    parts = {"find": Path("x"), "build_text_encoder": text_encoder, "build": made, "fill": summary}
-    parts |= {"fill_text_encoder": summary, "trained_sizes": []}
+    parts = {"find_weights": Path("x"), "build_text_encoder": text_encoder, "build_model": made}
+    parts |= {"load_model_weights": summary, "load_text_encoder_weights": summary, "trained_sizes": []}
     for name, value in parts.items():
-        monkeypatch.setattr(pipeline.components, name, lambda *_, value=value, **__: value)
+        monkeypatch.setattr(pipeline.builder, name, lambda *_, value=value, **__: value)
     for needs_modules in ("rehearse", "choose_memory", "_remember"):
         monkeypatch.setattr(VideoPipeline, needs_modules, lambda *_, **__: None)
     build = pipeline.registry.build

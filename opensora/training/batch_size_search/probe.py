@@ -20,7 +20,7 @@ from opensora import registry
 from opensora.acceleration.activation_checkpointing import checkpoint_blocks
 from opensora.acceleration.device import inference_dtype, pick_device, place, training_context
 from opensora.acceleration.model_parts import blocks_of
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.config.settings import SearchSettings
 from opensora.datasets.aspect import SIZES
 from opensora.datasets.bucket import Buckets
@@ -88,17 +88,17 @@ class TrainingProbe:
     def _encoder(self, what: str, loaded: bool) -> Any:
         """The frozen encoder that training runs, or None if its features are loaded or random."""
         section = getattr(self.settings, what)
-        if section is None or loaded or section["type"] in components.WITHOUT_WEIGHTS:
+        if section is None or loaded or section["type"] in builder.WITHOUT_WEIGHTS:
             return None
         dtype = inference_dtype(self.device, self.settings.dtype)
-        return components.load(section, what, self.device, dtype, self.settings.offline)[0]
+        return builder.load_component(section, what, self.device, dtype, self.settings.offline)[0]
 
     def _model(self) -> nn.Module:
         fitting: dict[str, Any] = {"in_channels": self.vae.out_channels} if self.vae is not None else {}
         if self.text_encoder is not None:
             fitting |= {"caption_channels": self.text_encoder.output_dim}
             fitting |= {"model_max_length": self.text_encoder.model_max_length}
-        model = components.build({**self.settings.model, "strict": False}, None, fitting)
+        model = builder.build_model({**self.settings.model, "strict": False}, None, fitting)
         model = place(model, self.device).train()
         if self.settings.grad_checkpoint:
             checkpoint_blocks(model)

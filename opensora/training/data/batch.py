@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opensora.acceleration.device import inference_dtype, training_context
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.config.settings import TrainSettings
 from opensora.datasets.datasets import to_levels
 from opensora.distributed.fsdp import Layout
@@ -67,16 +67,16 @@ class Encoders:
         self.settings, self.device = settings, device
         self.dtype = inference_dtype(device, settings.dtype)
         how = (device, self.dtype, settings.offline)
-        self.vae, vae = components.load(settings.vae, "vae", *how)
+        self.vae, vae = builder.load_component(settings.vae, "vae", *how)
         self.contents = {"weights of the vae": vae.sha256}
         self.text = self._text_encoder(settings.text_encoder, how, layout)
 
     def _text_encoder(self, section: dict[str, Any], how: tuple[Any, ...], layout: Layout) -> Any:
-        if section["type"] in components.WITHOUT_WEIGHTS:
-            return components.build_text_encoder(section, None, self.dtype)
-        encoder, summary = components.load(section, "text_encoder", *how, layout)
+        if section["type"] in builder.WITHOUT_WEIGHTS:
+            return builder.build_text_encoder(section, None, self.dtype)
+        encoder, summary = builder.load_component(section, "text_encoder", *how, layout)
         self.contents["weights of the text encoder"] = summary.sha256
-        self.contents |= components.tokenizer_sha256(summary.path)
+        self.contents |= builder.tokenizer_sha256(summary.path)
         return encoder
 
     def keywords(self, sizes: list[tuple[int, int, int]]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from opensora import registry
 from opensora.acceleration.device import DTYPES, inference_dtype, keep_allocations_in_heap, pick_device, take_own
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.checkpoints.save import save_file
 from opensora.config.settings import ExtractSettings
 from opensora.datasets.bucket import Buckets
@@ -145,8 +145,8 @@ class Extraction:
             return None, None
         if section is None:
             raise ConfigError(f"encoding needs a section {what}; add it to the configuration")
-        encoder, summary = components.load(section, what, self.device, self.dtype, self.settings.offline)
-        self.tokenizer = components.tokenizer_sha256(summary.path) if what == "text_encoder" else {}
+        encoder, summary = builder.load_component(section, what, self.device, self.dtype, self.settings.offline)
+        self.tokenizer = builder.tokenizer_sha256(summary.path) if what == "text_encoder" else {}
         return encoder, summary.sha256
 
     def _write_plan(self, latents: Sequence[LatentShard], texts: Sequence[TextShard]) -> None:
