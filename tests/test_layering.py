@@ -204,9 +204,8 @@ def test_only_checkpoints_open_checkpoints():
 
 
 def test_only_video_opens_media():
-    assert not breaches(
-        {m: uses(t, MEDIA) for m, t in modules().items()}, ("opensora.datasets.video", "opensora.datasets.decoding")
-    )
+    allowed = tuple(module for module in modules() if module.startswith("opensora.datasets.video."))
+    assert not breaches({m: uses(t, MEDIA) for m, t in modules().items()}, allowed)
 
 
 def test_only_the_top_layer_reads_the_command_line():

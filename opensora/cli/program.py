@@ -17,7 +17,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from typing import Any, TextIO
 
 from opensora.errors import OpenSoraError, printable
-from opensora.signals import Stopped, stoppable
+from opensora.signals import Stopped, handle_stop_signals
 
 BROKEN_PIPE = 141  # as a shell tells of SIGPIPE
 QUIET = ("httpx", "httpx2", "transformers", "diffusers", "huggingface_hub")
@@ -32,7 +32,7 @@ def run_program(program: Callable[[], Any]) -> int:
     """
     with _safe_streams(), _logging():
         try:
-            with stoppable():
+            with handle_stop_signals():
                 result = program()
         except OpenSoraError as error:
             sys.stderr.write(f"error: {shortened(one_line(error))}\n")  # in one write: ranks share the stream

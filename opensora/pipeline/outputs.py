@@ -25,7 +25,7 @@ from opensora.pipeline.draft import SUFFIX
 from opensora.pipeline.prompts import save_path_name
 from opensora.pipeline.recipe import Recipe, check_folder, encode_output
 from opensora.pipeline.request import Request
-from opensora.signals import held
+from opensora.signals import defer_stop_signals
 
 logger = logging.getLogger("opensora")
 
@@ -232,7 +232,7 @@ def output_folder(path: str | Path) -> Iterator[None]:
         check_folder(folder)
         yield
     finally:
-        with held():
+        with defer_stop_signals():
             for part in made:
                 with suppress(OSError):
                     part.rmdir()

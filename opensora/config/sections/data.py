@@ -95,10 +95,10 @@ _Batch = Annotated[Count, Field(le=100_000)]
 BucketBatch = _Batch | Pair[_Batch] | None
 BucketKeep = NonNegative | Pair[Share] | None
 BUCKET = "(keep probability, batch size), such as (0.5, 4) or ((0.5, 0.3), None)"
-BucketEntry = Annotated[tuple[BucketKeep, BucketBatch], as_tuple, described_as(BUCKET)]
+BucketValue = Annotated[tuple[BucketKeep, BucketBatch], as_tuple, described_as(BUCKET)]
 _number = BeforeValidator(lambda key: int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key)
 BucketFrames = Annotated[Frames, _number]
-BucketConfig = dict[Name | Annotated[Int, Field(ge=1, le=MAX_SIDE)], dict[BucketFrames, BucketEntry]]
+BucketConfig = dict[Name | Annotated[Int, Field(ge=1, le=MAX_SIDE)], dict[BucketFrames, BucketValue]]
 MaskRatios = dict[Name, Share]
 
 

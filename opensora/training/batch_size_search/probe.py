@@ -182,7 +182,7 @@ def latent_size(size: tuple[int, int, int]) -> tuple[int, int, int]:
 def rows_of(table: Table, span: Span, frame_interval: int = 1) -> int:
     """The number of rows of a table that can make one batch of the bucket, all of the same aspect ratio."""
     buckets = Buckets({span.resolution: {span.num_frames: (1.0, 1)}})
-    _, _, _, group = buckets.place(*table.sizes(), seed=0, frame_interval=frame_interval).groups()
+    _, _, _, group = buckets.assign(*table.sizes(), seed=0, frame_interval=frame_interval).groups()
     return int(np.bincount(group).max()) if len(group) else 0
 
 

@@ -13,10 +13,10 @@ import torch
 
 from opensora import registry
 from opensora.config.settings import TrainSettings
-from opensora.datasets.bucket import Bucket, Buckets, Placement, random_words
+from opensora.datasets.bucket import Bucket, BucketAssignment, Buckets, random_words
 from opensora.datasets.datasets import VariableVideoTextDataset, VideoTextDataset, collate
 from opensora.datasets.quarantine import Broken
-from opensora.datasets.samplers import SAMPLES, BucketBatchSampler, Epoch, lay_out, shuffled
+from opensora.datasets.samplers import SAMPLES, BucketBatchSampler, Epoch, make_epoch, shuffled
 from opensora.errors import ConfigError
 from opensora.training.data.loader import Read
 from opensora.training.data.table_checks import missing_files
@@ -156,8 +156,8 @@ def _bucketed(
     interval, num_frames = dataset.frame_interval, np.full(len(lengths), np.nan)  # no bucket takes what has no length
     num_frames[rows] = lengths[rows]
 
-    def placed(epoch: int) -> Placement:
-        return buckets.place(num_frames, *sides, seed=seed, epoch=epoch, frame_interval=interval)
+    def placed(epoch: int) -> BucketAssignment:
+        return buckets.assign(num_frames, *sides, seed=seed, epoch=epoch, frame_interval=interval)
 
     held = []
     if settings.validate_every:
@@ -169,12 +169,12 @@ def _bucketed(
 
     def plan(epoch: int) -> Bucketed:
         first = epoch == 0
-        return Bucketed(sampler.plan if first else lay_out(placed(epoch), seed, epoch, shuffle=True, drop_last=True))
+        return Bucketed(sampler.plan if first else make_epoch(placed(epoch), seed, epoch, shuffle=True, drop_last=True))
 
     return plan, held
 
 
-def _held_of(placement: Placement, settings: TrainSettings) -> Iterator[Held]:
+def _held_of(placement: BucketAssignment, settings: TrainSettings) -> Iterator[Held]:
     """Some clips of each bucket, in batches; says which buckets have none."""
     buckets, batch_sizes, rows, group = placement.groups()
     without = []
