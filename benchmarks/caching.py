@@ -13,6 +13,7 @@ Writes caching.json and caching.png.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import sys
@@ -28,17 +29,20 @@ from torch import Tensor
 from opensora import __version__
 from opensora.acceleration.step_cache import cached_sampling, calibration
 from opensora.acceleration.step_cache.cached_sampling import Cache
+from opensora.cli.program import run_program
 from opensora.config import find_config, read_config
 from opensora.config.settings import InferenceSettings
 from opensora.datasets import video
 from opensora.datasets.synthetic.measure import measure
 from opensora.datasets.synthetic.render import Clip, make_clip
 from opensora.files import replacing
+from opensora.pipeline.denoise import denoise
+from opensora.pipeline.job import Job
+from opensora.pipeline.loaded_models import LoadedModels
 from opensora.pipeline.noise import initial_noise, noise_generator
-from opensora.pipeline.pipeline import VideoPipeline
-from opensora.pipeline.recipe import check_folder
+from opensora.pipeline.output_files import check_folder
 from opensora.pipeline.step_cache import psnr
-from opensora.utils.config_utils import run_program
+from opensora.pipeline.text_encoding import encode_texts
 
 MAX_ERRORS = (0.01, 0.02, 0.05, 0.1)
 FEWEST_TIMES, LEAST_PSNR, MOST_LOST = 2.0, 30.0, 1.0  # bars: evaluations saved, dB on average, points of quality
@@ -61,46 +65,46 @@ class Bench:
         file = find_config("embedded")
         config = {**read_config(file), "prompt": list(texts), "seed": seed}
         config["scheduler"] = {**config["scheduler"], "num_sampling_steps": steps}
-        settings = InferenceSettings.from_config(config, file.name)
-        pipeline = self.pipeline = VideoPipeline(settings)
-        parts = pipeline.build()
-        self.texts = pipeline.encode_texts(parts.pop("text_encoder"), list(texts))
-        self.vae, self.model = (pipeline.fill(name, parts.pop(name)) for name in ("vae", "model"))
-        self.shape = (self.vae.out_channels, *self.vae.get_latent_size(pipeline.size))
+        self.settings = InferenceSettings.from_config(config, file.name)
+        models = self.models = LoadedModels(self.settings)
+        job = self.job = Job(self.settings, models, to_files=False)
+        models.locate()
+        self.texts = encode_texts(models, job, list(texts))
+        models.load(job.size)
+        self.shape = (models.vae.out_channels, *models.vae.get_latent_size(job.size))
         self.steps, self.seed = steps, seed
 
     @torch.no_grad()
     def latents(self, text: str, number: int, method: Method, counter: list[int] | None = None) -> Tensor:
         """Clean latents of a text from noise number `number`."""
-        pipeline, options = self.pipeline, {"source": [noise_generator(self.seed, number, 0)]}
-        noise = initial_noise(self.seed, number, 0, self.shape)[None].to(pipeline.device)
-        before = pipeline.scheduler
-        pipeline.scheduler = type(before)(**{**vars(before), "num_sampling_steps": method.steps})
-        try:
-            return pipeline.denoise(
-                self.model, noise, self.texts[text], method.cache, counter=[] if counter is None else counter, **options
-            )
-        finally:
-            pipeline.scheduler = before
+        scheduler = {**self.settings.scheduler, "num_sampling_steps": method.steps}
+        job = Job(dataclasses.replace(self.settings, scheduler=scheduler), self.models, to_files=False)
+        noise, source = initial_noise(self.seed, number, 0, self.shape)[None], [noise_generator(self.seed, number, 0)]
+        return self.denoise(job, noise, text, method.cache, counter=[] if counter is None else counter, source=source)
+
+    def denoise(self, job: Job, noise: Tensor, text: str, cache: Cache, **options: Any) -> Tensor:
+        """The latents of the last step."""
+        noise = noise.to(self.models.device)
+        *_, last = denoise(self.models, job, noise, self.texts[text], self.texts, cache, **options)
+        return last.x
 
     @torch.no_grad()
     def frames(self, latents: Tensor) -> np.ndarray:
-        return video.to_uint8(self.vae.decode(latents, num_frames=self.pipeline.size.num_frames)[0].float())
+        return video.to_uint8(self.models.vae.decode(latents, num_frames=self.job.size.num_frames)[0].float())
 
 
 def find_methods(bench: Bench, prompts: Sequence[str]) -> tuple[Method, list[Method]]:
     """The uncached run, and all others."""
-    exact, scheduler = Method("none", Cache(), bench.steps), bench.pipeline.scheduler
-    effects = cached_sampling.effects(scheduler, bench.shape[0], bench.pipeline.size._asdict(), bench.steps)
+    exact, scheduler = Method("none", Cache(), bench.steps), bench.job.scheduler
+    effects = cached_sampling.effects(scheduler, bench.shape[0], bench.job.size._asdict())
 
     made: dict[Any, Tensor] = {}  # calibrations for several errors try the same tables
 
     def run(number: int, cache: Cache, observe: Any) -> Tensor:
         key = (number, cache.table)
         if observe is not None or key not in made:
-            noise = initial_noise(bench.seed, -1 - number, 0, bench.shape)[None].to(bench.pipeline.device)
-            text = bench.texts[prompts[number]]
-            made[key] = bench.pipeline.denoise(bench.model, noise, text, cache, observe=observe)
+            noise = initial_noise(bench.seed, -1 - number, 0, bench.shape)[None]
+            made[key] = bench.denoise(bench.job, noise, prompts[number], cache, observe=observe)
         return made[key]
 
     run = torch.no_grad()(run)
@@ -159,7 +163,7 @@ def _row(method: Method, found: Sequence[dict[str, Any]], exact: Sequence[dict[s
     if method.max_error is not None:
         row["percent_within_max_error"] = 100 * float(np.mean([one["error"] <= method.max_error for one in found]))
     if method.cache.table is not None:
-        row["table"] = method.cache.table.halves
+        row["table"] = method.cache.table.branches
     return row
 
 
@@ -238,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     met = passing(rows)
     report = {
         "opensora": __version__, "torch": torch.__version__, "platform": platform.platform(), "seed": args.seed,
-        "steps": args.steps, "weights": bench.pipeline.summaries["model"].sha256, "num_prompts": args.num_prompts,
+        "steps": args.steps, "weights": bench.models.summaries["model"].sha256, "num_prompts": args.num_prompts,
         "calibration_prompts": len(prompts), "meets_the_bars": met, "methods": rows,
     }  # fmt: skip
     with replacing(folder / "caching.json", make_folders=True) as [temporary]:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from opensora.acceleration.device import keep_allocations_in_heap
+from opensora.acceleration.allocator import keep_allocations_in_heap
 from opensora.acceleration.kernels.linear import has_onednn
 from opensora.acceleration.model_parts import kept_in_float32
 

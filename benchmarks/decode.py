@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import common, plain
-from opensora.acceleration.device import place
 from opensora.acceleration.kernels.linear import multiplies_bf16
+from opensora.acceleration.placement import to_device
 from opensora.datasets.video import to_uint8
 from opensora.models.vae.vae import OpenSoraVAE_V1_2, VideoAutoencoderPipeline
 
@@ -32,7 +32,7 @@ def build(**config: Any) -> tuple[VideoAutoencoderPipeline, VideoAutoencoderPipe
     torch.manual_seed(0)
     fast, slow = (OpenSoraVAE_V1_2(**config).eval().requires_grad_(False) for _ in range(2))
     fast.load_state_dict(slow.state_dict())
-    return place(fast, torch.device("cpu")), slow
+    return to_device(fast, torch.device("cpu")), slow
 
 
 def streamed(vae: VideoAutoencoderPipeline, z: Tensor, num_frames: int) -> list[Any]:
@@ -53,7 +53,7 @@ def main() -> None:
         "fast": lambda: streamed(fast, z, given.frames),
     }
     if multiplies_bf16():
-        half, rounded = place(common.cast(slow, torch.bfloat16), torch.device("cpu")), z.bfloat16()
+        half, rounded = to_device(common.cast(slow, torch.bfloat16), torch.device("cpu")), z.bfloat16()
         errors["bf16"] = common.relative_error(half.decode(rounded, given.frames), exact)
         sides["bf16"] = lambda: streamed(half, rounded, given.frames)
     times = common.race(sides, given.repeats)

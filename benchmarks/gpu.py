@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common, decode
-from opensora.acceleration.cuda_graphs import Recorded
-from opensora.acceleration.device import (
-    check_graphs,
-    name_of,
-    peak_memory,
-    pick_device,
-    place,
-    reset_peak_memory,
-    synchronize,
-)  # fmt: skip
-from opensora.acceleration.memory_plan import BY_NAME, Weights
+from opensora.acceleration.compile import compile_blocks
+from opensora.acceleration.cuda_graphs import CapturedModel, check_graphs
+from opensora.acceleration.device import device_name, peak_memory, pick_device, reset_peak_memory, synchronize
+from opensora.acceleration.memory_plan import BY_NAME
+from opensora.acceleration.offload import Offloader
+from opensora.acceleration.placement import to_device
+from opensora.acceleration.replace_modules import copy_structure
 from opensora.datasets.video import to_uint8
-from opensora.distributed.parallelize import compile_blocks
 from opensora.models.sizes import size_conditioning
 from opensora.models.stdit.stdit3 import STDiT3
 from opensora.models.vae.vae import OpenSoraVAE_V1_2
@@ -83,7 +79,7 @@ def timed(work: common.Work, device: torch.device) -> tuple[Any, float]:
 def shares(flops: float, seconds: float, device: torch.device, dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     """How much of the device's rates so many operations in so many seconds are."""
     rate, own = flops / seconds, product_rate(device, dtype, 256 if dry else 8192)
-    name = name_of(device)
+    name = device_name(device)
     published = next((peak for key, peak in PEAKS.items() if key in name), None)
     return {
         "device": name, "flops": flops, "flops_per_second": rate, "of_best_product": rate / own,
@@ -103,53 +99,50 @@ def end_to_end(given: argparse.Namespace, device: torch.device, dtype: torch.dty
     model = random_model(STDiT3, device, dtype, **(TINY if given.dry else {})).eval().requires_grad_(False)
     vae = random_model(OpenSoraVAE_V1_2, device, dtype, **(decode.TINY if given.dry else {}))
     vae.scale, vae.shift = torch.ones((), device=device), torch.zeros((), device=device)
-    place(model, device), place(vae.eval().requires_grad_(False), device)
+    to_device(model, device), to_device(vae.eval().requires_grad_(False), device)
     plan = BY_NAME[given.memory]
-    plan.arrange(model)
-    if not (given.eager or plan.in_parts):
+    plan.prepare_model(model)
+    if not (given.eager or plan.chunked):
         compile_blocks(model)
     latent = vae.get_latent_size(size)
     noise = torch.randn(1, 4, *latent, device=device)
     text = torch.randn(1, 1, TOKENS, model.config["caption_channels"], device=device, dtype=dtype)
     cond, null = {"y": text, **told(size, 1, device)}, {"y": model.null_caption(text)}
     shape = dict(zip(("num_frames", "height", "width"), size, strict=True))
-    weights = Weights(plan, device)
-    weights.settle("model", model)
-    weights.settle("vae", vae)
+    offloader = Offloader(plan.offload, device)
+    offloader.offload("model", model)
+    offloader.offload("vae", vae)
     if given.graphs:
         check_graphs(device)
-    denoiser = Recorded(model) if given.graphs else model
+    denoiser = CapturedModel(model) if given.graphs else model
 
-    def denoise(steps: int) -> torch.Tensor:
+    def denoise(denoiser: Any, steps: int) -> torch.Tensor:
         scheduler = RFLOW(num_sampling_steps=steps, cfg_scale=SCALE, use_timestep_transform=True)
-        with weights.using("model"):
-            return scheduler.sample(denoiser, noise, cond, null, **shape)
+        with offloader.onloaded("model"):
+            return scheduler.sample(
+                denoiser, noise, cond, null, **shape, sequential_cfg=plan.sequential_cfg, precompute=True
+            )
 
     def decoded(z: torch.Tensor) -> None:
-        with weights.using("vae"):
+        with offloader.onloaded("vae"):
             for piece in vae.decoded(z.to(dtype), size[0]):
                 to_uint8(piece[0].nan_to_num())
 
-    decoded(denoise(3 if given.graphs else 1))  # which records at the second step
+    decoded(denoise(denoiser, 3 if given.graphs else 1))  # which records at the second step
     reset_peak_memory(device)
-    z, denoising = timed(lambda: denoise(given.steps), device)
+    z, denoising = timed(lambda: denoise(denoiser, given.steps), device)
     _, decoding = timed(lambda: decoded(z), device)
     seconds = {"denoise": denoising, "decode": decoding, "all": denoising + decoding}
     report = {"size": size, "steps": given.steps, "memory_plan": plan.name, "graphs": given.graphs, "seconds": seconds}
     report["peak_memory_gb"] = (peak_memory(device) or 0) / 1e9
-    denoiser = model
-    flops = count(lambda: denoise(1), model) * given.steps
+    flops = count(lambda copy: denoise(copy, 1), model) * given.steps
     return report | shares(flops, seconds["denoise"], device, dtype, given.dry)
 
 
-def count(work: common.Work, model: STDiT3) -> int:
-    """Operations of `work`, counted without compilation."""
-    compiled = {block: block.__dict__.pop("forward", None) for block in model.text_blocks()}
+def count(work: Callable[[nn.Module], Any], model: STDiT3) -> int:
+    """Floating-point operations of `work` on a copy of the model that is not compiled."""
     with FlopCounterMode(display=False) as counter:
-        work()
-    for block, forward in compiled.items():
-        if forward is not None:
-            block.forward = forward
+        work(copy_structure(model))
     return counter.get_total_flops()
 
 
@@ -157,20 +150,20 @@ def train(given: argparse.Namespace, device: torch.device, dtype: torch.dtype) -
     """Seconds of a training step in mixed precision: forward, backward and a fused AdamW. Three steps count."""
     size = DRY_SIZE if given.dry else SIZES[given.size]
     model = random_model(STDiT3, device, torch.float32, **(TINY if given.dry else {})).train()
-    place(model, device)
+    to_device(model, device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     latent = (size[0] // 17 * 5, size[1] // 8, size[2] // 8)
     x = torch.randn(given.batch, 4, *latent, device=device)
     text = torch.randn(given.batch, 1, TOKENS, model.config["caption_channels"], device=device)
     cond, scheduler = {"y": text, **told(size, given.batch, device)}, RFLOW()
 
-    def forward() -> torch.Tensor:
+    def forward(model: nn.Module) -> torch.Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return scheduler.training_loss(model, x, cond).mean()
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        forward().backward()
+        forward(model).backward()
         optimizer.step()
 
     with torch.no_grad():

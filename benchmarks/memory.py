@@ -22,13 +22,16 @@ import torch
 
 from benchmarks import common
 from benchmarks.gpu import FPS, SCALE, random_model
-from opensora import cli
-from opensora.acceleration.device import keep_allocations_in_heap, peak_memory, pick_device, place, reset_peak_memory
-from opensora.acceleration.memory_plan import BY_NAME, PLANS, arranged
+from opensora.acceleration.allocator import keep_allocations_in_heap
+from opensora.acceleration.device import is_cpu, peak_memory, pick_device, reset_peak_memory
+from opensora.acceleration.memory_plan import BY_NAME, PLANS
+from opensora.acceleration.placement import to_device
+from opensora.cli.verbs.generation import request_settings
 from opensora.models.sizes import size_conditioning
 from opensora.models.stdit.stdit3 import STDiT3
 from opensora.pipeline.plan import make_plan
-from opensora.profiling import cost_model
+from opensora.pipeline.stage_costs import ResourceEstimate
+from opensora.profiling import cost_model, memory_meter
 from opensora.schedulers.rf import RFLOW
 
 HEAD, TEXT, TOKENS = 72, 64, 80  # channels of a head and of the text, and its length
@@ -41,20 +44,22 @@ def child(name: str, file: str, width: str, *size: str) -> None:
     keep_allocations_in_heap()
     frames, height, columns = map(int, size)
     plan, device = BY_NAME[name], pick_device()
-    dtype = torch.float32 if cost_model.is_host(device) else torch.bfloat16
+    dtype = torch.float32 if is_cpu(device) else torch.bfloat16
     sizes = dict(hidden_size=int(width), depth=1, num_heads=int(width) // HEAD, caption_channels=TEXT)
     torch.manual_seed(0)
-    model = place(random_model(STDiT3, device, dtype, **sizes).eval().requires_grad_(False), device)
+    model = to_device(random_model(STDiT3, device, dtype, **sizes).eval().requires_grad_(False), device)
     latent = (frames // 17 * 5, height // 8, columns // 8)
     noise, text = torch.randn(1, 4, *latent, device=device), torch.randn(1, 1, TOKENS, TEXT, device=device, dtype=dtype)
     told = size_conditioning("STDiT2", 1, (height, columns), frames, FPS, device=device)
-    with arranged(model, plan):
-        step = cost_model.step(model, latent, told, TOKENS, dtype, device, batch=1 if plan.apart else 2)
-        counted = cost_model.count(step, device).peak
-        before = cost_model.resident() if cost_model.is_host(device) else torch.accelerator.memory_allocated(device)
-        reset_peak_memory(device)
-        scheduler = RFLOW(num_sampling_steps=1, cfg_scale=SCALE)
-        made = scheduler.sample(model, noise, {"y": text, **told}, {"y": model.null_caption(text)})
+    counted = cost_model.step_cost(
+        model, latent, told, TOKENS, dtype, device, batch=1 if plan.sequential_cfg else 2, plan=plan
+    ).peak
+    plan.prepare_model(model)
+    before = memory_meter.resident_memory() if is_cpu(device) else torch.accelerator.memory_allocated(device)
+    reset_peak_memory(device)
+    scheduler = RFLOW(num_sampling_steps=1, cfg_scale=SCALE)
+    cond, null, options = {"y": text, **told}, {"y": model.null_caption(text)}, {"precompute": True}
+    made = scheduler.sample(model, noise, cond, null, sequential_cfg=plan.sequential_cfg, **options)
     torch.save(made.cpu(), file)
     print(json.dumps({"peak": (peak_memory(device) or 0) - before, "counted": counted}))
 
@@ -78,14 +83,16 @@ def measured(width: int, size: list[int]) -> dict[str, Any]:
 def counted(config: str, size: list[int]) -> dict[str, Any]:
     """Plan -> bytes of an accelerator at the peak of a request, and stage by stage, weights and work apart."""
     words = ["x", "--model", config, "--num-frames", str(size[0]), "--image-size", *map(str, size[1:])]
-    settings = cli._request(cli._parser().parse_args(["plan", *words, "--memory", "fast"]))
-    needs = make_plan(settings).needs
-    needs.on_host, needs.where = False, (torch.bfloat16, torch.device("meta"))
-    needs.pipeline.dtype = torch.bfloat16
+    settings = request_settings([*words, "--memory", "fast"])
+    made = make_plan(settings)
+    accelerator = {"device": torch.device("meta"), "dtype": torch.bfloat16}
+    estimate = ResourceEstimate(
+        made.models, made.models.build(made.job.size), made.job, made.requests, again=False, **accelerator
+    )
     return {
         plan.name: {
-            "counted": needs.peak(plan),
-            "stages": {one.name: {"weights": one.weights, "work": one.cost.peak} for one in needs.stages(plan)},
+            "counted": estimate.peak(plan),
+            "stages": {one.name: {"weights": one.weights, "work": one.cost.peak} for one in estimate.stages(plan)},
         }
         for plan in PLANS
     }

@@ -15,15 +15,17 @@ both are against the plain one in float32.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks import common, plain
-from opensora.acceleration.device import DTYPES, place
+from opensora.acceleration.placement import to_device
+from opensora.acceleration.precision import DTYPES
 from opensora.acceleration.quantization import KINDS, quantize
-from opensora.models.layers.transformer import Text
+from opensora.models.layers.attention import rotation_table
 from opensora.models.stdit.stdit3 import STDiT3
 
 SIZES = {  # frames of latents, patches of a frame
@@ -55,14 +57,17 @@ def inputs(fast: STDiT3, size: tuple[int, int], tokens: int, device: torch.devic
     return {"x": x, "y": y, "timestep": torch.full((HALVES,), 500.0, device=device)}
 
 
-def read(fast: STDiT3, y: torch.Tensor) -> Text:
-    """The text's keys and values, which a request computes once."""
-    return Text(tuple(block.cross_attn.read(y) for block in fast.text_blocks()), None)
+def keys_values(fast: STDiT3, y: torch.Tensor) -> list[Any]:
+    """The text's keys and values for each block, which a request computes once."""
+    return [block.cross_attn.read(y) for block in fast.blocks_in_order()]
 
 
-def fast_step(fast: STDiT3, x: torch.Tensor, texts: Any, timestep: torch.Tensor) -> torch.Tensor:
-    """The tokens after the pair; `texts` has the text of each block, read or not."""
-    return fast.transform(x, fast.modulation(timestep, 0, None), texts, None)
+def fast_step(fast: STDiT3, x: torch.Tensor, texts: Sequence[Any], timestep: torch.Tensor) -> torch.Tensor:
+    """The tokens after the pair; `texts` has the text of each block, or its keys and values."""
+    modulation, rotation = fast.modulation(timestep, 0, None), rotation_table(fast.rope.freqs, x.shape[1])
+    for block, text in zip(fast.blocks_in_order(), texts, strict=True):
+        x = block(x, modulation.blocks, text, None, rotation if block.axis == "time" else None)
+    return x
 
 
 def plain_step(slow: plain.PlainSTDiT3, x: torch.Tensor, y: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -84,8 +89,8 @@ def measure(
     models = {"fast": common.cast(fast, kind), **{name: quantize(copy.deepcopy(fast), name) for name in eight}}
     works: dict[str, common.Work] = {}
     for name, model in models.items():
-        place(model, torch.device("cpu"))
-        works[name] = partial(fast_step, model, x, read(model, y).prepared, timestep[:1])
+        to_device(model, torch.device("cpu"))
+        works[name] = partial(fast_step, model, x, keys_values(model, y), timestep[:1])
     kept = partial(plain_step, slow, x, y, timestep)
     sides = {"plain": common.as_usual(kept), "plain, memory kept": kept, "fast": works["fast"]}
     if "int8" in works:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks import common, plain
-from opensora.acceleration.device import place
+from opensora.acceleration.placement import to_device
 from opensora.acceleration.quantization import KINDS, quantize
 from opensora.checkpoints import builder
 from opensora.checkpoints.fit import load_weights
@@ -58,7 +58,7 @@ def fast_request(parts: Parts, config: dict[str, Any], steps: int) -> np.ndarray
     scheduler = RFLOW(num_sampling_steps=steps, cfg_scale=config["scheduler"]["cfg_scale"])
     text, noise, told = parts.encoder.encode([PROMPT])[0], *start(parts, config)
     null = {"y": parts.model.null_caption(text)}
-    z = scheduler.sample(parts.model, noise, {"y": text, **told}, null)
+    z = scheduler.sample(parts.model, noise, {"y": text, **told}, null, precompute=True)
     return np.concatenate([to_uint8(piece[0]) for piece in parts.vae.decoded(z, config["num_frames"])])
 
 
@@ -91,9 +91,9 @@ def main() -> None:
     model = plain.PlainSTDiT3(parts.model.config).eval().requires_grad_(False)
     model.load_state_dict(parts.model.state_dict())
     slow = Parts(copy.deepcopy(parts.encoder), model, copy.deepcopy(parts.vae))
-    small = {kind: parts._replace(model=place(quantize(copy.deepcopy(parts.model), kind), CPU)) for kind in KINDS}
+    small = {kind: parts._replace(model=to_device(quantize(copy.deepcopy(parts.model), kind), CPU)) for kind in KINDS}
     for module in (parts.encoder.model, parts.model, parts.vae):
-        place(module, CPU)
+        to_device(module, CPU)
     sides = {
         "plain": common.as_usual(lambda: plain_request(slow, config, given.steps)),
         "plain, memory kept": lambda: plain_request(slow, config, given.steps),

@@ -23,7 +23,7 @@ import torch
 
 from opensora.config.settings import SearchSettings
 from opensora.training.batch_size_search import probe
-from opensora.training.batch_size_search.search import Method, Outcome, Plan, Span, bisect, make_plan, search
+from opensora.training.batch_size_search.search import Method, Outcome, SearchPlan, Span, bisect, make_plan, search
 from opensora.training.batch_size_search.search_model import ModelSearch
 
 MODEL = dict(type="STDiT3", hidden_size=96, depth=2, num_heads=4, caption_channels=16, model_max_length=8)
@@ -46,7 +46,7 @@ class Counted:
         return self.trial(span, batch_size)
 
 
-def compare(trial: probe.TrainingProbe, plan: Plan, rounds: int) -> dict[str, Any]:
+def compare(trial: probe.TrainingProbe, plan: SearchPlan, rounds: int) -> dict[str, Any]:
     """The trials of each method, and the batch sizes that each found in each round."""
     trials, sizes = dict.fromkeys(METHODS, 0), defaultdict(lambda: {name: [] for name in METHODS})
     for _ in range(rounds):

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import common, pair, plain
-from opensora.acceleration.device import DTYPES, place, training_attention, training_context
-from opensora.distributed.parallelize import compile_blocks
+from opensora.acceleration.compile import compile_blocks
+from opensora.acceleration.placement import to_device
+from opensora.acceleration.precision import DTYPES, training_context
 from opensora.models.stdit.stdit3 import STDiT3
 
 CPU = torch.device("cpu")
@@ -31,8 +32,7 @@ def step(model: nn.Module, forward: Callable[[], Tensor], dtype: str) -> None:
     with training_context(CPU, dtype):
         loss = forward().float().square().mean()
     model.zero_grad(set_to_none=True)
-    with training_attention(CPU):
-        loss.backward()
+    loss.backward()
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -50,7 +50,7 @@ def measure(
 ) -> dict[str, Any]:
     """Times, ratios, errors of the gradients and the bound of one size in one type."""
     x, y, timestep = pair.inputs(fast, size, given.tokens).values()
-    texts = [y] * len(fast.text_blocks())
+    texts = [y] * len(fast.blocks_in_order())
 
     def plainly(dtype: str = dtype) -> None:
         step(slow, lambda: pair.plain_step(slow, x, y, timestep), dtype)
@@ -77,11 +77,11 @@ def main() -> None:
         __doc__, repeats=3, sizes=["144p-2s"], dtypes=["fp32"], tokens=120, hidden=1152, heads=16, compile=0
     )
     common.sizes_of(given.dtypes, DTYPES)
-    compiled = place(pair.build(given.hidden, given.heads)[0].train(), CPU) if given.compile else None
+    compiled = to_device(pair.build(given.hidden, given.heads)[0].train(), CPU) if given.compile else None
     if compiled is not None:
         compile_blocks(compiled)
     fast, slow = pair.build(given.hidden, given.heads)
-    place(fast.train(), CPU)
+    to_device(fast.train(), CPU)
     found = {
         f"{name} {dtype}": measure(fast, slow.train(), compiled, size, dtype, given)
         for name, size in common.sizes_of(given.sizes, pair.SIZES).items()

@@ -17,6 +17,14 @@ class ConfigError(OpenSoraError, ValueError):
     """A setting, flag or configuration file is wrong."""
 
 
+class ArgumentError(ConfigError, TypeError):
+    """An argument of the Python interface is unknown, or contradicts another one."""
+
+
+class Cancelled(OpenSoraError):
+    """A call of a pipeline was interrupted."""
+
+
 class WeightsError(OpenSoraError):
     """A checkpoint cannot be found, read, or does not fit the model."""
 

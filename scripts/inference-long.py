@@ -1,9 +1,10 @@
-"""The same program as scripts/inference.py, under the name that long videos had: loops, references, masks."""
+"""The same as scripts/inference.py, under the name that the documents use for long videos: loops, references, masks."""
 
 import sys
 
-from opensora.cli import generate, keeping_names
-from opensora.utils.config_utils import parse_inference_args, run_program, with_prompts
+from opensora.cli.program import run_program
+from opensora.cli.verbs import generation
+from opensora.utils.config_utils import parse_inference_args, with_script_defaults
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda: generate(keeping_names(with_prompts(parse_inference_args())))))
+    sys.exit(run_program(lambda: generation.generate(with_script_defaults(parse_inference_args()))))

@@ -2,8 +2,9 @@
 
 import sys
 
-from opensora.cli import train
-from opensora.utils.config_utils import parse_train_args, run_program
+from opensora.cli.program import run_program
+from opensora.cli.verbs import training
+from opensora.utils.config_utils import parse_train_args
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda: train(parse_train_args())))
+    sys.exit(run_program(lambda: training.train(parse_train_args())))

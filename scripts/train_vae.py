@@ -2,8 +2,9 @@
 
 import sys
 
-from opensora.cli import train_vae
-from opensora.utils.config_utils import parse_train_args, run_program
+from opensora.cli.program import run_program
+from opensora.cli.verbs import training
+from opensora.utils.config_utils import parse_train_args
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda: train_vae(parse_train_args())))
+    sys.exit(run_program(lambda: training.train_vae(parse_train_args())))

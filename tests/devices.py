@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 from opensora.datasets.aspect import NUM_PIXELS
-from opensora.training.batch_size_search.search import Found, NoData, Outcome, OutOfMemory, Span, Step
+from opensora.training.batch_size_search.search import BucketResult, NoData, Outcome, OutOfMemory, Span, Step
 
 
 class Recorded:
@@ -75,7 +75,7 @@ class Simulated:
         seconds = self.seconds(span, batch_size) * (1 + self.rng.uniform(-self.noise, self.noise))
         return Step(seconds, memory if self.tells else None)
 
-    def accepts(self, found: Found, target: float, near: float = 0.98) -> bool:
+    def accepts(self, found: BucketResult, target: float, near: float = 0.98) -> bool:
         """Whether an answer is one that a search may come to: it fits, its time may have been below the target, and
         the next size does not fit, or may not have been. Sizes from `near` of the most that fit on count as that.
         """

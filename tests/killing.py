@@ -29,9 +29,9 @@ from transformers import T5EncoderModel, T5TokenizerFast  # noqa: F401
 
 from opensora.models.text_encoder.cleaning import preprocess
 from opensora.training import autoencoder, diffusion  # noqa: F401
-from opensora.training.checkpoint import state
+from opensora.training.checkpoint import folders, write
+from opensora.training.step import TrainStep
 from opensora.training.throughput import StepCost
-from opensora.training.trainer import Trainer
 
 MOMENTS = ("start", "step", "save", "save", "step")
 
@@ -51,35 +51,35 @@ def main(script: str, config: str, outputs: Path, seed: int, kills: int = len(MO
 
 
 def slow_down_saves() -> None:
-    sync = state._sync
+    sync = write._sync
 
     def slow_sync(folder: Path) -> None:
         time.sleep(0.05)
         sync(folder)
         time.sleep(0.05)
 
-    state._sync = slow_sync
+    write._sync = slow_sync
 
 
 def record(outputs: Path) -> None:
-    backward = Trainer._backward
+    accumulate = TrainStep._accumulate
 
-    def recorded(self: Trainer, part: int, batch: Any) -> Any:
-        loss = backward(self, part, batch)
+    def recorded(self: TrainStep, step: int, part: int, batch: Any) -> Any:
+        loss = accumulate(self, step, part, batch)
         names = batch["names"] if isinstance(batch, dict) else []
-        number = part * self.feed.ranks + self.feed.rank
-        line = {"step": self.step, "batch": number, "names": names, "loss": loss.item()}
+        number = part * self.layout.data_size + self.layout.data_rank
+        line = {"step": step, "batch": number, "names": names, "loss": loss.item()}
         with (outputs / f"seen.{self.layout.rank}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         return loss
 
-    Trainer._backward = recorded
+    TrainStep._accumulate = recorded
 
 
 def newest_experiment(outputs: Path) -> Path | None:
     """The last experiment folder with a finished checkpoint."""
-    folders = [folder for folder in sorted(outputs.glob("*-*")) if state.checkpoints(folder)]
-    return folders[-1] if folders else None
+    found = [folder for folder in sorted(outputs.glob("*-*")) if folders.checkpoints(folder)]
+    return found[-1] if found else None
 
 
 def start(script: str, config: str, outputs: Path, ranks: int = 1, flags: Sequence[str] = ()) -> list[int]:

@@ -16,10 +16,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from opensora.utils.config_utils import run_program
+from opensora.cli.program import run_program
 
 TIMEOUT = 250  # seconds, for all that the ranks do
-PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor", "torch.multiprocessing.spawn", "opensora.registry"]
+PRELOADED = [
+    "torch.distributed.fsdp", "torch.distributed.tensor", "torch.multiprocessing.spawn", "torch._dynamo",
+    "transformers.models.t5.modeling_t5", "transformers.models.t5.tokenization_t5_fast",
+    "diffusers.models.autoencoders.autoencoder_kl", "opensora.registry",
+]  # fmt: skip
 
 
 def run(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:

@@ -139,9 +139,9 @@ def test_it_compiles_and_records_as_generation_does(
 ) -> None:
     """The two are told apart by what is done with the model, not by what the report says."""
     done: list[str] = []
-    monkeypatch.setattr("opensora.pipeline.pipeline.compile_blocks", lambda model: done.append("compiled"))
-    monkeypatch.setattr("opensora.pipeline.pipeline.check_graphs", lambda device: None)
-    monkeypatch.setattr("opensora.pipeline.pipeline.Recorded", lambda model: done.append("recorded") or model)
+    monkeypatch.setattr("opensora.pipeline.loaded_models.compile_blocks", lambda model: done.append("compiled"))
+    monkeypatch.setattr("opensora.pipeline.loaded_models.check_graphs", lambda device: None)
+    monkeypatch.setattr("opensora.pipeline.loaded_models.CapturedModel", lambda model: done.append("recorded") or model)
     report = report_of(tmp_path, *flags)
     assert (done.count("compiled"), done.count("recorded")) == (compiled, recorded)
     assert (report["compile"], report["graphs"]) == ("--compile" in flags, "--graphs" in flags)

@@ -1,4 +1,4 @@
-"""Evaluations that are foretold: what they cost, how far they may lead astray, and that a recipe repeats them."""
+"""Step caches: their cost, their error, calibration, and that a recipe repeats them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,12 @@ from torch import Tensor
 
 from opensora import cli, registry
 from opensora.acceleration.step_cache import cached_sampling, calibration
-from opensora.acceleration.step_cache.cached_sampling import Cache, Table, mag_table
-from opensora.acceleration.step_cache.calibration import (
-    Profile,
-    _Signal,
-    calibrate,
-    candidates,
-    cheapest,
-    predicted_error,
-)
+from opensora.acceleration.step_cache.cached_sampling import Cache
+from opensora.acceleration.step_cache.calibration import calibrate, cheapest
+from opensora.acceleration.step_cache.profile import Profile, predicted_error
+from opensora.acceleration.step_cache.rules import first_input, mag_table, polynomial
+from opensora.acceleration.step_cache.table import CacheTable
+from opensora.acceleration.step_cache.table_search import SignalFit, candidates
 from opensora.config import find_config, read_config
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError
@@ -78,7 +75,7 @@ def test_computing_everything_changes_no_bit(name: str) -> None:
     scheduler, model = make_scheduler(name), Model(variance=name == "iddpm")
     exact = run(scheduler, model, 0, Cache())
     rows, counter = model.rows, []
-    assert torch.equal(run(scheduler, model, 0, Cache("table", Table.plain("2" * STEPS)), counter=counter), exact)
+    assert torch.equal(run(scheduler, model, 0, Cache("table", CacheTable.reuse("2" * STEPS)), counter=counter), exact)
     assert counter == [2] * STEPS
     assert model.rows == 2 * rows
 
@@ -86,30 +83,30 @@ def test_computing_everything_changes_no_bit(name: str) -> None:
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_model_is_asked_for_what_the_table_says(name: str) -> None:
     scheduler, model = make_scheduler(name), Model(variance=name == "iddpm")
-    table = Table.plain("210" * (STEPS // 3))
+    table = CacheTable.reuse("210" * (STEPS // 3))
     run(scheduler, model, 0, Cache("table", table))
     assert model.rows == table.cost == STEPS
 
 
-def test_halves_that_differ_in_shape_are_told_apart() -> None:
+def test_branches_that_differ_in_shape() -> None:
     scheduler, model = make_scheduler("rflow"), Model()
     noise, counter = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)), []
     cond, null = {"y": torch.ones(1, 4), "extra": torch.ones(2)}, {"y": torch.zeros(1, 4), "extra": torch.ones(3)}
     exact = scheduler.sample(model, noise, cond, null)
-    cache = Cache("table", Table.plain("2" * STEPS))
+    cache = Cache("table", CacheTable.reuse("2" * STEPS))
     assert torch.equal(cached_sampling.sample(scheduler, model, noise, cond, null, cache, counter=counter), exact)
     made = cached_sampling.sample(
-        scheduler, model, noise, cond, null, Cache("table", Table.plain("2" + "10" * 5 + "1"))
+        scheduler, model, noise, cond, null, Cache("table", CacheTable.reuse("2" + "10" * 5 + "1"))
     )
     assert 0 < calibration.relative_error(made, exact) < 0.3
 
 
-def test_without_guidance_there_is_one_half() -> None:
+def test_without_guidance_there_is_one_branch() -> None:
     scheduler, model = registry.build({"type": "rflow", "num_sampling_steps": STEPS, "cfg_scale": 1.0}), Model()
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     exact = cached_sampling.sample(scheduler, model, noise, told(0), None, Cache())
     assert model.rows == STEPS
-    cache = Cache("table", Table.plain("1100" * (STEPS // 4)))
+    cache = Cache("table", CacheTable.reuse("1100" * (STEPS // 4)))
     made = cached_sampling.sample(scheduler, model, noise, told(0), None, cache)
     assert model.rows == STEPS + STEPS // 2
     assert 0 < calibration.relative_error(made, exact) < 0.3
@@ -119,7 +116,7 @@ def test_other_given_frames_are_computed_anew() -> None:
     scheduler, model = make_scheduler("rflow"), Model()
     noise, source = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)), lambda: torch.zeros(SHAPE)
     edit, null, counter = torch.tensor([[0.5, 1.0]]), {"y": torch.zeros(1, 4)}, []
-    cache = Cache("table", Table.plain("2" + "0" * (STEPS - 1)))
+    cache = Cache("table", CacheTable.reuse("2" + "0" * (STEPS - 1)))
     cached_sampling.sample(scheduler, model, noise, told(0), null, cache, counter=counter, edit=edit, source=source)
     joins = STEPS // 2  # the time at which the frame is generated, too
     assert counter == [2] + [0] * (joins - 1) + [2] + [0] * (STEPS - joins - 1)
@@ -139,8 +136,8 @@ def test_guidance_in_a_part_of_the_run() -> None:
 def test_effects_say_what_a_prediction_does(name: str) -> None:
     """Against runs of the whole sampler in which one prediction is changed."""
     scheduler = make_scheduler(name)
-    effects = cached_sampling.effects(scheduler, 4, {}, STEPS)
-    assert len(effects) == STEPS == cached_sampling.count_evaluations(scheduler, 4, {})
+    effects = cached_sampling.effects(scheduler, 4, {})
+    assert len(effects) == STEPS == scheduler.num_evaluations
 
     def sampled(changed: int | None) -> Tensor:
         index = itertools.count()
@@ -168,7 +165,7 @@ def profile_of(signal: Tensor) -> Profile:
 def test_the_best_choice_is_the_best_of_all_choices() -> None:
     count = 8
     profile = profile_of(torch.randn(count, 20, generator=torch.Generator().manual_seed(3)).cumsum(0))
-    signal = _Signal(profile, "text")
+    signal = SignalFit(profile, "text")
 
     def cost(positions: tuple[int, ...]) -> float:
         ends, total = [*positions[1:], count], 0.0
@@ -191,15 +188,15 @@ def test_the_best_choice_is_the_best_of_all_choices() -> None:
         assert best[number] == pytest.approx(min(map(cost, every)), rel=1e-6, abs=1e-12)
 
 
-def test_a_signal_that_runs_straight_is_foretold_without_error() -> None:
+def test_a_linear_signal_is_extrapolated_without_error() -> None:
     line = torch.arange(9.0)[:, None] * torch.tensor([[1.0, -2.0, 0.5]]) + torch.tensor([[3.0, 1.0, 2.0]])
-    signal = _Signal(profile_of(line), "text")
+    signal = SignalFit(profile_of(line), "text")
     positions = [0, 1, 5]
     weights = signal.weights(positions)
-    table = Table("110001000", weights, weights)
+    table = CacheTable("110001000", weights, weights)
     assert predicted_error(profile_of(line), table) < 1e-3
     assert weights[2] == pytest.approx((2, -1), abs=1e-3)
-    assert predicted_error(profile_of(line), Table.plain("110001000")) > 0.1
+    assert predicted_error(profile_of(line), CacheTable.reuse("110001000")) > 0.1
 
 
 def test_predicted_errors_are_those_of_a_model_that_ignores_the_past() -> None:
@@ -209,7 +206,7 @@ def test_predicted_errors_are_those_of_a_model_that_ignores_the_past() -> None:
         time = (timestep / 1000)[:, None, None, None, None]
         return (y[:, :, None, None, None] * torch.sin(4 * time)).expand_as(x) + time**2
 
-    effects = cached_sampling.effects(scheduler, 4, {}, STEPS)
+    effects = cached_sampling.effects(scheduler, 4, {})
     profile = calibration.record(
         lambda n, cache, observe: run(scheduler, model, n, cache, observe), effects, SCALE, 0
     ).profile
@@ -228,7 +225,7 @@ def test_predicted_errors_are_those_of_a_model_that_ignores_the_past() -> None:
 @pytest.mark.parametrize("interval", [None, (0.2, 0.7)], ids=["", "interval"])
 def test_calibration_keeps_to_the_error_on_other_prompts(name: str, interval: Any) -> None:
     scheduler, model = make_scheduler(name), Model(variance=name == "iddpm")
-    effects = cached_sampling.effects(scheduler, 4, {}, STEPS)
+    effects = cached_sampling.effects(scheduler, 4, {})
 
     def sample(number: int, cache: Cache, observe: Any = None) -> Tensor:
         return run(scheduler, model, number, cache, observe)
@@ -244,10 +241,10 @@ def test_calibration_keeps_to_the_error_on_other_prompts(name: str, interval: An
     assert max(errors) <= most
 
 
-def test_nothing_is_left_out_where_nothing_may_go_wrong() -> None:
-    assert cheapest([Table.plain("20"), Table.plain("21")], lambda table: [0.1], 0.05).table is None
-    found = cheapest([Table.plain("20"), Table.plain("21")], lambda table: [0.1 / table.cost**2], 0.05)
-    assert found.table == Table.plain("21")
+def test_nothing_is_skipped_if_no_error_is_allowed() -> None:
+    assert cheapest([CacheTable.reuse("20"), CacheTable.reuse("21")], lambda table: [0.1], 0.05).table is None
+    found = cheapest([CacheTable.reuse("20"), CacheTable.reuse("21")], lambda table: [0.1 / table.cost**2], 0.05)
+    assert found.table == CacheTable.reuse("21")
 
 
 def test_the_promise_holds_for_prompts_that_are_harder_than_those_tried() -> None:
@@ -268,25 +265,25 @@ def test_errors_that_grow_are_found_and_kept_out(push: float) -> None:
     def sample(number: int, cache: Cache, observe: Any = None) -> Tensor:
         return run(scheduler, model, number, cache, observe)
 
-    effects = cached_sampling.effects(scheduler, 4, {}, STEPS)
+    effects = cached_sampling.effects(scheduler, 4, {})
     recordings = [calibration.record(sample, effects, SCALE, number) for number in range(2)]
     gains = calibration.find_gains(sample, recordings)
     profile = calibration.mean_profile(recordings)
     assert gains == pytest.approx(np.ones(STEPS), abs=1e-2) if push == 0 else gains[2] > 1.5 * gains[-1]
     both = (candidates(one) for one in (profile, profile._replace(gains=gains)))
-    blind, wary = (np.mean([table.halves.find("0") for table in tables]) for tables in both)
+    blind, wary = (np.mean([table.branches.find("0") for table in tables]) for tables in both)
     assert wary == pytest.approx(blind, abs=0.1) if push == 0 else wary > blind + 0.5
 
 
 def test_published_rules() -> None:
     table = mag_table(30)
-    assert table.halves[:6] == "2" * 6
+    assert table.branches[:6] == "2" * 6
     assert 30 < table.cost < 60
     assert mag_table(30, 0.12).cost < table.cost < mag_table(30, 0.005).cost
     assert mag_table(30, 0.0, [0.9] * 29).cost == 60 and mag_table(30, 0.0, [1.0] * 29).cost == 36
-    assert "0000" not in mag_table(60, 10.0).halves
-    assert len(mag_table(100).halves) == 100
-    assert cached_sampling.polynomial((2.0, 0.0, 1.0), 3.0) == 19
+    assert "0000" not in mag_table(60, 10.0).branches
+    assert len(mag_table(100).branches) == 100
+    assert polynomial((2.0, 0.0, 1.0), 3.0) == 19
 
 
 def test_tea_follows_the_input_of_the_first_attention() -> None:
@@ -302,9 +299,10 @@ def test_tea_follows_the_input_of_the_first_attention() -> None:
     size = {"height": torch.tensor([32.0]), "width": torch.tensor([32.0]), "fps": torch.tensor([24.0])}
     seen: list[Tensor] = []
     hook = model.spatial_blocks[0].attn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    model(x, time, torch.randn(2, 1, 5, 32), **size)
+    y = torch.randn(2, 1, 5, 32)
+    model(x, time, y, **size)
     hook.remove()
-    found = cached_sampling.first_input(model, x, time, size, {})
+    found = first_input(model, x, time, model.static_inputs(x.shape, y=y, **size))
     assert torch.allclose(found.flatten(0, 1), seen[0], atol=1e-5)
 
     scheduler = make_scheduler("rflow")
@@ -336,12 +334,12 @@ def test_tea_follows_the_input_of_the_first_attention() -> None:
 )
 def test_tables_that_are_none_are_refused(table: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Table.of(table)
+        CacheTable.from_dict(table)
 
 
 def test_a_table_is_what_it_was_written_as() -> None:
-    table = Table("210", ((1.0, 0.0), (0.5, 0.25), (2.0, -1.0)), ((1.0, 0.0),) * 3)
-    assert Table.of(table.asdict()) == table
+    table = CacheTable("210", ((1.0, 0.0), (0.5, 0.25), (2.0, -1.0)), ((1.0, 0.0),) * 3)
+    assert CacheTable.from_dict(table.to_dict()) == table
     with pytest.raises(ConfigError, match="3 evaluations, but the sampler makes 12"):
         run(make_scheduler("rflow"), Model(), 0, Cache("table", table))
 

@@ -29,8 +29,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 HEAVY = {"torch", "numpy", "transformers", "diffusers", "av", "PIL", "huggingface_hub", "bs4", "ftfy"}
 # What can be said and refused without a library: each with its exit status.
 LIGHT = {
-    0: ("--help", "generate --help", "generate --help-all", "extract --help", "benchmark --help", "models"),
-    2: ("", "doctor", "generate x --seed y", "generate x --widht 3", "train --steps 3", "inspect", "continue"),
+    0: (
+        "--help", "generate --help", "generate --help-all", "extract --help", "benchmark --help", "doctor --help",
+        "models",
+    ),
+    2: ("", "doctro", "generate x --seed y", "generate x --widht 3", "train --steps 3", "inspect", "continue"),
     1: (
         "generate x --model embeded", "generate a red circle", "generate",
         "generate x --width 64", "generate x --save-fps 0",
@@ -128,7 +131,7 @@ def test_generate_with_preview(here, hub_cache, capsys):
 
 def test_prompts_by_place_come_before_those_by_flag(monkeypatch):
     seen = []
-    monkeypatch.setattr("opensora.cli.generate", lambda settings: seen.append(settings.prompt))
+    monkeypatch.setattr("opensora.cli.verbs.generation.generate", lambda settings: seen.append(settings.prompt))
     main(["generate", "a cat", "a dog", "--model", SAMPLE, "--prompt", "a cow"])
     main(["generate", "--model", SAMPLE, "--cfg-options", "prompt=['of the file']"])
     assert seen == [["a cat", "a dog", "a cow"], ["of the file"]]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from opensora.acceleration.compile import compile_blocks
 from opensora.acceleration.model_parts import blocks_of
 from opensora.cli import main
-from opensora.distributed.parallelize import compile_blocks
 from opensora.models.sizes import size_conditioning
 from opensora.models.stdit.stdit3 import STDiT3
 from tests.test_plain import error, randomize
@@ -48,7 +48,7 @@ def test_a_block_is_one_graph_for_every_size(model: STDiT3) -> None:
         return graph
 
     for block in blocks_of(model):
-        block.forward = torch.compile(block.forward, backend=backend, dynamic=True, fullgraph=True)
+        block.compile(backend=backend, dynamic=True, fullgraph=True)
     step(model, SIZES[0])
     first = len(graphs)
     for size in SIZES[1:]:
@@ -61,7 +61,7 @@ def test_the_flag_compiles_the_model(
     flags: list[str], times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     compiled: list[nn.Module] = []
-    monkeypatch.setattr("opensora.pipeline.pipeline.compile_blocks", compiled.append)
+    monkeypatch.setattr("opensora.pipeline.loaded_models.compile_blocks", compiled.append)
     size = ["--num-frames", "1", "--image-size", "32", "32", "--num-sampling-steps", "1"]
     assert main(["generate", "a red circle", *size, "--save-dir", str(tmp_path), *flags]) == 0
     assert [type(model) for model in compiled] == [STDiT3] * times

@@ -20,8 +20,8 @@ from opensora.config.settings import InferenceSettings
 from opensora.datasets.aspect import get_num_frames
 from opensora.datasets.video import read_video, to_uint8, write_image, write_video
 from opensora.errors import ConfigError
+from opensora.pipeline.conditioning import overlapping_frames
 from opensora.pipeline.mask_strategy import parse_mask_strategy
-from opensora.pipeline.pipeline import overlapping_frames
 from opensora.pipeline.recipe import read_recipe
 from opensora.pipeline.references import read_reference
 from tests.checkpoints import SAMPLE, run_script, snapshot

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from opensora.cli.flags import boolean
 from opensora.config import find_config, load_config, model_zoo, read_config
 from opensora.config.settings import InferenceSettings, SearchSettings, TrainSettings
 from opensora.errors import ConfigError
-from opensora.utils.config_utils import boolean, parse_inference_args, parse_train_args
+from opensora.utils.config_utils import parse_inference_args, parse_train_args
 
 SAMPLE = "configs/opensora-v1-2/inference/sample.py"
 MODEL = {"type": "STDiT3-XL/2"}

@@ -10,8 +10,8 @@ from opensora.datasets.synthetic.dataset import shape_clips
 from opensora.datasets.synthetic.measure import measure
 from opensora.datasets.synthetic.render import MOTIONS, make_clip, make_continued_clip
 from opensora.errors import ConfigError
-from opensora.training.data.batch import Examples
-from opensora.training.diffusion import DiffusionLoss
+from opensora.training.data.batch import TrainingBatch
+from opensora.training.losses.diffusion import DiffusionLoss
 from opensora.training.masks import MaskRatios
 
 SIZES = ((64, 64), (48, 80), (80, 48))
@@ -77,9 +77,9 @@ def test_training_gives_what_went_before():
     class Model(torch.nn.Module):
         class_dropout_prob = 0.0
 
-    examples = Examples(torch.zeros(2, 4, 10, 2, 2), {"y": torch.zeros(2, 1, 3, 4)}, (34, 16, 16), ["a", "b"])
+    batch = TrainingBatch(torch.zeros(2, 4, 10, 2, 2), {"y": torch.zeros(2, 1, 3, 4)}, (34, 16, 16), ["a", "b"])
     ratios = MaskRatios({"identity": 1.0})
-    loss = DiffusionLoss(Model(), Scheduler(), ratios, lambda batch, generator: batch)
+    loss = DiffusionLoss(Model(), Scheduler(), ratios)
     for continued in (False, True):
-        loss(examples._replace(continued=continued), torch.Generator().manual_seed(0))
+        loss(batch._replace(continued=continued), torch.Generator().manual_seed(0))
     assert given[0].all() and (given[1] == torch.tensor([False] * 5 + [True] * 5)).all()

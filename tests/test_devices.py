@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from opensora.acceleration import device as devices
+from opensora.acceleration import streams
 from opensora.acceleration.device import PACKAGES, pick_device
 from opensora.errors import ConfigError
 
@@ -49,7 +50,7 @@ loss = lambda step, generator: model(torch.randn(2, 4, generator=generator).to(t
 settings = dict(model={"type": "Linear"}, dtype="fp32", max_steps=4, log_every=3, outputs=folder, tensorboard=False)
 trainer = Trainer(TrainSettings(**settings), model, loss, there, 8)
 trainer.run()
-assert trainer.late == (device == "gcu")
+assert trainer.optimization.deferred_check == (device == "gcu")
 torch.save(model.weight.detach(), folder + "/weight.pt")
 print(json.dumps(fake.CALLS))
 """
@@ -93,7 +94,7 @@ def test_the_host_has_accounts() -> None:
     devices.synchronize(HOST)
     devices.reset_peak_memory(HOST)
     assert devices.peak_memory(HOST) > 50 * 2**20
-    assert "threads" in devices.name_of(HOST)
+    assert "threads" in devices.device_name(HOST)
 
 
 @pytest.fixture(scope="module")
@@ -157,23 +158,23 @@ class TwoDevices:
 def test_each_rank_takes_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     there, kind = TwoDevices(), torch.device("meta")
     monkeypatch.setattr(torch, "get_device_module", lambda device: there)
-    devices.take_own(kind, 1)
+    devices.set_device(kind, 1)
     assert there.current == 1
     with pytest.raises(ConfigError, match="rank 2 of this machine has no device; start 2 with --nproc_per_node 2"):
-        devices.take_own(kind, 2)
-    devices.take_own(kind, 2, share=True)
+        devices.set_device(kind, 2)
+    devices.set_device(kind, 2, share=True)
     assert there.current == 0
     with pytest.raises(ConfigError, match=r"'meta:0' is a single one, .* several processes; name just 'meta'"):
-        devices.take_own(torch.device("meta:0"), 1)
-    devices.take_own(HOST, 3)
+        devices.set_device(torch.device("meta:0"), 1)
+    devices.set_device(HOST, 3)
 
 
 def test_a_host_does_one_thing_after_another() -> None:
-    assert not devices.runs_ahead(HOST)
-    assert devices.read_later(torch.tensor([1.0, 2.0]))() == [1.0, 2.0]
+    assert not streams.is_asynchronous(HOST)
+    assert streams.read_async(torch.tensor([1.0, 2.0]))() == [1.0, 2.0]
     batch = {"video": torch.zeros(2), "names": ["a"]}
-    assert devices.copied_alongside(HOST)(batch) is batch
-    assert devices.optimizer_kernels(HOST) == {"fused": True, "foreach": False}
+    assert streams.pin_memory_for(HOST)(batch) is batch
+    assert devices.fastest_adamw(HOST) == {"fused": True, "foreach": False}
 
 
 def test_a_device_without_fused_steps_takes_lists(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,4 +182,4 @@ def test_a_device_without_fused_steps_takes_lists(monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("`fused=True` requires all the params to be floating point Tensors of supported devices")
 
     monkeypatch.setattr(torch.optim, "AdamW", adam)
-    assert devices.optimizer_kernels.__wrapped__(HOST) == {"fused": False, "foreach": True}
+    assert devices.fastest_adamw.__wrapped__(HOST) == {"fused": False, "foreach": True}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from opensora.errors import WeightsError
 from opensora.pipeline import draft
 from opensora.pipeline.noise import noise_generator
 from opensora.pipeline.recipe import read_recipe
-from opensora.schedulers.common import Pause
+from opensora.schedulers.common import SamplerState
 from opensora.schedulers.dpms import DPM_SOLVER
 from opensora.schedulers.iddpm import IDDPM
 from opensora.schedulers.iddpm_speed import IDDPM_SPEED
@@ -65,23 +67,26 @@ def test_a_sampler_stops_and_goes_on_at_every_step(name: str, edit: torch.Tensor
     noise = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     network = model if name.startswith("iddpm") else first_channels
 
-    def sample(source: list[torch.Generator], pause: Pause | None, seen: list[int] | None = None) -> torch.Tensor:
-        tell = (lambda done, of: seen.append(done)) if seen is not None else False
-        return sampler.sample(network, noise, cond, null, **size, edit=edit, source=source, progress=tell, pause=pause)
+    def steps(source: list[torch.Generator], resume: SamplerState | None = None) -> Iterator[SamplerState]:
+        return sampler.steps(network, noise, cond, null, **size, edit=edit, source=source, resume=resume)
 
     def sources() -> list[torch.Generator]:
         return [noise_generator(1, n) for n in range(2)]
 
-    whole, counted = sample(sources(), None), sampler.num_steps
+    states, counted = list(steps(sources())), sampler.num_steps
+    assert [(state.step, state.num_steps) for state in states] == [(n + 1, counted) for n in range(counted)]
+    whole = sampler.sample(network, noise, cond, null, **size, edit=edit, source=sources())
+    assert torch.equal(states[-1].x, whole)
     assert counted == (7 if "single" not in name else {"1": 7, "2": 4, "3": 3}[name[-1]])
     for until in range(1, counted):
-        source, pause, seen = sources(), Pause(until), []
-        guess = sample(source, pause, seen)
-        assert pause.done == until and guess.shape == whole.shape and guess.isfinite().all()
-        assert until < 2 or not torch.equal(guess, pause.tensors["x"])
-        pause = Pause(done=pause.done, tensors={key: value.clone() for key, value in pause.tensors.items()})
-        assert torch.equal(sample(source, pause, seen), whole)
-        assert seen == list(range(1, counted + 1))
+        source = sources()
+        *_, state = islice(steps(source), until)
+        assert state.step == until and state.x0.shape == whole.shape and state.x0.isfinite().all()
+        assert until < 2 or not torch.equal(state.x0, state.x)
+        carry = {name: value.clone() for name, value in state.carry.items()}
+        resume = SamplerState(until, counted, state.x.clone(), state.x.clone(), carry)  # as a file has it
+        *_, last = steps(source, resume)
+        assert torch.equal(last.x, whole)
 
 
 def test_the_guess_is_what_the_last_step_sees() -> None:
@@ -92,8 +97,8 @@ def test_the_guess_is_what_the_last_step_sees() -> None:
         return target - noise
 
     told = {"y": torch.zeros(1)}
-    guess = RFLOW(num_sampling_steps=5).sample(straight, noise, told, guidance_scale=1.0, pause=Pause(2))
-    torch.testing.assert_close(guess, target)
+    for state in RFLOW(num_sampling_steps=5).steps(straight, noise, told, guidance_scale=1.0):
+        torch.testing.assert_close(state.x0, target)
 
 
 @pytest.fixture
@@ -366,14 +371,14 @@ def test_one_bad_draft_of_several_stops_all(drafted: Path, capsys: pytest.Captur
 def test_nothing_is_unpickled_and_a_draft_is_one_whole_file(drafted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "load", lambda *_args, **_options: pytest.fail("unpickles"))
     found = draft.load(drafted)
-    assert found.pause.done == 2 and content_hash(found.pause.tensors)
+    assert found.state.step == 2 and content_hash({"x": found.state.x})
     monkeypatch.setattr("opensora.checkpoints.save.save_safetensors", lambda *_args, **_options: 1 / 0)
     before = tree(Path("out"))
     with pytest.raises(ZeroDivisionError):
-        draft.save(Path("out/new.safetensors"), "new", found.recipe, found.pause, 6, "cpu")
+        draft.save(Path("out/new.safetensors"), "new", found.recipe, found.state, found.generator, "cpu")
     assert tree(Path("out")) == before
     monkeypatch.setattr(
         "opensora.checkpoints.save.save_safetensors", lambda *_args, **_options: Path("/missing/x").touch()
     )
     with pytest.raises(WeightsError, match="cannot be written"):
-        draft.save(Path("out/new.safetensors"), "new", found.recipe, found.pause, 6, "cpu")
+        draft.save(Path("out/new.safetensors"), "new", found.recipe, found.state, found.generator, "cpu")

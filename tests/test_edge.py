@@ -135,7 +135,7 @@ def test_names_of_tensors_may_be_shown(capsys: pytest.CaptureFixture, tmp_path: 
 
 @pytest.mark.parametrize("reason", ["bad\x1b[2J thing", "\x9b31m", "a\x08\x07b", "\x1b]0;title\x07"])
 def test_the_status_line_of_a_server_may_be_shown(capsys: pytest.CaptureFixture, reason: str) -> None:
-    from opensora.pipeline.references import fetch
+    from opensora.pipeline.remote_media import fetch
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
 

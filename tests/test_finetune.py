@@ -13,9 +13,10 @@ from opensora.config.settings import TrainSettings
 from opensora.datasets import make_table
 from opensora.datasets.synthetic.render import make_clip
 from opensora.datasets.video import write_video
-from opensora.distributed.fsdp import Layout
-from opensora.training.diffusion import build_model, make_data
-from opensora.training.trainer import step_generator
+from opensora.distributed.process_group import RankLayout
+from opensora.training.data.diffusion_data import make_data
+from opensora.training.diffusion import build_model
+from opensora.training.step import step_generator
 
 CLIPS = 6
 
@@ -37,14 +38,14 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> TrainSettings:
 
 def test_a_table_begins_with_a_small_loss(settings: TrainSettings) -> None:
     device = torch.empty(0).device
-    data = make_data(settings, device, Layout())
+    data = make_data(settings, device, RankLayout())
     model, scheduler = build_model(settings, data, device).eval(), registry.build(settings.scheduler)
-    examples = data.prepare(data.source.reader(0, 0)(), step_generator(0, 0))
-    frames, height, width = examples.size
+    batch = data.encode(data.source.reader(0, 0)())
+    frames, height, width = batch.size
     size = {"num_frames": frames, "height": height, "width": width}
     with torch.no_grad():
         how = {**size, "generator": step_generator(0, 1)}
-        losses = scheduler.training_loss(model, examples.latents, examples.cond, **how)
-    assert examples.latents.std() == pytest.approx(1, abs=0.3), "latents as the model was trained on"
+        losses = scheduler.training_loss(model, batch.latents, batch.cond, **how)
+    assert batch.latents.std() == pytest.approx(1, abs=0.3), "latents as the model was trained on"
     assert losses.mean() < 0.5
-    assert len(losses) == CLIPS and Path(examples.names[0]).is_file()
+    assert len(losses) == CLIPS and Path(batch.names[0]).is_file()

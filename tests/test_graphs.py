@@ -1,4 +1,4 @@
-"""Evaluations recorded and replayed: on a recorder that runs the same operations again on the same tensors."""
+"""Graphs captured and replayed: a stand-in runs the same operations again on the same tensors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from opensora.acceleration import cuda_graphs
-from opensora.acceleration import device as devices
-from opensora.acceleration.cuda_graphs import MOST, Recorded
+from opensora.acceleration.cuda_graphs import MAX_GRAPHS, CapturedModel
 from opensora.cli import main
 from opensora.errors import ConfigError
 from opensora.schedulers.rf import RFLOW
@@ -44,31 +43,31 @@ class Tape(TorchDispatchMode):
 
 @pytest.fixture
 def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
-    """Has the package record on tapes."""
+    """Makes the package capture on tapes."""
     made: list[Tape] = []
 
-    def record(work: Callable[[], Tensor], _: torch.device) -> tuple[Callable[[], None], Tensor]:
+    def capture(work: Callable[[], Tensor], _: torch.device) -> tuple[Callable[[], None], Tensor]:
         with Tape() as tape:
             out = work()
         made.append(tape)
         return tape.replay, out
 
-    for module in (devices, cuda_graphs):
-        monkeypatch.setattr(module, "record", record)
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
     return made
 
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_request_of_replayed_steps_is_the_same(apart: bool, tapes: list[Tape]) -> None:
     model, _ = models()
-    model.halves_apart = apart
+    options = {"sequential_cfg": apart, "precompute": True}
     scheduler, given = RFLOW(num_sampling_steps=5, cfg_scale=3.0), inputs((3, 4, 6), given=False)
     told = {name: given[name] for name in ("fps", "height", "width")}
-    recorded = Recorded(model)
+    captured = CapturedModel(model)
     with torch.inference_mode():
         for x, y in zip(given["x"].split(1), given["y"].split(1), strict=True):
             texts = {"y": y, **told}, {"y": model.null_caption(y)}
-            assert error(scheduler.sample(recorded, x, *texts), scheduler.sample(model, x, *texts)) < 1e-6
+            made, expected = (scheduler.sample(one, x, *texts, **options) for one in (captured, model))
+            assert error(made, expected) < 1e-6
     assert len(tapes) <= 2  # the second text is told to a graph of the first
 
 
@@ -79,28 +78,28 @@ def test_what_differs_is_another_graph_and_few_are_kept(tapes: list[Tape]) -> No
         calls.append(1)
         return x * timestep * scale
 
-    recorded, time = Recorded(model), torch.ones(1)
-    for size in range(1, MOST + 2):
+    captured, time = CapturedModel(model), torch.ones(1)
+    for size in range(1, MAX_GRAPHS + 2):
         for turn in range(4):
             x = torch.full((size,), float(turn))
-            assert torch.equal(recorded(x, time + turn), x * (time + turn))
+            assert torch.equal(captured(x, time + turn), x * (time + turn))
         assert len(calls) == 2 * size == 2 * len(tapes)
-    assert len(recorded.seen) == MOST
-    held = recorded(torch.ones(MOST), time)
-    assert torch.equal(recorded(torch.ones(MOST), time, scale=3.0), torch.full((MOST,), 3.0))
-    recorded(torch.zeros(MOST), time)
-    assert torch.equal(held, torch.ones(MOST))  # what was given is not filled again
+    assert len(captured.graphs) == MAX_GRAPHS
+    held = captured(torch.ones(MAX_GRAPHS), time)
+    assert torch.equal(captured(torch.ones(MAX_GRAPHS), time, scale=3.0), torch.full((MAX_GRAPHS,), 3.0))
+    captured(torch.zeros(MAX_GRAPHS), time)
+    assert torch.equal(held, torch.ones(MAX_GRAPHS))  # what was given is not filled again
 
 
-def test_what_cannot_be_recorded_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_captured_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    monkeypatch.setattr(cuda_graphs, "record", refuse)
-    recorded = Recorded(lambda x, timestep: x)
-    recorded(torch.ones(1), torch.ones(1))
-    with pytest.raises(ConfigError, match=r"cannot be recorded here \(operation not permitted when stream is capt"):
-        recorded(torch.ones(1), torch.ones(1))
+    monkeypatch.setattr(cuda_graphs, "capture", refuse)
+    captured = CapturedModel(lambda x, timestep: x)
+    captured(torch.ones(1), torch.ones(1))
+    with pytest.raises(ConfigError, match=r"cannot be captured here \(operation not permitted when stream is capt"):
+        captured(torch.ones(1), torch.ones(1))
 
 
 SMALL = ["--num-frames", "1", "--image-size", "64", "64", "--num-sampling-steps", "6"]
@@ -114,7 +113,7 @@ def test_the_flag_makes_the_same_image(tapes: list[Tape], tmp_path: Path) -> Non
     assert max(high for _, high in ImageChops.difference(plain, replayed).getextrema()) <= 1
 
 
-@pytest.mark.parametrize(("flags", "said"), [([], "records nothing for device 'cpu'"), (["--memory", "low"], None)])
+@pytest.mark.parametrize(("flags", "said"), [([], "captures no graphs on device 'cpu'"), (["--memory", "low"], None)])
 def test_the_flag_is_refused_where_nothing_records(
     flags: list[str], said: str | None, tmp_path: Path, request: pytest.FixtureRequest,
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str],
@@ -123,6 +122,6 @@ def test_the_flag_is_refused_where_nothing_records(
         request.getfixturevalue("tapes")
     code = main(["generate", "a red circle", *SMALL, "--save-dir", str(tmp_path / "out"), "--graphs", *flags])
     if said is None:
-        assert code == 0 and "nothing is recorded: --memory low moves the weights" in caplog.text
+        assert code == 0 and "no graphs are captured: --memory low offloads the weights" in caplog.text
     else:
         assert code != 0 and said in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ from opensora.errors import ConfigError, OpenSoraError
 from opensora.models.sizes import size_conditioning
 from opensora.models.stdit.stdit3 import STDiT3
 from opensora.schedulers.rf import RFLOW
-from opensora.training.bad_step_guard import ENOUGH, OVERFLOWS, Guard
+from opensora.training.bad_step_guard import MAX_OVERFLOWS, MIN_NORMS, BadStepGuard
 from tests.ranks import run
 from tests.tiny import TINY_STDIT3
 
@@ -69,7 +69,7 @@ class Loop:
         self.data, self.spoil = data or batch, spoil or (lambda model, step: None)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.lines: list[dict[str, Any]] = []
-        self.guard = Guard(self.model, settings(**changes), tell=self.lines.append)
+        self.guard = BadStepGuard(self.model, settings(**changes), report=self.lines.append)
         self.answers: list[str] = []
         self.kept = self.state()
 
@@ -87,10 +87,12 @@ class Loop:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
 
-        def again() -> Tensor:
+        def recompute() -> Tensor:
             return self.losses(x) if self.each else self.losses(x).mean()
 
-        answer = self.guard.check(loss, norm, LABELS[: len(x)], step, again, lambda row: self.losses(x[row : row + 1]))
+        answer = self.guard.check(
+            loss, norm, LABELS[: len(x)], step, recompute, lambda row: self.losses(x[row : row + 1])
+        )
         if answer == "go":
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -198,8 +200,8 @@ class TestNames:
         assert told(loop)["poisoned"] == ["clip2"] and told(loop)["parameters"] and "module" not in told(loop)
 
     def test_sample_that_makes_gradients_jump(self):
-        loop = Loop(poisoned(at=ENOUGH, row=2, value=1e4), max_bad_steps=3)
-        assert loop.run(ENOUGH + 2) == ["go"] * ENOUGH + ["skip", "go"]
+        loop = Loop(poisoned(at=MIN_NORMS, row=2, value=1e4), max_bad_steps=3)
+        assert loop.run(MIN_NORMS + 2) == ["go"] * MIN_NORMS + ["skip", "go"]
         assert told(loop)["what"] == "the gradients jump" and told(loop)["poisoned"] == ["clip2"]
 
     @pytest.mark.parametrize("whole", [True, False])
@@ -215,7 +217,7 @@ class TestNames:
             if whole:
                 block.compile(backend=backend)
             else:
-                block.forward = torch.compile(block.forward, backend=backend)
+                block.compile(backend=backend)
         loop.run(2)
         count = len(compiled)
         loop.model.blocks[1].mlp.weight.data[0, 0] = math.inf
@@ -230,14 +232,16 @@ class TestNames:
         told = size_conditioning("STDiT2", 2, (32, 32), 17, 24)
         latents, y = torch.randn(2, 4, 5, 4, 4), torch.randn(2, 1, 6, 32)
 
-        def again() -> Tensor:
+        def recompute() -> Tensor:
             source = torch.Generator().manual_seed(0)
             return RFLOW().training_loss(model, latents, {"y": y, **told}, generator=source)
 
-        loss = again().mean()
+        loss = recompute().mean()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        assert Guard(model, settings(), tell=lines.append).check(loss, norm, ["a", "b"], 1, again) == "skip"
+        assert (
+            BadStepGuard(model, settings(), report=lines.append).check(loss, norm, ["a", "b"], 1, recompute) == "skip"
+        )
         assert lines[0]["bad_step"]["module"] == "temporal_blocks.1.attn.qkv"
 
     def test_fault_that_does_not_come_again(self):
@@ -248,7 +252,7 @@ class TestNames:
         assert "taken again it is finite" in told(loop)["where"] and "module" not in told(loop)
 
     def test_no_more_than_is_known(self):
-        guard = Guard(Net(), settings())
+        guard = BadStepGuard(Net(), settings())
         assert guard.check(torch.tensor(math.nan), torch.tensor(1.0), ["a"], 4) == "skip"
 
     def test_log_line_is_strict_json(self):
@@ -295,12 +299,12 @@ class TestPolicy:
         assert loop.run(9) == ["go", "skip", "skip"] * 3
 
     def test_spikes_may_be_allowed(self):
-        data = poisoned(at=ENOUGH, row=2, value=1e4)
-        assert Loop(data, spike_factor=0).run(ENOUGH + 1)[-1] == "go"
-        assert Loop(data, spike_factor=1e9).run(ENOUGH + 1)[-1] == "go"
+        data = poisoned(at=MIN_NORMS, row=2, value=1e4)
+        assert Loop(data, spike_factor=0).run(MIN_NORMS + 1)[-1] == "go"
+        assert Loop(data, spike_factor=1e9).run(MIN_NORMS + 1)[-1] == "go"
 
     def test_too_few_steps_to_know_what_is_usual(self):
-        assert Loop(poisoned(at=ENOUGH - 1, row=2, value=1e4)).run(ENOUGH)[-1] == "go"
+        assert Loop(poisoned(at=MIN_NORMS - 1, row=2, value=1e4)).run(MIN_NORMS)[-1] == "go"
 
     @pytest.mark.parametrize("wrong", [{"on_bad_step": "retry"}, {"max_bad_steps": 0}, {"spike_factor": -1}])
     def test_settings_are_checked(self, wrong):
@@ -309,33 +313,33 @@ class TestPolicy:
 
 
 class TestOverflow:
-    def check(self, guard: Guard, norm: float) -> str:
+    def check(self, guard: BadStepGuard, norm: float) -> str:
         return guard.check(torch.tensor(1.0), torch.tensor(norm))
 
     def test_is_left_to_the_scaler(self):
-        guard = Guard(Net(), settings(dtype="fp16"))
+        guard = BadStepGuard(Net(), settings(dtype="fp16"))
         for _ in range(2):
-            assert [self.check(guard, math.inf) for _ in range(OVERFLOWS)] == ["go"] * OVERFLOWS
+            assert [self.check(guard, math.inf) for _ in range(MAX_OVERFLOWS)] == ["go"] * MAX_OVERFLOWS
             assert self.check(guard, 1.0) == "go"
 
     def test_unless_no_scale_helps(self):
-        guard = Guard(Net(), settings(dtype="fp16"))
-        answers = [self.check(guard, math.inf) for _ in range(OVERFLOWS + 1)]
+        guard = BadStepGuard(Net(), settings(dtype="fp16"))
+        answers = [self.check(guard, math.inf) for _ in range(MAX_OVERFLOWS + 1)]
         assert answers[-1] == "skip" and set(answers[:-1]) == {"go"}
 
     @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
     def test_is_none_in_other_types(self, dtype):
-        assert self.check(Guard(Net(), settings(dtype=dtype)), math.inf) == "skip"
+        assert self.check(BadStepGuard(Net(), settings(dtype=dtype)), math.inf) == "skip"
 
     def test_a_loss_that_is_not_finite_is_none(self):
-        guard = Guard(Net(), settings(dtype="fp16"))
+        guard = BadStepGuard(Net(), settings(dtype="fp16"))
         assert guard.check(torch.tensor(math.nan), torch.tensor(math.nan)) == "skip"
 
 
 def test_resumed_guard_judges_as_the_one_before():
-    guards = [Guard(Net(), settings(max_bad_steps=2)) for _ in range(2)]
+    guards = [BadStepGuard(Net(), settings(max_bad_steps=2)) for _ in range(2)]
     loss = torch.tensor(1.0)
-    for step in range(ENOUGH + 10):
+    for step in range(MIN_NORMS + 10):
         guards[0].check(loss, torch.tensor(1 + 0.01 * step), step=step)
     assert guards[1].check(loss, torch.tensor(40.0)) == "go"  # it knows nothing yet
     assert guards[0].check(loss, torch.tensor(40.0)) == "skip"
@@ -348,13 +352,14 @@ def test_resumed_guard_judges_as_the_one_before():
 
 def on_two_ranks() -> list[Any]:
     """The answers and what is told on a rank whose neighbour alone has a bad sample; then a broken weight of all."""
-    from opensora.distributed.fsdp import clip_grad_norm, shard, start
+    from opensora.distributed.fsdp import clip_grad_norm, shard
+    from opensora.distributed.process_group import start
 
     layout = start(torch.device("cpu"))
     torch.manual_seed(0)
     model, lines = Net(), []
     shard(model, layout, torch.float32)
-    guard = Guard(model, settings(), layout, lines.append)
+    guard = BadStepGuard(model, settings(), layout, lines.append)
     answers = []
     for step in range(4):
         count = 3 + layout.rank  # ranks may have batches of several sizes
@@ -366,13 +371,13 @@ def on_two_ranks() -> list[Any]:
         if step == 3:
             model.blocks[1].shift, model.blocks[1].clamp = 0.0, 0.0
 
-        def again(x: Tensor = x) -> Tensor:
+        def recompute(x: Tensor = x) -> Tensor:
             return (model(x) - 1).square().mean(dim=1)
 
-        loss = again().mean()
+        loss = recompute().mean()
         loss.backward()
         norm = clip_grad_norm(model.parameters())
-        answers.append(guard.check(loss, norm, names, step, again))
+        answers.append(guard.check(loss, norm, names, step, recompute))
         model.zero_grad()
     return [answers, lines]
 

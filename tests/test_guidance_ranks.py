@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from opensora.acceleration.step_cache import cached_sampling
-from opensora.acceleration.step_cache.cached_sampling import Cache, Table
+from opensora.acceleration.step_cache.cached_sampling import Cache
+from opensora.acceleration.step_cache.table import CacheTable
 from opensora.distributed import sequence_parallel
-from opensora.distributed.fsdp import Layout, start
-from opensora.distributed.sequence_parallel import check_guidance_ranks, guidance_parallel
+from opensora.distributed.guidance_parallel import check_guidance_ranks, guidance_parallel
+from opensora.distributed.process_group import RankLayout, start
 from opensora.errors import ConfigError
 from opensora.schedulers.iddpm import IDDPM
 from opensora.schedulers.rf import RFLOW
@@ -24,17 +25,16 @@ from tests.test_sequence import KINDS, make
 CPU = torch.device("cpu")
 STEPS, TOLERANCE = 4, 1e-5
 SIZES = {"25 patches": (5, 10, 10), "21 patches": (3, 6, 14)}
-TABLE = Table("2110", ((0.0, 0.0),) * 3 + ((1.5, -0.5),), ((0.0, 0.0),) + ((1.0, 0.0),) * 3)
+TABLE = CacheTable("2110", ((0.0, 0.0),) * 3 + ((1.5, -0.5),), ((0.0, 0.0),) + ((1.0, 0.0),) * 3)
 CACHES = {"no cache": Cache(), "table": Cache("table", TABLE), "interval": Cache(interval=(0.0, 0.5))}
 
 
 def sample(
     how: str | None, kind: str = "STDiT3", size: tuple[int, int, int] = SIZES["25 patches"], scale: float = 4.0,
-    given: bool = False, cache: Cache | None = None, halves_apart: bool = False,
+    given: bool = False, cache: Cache | None = None, sequential_cfg: bool = False,
 ) -> Tensor:  # fmt: skip
     """Latents [1, C, T, H, W] on all ranks that there are; `how` None: without them."""
     model = make(kind).float().eval()
-    model.halves_apart = halves_apart
     if how is not None:
         layout = start(CPU, torch.distributed.get_world_size())
         model = guidance_parallel(model, layout, how)
@@ -50,7 +50,8 @@ def sample(
     if kind in ("DiT", "Latte"):
         scheduler = IDDPM(num_sampling_steps=STEPS, cfg_scale=scale, cfg_channel=3)
     edit = torch.tensor([[0.0, 0.6] + [1.0] * (noise.shape[2] - 2)]) if given else None
-    options = {"edit": edit, "source": [torch.Generator().manual_seed(5)]}
+    options = {"edit": edit, "source": [torch.Generator().manual_seed(5)], "precompute": True}
+    options["sequential_cfg"] = sequential_cfg and how != "apart"
     with torch.no_grad():
         null = None if scale == 1 else {"y": model.null_caption(cond["y"])}
         return cached_sampling.sample(scheduler, model, noise, cond, null, cache or Cache(), **options)
@@ -61,7 +62,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"{kind}, given frames": {"kind": kind, "given": True} for kind in ("STDiT3", "STDiT2", "STDiT")},
     "other size": {"size": SIZES["21 patches"], "given": True},
     "no guidance": {"scale": 1.0},
-    "one after the other": {"halves_apart": True},
+    "one after the other": {"sequential_cfg": True},
     **{f"{name}": {"cache": cache} for name, cache in CACHES.items()},
     "tea": {"cache": Cache("tea", threshold=0.5), "given": True},
 }
@@ -90,7 +91,7 @@ def test_latents_are_those_of_one_rank(alone, ranks, hows):
 def counted() -> Iterator[dict[str, list[int]]]:
     """The rows of each pass through the first block, and how many ranks each exchange has."""
     found: dict[str, list[int]] = {"rows": [], "exchanges": []}
-    enter, exchange = sequence_parallel._Split.enter, sequence_parallel._Exchange.forward
+    enter, exchange = sequence_parallel.SequenceSplit.scatter, sequence_parallel.AllToAll.forward
 
     def entered(self: Any, module: nn.Module, args: tuple[Any, ...]) -> Any:
         found["rows"].append(len(args[0]))
@@ -100,18 +101,18 @@ def counted() -> Iterator[dict[str, list[int]]]:
         found["exchanges"].append(len(x))
         return exchange(ctx, x, group)
 
-    sequence_parallel._Split.enter, sequence_parallel._Exchange.forward = entered, staticmethod(exchanged)
+    sequence_parallel.SequenceSplit.scatter, sequence_parallel.AllToAll.forward = entered, staticmethod(exchanged)
     try:
         yield found
     finally:
-        sequence_parallel._Split.enter, sequence_parallel._Exchange.forward = enter, exchange
+        sequence_parallel.SequenceSplit.scatter, sequence_parallel.AllToAll.forward = enter, exchange
 
 
 def what_is_computed() -> dict[str, Any]:
     found = {}
     for name, how, options in (
-        ("apart", "auto", {}), ("together", "together", {}), ("one after the other", "auto", {"halves_apart": True}),
-        ("forced", "apart", {"halves_apart": True}), ("table", "auto", {"cache": CACHES["table"]}),
+        ("apart", "auto", {}), ("together", "together", {}), ("one after the other", "auto", {"sequential_cfg": True}),
+        ("forced", "apart", {"sequential_cfg": True}), ("table", "auto", {"cache": CACHES["table"]}),
         ("no guidance", "apart", {"scale": 1.0}),
     ):  # fmt: skip
         with counted() as numbers:
@@ -133,14 +134,14 @@ def test_each_group_computes_one_half(ranks):
 
 def test_ranks_that_make_no_two_groups():
     with pytest.raises(ConfigError, match="guidance_ranks 'apart' needs an even number of ranks, not 3; use auto"):
-        check_guidance_ranks("apart", Layout(0, 3, 3))
+        check_guidance_ranks("apart", RankLayout(0, 3, 3))
     with pytest.raises(ConfigError, match="not 1; use auto or together"):
-        check_guidance_ranks("apart", Layout())
+        check_guidance_ranks("apart", RankLayout())
     for how in ("auto", "together"):
-        check_guidance_ranks(how, Layout(0, 3, 3))
-    check_guidance_ranks("apart", Layout(0, 4, 4))
+        check_guidance_ranks(how, RankLayout(0, 3, 3))
+    check_guidance_ranks("apart", RankLayout(0, 4, 4))
 
 
 def test_a_rank_alone_keeps_its_model():
     model = make("STDiT3")
-    assert guidance_parallel(model, Layout()) is model
+    assert guidance_parallel(model, RankLayout()) is model

@@ -111,13 +111,14 @@ def test_parts_of_an_autoencoder_start_from_the_weights_they_name(tmp_path: Path
 
 
 def test_training_says_whether(hub: StandIn) -> None:
-    from opensora.training.diffusion import Data, build_model
+    from opensora.training.data.diffusion_data import DiffusionData
+    from opensora.training.diffusion import build_model
 
     for model, offline in (({"local_files_only": True}, False), ({}, True)):
         section = {"type": "STDiT3", "from_pretrained": REPO, **model}
         settings = TrainSettings(model=section, scheduler={"type": "rflow"}, offline=offline)
         with pytest.raises(WeightsError, match=r"^model: 'org/name' .*not in the hub cache"):
-            build_model(settings, Data(None, None, [], {}, {}), CPU)
+            build_model(settings, DiffusionData(None, None, [], {}, {}, None), CPU)
     assert not hub.asked
 
 

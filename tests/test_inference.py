@@ -28,7 +28,9 @@ from opensora.config.settings import InferenceSettings
 from opensora.datasets.video import read_image, read_video
 from opensora.errors import ConfigError, WeightsError
 from opensora.models.text_encoder.t5 import T5Encoder
-from opensora.pipeline import pipeline
+from opensora.pipeline import denoise, generation, text_encoding
+from opensora.pipeline.job import Job
+from opensora.pipeline.loaded_models import LoadedModels
 from opensora.pipeline.pipeline import VideoPipeline
 from opensora.pipeline.recipe import frames_digest, read_recipe
 from tests.checkpoints import SAMPLE, SCRIPT, run_script, snapshot
@@ -179,8 +181,8 @@ def test_the_same_prompt_gives_the_same_bytes_in_any_company(here):
 
 def test_noise_belongs_to_the_request(here, monkeypatch):
     drawn = []
-    draw = pipeline.initial_noise
-    monkeypatch.setattr(pipeline, "initial_noise", lambda *key: drawn.append(key) or draw(*key))
+    draw = denoise.initial_noise
+    monkeypatch.setattr(denoise, "initial_noise", lambda *key: drawn.append(key) or draw(*key))
     assert run_script(SAMPLE, *SMALL, "--prompt", "a", "b", "--num-sample", "2", "--seed", "7", "--save-dir", "o") == 0
     assert drawn == [(7, sample, 0, (4, 5, 2, 3)) for sample in (0, 1, 0, 1)]
 
@@ -322,14 +324,18 @@ def test_a_negative_prompt_without_guidance_is_said_to_have_no_effect(here, capl
 )  # fmt: skip
 def test_a_negative_prompt_is_checked_like_a_prompt(here, negative, told):
     with pytest.raises(ConfigError, match=told) as caught:
-        VideoPipeline(settings_of(negative_prompt=negative))
+        job_of(settings_of(negative_prompt=negative))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
 def test_classes_have_no_negative_prompt(here):
     settings = settings_of(negative_prompt="blurry", prompt=["207"], text_encoder={"type": "classes"})
     with pytest.raises(ConfigError, match="negative_prompt is a text, but these prompts are numbers of classes"):
-        VideoPipeline(settings)
+        job_of(settings)
+
+
+def job_of(settings: InferenceSettings) -> Job:
+    return Job(settings, LoadedModels(settings))
 
 
 def settings_of(**changes: Any) -> InferenceSettings:
@@ -354,24 +360,24 @@ def test_texts_are_encoded_in_portions(here, texts, monkeypatch):
     loop = 3 if "|" in texts[0] else 1
     settings = settings_of(prompt=texts, loop=loop, num_frames=34 if loop > 1 else 1, negative_prompt="blurry")
     at_once = [one.frames for one in VideoPipeline(settings).generate()]
-    monkeypatch.setattr(pipeline, "HELD_TEXTS", 2)
+    monkeypatch.setattr(text_encoding, "HELD_TEXTS", 2)
     encoded, held, events = [], [], []
-    encode, make = T5Encoder.encode, VideoPipeline.make
+    encode, generate_batch = T5Encoder.encode, generation.generate_batch
 
     def encoding(self: T5Encoder, given: list[str]) -> Any:
         events.append("text")
         encoded.append(weakref.ref(self))
         return encode(self, given)
 
-    def making(self: VideoPipeline, model: Any, vae: Any, told: dict, request: Any) -> Any:
+    def generating(models: LoadedModels, job: Job, batch: list, texts: dict, *options: Any) -> Any:
         events.append("result")
-        held.append(len(told.keys() - {self.negative_text}))
-        assert set(self.texts(request)) <= told.keys()
+        held.append(len(texts.keys() - {job.negative_text}))
+        assert set(job.texts_of(batch)) <= texts.keys()
         assert encoded[-1]() is None, "the text encoder is kept while frames are made"
-        return make(self, model, vae, told, request)
+        return generate_batch(models, job, batch, texts, *options)
 
     monkeypatch.setattr(T5Encoder, "encode", encoding)
-    monkeypatch.setattr(VideoPipeline, "make", making)
+    monkeypatch.setattr(generation, "generate_batch", generating)
     in_portions = [one.frames for one in VideoPipeline(dataclasses.replace(settings, save_dir="again")).generate()]
     assert len(in_portions) == len(at_once) == len(texts)
     assert all((one == other).all() for one, other in zip(in_portions, at_once, strict=True))
@@ -383,7 +389,7 @@ def test_a_text_encoder_that_changes_between_portions_is_refused(here, hub_cache
     folder = make_tiny_t5(tmp_path / "t5")
     text_encoder = {"type": "t5", "from_pretrained": str(folder), "model_max_length": 300}
     results = VideoPipeline(settings_of(prompt=["a", "b"], text_encoder=text_encoder)).generate()
-    monkeypatch.setattr(pipeline, "HELD_TEXTS", 1)
+    monkeypatch.setattr(text_encoding, "HELD_TEXTS", 1)
     next(results)
     make_tiny_t5(folder, seed=1)
     with pytest.raises(WeightsError, match="has changed since the first prompts were encoded"):

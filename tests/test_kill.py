@@ -1,7 +1,7 @@
 """Training from a table, killed with SIGKILL on one rank and on two, and continued on other numbers of ranks.
 
 Every batch of every attempt, those that are taken again included, has the samples and the very loss of the
-uninterrupted run. OPENSORA_LARGE_TESTS kills 50 times in all.
+uninterrupted run. OPENSORA_FULL=1 kills 50 times in all.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 from opensora.datasets.video import write_image
+from tests.full import count
 from tests.test_resume import assert_same, results, run, write_config
 from tests.tiny import TINY_STDIT3, make_tiny_t5, make_tiny_vae
 
 NUM_IMAGES, BATCH = 22, 2
 EVERY = 2  # steps to a checkpoint
-KILLS = 25 if os.environ.get("OPENSORA_LARGE_TESTS") else 2  # of each number of ranks
+KILLS = count(2, 25)  # of each number of ranks
 SCRIPT = "scripts/train.py"
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")

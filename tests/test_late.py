@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from opensora.acceleration.activation_checkpointing import checkpoint_blocks
 from opensora.acceleration.device import pick_device
 from opensora.config.settings import TrainSettings
-from opensora.distributed.fsdp import start
 from opensora.distributed.parallelize import parallelize
+from opensora.distributed.process_group import start
 from opensora.errors import OpenSoraError
 from opensora.training import bad_step_guard as guards
-from opensora.training.data.loader import Feed, Numbered
+from opensora.training.data.loader import PrefetchLoader, StepIndices
 from opensora.training.trainer import Trainer
 from tests.ranks import run
 from tests.test_sequence import BATCH, full, loss_of, make
@@ -26,8 +26,7 @@ from tests.test_trainer import CPU, assert_same_end, log, trainer
 
 def both(tmp_path: Path, **options: Any) -> tuple[Trainer, Trainer]:
     """A run that waits after each step and one that does not, both at their ends."""
-    runs = trainer(tmp_path / "waits", **options), trainer(tmp_path / "late", **options)
-    runs[1].late = True
+    runs = trainer(tmp_path / "waits", **options), trainer(tmp_path / "late", deferred_check=True, **options)
     for one in runs:
         one.run()
     return runs
@@ -38,7 +37,7 @@ def both(tmp_path: Path, **options: Any) -> tuple[Trainer, Trainer]:
 def test_bad_steps_are_left_out(tmp_path: Path, nan_at: int | None, every: dict[str, int]) -> None:
     waits, late = both(tmp_path, nan_at=nan_at, lr_schedule="cosine", **every)
     assert_same_end(late, waits)
-    assert late.guard.state_dict() == waits.guard.state_dict()
+    assert late.optimization.guard.state_dict() == waits.optimization.guard.state_dict()
     assert [line["bad_step"]["what"] for line in log(late.folder) if "bad_step" in line] == (
         [] if nan_at is None else [guards.LOSS]
     )
@@ -53,27 +52,24 @@ def test_roll_back(tmp_path: Path, log_every: int) -> None:
 
 def test_jumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several of them one after another, the limit being that of the steps before."""
-    monkeypatch.setattr(guards, "ENOUGH", 2)
+    monkeypatch.setattr(guards, "MIN_NORMS", 2)
     waits, late = both(tmp_path, spike_factor=1.0, log_every=10, ckpt_every=0)
     assert_same_end(late, waits)
     answers = ["bad_step" in line for line in log(late.folder)]
-    assert late.guard.state_dict() == waits.guard.state_dict() and any(answers)
+    assert late.optimization.guard.state_dict() == waits.optimization.guard.state_dict() and any(answers)
 
 
 def test_stop_spares_the_weights(tmp_path: Path) -> None:
-    run = trainer(tmp_path, nan_at=6, on_bad_step="stop", log_every=10)
-    run.late = True
+    run = trainer(tmp_path, nan_at=6, on_bad_step="stop", log_every=10, deferred_check=True)
     with pytest.raises(OpenSoraError, match=r"^step 6: the loss is not finite"):
         run.run()
-    assert all(one.isfinite().all() for one in run.parameters)
+    assert all(one.isfinite().all() for one in run.optimization.parameters)
 
 
 def test_a_resumed_run_ends_like_one_that_waits(tmp_path: Path) -> None:
     options = {"nan_at": 7, "log_every": 3, "ckpt_every": 5}
-    first = trainer(tmp_path, max_steps=5, **options)
-    first.late = True
-    rest = trainer(tmp_path, load=str(first.run()), **options)
-    rest.late = True
+    first = trainer(tmp_path, max_steps=5, deferred_check=True, **options)
+    rest = trainer(tmp_path, load=str(first.run()), deferred_check=True, **options)
     rest.run()
     whole = trainer(tmp_path / "whole", **options)
     whole.run()
@@ -83,18 +79,17 @@ def test_a_resumed_run_ends_like_one_that_waits(tmp_path: Path) -> None:
 def test_nothing_is_read_before_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of ten steps with a line of the log after the fifth, four are read in their turn, and five after the next one."""
     reads: list[tuple[int, int]] = []
-    answer = guards.Guard.answer
+    resolve = guards.BadStepGuard.resolve
 
-    def read(self: Any, question: Any, ids: Any = (), step: int = 0, *others: Any) -> str:
+    def read(self: Any, check: Any, ids: Any = (), step: int = 0, *others: Any) -> str:
         reads.append((step, run.step))
-        return answer(self, question, ids, step, *others)
+        return resolve(self, check, ids, step, *others)
 
-    monkeypatch.setattr(guards.Guard, "answer", read)
-    run = trainer(tmp_path, log_every=5, ckpt_every=0)
-    run.late = True
+    monkeypatch.setattr(guards.BadStepGuard, "resolve", read)
+    run = trainer(tmp_path, log_every=5, ckpt_every=0, deferred_check=True)
     run.run()
     assert reads == [(step, step + 1) for step in range(10)]
-    assert run.taken is None
+    assert run.train_step.pending is None
 
 
 def sharded(folder: Path, late: bool) -> dict[str, Any]:
@@ -111,8 +106,8 @@ def sharded(folder: Path, late: bool) -> dict[str, Any]:
         model={"type": "STDiT3"}, dtype="fp32", max_steps=4, log_every=4, lr=1e-3, ema_decay=0.5, grad_clip=1.0,
         outputs=str(folder / str(late)), tensorboard=False,
     )  # fmt: skip
-    one = Trainer(settings, model, loss, CPU, Feed(Numbered(8), layout.data_rank, layout.data_size), layout)
-    one.late = late
+    loader = PrefetchLoader(StepIndices(8), layout.data_rank, layout.data_size)
+    one = Trainer(settings, model, loss, CPU, loader, layout, deferred_check=late)
     one.run()
     states = {"weights": model.state_dict(), "averages": one.ema.state_dict()}
     return {f"{name} {key}": full(value) for name, state in states.items() for key, value in state.items()}
@@ -140,8 +135,7 @@ def test_checkpointed_blocks_are_computed_again_as_they_were(tmp_path: Path, dty
     settings = TrainSettings(
         model={"type": "STDiT3"}, dtype=dtype, max_steps=3, log_every=1, lr=1e-3, outputs=str(tmp_path), max_bad_steps=3
     )  # fmt: skip
-    one = Trainer(settings, model, loss, CPU, 8)
-    one.late = late
+    one = Trainer(settings, model, loss, CPU, 8, deferred_check=late)
     one.run()
     assert ["bad_step" in line for line in log(one.folder)].count(True) == 1
 
@@ -149,9 +143,9 @@ def test_checkpointed_blocks_are_computed_again_as_they_were(tmp_path: Path, dty
 def test_checkpoints_leave_the_kernels_to_the_device(tmp_path: Path) -> None:
     """A run that goes on elsewhere takes its steps by what it finds there."""
     first = trainer(tmp_path, max_steps=4)
-    first.optimizer.param_groups[0].update(fused=False, foreach=True)
+    first.optimization.optimizer.param_groups[0].update(fused=False, foreach=True)
     rest = trainer(tmp_path, load=str(first.run()))
-    assert rest.optimizer.param_groups[0]["fused"] is True
+    assert rest.optimization.optimizer.param_groups[0]["fused"] is True
     rest.run()
     assert rest.step == 10
 
@@ -168,9 +162,9 @@ def test_an_accelerator_is_not_waited_for(tmp_path: Path) -> None:
             return (model(x) - 2 * x).square().mean() * (math.nan if step == 3 else 1)
 
         how = {"dtype": "fp32", "max_steps": 10, "log_every": 5, "tensorboard": False, "outputs": str(tmp_path)}
-        one = Trainer(TrainSettings(model={"type": "Linear"}, **how), model, loss, device, 16)
-        assert one.late, "its optimizer takes steps in one kernel, and it has events"
-        one.late = late
+        asked = TrainSettings(model={"type": "Linear"}, **how)
+        one = Trainer(asked, model, loss, device, 16, deferred_check=None if late else False)
+        assert one.optimization.deferred_check == late, "its optimizer takes steps in one kernel, and it has events"
         one.run()
         weights.append(torch.cat([model.weight, one.ema.state_dict()["weight"]]).detach())
     assert torch.equal(*weights)

@@ -10,6 +10,7 @@ import pytest
 from opensora.datasets.synthetic.measure import Measured, measure
 from opensora.datasets.synthetic.render import make_clip
 from opensora.datasets.video import read_video, write_video
+from tests.full import count
 
 ATTRIBUTES = ("shape", "colour", "motion", "background")
 
@@ -33,12 +34,13 @@ def encoded(video: np.ndarray, path: Path) -> np.ndarray:
 @pytest.mark.parametrize("degrade", [clean, noisy, encoded])
 def test_rendered_clips(degrade, tmp_path):
     right = dict.fromkeys(ATTRIBUTES, 0)
-    for index in range(300):
+    number = count(60, 300)
+    for index in range(number):
         clip = make_clip(11, index, 9, 64, 64, held_out=index % 2 == 0)
         measured = measure(degrade(clip.video, tmp_path / "clip.mp4"))
         for name in ATTRIBUTES:
             right[name] += getattr(measured, name) == getattr(clip.scene, name)
-    assert min(right.values()) >= 297, right
+    assert min(right.values()) >= 0.99 * number, right
 
 
 @pytest.mark.parametrize("size", [(5, 48, 80), (6, 200, 144), (51, 40, 40)])

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,27 @@ import torch
 from torch import nn
 
 from benchmarks import memory
-from opensora import cli
 from opensora.acceleration import memory_plan
-from opensora.acceleration.device import place
-from opensora.acceleration.memory_plan import BALANCED, FAST, LOW, PLANS, Guest, Weights, arranged, by_layers
+from opensora.acceleration.memory_plan import BALANCED, FAST, LOW, PLANS
+from opensora.acceleration.offload import OffloadedModule, Offloader, offload_blocks
+from opensora.acceleration.placement import to_device
 from opensora.acceleration.quantization import quantize
+from opensora.acceleration.replace_modules import copy_structure, unwrap
 from opensora.checkpoints import builder
+from opensora.cli.verbs.generation import request_settings
 from opensora.config import find_config, read_config
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError
 from opensora.models.vae.vae import VideoAutoencoderKL, VideoAutoencoderPipeline
+from opensora.pipeline import generation
+from opensora.pipeline.decode import decode
 from opensora.pipeline.pipeline import VideoPipeline
 from opensora.pipeline.plan import cheaper, make_plan
-from opensora.pipeline.stage_costs import Needs
-from opensora.profiling import cost_model
+from opensora.pipeline.stage_costs import ResourceEstimate
+from opensora.profiling import cost_model, memory_meter
+from opensora.profiling.operation_counter import count_operations
 from tests import zoo
-from tests.test_plain import error, inputs, models, randomize
+from tests.test_plain import error, inputs, models, prepared, randomize
 from tests.tiny import TINY_VAE, make_tiny_stdit3, make_tiny_t5
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +69,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans that matter at the sizes of these tests."""
-    monkeypatch.setattr(memory_plan, "TOKENS", 7)
+    monkeypatch.setattr(memory_plan, "CHUNK_TOKENS", 7)
     monkeypatch.setattr("opensora.models.vae.vae.MOST_PIXELS", 2**9)
 
 
@@ -85,14 +91,14 @@ def settings_for(parts: dict[str, Path], kind: str = "STDiT3", **changes: Any) -
 
 
 def latents_and_frames(settings: InferenceSettings, monkeypatch: pytest.MonkeyPatch) -> tuple[list, np.ndarray]:
-    found, made = [], VideoPipeline.make_latents
+    found = []
 
-    def note(*args: Any) -> torch.Tensor:
-        found.append(made(*args))
-        return found[-1]
+    def note(models: Any, job: Any, latents: torch.Tensor, **options: Any) -> Any:
+        found.append(latents)
+        return decode(models, job, latents, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(VideoPipeline, "make_latents", note)
+        patch.setattr(generation, "decode", note)
         (output,) = VideoPipeline(settings).generate()
     return found, output.frames.astype(int)
 
@@ -120,9 +126,9 @@ def test_clips_that_go_on_are_the_same(parts, small_steps, monkeypatch):
 
 
 def test_the_embedded_model_makes_the_same_in_every_plan(small_steps, monkeypatch):
-    words = ["generate", "a red circle moving left on a black background", "--num-sampling-steps", "2"]
+    words = ["a red circle moving left on a black background", "--num-sampling-steps", "2"]
     words += ["--num-frames", "17", "--image-size", "32", "48", "--verbose", "0"]
-    settings = cli._request(cli._parser().parse_args(words))
+    settings = request_settings(words)
     made = [latents_and_frames(dataclasses.replace(settings, memory=plan.name), monkeypatch) for plan in PLANS]
     [latents], frames = made[0]
     assert frames.std() > 1
@@ -135,15 +141,15 @@ import json, sys
 import numpy as np
 import tests.fake_torch_gcu as fake
 sys.modules["torch_gcu"] = fake
-from opensora.acceleration.memory_plan import Guest
-from opensora import cli
+from opensora.acceleration.offload import OffloadedModule
+from opensora.cli.verbs.generation import request_settings
 from opensora.pipeline.pipeline import VideoPipeline
-visits, enter = [], Guest.enter
-Guest.enter = lambda self, module, *_: visits.append(type(module).__name__) or enter(self, module)
+visits, onload = [], OffloadedModule.onload
+OffloadedModule.onload = lambda self, module, *_: visits.append(type(module).__name__) or onload(self, module)
 for plan in ("fast", "low"):
-    argv = ["generate", "a red circle", "--device", "gcu", "--dtype", "fp32", "--memory", plan, "--save-dir", plan]
+    argv = ["a red circle", "--device", "gcu", "--dtype", "fp32", "--memory", plan, "--save-dir", plan]
     size = ["--image-size", "16", "24", "--num-frames", "5", "--num-sampling-steps", "2", "--verbose", "0"]
-    [output] = VideoPipeline(cli._request(cli._parser().parse_args([*argv, *size]))).generate()
+    [output] = VideoPipeline(request_settings([*argv, *size])).generate()
     np.save(plan, output.frames)
     print(json.dumps(visits))
 """
@@ -167,26 +173,28 @@ def test_parts_of_blocks_are_exact(tokens, monkeypatch):
     fast, _ = models()
     told = inputs((3, 6, 8), True)
     expected = fast(**told)
-    monkeypatch.setattr(memory_plan, "TOKENS", tokens)
+    monkeypatch.setattr(memory_plan, "CHUNK_TOKENS", tokens)
     rows, mlp = [], fast.spatial_blocks[0].mlp
     mlp.fc1.register_forward_hook(lambda _, args, out: rows.append(args[0].shape[:-1].numel()))
-    with arranged(fast, LOW):
-        assert fast.halves_apart
-        assert error(fast(**told), expected) < 1e-5
-        assert error(fast(**fast.prepare(**told)), expected) < 1e-5
+    names, keys = [name for name, _ in fast.named_parameters()], list(fast.state_dict())
+    LOW.prepare_model(fast)
+    assert error(fast(**told), expected) < 1e-5
+    assert error(fast(**prepared(fast, told)), expected) < 1e-5
     assert sum(rows) == 2 * 2 * 3 * 12 and max(rows) <= max(tokens, 1)
-    assert not fast.halves_apart and "forward" not in vars(mlp)
-    assert torch.equal(fast(**told), expected)
+    assert [name for name, _ in fast.named_parameters()] == names and list(fast.state_dict()) == keys
+    assert fast.load_state_dict(fast.state_dict()) and unwrap(fast.spatial_blocks[0].mlp) is mlp
 
 
 def test_an_autoencoder_is_exact_in_pieces(small_steps):
     torch.manual_seed(0)
     for vae in (VideoAutoencoderPipeline(**TINY_VAE), VideoAutoencoderKL(**small_frames())):
         randomize(vae)
-        place(vae.eval().requires_grad_(False), CPU)
+        to_device(vae.eval().requires_grad_(False), CPU)
         x = torch.rand(1, 3, 20, 16, 24) * 2 - 1
-        pieces = BALANCED.pieces(x)
-        assert [piece.shape[2] for piece in pieces] == [1] * 20 and [one.shape for one in FAST.pieces(x)] == [x.shape]
+        pieces = BALANCED.split_video(x)
+        assert [piece.shape[2] for piece in pieces] == [1] * 20 and [one.shape for one in FAST.split_video(x)] == [
+            x.shape
+        ]
         expected = vae.encode(x, sample=False)
         assert error(vae.encoded(pieces), expected) < 1e-5
         assert torch.equal(vae.encoded([x]), expected)
@@ -209,12 +217,12 @@ def large(parts: dict[str, Path], **changes: Any) -> InferenceSettings:
 
 def peaks(settings: InferenceSettings) -> list[dict[str, int]]:
     """Counted bytes of work in each stage, plan by plan."""
-    needs = make_plan(settings).needs
+    needs = make_plan(settings).estimate
     return [{stage.name: stage.cost.peak for stage in needs.stages(plan)} for plan in PLANS]
 
 
 def test_every_plan_works_in_less(parts, monkeypatch):
-    monkeypatch.setattr(memory_plan, "TOKENS", 256)
+    monkeypatch.setattr(memory_plan, "CHUNK_TOKENS", 256)
     fast, balanced, low = peaks(large(parts, loop=2, num_frames=34))
     assert low["sampling"] < 0.5 * balanced["sampling"] and balanced["sampling"] < 0.6 * fast["sampling"]
     assert low["encoding"] == balanced["encoding"] < fast["encoding"]
@@ -223,16 +231,14 @@ def test_every_plan_works_in_less(parts, monkeypatch):
 
 def test_the_work_is_counted_where_it_is_done(parts, monkeypatch):
     """Tensors that a step really holds at once, against what the plan says of it."""
-    monkeypatch.setattr(memory_plan, "TOKENS", 64)
+    monkeypatch.setattr(memory_plan, "CHUNK_TOKENS", 64)
     fast, _ = models(pred_sigma=False)
     told = {name: value[:1] for name, value in inputs((5, 16, 16), False).items() if name not in ("mask", "x_mask")}
     found = []
     for plan in (BALANCED, LOW):
-        with arranged(fast, plan), torch.no_grad():
-            counter = cost_model._Counter(True)
-            with counter, cost_model._FusedAttention(counter):
-                fast(**told)
-        found.append(counter.peak)
+        model = copy_structure(fast)
+        plan.prepare_model(model)
+        found.append(count_operations(partial(model, **told), CPU).peak)
     assert found[1] < 0.6 * found[0]
 
 
@@ -253,7 +259,7 @@ def test_decoding_holds_one_piece_at_a_time(parts, monkeypatch):
     path = parts["VideoAutoencoderKL"]
     vae = builder.build_model({"type": "VideoAutoencoderKL", "from_pretrained": str(path)}, path)
     whole, pieces = (
-        [cost_model.decoding(vae, (frames, 512, 512), torch.float32, META, streamed).peak for frames in (4, 16)]
+        [cost_model.decoding_cost(vae, (frames, 512, 512), torch.float32, META, streamed).peak for frames in (4, 16)]
         for streamed in (False, True)
     )
     frame = 4 * 3 * 512 * 512
@@ -263,10 +269,10 @@ def test_decoding_holds_one_piece_at_a_time(parts, monkeypatch):
 def test_weights_of_a_guest_are_there_while_they_are_needed():
     layer = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).requires_grad_(False)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    guest = Guest(layer, META)
+    guest = OffloadedModule(layer, META)
     for _ in range(2):
         assert all(value.device == CPU for value in layer.state_dict().values())
-        with guest.visit(layer):
+        with guest.onloaded(layer):
             assert all(value.is_meta for value in layer.state_dict().values())
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
     assert not any(parameter.requires_grad for parameter in layer.parameters())
@@ -280,7 +286,7 @@ def test_a_text_encoder_comes_layer_by_layer(tmp_path):
     model, seen = encoder.model, []
     expected = {name: value.clone() for name, value in model.state_dict().items()}
     layers = list(model.encoder.block)
-    by_layers(model, META)
+    offload_blocks(model, META)
     assert model.shared.weight.is_meta and model.encoder.final_layer_norm.weight.is_meta
     for layer in layers:
         layer.layer[-1].register_forward_hook(
@@ -297,40 +303,40 @@ def test_a_text_encoder_comes_layer_by_layer(tmp_path):
 
 
 def test_on_a_host_weights_stay_where_they_are():
-    weights, layer = Weights(LOW, CPU), nn.Linear(2, 2)
+    weights, layer = Offloader(True, CPU), nn.Linear(2, 2)
     before = layer.weight
-    weights.settle("model", layer)
-    with weights.using("model"):
+    weights.offload("model", layer)
+    with weights.onloaded("model"):
         assert layer.weight is before
-    assert Weights(LOW, META).visiting and not Weights(BALANCED, META).visiting
+    assert Offloader(True, META).enabled and not Offloader(False, META).enabled
 
 
 # ---- the choice
 
 
 def test_the_fastest_plan_that_fits_is_taken(parts, monkeypatch):
-    monkeypatch.setattr(memory_plan, "TOKENS", 256)
+    monkeypatch.setattr(memory_plan, "CHUNK_TOKENS", 256)
     settings = large(parts)
-    needs = make_plan(settings).needs
+    needs = make_plan(settings).estimate
     need = {plan: needs.peak(plan) for plan in PLANS}
     assert need[LOW] < need[BALANCED] < need[FAST]
     cases = [(plan, need[plan], plan) for plan in PLANS]
     cases += [(LOW, need[BALANCED] - 1, LOW), (BALANCED, need[FAST] - 1, BALANCED), (LOW, 1, LOW), (FAST, None, FAST)]
     for expected, free, _ in cases:
-        monkeypatch.setattr(cost_model, "available", lambda device, free=free: free)
+        monkeypatch.setattr(memory_meter, "available_memory", lambda device, free=free: free)
         plan = make_plan(settings)
-        assert plan.pipeline.memory == expected
+        assert plan.memory_plan == expected
         assert f"memory plan: {expected.name}" in str(plan).splitlines()
         assert plan.fits == (free != 1)
 
 
 def test_generation_takes_what_the_plan_says(parts, monkeypatch):
     settings = settings_for(parts)
-    monkeypatch.setattr(cost_model, "available", lambda device: 20)
-    monkeypatch.setattr(Needs, "peak", lambda self, plan: {FAST: 30, BALANCED: 20, LOW: 10}[plan])
+    monkeypatch.setattr(memory_meter, "available_memory", lambda device: 20)
+    monkeypatch.setattr(ResourceEstimate, "peak", lambda self, plan: {FAST: 30, BALANCED: 20, LOW: 10}[plan])
     pipeline = VideoPipeline(settings)
     (output,) = pipeline.generate()
-    assert pipeline.memory == BALANCED
+    assert pipeline.models.plan == BALANCED
     recipe = json.loads(output.path.with_suffix(".json").read_text())
     assert recipe["settings"]["memory"] == "balanced"  # so that a replay makes the very same bytes
 
@@ -341,24 +347,24 @@ def test_small_requests_are_told_without_counting(kind, size, parts, monkeypatch
     settings = settings_for(parts, kind, memory="fast")
     if kind in ("STDiT3", "STDiT2"):
         settings = settings_for(parts, kind, memory="fast", image_size=size)
-    needs = make_plan(settings).needs
-    assert needs.peak(FAST) < needs.at_most()
+    needs = make_plan(settings).estimate
+    assert needs.peak(FAST) < needs.upper_bound()
 
 
 def test_a_cheaper_plan_is_named_before_a_smaller_size(parts, monkeypatch):
-    monkeypatch.setattr(memory_plan, "TOKENS", 256)
+    monkeypatch.setattr(memory_plan, "CHUNK_TOKENS", 256)
     plan = make_plan(large(parts, memory="fast"))
-    need = {one: plan.needs.peak(one) for one in PLANS}
+    need = {one: plan.estimate.peak(one) for one in PLANS}
     for free, found in ((need[BALANCED], "--memory balanced"), (need[LOW], "--memory low")):
-        monkeypatch.setattr(cost_model, "available", lambda device, free=free: free)
+        monkeypatch.setattr(memory_meter, "available_memory", lambda device, free=free: free)
         assert cheaper(plan) == found
         assert f"it does not fit; this does: {found}" in str(plan)
-    monkeypatch.setattr(cost_model, "available", lambda device: need[LOW] - 1)
+    monkeypatch.setattr(memory_meter, "available_memory", lambda device: need[LOW] - 1)
     assert not (cheaper(plan) or "").startswith("--memory")
 
 
 def test_on_an_accelerator_weights_count_while_they_are_there(parts):
-    needs = make_plan(settings_for(parts)).needs
+    needs = make_plan(settings_for(parts)).estimate
     needs.on_host = False
     text, encoding, sampling, _ = needs.stages(FAST)
     low = needs.stages(LOW)
@@ -382,7 +388,7 @@ def test_running_out_of_memory_names_the_plan(parts, monkeypatch):
     def out_of_memory(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("none left")
 
-    monkeypatch.setattr(VideoPipeline, "make", out_of_memory)
+    monkeypatch.setattr(generation, "denoise_clip", out_of_memory)
     for name, remedy in (("fast", "first try --memory low$"), ("low", "a smaller size or fewer frames$")):
         with pytest.raises(ConfigError, match=remedy):
             list(VideoPipeline(settings_for(parts, memory=name)).generate())
@@ -392,7 +398,7 @@ def test_linear_layers_in_8_bits_count_as_such():
     file = find_config("embedded")
     config = {**read_config(file), "prompt": ["a red circle"]}
     exact, small = (
-        make_plan(InferenceSettings.from_config({**config, "linear": linear}, file.name)).needs.stages(FAST)[2]
+        make_plan(InferenceSettings.from_config({**config, "linear": linear}, file.name)).estimate.stages(FAST)[2]
         for linear in ("exact", "int8")
     )
     model, _ = builder.load_component(

@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from opensora.config.settings import TrainSettings
 from opensora.datasets.synthetic.dataset import MixedClips, shape_clips
 from opensora.errors import ConfigError
-from opensora.training.autoencoder import PIXEL_FRAMES, _mixed, in_a_row, train_vae
-from opensora.training.diffusion import end_in_image, train
+from opensora.training.autoencoder import _mixed, train_vae
+from opensora.training.diffusion import train
+from opensora.training.losses.autoencoder import PIXEL_FRAMES, consecutive_frames
+from opensora.training.losses.diffusion import end_in_image
 from tests.tiny import TINY_STDIT3, TINY_VAE, make_tiny_t5, make_tiny_vae
 
 SIZES = [(17, 16, 24, 0.5), (34, 16, 24, 0.3), (1, 24, 16, 0.2)]
@@ -101,21 +103,21 @@ def parts(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_the_model_lists_its_sizes_and_resumes_exactly(tmp_path: Path, parts: dict[str, Any]) -> None:
-    whole = train(TrainSettings(outputs=str(tmp_path / "whole"), **parts))
+    whole = train(TrainSettings(outputs=str(tmp_path / "whole"), **parts)).path
     config = json.loads((whole / "config.json").read_text())
     assert config["trained_sizes"] == [list(size[:3]) for size in SIZES]
     folders = {path.name for path in (tmp_path / "features").iterdir()}
     assert folders == {"17x16x24", "34x16x24", "1x24x16"}
     outputs = str(tmp_path / "parts")
-    first = train(TrainSettings(outputs=outputs, **{**parts, "max_steps": 3}))
-    second = train(TrainSettings(outputs=outputs, load=str(first.parent / "000-STDiT3"), **parts))
+    first = train(TrainSettings(outputs=outputs, **{**parts, "max_steps": 3})).path
+    second = train(TrainSettings(outputs=outputs, load=str(first.parent / "000-STDiT3"), **parts)).path
     found, expected = load_file(second / "model.safetensors"), load_file(whole / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_given_frames_change_what_is_learnt(tmp_path: Path, parts: dict[str, Any]) -> None:
-    masked = train(TrainSettings(outputs=str(tmp_path / "masked"), **parts))
-    free = train(TrainSettings(outputs=str(tmp_path / "free"), **{**parts, "mask_ratios": None}))
+    masked = train(TrainSettings(outputs=str(tmp_path / "masked"), **parts)).path
+    free = train(TrainSettings(outputs=str(tmp_path / "free"), **{**parts, "mask_ratios": None})).path
     a, b = load_file(masked / "model.safetensors"), load_file(free / "model.safetensors")
     assert any(not torch.equal(a[name], tensor) for name, tensor in b.items())
 
@@ -132,7 +134,7 @@ def test_the_autoencoder_trains_on_several_sizes(tmp_path: Path, strategy: str |
     model = dict(type="VideoAutoencoderPipeline", freeze_vae_2d=True, **TINY_VAE)
     settings: dict[str, Any] = dict(model=model, dataset=dataset, dtype="fp32", device="cpu", batch_size=2, max_steps=4)
     settings |= dict(mixed_strategy=strategy, perceptual_loss_weight=0.0, use_z_rec_loss=True)
-    made = train_vae(TrainSettings(outputs=str(tmp_path), **settings))
+    made = train_vae(TrainSettings(outputs=str(tmp_path), **settings)).path
     assert (made / "model.safetensors").is_file()
 
 
@@ -144,7 +146,7 @@ def test_decoders_alone_are_trained(tmp_path: Path, strategy: str | None) -> Non
     model = dict(type="VideoAutoencoderPipeline", from_pretrained=str(start), **TINY_VAE)
     settings = dict(model=model, dataset=dataset, dtype="fp32", device="cpu", batch_size=1, max_steps=4, lr=1e-2)
     settings |= dict(mixed_strategy=strategy, perceptual_loss_weight=0.0, freeze_encoders=True)
-    made = train_vae(TrainSettings(outputs=str(tmp_path), **settings))
+    made = train_vae(TrainSettings(outputs=str(tmp_path), **settings)).path
     before, after = (load_file(folder / "model.safetensors") for folder in (start, made))
     changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
     assert changed and all(".decoder." in name or ".post_quant_conv." in name for name in changed)
@@ -163,7 +165,7 @@ def test_decoders_alone_need_trained_encoders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("frames", "chunk"), [(1, 17), (3, 17), (17, 17), (34, 17), (34, None)])
 def test_frames_in_a_row(frames: int, chunk: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
-    starts = [in_a_row(frames, chunk, generator).start for _ in range(400)]
+    starts = [consecutive_frames(frames, chunk, generator).start for _ in range(400)]
     assert set(starts) == set(range(max(frames - PIXEL_FRAMES, 0) + 1))
     around = starts.count(15) / len(starts)
     assert around > 0.4 if (frames, chunk) == (34, 17) else around < 0.2

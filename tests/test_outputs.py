@@ -20,6 +20,7 @@ from opensora.errors import ConfigError, MediaError, WeightsError
 from opensora.files import adding, replacing
 from opensora.files import atomic as files
 from opensora.pipeline import outputs
+from opensora.pipeline.output_names import save_path_name
 from opensora.pipeline.outputs import Outputs
 from opensora.pipeline.recipe import make_recipe, read_recipe
 from opensora.pipeline.request import Request
@@ -38,7 +39,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def requests(*prompts: str, samples: int = 1) -> list[Request]:
-    return [Request(text, text, sample, f"out/{text}") for text in prompts for sample in range(samples)]
+    return [Request(text, (text,), sample, f"out/{text}") for text in prompts for sample in range(samples)]
 
 
 def recipe(prompt: str) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def recipe(prompt: str) -> dict[str, Any]:
 def make(*prompts: str, stops: bool = False, num_frames: int = 1, **settings: Any) -> list[str]:
     """The names under which results of these prompts are written."""
     found = Outputs(replace(SETTINGS, **settings), num_frames, stops)
-    placed = found.place(requests(*prompts, samples=settings.get("num_sample", 1)))
+    placed = found.assign_paths(requests(*prompts, samples=settings.get("num_sample", 1)))
     found.check([one.path for one in placed])
     save = (lambda file, name: file.write_text(name)) if stops else None
     frames = np.repeat(FRAME, num_frames, axis=0)
@@ -106,7 +107,7 @@ def test_a_run_takes_numbers_that_follow_one_another() -> None:
 def test_names_taken_meanwhile(settings: dict[str, Any]) -> None:
     """Two runs that began at the same time: samples of a prompt stay together, nothing is replaced."""
     runs = [Outputs(replace(SETTINGS, **settings), 1, False) for _ in range(2)]
-    placed = [one.place(requests("a", "b", samples=settings.get("num_sample", 1))) for one in runs]
+    placed = [one.assign_paths(requests("a", "b", samples=settings.get("num_sample", 1))) for one in runs]
     assert placed[0] == placed[1]
     found = [[], []]
     for pair in zip(*placed, strict=True):
@@ -149,17 +150,16 @@ def test_six_processes_write_into_one_folder(here: Path) -> None:
 def test_two_results_with_one_name_are_refused(prompts: tuple[str, ...]) -> None:
     found = Outputs(replace(SETTINGS, prompt_as_path=True), 1, False)
     placed = [
-        one._replace(path=outputs.save_path_name("out", prompt=one.prompt, prompt_as_path=True))
-        for one in requests(*prompts)
+        one._replace(path=save_path_name("out", prompt=one.prompt, prompt_as_path=True)) for one in requests(*prompts)
     ]
     with pytest.raises(ConfigError, match=r"would both be written to out/.*; leave out one of them, or --prompt-as"):
-        found.place(placed)
+        found.assign_paths(placed)
 
 
 def test_a_preview_and_a_result_of_one_name_are_refused() -> None:
     found = Outputs(replace(SETTINGS, prompt_as_path=True, preview=True), 1, False)
     with pytest.raises(ConfigError, match=r"out/a\.preview\.png"):
-        found.place(requests("a", "a.preview"))
+        found.assign_paths(requests("a", "a.preview"))
 
 
 @pytest.mark.parametrize("blocked", ["out/a.json", "out/a.png", "out/a.preview.png"])
@@ -167,7 +167,7 @@ def test_a_preview_and_a_result_of_one_name_are_refused() -> None:
 def test_a_folder_where_a_part_belongs_is_told_before_the_work(blocked: str, overwrite: bool) -> None:
     Path(blocked).mkdir()
     found = Outputs(replace(SETTINGS, output="out/a.png", preview=True, overwrite=overwrite), 1, False)
-    [request] = found.place(requests("a"))
+    [request] = found.assign_paths(requests("a"))
     with pytest.raises(MediaError, match=f"{blocked}: is no file"):
         found.check([request.path])
 
@@ -323,7 +323,7 @@ def test_a_draft_that_cannot_be_written_is_named_by_its_result(failure: Exceptio
         raise WeightsError(f"{file}: cannot be written") from failure
 
     found = Outputs(SETTINGS, 1, True)
-    [request] = found.place(requests("a"))
+    [request] = found.assign_paths(requests("a"))
     with pytest.raises(MediaError, match=r"^out/sample_0000\.draft\.png: cannot be written \((No space|I/O)"):
         found.write(request.path, FRAME, recipe("a"), save)
     assert names() == []

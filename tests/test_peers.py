@@ -16,10 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from opensora.config.settings import TrainSettings
-from opensora.distributed import peers
-from opensora.distributed.fsdp import barrier, of_main, one_voice, share, start, total
+from opensora.distributed import failures
+from opensora.distributed.collectives import all_reduce_sum, barrier, broadcast_object, run_on_main
+from opensora.distributed.failures import report_first_failure
+from opensora.distributed.process_group import start
 from opensora.errors import ConfigError, OpenSoraError, WeightsError
-from opensora.training.data.loader import Feed, Numbered
+from opensora.training.data.loader import PrefetchLoader, StepIndices
 from opensora.training.trainer import Trainer
 from tests.ranks import End, ends, run
 
@@ -38,8 +40,8 @@ def train_until(folder: Path, who: int, what: Callable[[], Any]) -> None:
 
     how = dict(dtype="fp32", max_steps=9, outputs=str(folder), tensorboard=False, ckpt_every=1)
     one = Trainer(TrainSettings(model={"type": "Linear"}, **how), model, loss, CPU,
-                  Feed(Numbered(8), layout.data_rank, layout.data_size), layout)  # fmt: skip
-    with one_voice():
+                  PrefetchLoader(StepIndices(8), layout.data_rank, layout.data_size), layout)  # fmt: skip
+    with report_first_failure():
         one.run()
 
 
@@ -94,9 +96,11 @@ def test_errors_of_every_back_end_are_known(error: Exception, monkeypatch: pytes
     outer = RuntimeError("while it was computed")
     outer.__cause__ = error
     for one in (error, outer):
-        assert "\n" not in str(peers.lost(one)) and str(peers.lost(one)).startswith("rank 1 has lost another rank")
+        assert "\n" not in str(failures.lost_rank_error(one)) and str(failures.lost_rank_error(one)).startswith(
+            "rank 1 has lost another rank"
+        )
     for other in (RuntimeError("shape [2] is invalid"), ValueError("connection closed"), WeightsError("x")):
-        assert peers.lost(other) is None
+        assert failures.lost_rank_error(other) is None
 
 
 LAUNCHED = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
@@ -107,7 +111,7 @@ LAUNCHED = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.parametrize("launched", [True, False])
 def test_a_launcher_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obeys: bool, launched: bool) -> None:
     """Its ranks end by SIGTERM, and by force when they do not; what torchrun has not started stays."""
-    monkeypatch.setattr(peers, "EVERY", 0.01), monkeypatch.setattr(peers, "GRACE", 0.1)
+    monkeypatch.setattr(failures, "POLL_SECONDS", 0.01), monkeypatch.setattr(failures, "GRACE_SECONDS", 0.1)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x") if launched else monkeypatch.delenv("TORCHELASTIC_RUN_ID", False)
     file, (wait, told_by) = tmp_path / "stderr", os.pipe()
     if not (launcher := os.fork()):
@@ -117,7 +121,7 @@ def test_a_launcher_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                 signal.SIGTERM, (lambda *_: os._exit(os.write(told_by, b"saved") * 0)) if obeys else signal.SIG_IGN
             )
             parent = os.getppid()
-            peers.end_with_launcher()
+            failures.exit_with_launcher()
             while os.getppid() == parent:
                 time.sleep(0.01)
             time.sleep(2 if launched else 0.3)
@@ -138,14 +142,14 @@ def on_ranks() -> dict[str, Any]:
     def refuse() -> None:
         raise WeightsError("broken")
 
-    found: dict[str, Any] = {"total": total([layout.rank + 1, 0.5], layout)}
-    found["made"] = of_main(lambda: f"by {layout.rank}", layout)
+    found: dict[str, Any] = {"total": all_reduce_sum([layout.rank + 1, 0.5], layout)}
+    found["made"] = run_on_main(lambda: f"by {layout.rank}", layout)
     try:
-        of_main(refuse, layout)
+        run_on_main(refuse, layout)
     except OpenSoraError as error:
         found["refused"] = f"{type(error).__name__} {error}"
     barrier(layout)
-    return found | {"shared": share(layout.rank, layout)}
+    return found | {"shared": broadcast_object(layout.rank, layout)}
 
 
 def test_what_ranks_tell_one_another() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from benchmarks import plain
 from benchmarks.common import cast
-from opensora.acceleration.device import place
+from opensora.acceleration.placement import to_device
 from opensora.models.stdit.stdit3 import STDiT3
 from opensora.models.vae.vae import VideoAutoencoderPipeline
 from opensora.schedulers.rf import RFLOW, sampling_times
@@ -36,7 +38,7 @@ def models(dtype: torch.dtype = torch.float32, **config: object) -> tuple[STDiT3
     randomize(fast)
     slow = plain.PlainSTDiT3(fast.config)
     slow.load_state_dict(fast.state_dict())
-    return place(fast.to(dtype).eval().requires_grad_(False), torch.device("cpu")), slow.to(dtype).eval()
+    return to_device(fast.to(dtype).eval().requires_grad_(False), torch.device("cpu")), slow.to(dtype).eval()
 
 
 def inputs(size: tuple[int, int, int], given: bool) -> dict[str, Tensor]:
@@ -50,6 +52,13 @@ def inputs(size: tuple[int, int, int], given: bool) -> dict[str, Tensor]:
         y=torch.randn(2, 1, LONGEST, 24, generator=generator), x_mask=x_mask,
         fps=torch.tensor([24.0]), height=torch.tensor([size[1] * 8.0]), width=torch.tensor([size[2] * 8.0]),
     )  # fmt: skip
+
+
+def prepared(model: STDiT3, told: dict[str, Tensor]) -> dict[str, Any]:
+    """The same arguments, the conditioning among them prepared."""
+    latents = {name: told[name] for name in ("x", "timestep", "x_mask")}
+    conditioning = {name: value for name, value in told.items() if name not in latents}
+    return {**latents, **model.prepare(told["x"].shape, **conditioning)}
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -66,7 +75,7 @@ def test_forward_agrees(size, given):
     assert error(fast(**told), expected) < 1e-5
     if not given:
         assert error(fast(**{**told, "x_mask": None}), expected) < 1e-5
-    assert error(fast(**fast.prepare(**told)), expected) < 1e-5
+    assert error(fast(**prepared(fast, told)), expected) < 1e-5
 
 
 def test_one_text_without_prompt_serves_all_rows():
@@ -75,7 +84,7 @@ def test_one_text_without_prompt_serves_all_rows():
     told = inputs(SIZES[0], True)
     told["y"] = fast.null_caption(told["y"])
     assert len(told["y"]) == 1 < len(told["mask"])
-    assert error(fast(**fast.prepare(**told)), fast(**told)) < 1e-6
+    assert error(fast(**prepared(fast, told)), fast(**told)) < 1e-6
 
 
 def test_the_masked_twins_matter():
@@ -102,7 +111,7 @@ def test_bf16_is_as_near_to_float64_as_the_plain_formulation(given):
     for learns in (False, True):  # a CPU has a way of its own where nothing does
         with torch.set_grad_enabled(learns):
             assert error(fast(**bare), true) < 1.1 * error(slow(**told), true)
-            assert error(fast(**fast.prepare(**bare)), true) < 1.1 * error(slow(**told), true)
+            assert error(fast(**prepared(fast, bare)), true) < 1.1 * error(slow(**told), true)
 
 
 def test_gradients_agree():
@@ -127,9 +136,9 @@ def test_whole_sampling_agrees():
     times = sampling_times(6).tolist()
     expected = plain.sample(slow, noise, y, mask, null, times, 4.0, torch.Generator(), **size)
     scheduler = RFLOW(num_sampling_steps=6, cfg_scale=4.0)
-    for fast.halves_apart in (False, True):
-        made = scheduler.sample(fast, noise, {"y": short, **size}, {"y": fast.null_caption(short)})
-        assert error(made, expected) < 1e-5
+    cond, null = {"y": short, **size}, {"y": fast.null_caption(short)}
+    for options in ({}, {"precompute": True}, {"precompute": True, "sequential_cfg": True}):
+        assert error(scheduler.sample(fast, noise, cond, null, **options), expected) < 1e-5
 
 
 def autoencoders(frames: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module, Tensor]:
@@ -137,7 +146,7 @@ def autoencoders(frames: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Mo
     torch.manual_seed(0)
     slow = VideoAutoencoderPipeline(**TINY_VAE).eval().requires_grad_(False)
     z = torch.randn(1, 4, slow.get_latent_size((frames, None, None))[0], 3, 4)
-    return place(cast(slow, dtype), torch.device("cpu")), slow, z
+    return to_device(cast(slow, dtype), torch.device("cpu")), slow, z
 
 
 @pytest.mark.parametrize("frames", [17, 34, 5])

@@ -15,22 +15,27 @@ import numpy as np
 import pytest
 import torch
 
-from opensora import cli, registry
+from opensora import registry
 from opensora.checkpoints import builder
 from opensora.checkpoints.save import save_pretrained
 from opensora.cli import main
+from opensora.cli.verbs.generation import request_settings
 from opensora.config.settings import InferenceSettings
 from opensora.datasets.video import write_image, write_video
 from opensora.errors import OpenSoraError
+from opensora.pipeline import denoise, generation
+from opensora.pipeline.job import Job
+from opensora.pipeline.loaded_models import LoadedModels
 from opensora.pipeline.pipeline import VideoPipeline
 from opensora.pipeline.plan import cheaper, make_plan
-from opensora.profiling import cost_model
+from opensora.profiling import cost_model, memory_meter, operation_counter, speed_history
 from tests import zoo
 from tests.checkpoints import SAMPLE
+from tests.full import FULL, count
 from tests.tiny import make_tiny_stdit3
 
 ROOT = Path(__file__).parents[1]
-REQUESTS = 1000
+REQUESTS = count(150, 1000)
 CODE = 1000  # what tells the frames of one reference from those of the next
 CPU = torch.device("cpu")
 
@@ -72,7 +77,7 @@ def strategy(rng: random.Random) -> str:
             one_of(rng, 0, 1, 2), one_of(rng, 0, 1, -1), one_of(rng, 0, -1, 1, -5, 6, 12), one_of(rng, 0, -1, 5, 7, -8),
             one_of(rng, 1, 0, 2, 5, 10), one_of(rng, 0, 0.3, 1, 0.75),
         ]  # fmt: skip
-        groups.append(",".join(map(str, numbers[: rng.randint(1, 6)])))
+        groups.append(",".join(map(str, numbers[: one_of(rng, 6, *range(1, 6), odds=0.3)])))
     return ";".join(groups)
 
 
@@ -134,29 +139,28 @@ def run(settings: InferenceSettings, monkeypatch: pytest.MonkeyPatch) -> tuple[l
     """What each clip was given, as (edit, source) of its latent frames, and the frames of the result."""
     pipeline, seen = VideoPipeline(settings), []
 
-    def fill(self: VideoPipeline, part: str, built: Any) -> Any:
+    def fill(self: LoadedModels, part: str, built: Any, linear: str = "exact") -> Any:
         if part == "vae":
             return StandIn(built)
         built.forward = lambda x, *_, **__: torch.zeros(len(x), built.out_channels, *x.shape[2:])
         built.null_caption = lambda y: y
         return built
 
-    def texts(self: VideoPipeline, encoder: Any, wanted: list[str]) -> dict[str, torch.Tensor]:
-        return {text: torch.zeros(1, 1, 4, encoder.output_dim) for text in wanted}
+    def texts(models: LoadedModels, job: Job, wanted: list[str]) -> dict[str, torch.Tensor]:
+        return {text: torch.zeros(1, 1, 4, models.build(job.size).text_encoder.output_dim) for text in wanted}
 
-    def sample(self: Any, model: Any, latents: torch.Tensor, *args: Any, edit: torch.Tensor, **options: Any) -> Any:
+    original = denoise.cached_sampling.steps
+
+    def steps(scheduler: Any, model: Any, latents: torch.Tensor, *args: Any, **options: Any) -> Any:
         codes = latents[0, 0, :, 0, 0].round().long().tolist()
         sources = [(code // CODE - 1, code % CODE) if code >= CODE // 2 else None for code in codes]
-        seen.append((tuple(edit[0].tolist()), tuple(sources)))
-        return original(self, model, latents, *args, edit=edit, **options)
+        seen.append((tuple(options["edit"][0].tolist()), tuple(sources)))
+        return original(scheduler, model, latents, *args, **options)
 
-    kind = type(pipeline.scheduler)
-    original = kind.sample
     with monkeypatch.context() as patch:
-        patch.setattr(VideoPipeline, "fill", fill)
-        patch.setattr(VideoPipeline, "encode_texts", texts)
-        patch.setattr(kind, "sample", lambda self, model, latents, *args, **options: (
-            sample if "edit" in options else original)(self, model, latents, *args, **options))  # fmt: skip
+        patch.setattr(LoadedModels, "_fill", fill)
+        patch.setattr(generation, "encode_texts", texts)
+        patch.setattr(denoise.cached_sampling, "steps", steps)
         (output,) = pipeline.generate()
     return seen, len(output.frames)
 
@@ -168,7 +172,7 @@ def test_what_is_planned_is_done_and_what_is_refused_is_refused_at_once(
     rng, accepted, refusals, kinds = random.Random(0), 0, set(), set()
     monkeypatch.setattr(builder, "build_text_encoder", cached(builder.build_text_encoder))
     monkeypatch.setattr(builder, "build_model", cached_autoencoders(builder.build_model))
-    monkeypatch.setattr(cost_model, "step", cached_steps(cost_model.step))
+    monkeypatch.setattr(cost_model, "step_cost", cached_steps(cost_model.step_cost))
     monkeypatch.setattr("opensora.checkpoints.builder.load_weights", None)
     for number in range(REQUESTS):
         settings = random_request(rng, parts)
@@ -339,7 +343,7 @@ def test_the_nearest_setting_that_fits(
     argv = ["x", "--image-size", *map(str, size), "--num-frames", str(frames), "--memory", "low"]
     plan = make_plan(settings_of_command(embedded, argv))
     needed = plan.memory - plan.base
-    monkeypatch.setattr(cost_model, "available", lambda device: int(room * needed))
+    monkeypatch.setattr(memory_meter, "available_memory", lambda device: int(room * needed))
     assert not plan.fits and "it does not fit; this does: " in str(plan)
     found = cheaper(plan)
     assert found.startswith(part)
@@ -353,7 +357,7 @@ def test_nothing_is_tried_where_the_weights_alone_do_not_fit(
     plan = make_plan(settings_for(parts))
     assert plan.base < plan.least <= plan.memory
     monkeypatch.setattr("opensora.pipeline.plan.make_plan", lambda settings: pytest.fail("tried"))
-    monkeypatch.setattr(cost_model, "available", lambda device: plan.least - plan.base - 1)
+    monkeypatch.setattr(memory_meter, "available_memory", lambda device: plan.least - plan.base - 1)
     assert cheaper(plan) is None and "nothing smaller was found" in str(plan)
 
 
@@ -362,29 +366,31 @@ def test_what_is_done_again_costs_what_it_did(kind: str, size: tuple[int, int, i
     """Counting it once and adding it up gives the very figures of running all of it."""
     with torch.device("meta"):
         vae = registry.build({"type": kind, "micro_batch_size": 2})
-    counted = cost_model.decoding(vae, size, torch.bfloat16, CPU), cost_model.encoding(vae, size, torch.bfloat16, CPU)
+    counted = (
+        cost_model.decoding_cost(vae, size, torch.bfloat16, CPU),
+        cost_model.encoding_cost(vae, size, torch.bfloat16, CPU),
+    )
     z = torch.empty(1, vae.out_channels, *vae.get_latent_size(size), dtype=torch.bfloat16, device="meta")
     x = torch.empty(1, 3, *size, dtype=torch.bfloat16, device="meta")
     work = (
-        cost_model._work(vae, torch.bfloat16, CPU, "decode", z, num_frames=size[0]),
-        cost_model._work(vae, torch.bfloat16, CPU, "encode", x, sample=False),
+        lambda: cost_model.meta_copy(vae, torch.bfloat16, CPU).decode(z, num_frames=size[0]),
+        lambda: cost_model.meta_copy(vae, torch.bfloat16, CPU).encode(x, sample=False),
     )
-    assert counted == tuple(cost_model.count(one, CPU) for one in work)
-    assert "forward" not in vars(vae)
+    assert counted == tuple(operation_counter.count_operations(one, CPU) for one in work)
 
 
 def settings_of_command(config: Path, argv: list[str]) -> InferenceSettings:
-    return cli._request(cli._parser().parse_args(["plan", "--model", str(config), *argv]))
+    return request_settings(["--model", str(config), *argv])
 
 
-COST = cost_model.Cost(products=1e12, moved=1e9, calls=10, peak=5)  # 10.2 seconds at the nominal pace
+COST = operation_counter.Cost(products=1e12, moved=1e9, calls=10, peak=5)  # 10.2 seconds at the nominal pace
 
 
 @pytest.fixture
 def steady(monkeypatch: pytest.MonkeyPatch) -> float:
     """A machine that is three times as slow as the nominal pace in a trial, and never faster than its nominal peak."""
-    monkeypatch.setattr(cost_model, "_trial", lambda device, dtype: 3.0)
-    monkeypatch.setattr(cost_model, "known_peak", lambda device, dtype: cost_model.PRODUCTS)
+    monkeypatch.setattr(speed_history, "_trial", lambda device, dtype: 3.0)
+    monkeypatch.setattr(speed_history, "known_peak", lambda device, dtype: operation_counter.PRODUCTS)
     return 3 * COST.nominal_seconds
 
 
@@ -401,37 +407,37 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> float:
 )
 def test_the_pace_of_earlier_runs_counts(steady: float, taken: tuple[float, ...], least: float, most: float, runs: int):
     for one in taken:
-        cost_model.remember(CPU, "sampling", COST, one)
-    found = cost_model.span(COST, CPU, "sampling")
+        speed_history.remember(CPU, "sampling", COST, one)
+    found = speed_history.span(COST, CPU, "sampling")
     if runs:
         assert found.least == pytest.approx(least, rel=0.01) and found.most == pytest.approx(most, rel=0.01)
         assert found.source.startswith(f"{runs} earlier run")
-    assert cost_model.seconds(COST, CPU, "sampling") == found.least >= COST.products / cost_model.PRODUCTS
-    assert cost_model.span(COST, CPU, "decoding").source == "a moment's trial"
-    assert cost_model.seconds(COST, CPU, "sampling", torch.bfloat16) == pytest.approx(
+    assert speed_history.seconds(COST, CPU, "sampling") == found.least >= COST.products / operation_counter.PRODUCTS
+    assert speed_history.span(COST, CPU, "decoding").source == "a moment's trial"
+    assert speed_history.seconds(COST, CPU, "sampling", torch.bfloat16) == pytest.approx(
         steady, rel=0.01
     )  # of its own kind
 
 
 @pytest.mark.parametrize("share", [2, 3, 30])
 def test_nothing_is_faster_than_the_peak(steady: float, monkeypatch: pytest.MonkeyPatch, share: int) -> None:
-    monkeypatch.setattr(cost_model, "known_peak", lambda device, dtype: cost_model.PRODUCTS / share)
-    cost_model.remember(CPU, "sampling", COST, 12.0)
-    found = cost_model.span(COST, CPU, "sampling")
+    monkeypatch.setattr(speed_history, "known_peak", lambda device, dtype: operation_counter.PRODUCTS / share)
+    speed_history.remember(CPU, "sampling", COST, 12.0)
+    found = speed_history.span(COST, CPU, "sampling")
     assert found.least == found.most == pytest.approx(10 * share, rel=0.01)
 
 
 @pytest.mark.parametrize(
     "cost",
     [
-        cost_model.Cost(products=1e6),  # milliseconds of work: something else took the time
-        cost_model.Cost(convolutions=1e9, moved=1e6),
-        cost_model.Cost(products=1e12, calls=10**6),  # most of it was calls
+        operation_counter.Cost(products=1e6),  # milliseconds of work: something else took the time
+        operation_counter.Cost(convolutions=1e9, moved=1e6),
+        operation_counter.Cost(products=1e12, calls=10**6),  # most of it was calls
     ],
 )
-def test_what_was_too_short_to_time_is_not_remembered(steady: float, cost: cost_model.Cost) -> None:
-    cost_model.remember(CPU, "sampling", cost, 12.0)
-    assert cost_model.span(COST, CPU, "sampling").source == "a moment's trial"
+def test_what_was_too_short_to_time_is_not_remembered(steady: float, cost: operation_counter.Cost) -> None:
+    speed_history.remember(CPU, "sampling", cost, 12.0)
+    assert speed_history.span(COST, CPU, "sampling").source == "a moment's trial"
 
 
 @pytest.mark.parametrize(
@@ -447,14 +453,14 @@ def test_a_record_of_runs_that_says_nothing(steady: float, text: str) -> None:
     file = Path(os.environ["XDG_CACHE_HOME"], "opensora", "paces.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
-    assert cost_model.seconds(COST, CPU, "sampling") == pytest.approx(steady, rel=0.01)
-    cost_model.remember(CPU, "sampling", COST, 40.0)
-    assert cost_model.seconds(COST, CPU, "sampling") == pytest.approx(40, rel=0.01)
+    assert speed_history.seconds(COST, CPU, "sampling") == pytest.approx(steady, rel=0.01)
+    speed_history.remember(CPU, "sampling", COST, 40.0)
+    assert speed_history.seconds(COST, CPU, "sampling") == pytest.approx(40, rel=0.01)
 
 
 def test_counting_is_exact_where_it_can_be() -> None:
     layer = torch.nn.Linear(8, 16, device="meta")
-    cost = cost_model.count(lambda: layer(torch.empty(4, 8, device="meta")).relu(), CPU)
+    cost = operation_counter.count_operations(lambda: layer(torch.empty(4, 8, device="meta")).relu(), CPU)
     assert cost.products == 2 * 4 * 8 * 16
     assert cost.peak == 4 * 2 * 4 * 16  # the input of the layer is gone when the last result is made
     assert cost.times(3)[:1] == (3 * cost.products,) and cost.times(3).peak == cost.peak
@@ -465,7 +471,7 @@ def test_memory_grows_with_the_length_to_its_end(parts: dict[str, Path]) -> None
     """Work in one part of the decoder peaks for short clips, what is held of the result for long ones."""
     path = parts["OpenSoraVAE_V1_2"]
     vae = builder.build_model({"type": "OpenSoraVAE_V1_2", "from_pretrained": str(path)}, path)
-    costs = [cost_model.decoding(vae, (17 * count, 32, 48), torch.float32, CPU) for count in (1, 2, 6)]
+    costs = [cost_model.decoding_cost(vae, (17 * count, 32, 48), torch.float32, CPU) for count in (1, 2, 6)]
     assert costs[2].convolutions == pytest.approx(6 * costs[0].convolutions, rel=0.05)
     assert costs[2].peak - costs[1].peak > 4 * 17 * 4 * 3 * 32 * 48  # 4 chunks of frames in float32 at the least
 
@@ -480,8 +486,9 @@ PEAK = (
     "print('PEAK', next(line.split()[1] for line in status if line.startswith('VmHWM')))\n"
 )
 FIGURE = (
-    "import sys\nfrom opensora import cli\nfrom opensora.pipeline.plan import make_plan\n"
-    "print('PEAK', make_plan(cli._request(cli._parser().parse_args(['plan', *sys.argv[1:]]))).memory // 1024)\n"
+    "import sys\nfrom opensora.cli.verbs.generation import request_settings\n"
+    "from opensora.pipeline.plan import make_plan\n"
+    "print('PEAK', make_plan(request_settings(sys.argv[1:])).memory // 1024)\n"
 )
 ONE_STEP = ("--num-sampling-steps", "1", "--verbose", "0")
 
@@ -516,7 +523,7 @@ def test_memory_of_the_embedded_model(argv: tuple) -> None:
 
 
 @on_linux
-@pytest.mark.skipif(not os.environ.get("OPENSORA_LARGE_TESTS"), reason="takes 10 GB of disk and minutes")
+@pytest.mark.skipif(not FULL, reason="takes 10 GB of disk and minutes: set OPENSORA_FULL=1")
 @pytest.mark.parametrize(
     ("kind", "dtype", "config", "size"),
     [

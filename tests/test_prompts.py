@@ -14,6 +14,7 @@ import pytest
 from opensora.errors import ConfigError
 from opensora.models.text_encoder import cleaning
 from opensora.pipeline import prompts
+from opensora.pipeline.output_names import save_path_name
 
 
 @pytest.mark.parametrize(
@@ -44,24 +45,18 @@ def test_unknown_json_key_names_the_nearest() -> None:
         prompts.split_json('p {"refrence_path": "x.png"}')
 
 
-def test_extract_json_leaves_its_arguments_alone() -> None:
-    texts, references = ['p {"reference_path": "x.png"}'], [""]
-    assert prompts.extract_json(texts, references, ["0"]) == (["p "], ["x.png"], ["0"])
-    assert (texts, references) == (['p {"reference_path": "x.png"}'], [""])
-
-
 @pytest.mark.parametrize(
     "prompt", ["and/or", "/abs", "../../up", "..", ".", "a\\b", "line\nbreak", "x" * 5000, "猫" * 300]
 )
 def test_a_prompt_as_path_stays_in_its_folder(prompt: str, tmp_path: Path) -> None:
-    path = Path(prompts.save_path_name(tmp_path, prompt=prompt, prompt_as_path=True, num_sample=2, k=1) + ".mp4")
+    path = Path(save_path_name(tmp_path, prompt=prompt, prompt_as_path=True, num_sample=2, k=1) + ".mp4")
     path.touch()
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     assert path.parent == tmp_path
 
 
 def test_long_prompts_keep_different_names() -> None:
-    first, second = (prompts.save_path_name("out", prompt="x" * 300 + end, prompt_as_path=True) for end in "ab")
+    first, second = (save_path_name("out", prompt="x" * 300 + end, prompt_as_path=True) for end in "ab")
     assert first != second
 
 

@@ -99,7 +99,7 @@ SMALLER = {"--num-frames": {"32": "16"}, "--warmup-count": {"3": "0"}, "--eval-c
 ONE_PROMPT = ("--start-index", "0", "--end-index", "1")
 TRAINING = (
     "--dtype", "fp32", "--cfg-options", "dataset.num_frames=4", "dataset.image_size=(32,32)", "batch_size=1",
-    "num_workers=0", "max_steps=1", "epochs=1", "ckpt_every=1", "log_every=1",
+    "num_workers=0", "max_steps=1", "epochs=1", "ckpt_every=1", "log_every=1", *documents.SMALL_MODEL,
 )  # fmt: skip
 ARGUMENTS = {
     "scripts/inference.py": (*ONE_PROMPT, *documents.INFERENCE),
@@ -209,7 +209,7 @@ def test_published_command(
     words = quickened(words)
     if "YOUR_PRETRAINED_CKPT" in words:  # what an earlier run left
         first = [word for word in words if word not in ("--load", "YOUR_PRETRAINED_CKPT")]
-        assert run(processes, first) == 0, capsys.readouterr().err[:3000]
+        assert documents.run(first[0], first[1:]) == 0, capsys.readouterr().err[:3000]
         [checkpoint] = (here / "outputs").glob("*STDiT-XL-2/epoch*-global_step1")
         words = [str(checkpoint) if word == "YOUR_PRETRAINED_CKPT" else word for word in words]
         words = ["max_steps=2" if word == "max_steps=1" else word for word in words]

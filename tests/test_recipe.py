@@ -9,10 +9,13 @@ import os
 import numpy as np
 import pytest
 
+from opensora.config.settings import InferenceSettings
 from opensora.datasets import video as media
 from opensora.errors import MediaError
-from opensora.pipeline import recipe as module
-from opensora.pipeline.recipe import check_folder, frames_digest, make_recipe, read_recipe, write_output
+from opensora.pipeline import output_files
+from opensora.pipeline.output_files import check_folder, write_video
+from opensora.pipeline.outputs import Outputs
+from opensora.pipeline.recipe import frames_digest, make_recipe, read_recipe
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (4, 15, 16, 3), np.uint8)
 
@@ -27,6 +30,15 @@ def recipe():
         settings={"num_frames": 4, "fps": 12.6, "reference_path": None, "image_size": [15, 16]},
         weights={"model": "0" * 64, "vae": "1" * 64},
     )
+
+
+def write_output(frames, base, fps, recipe):
+    """The media path of a result with its JSON file, replacing an older one."""
+    output = f"{base}{'.mp4' if len(frames) > 1 else '.png'}"
+    settings = InferenceSettings(
+        model={"type": "STDiT3"}, num_frames=len(frames), output=output, overwrite=True, save_fps=fps
+    )
+    return Outputs(settings, len(frames), stops=False).write(str(base), frames, recipe).path
 
 
 @pytest.mark.parametrize("num_frames, suffix", [(4, ".mp4"), (1, ".png")])
@@ -106,10 +118,50 @@ def test_failure_leaves_both_or_neither(failure, expected, step, existing, recip
     def fail(*args, **kwargs):
         raise failure
 
-    owner = {"write_text": module.Path, "replace": os}.get(step, module)
+    owner = {"write_text": output_files.Path, "replace": os}.get(step, output_files)
     monkeypatch.setattr(owner, step, fail)
     with pytest.raises(expected) as caught:
         write_output(frames, tmp_path / "a", 8, recipe)
     assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == before
     if expected is MediaError:
         assert "No space left on device" in str(caught.value) and str(tmp_path / "a.") in str(caught.value)
+
+
+@pytest.mark.parametrize("num_frames, suffix", [(4, ".mp4"), (1, ".png")])
+def test_write_video_has_the_bytes_of_an_output(num_frames, suffix, recipe, tmp_path):
+    frames = FRAMES[:num_frames]
+    expected = write_output(frames, tmp_path / "expected", 12.6, recipe)
+    path = tmp_path / "folder" / f"a{suffix}"
+    for _ in range(2):  # the second replaces the first
+        assert write_video(path, frames, 12.6, recipe) == path
+        assert path.read_bytes() == expected.read_bytes()
+    assert path.with_suffix(".json").read_bytes() == expected.with_suffix(".json").read_bytes()
+    assert {entry.name for entry in path.parent.iterdir()} == {path.name, "a.json"}
+
+
+def test_write_video_as_gif(recipe, tmp_path):
+    path = write_video(tmp_path / "a.gif", FRAMES, 8, recipe)
+    assert media.read_video(path)[0].shape == FRAMES.shape and media.read_video(path)[1] == pytest.approx(8, rel=0.1)
+    assert read_recipe(tmp_path / "a.json")["output"]["sha256"] == frames_digest(FRAMES)
+
+
+@pytest.mark.parametrize("num_frames, name, remedy", [(4, "a.png", "a.mp4"), (1, "a.mp4", "a.png"), (4, "a", "a.mp4")])
+def test_write_video_to_a_name_of_the_wrong_kind(num_frames, name, remedy, recipe, tmp_path):
+    with pytest.raises(MediaError, match=f"name it {remedy}"):
+        write_video(tmp_path / name, FRAMES[:num_frames], 8, recipe)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("failure, expected", FAILURES)
+@pytest.mark.parametrize("step", ["encode_video", "replace"])
+def test_write_video_writes_all_or_nothing(failure, expected, step, recipe, tmp_path, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", FRAMES, 8, recipe)
+    before = {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()}
+
+    def fail(*args, **kwargs):
+        raise failure
+
+    monkeypatch.setattr(os if step == "replace" else output_files, step, fail)
+    with pytest.raises(expected):
+        write_video(path, FRAMES[:, ::-1], 8, recipe)
+    assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == before

@@ -18,7 +18,8 @@ from opensora.cli import main
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError
 from opensora.pipeline import prompt_refiner
-from opensora.pipeline.pipeline import VideoPipeline
+from opensora.pipeline.job import Job
+from opensora.pipeline.loaded_models import LoadedModels
 from opensora.pipeline.prompt_refiner import endpoint, refine_texts
 from opensora.pipeline.recipe import read_recipe
 from opensora.utils.config_utils import parse_inference_args
@@ -378,7 +379,8 @@ def test_nobody_is_asked_for_what_is_refused(here, server, capsys):
         ("--prompt", "a", "--fps", "0"),
     ):
         assert run_script(SAMPLE, *ASK, *flags) == 1
-    VideoPipeline(parse_inference_args([SAMPLE, *ASK, "--prompt", "a"]))
+    settings = parse_inference_args([SAMPLE, *ASK, "--prompt", "a"])
+    Job(settings, LoadedModels(settings))
     assert not server.asked
 
 

@@ -16,7 +16,7 @@ from opensora.checkpoints.read import read_state_dict
 from opensora.checkpoints.save import save_file
 from opensora.cli import main
 from opensora.datasets.video import read_image, read_video, write_image, write_video
-from opensora.pipeline.pipeline import VideoPipeline
+from opensora.pipeline import generation
 from opensora.pipeline.recipe import read_recipe
 from opensora.pipeline.replay import _explanations
 from tests.checkpoints import SAMPLE, run_script, snapshot, tree
@@ -132,8 +132,8 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_the_number_of_threads_is_recorded_and_used_again(here, capsys, monkeypatch, threads, number):
-    used, make = [], VideoPipeline.make
-    monkeypatch.setattr(VideoPipeline, "make", lambda *told: used.append(torch.get_num_threads()) or make(*told))
+    used, clip = [], generation.denoise_clip
+    monkeypatch.setattr(generation, "denoise_clip", lambda *given: used.append(torch.get_num_threads()) or clip(*given))
     argv = (SAMPLE, *SMALL, "--num-frames", "1", "--prompt", "a cat", "--save-dir")
     torch.set_num_threads(number)
     assert run_script(*argv, "made") == 0 and run_script(*argv, "drafts", "--steps-until", "1") == 0

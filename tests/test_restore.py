@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch import nn
 
+from opensora.distributed.process_group import RankLayout
 from opensora.errors import WeightsError
-from opensora.training.checkpoint import manifest, state
-from opensora.training.data.position import read_position
+from opensora.training.checkpoint import folders, manifest, write
+from opensora.training.checkpoint.running_states import read_running_states
+from opensora.training.checkpoint.snapshot import take_snapshot
 from tests.test_trainer import names, trainer
 
 FILES = ("model/config.json", "model/model.safetensors", "ema.pt", "optimizer/optimizer.pt", "running_states.json",
@@ -37,7 +39,7 @@ def folder(finished: Path, tmp_path: Path) -> Path:
 
 
 def newest(folder: Path) -> Path:
-    return state.checkpoints(folder)[-1]
+    return folders.checkpoints(folder)[-1]
 
 
 def refusal(checkpoint: Path, **changes: Any) -> str:
@@ -84,7 +86,7 @@ class TestHashes:
         assert names(folder) == ["epoch1-global_step8", "epoch2-global_step10"]
 
     def test_none_is_whole(self, folder: Path) -> None:
-        for checkpoint in state.checkpoints(folder):
+        for checkpoint in folders.checkpoints(folder):
             (checkpoint / "ema.pt").write_bytes(b"")
         with pytest.raises(WeightsError, match=r"step10/ema.pt: is not what was written .*nor can 1 older"):
             trainer(folder.parent / "new", load=str(folder))
@@ -92,7 +94,7 @@ class TestHashes:
     def test_an_export_takes_no_damaged_file(self, folder: Path) -> None:
         (newest(folder) / "ema.pt").write_bytes(b"x")
         with pytest.raises(WeightsError, match=r"ema.pt: is not what was written"):
-            state.find_checkpoint(folder)
+            folders.find_checkpoint(folder)
 
     def test_files_that_are_added_do_not_matter(self, folder: Path) -> None:
         (newest(folder) / "sampler").write_text("of the original")
@@ -111,7 +113,7 @@ def test_older_formats_load(folder: Path) -> None:
     kept = {name: value for name, value in json.loads(path.read_text()).items() if name != "samples"}
     path.write_text(json.dumps({**kept, "of another version": [1]}))
     run = trainer(folder.parent / "new", load=str(checkpoint))
-    assert run.step == 10 and run.samples == 10
+    assert run.step == 10 and run.train_step.samples == 10
 
 
 WRONG_STATES: dict[str, Any] = {
@@ -219,7 +221,7 @@ def test_weights_that_are_not_finite(folder: Path, part: str, value: float) -> N
         save_file(weights, checkpoint / "model/model.safetensors")
     else:
         torch.save(weights, checkpoint / "ema.pt")
-    assert "weight is not finite" in refusal(checkpoint) and read_position(checkpoint).global_step == 10
+    assert "weight is not finite" in refusal(checkpoint) and read_running_states(checkpoint).global_step == 10
 
 
 def test_another_model_is_no_damage(folder: Path) -> None:
@@ -229,7 +231,8 @@ def test_another_model_is_no_damage(folder: Path) -> None:
     checkpoint, other = newest(folder), nn.Linear(5, 5)
     optimizer, scaler = torch.optim.AdamW(other.parameters()), torch.amp.GradScaler("cpu", enabled=False)
     position = {"epoch": 0, "step": 0, "global_step": 1}
-    made = state.save(folder.parent, other, {}, EMA(other, 0.9), optimizer, scaler, position, keep=1)
+    snapshot = take_snapshot(other, EMA(other, 0.9), optimizer, scaler, RankLayout())
+    made = write.write_checkpoint(folder.parent, snapshot, {}, position, keep=1)
     assert "its model does not fit Linear: 2 tensors, such as bias" in refusal(made)
     assert checkpoint.is_dir()
 
@@ -237,5 +240,5 @@ def test_another_model_is_no_damage(folder: Path) -> None:
 def test_settings_of_the_optimizer_are_those_of_the_run(folder: Path) -> None:
     """Those that were accepted as changes count, not those of the checkpoint."""
     run = trainer(folder.parent / "new", load=str(newest(folder)), weight_decay=0.5, adam_betas=(0.8, 0.9))
-    assert run.optimizer.param_groups[0]["weight_decay"] == 0.5
-    assert run.optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    assert run.optimization.optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert run.optimization.optimizer.param_groups[0]["betas"] == (0.8, 0.9)

@@ -1,6 +1,6 @@
 """The training programs, killed with SIGKILL at random moments, end where the uninterrupted run ends, bit for bit.
 
-OPENSORA_LARGE_TESTS draws more moments.
+OPENSORA_FULL=1 kills more often.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opensora.training.checkpoint.state import checkpoints
+from opensora.training.checkpoint.folders import checkpoints
+from tests.full import count
 from tests.tiny import TINY_STDIT3, TINY_VAE, make_tiny_t5, make_tiny_vae
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +26,7 @@ SCHEDULE = dict(
     warmup_steps=2, grad_clip=1.0, ema_decay=0.9,
 )  # fmt: skip
 TIMINGS = {"step_s", "clips_per_s", "tokens_per_s", "data_wait", "mfu"}
-SEEDS = (0, 1, 2, 3) if os.environ.get("OPENSORA_LARGE_TESTS") else (0,)
+SEEDS, KILLS = range(count(1, 4)), count(3, 5)  # KILLS: of each seed
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
@@ -112,6 +113,6 @@ def test_killed_runs_end_like_the_uninterrupted_one(tmp_path: Path, script: str,
     printed = ""
     for seed in seeds:
         outputs = tmp_path / f"killed-{seed}"
-        printed += run("-m", "tests.killing", script, config, str(outputs), str(seed))
+        printed += run("-m", "tests.killing", script, config, str(outputs), str(seed), str(KILLS))
         assert_same(results(outputs), expected)
     assert printed.count("killed: ") >= 2 * len(seeds) and "killed: save" in printed, printed

@@ -5,7 +5,7 @@ import torch
 
 from opensora.errors import ConfigError
 from opensora.pipeline.noise import initial_noise, noise_generator
-from opensora.schedulers.guidance import guided
+from opensora.schedulers.guidance import GuidedDenoiser
 from opensora.schedulers.rf import RFLOW, sampling_times, timestep_transform
 
 SHAPE = (4, 5, 2, 3)  # C, T, H, W
@@ -39,7 +39,7 @@ def generators(*samples: int) -> list[torch.Generator]:
 def test_guidance_runs_one_batch_of_cond_and_uncond():
     model = Recorder()
     cond = {"y": text(1.0, 2.0), "mask": torch.ones(2, 3), "fps": None}
-    out = guided(model, cond, {"y": text(10.0, 20.0)}, 3.0)(noise(), torch.tensor([5.0, 6.0]))
+    out = GuidedDenoiser(model, cond, {"y": text(10.0, 20.0)}, 3.0)(noise(), torch.tensor([5.0, 6.0]))
     assert out.shape == (2, *SHAPE)
     assert out[:, 0, 0, 0, 0].tolist() == [10 + 3 * (1 - 10), 20 + 3 * (2 - 20)]
     (call,) = model.calls
@@ -48,22 +48,20 @@ def test_guidance_runs_one_batch_of_cond_and_uncond():
     assert call["mask"].shape == (4, 3) and call["fps"] is None
 
 
-@pytest.mark.parametrize("shares", [False, True])
-def test_one_row_serves_both_halves(shares):
+def test_one_row_serves_both_branches():
     model, fps = Recorder(), torch.tensor([24.0])
-    model.shares_time = shares
     cond = {"y": text(1.0, 2.0), "fps": fps, "mask": torch.ones(2, 3)}
     RFLOW(num_sampling_steps=3, cfg_scale=2.0).sample(model, noise(), cond, {"y": text(3.0, 4.0)})
     for call, time in zip(model.calls, (1000, 2000 / 3, 1000 / 3), strict=True):
-        assert call["timestep"].tolist() == pytest.approx([time] * (1 if shares else 4))
+        assert call["timestep"].tolist() == pytest.approx([time])
         assert call["fps"] is fps and call["mask"].shape == (4, 3)
 
 
 def test_guidance_runs_two_batches_where_texts_differ_in_length():
     one, two = Recorder(), Recorder()
     x, timestep = noise(), torch.tensor([5.0, 6.0])
-    together = guided(one, {"y": text(1.0, 2.0)}, {"y": text(3.0, 3.0)}, 7.0)(x, timestep)
-    apart = guided(two, {"y": text(1.0, 2.0)}, {"y": text(3.0, 3.0, length=8)}, 7.0)(x, timestep)
+    together = GuidedDenoiser(one, {"y": text(1.0, 2.0)}, {"y": text(3.0, 3.0)}, 7.0)(x, timestep)
+    apart = GuidedDenoiser(two, {"y": text(1.0, 2.0)}, {"y": text(3.0, 3.0, length=8)}, 7.0)(x, timestep)
     assert (len(one.calls), len(two.calls)) == (1, 2)
     torch.testing.assert_close(together, apart)
 
@@ -140,13 +138,15 @@ def test_edit_needs_a_fitting_source():
         flow.sample(Recorder(), noise(), {"y": text(1.0, 2.0)}, edit=edit, source=generators(0))
 
 
-def test_progress_reports_every_step_or_shows_a_bar(capsys):
-    seen = []
-    flow = RFLOW(num_sampling_steps=3, cfg_scale=1.0)
-    flow.sample(Recorder(), noise(), {"y": text(1.0, 2.0)}, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
-    flow.sample(Recorder(), noise(), {"y": text(1.0, 2.0)}, progress=True)
-    assert "3/3" in capsys.readouterr().err
+def test_a_loop_sees_every_step_and_can_stop_sampling():
+    model, flow = Recorder(), RFLOW(num_sampling_steps=3, cfg_scale=1.0)
+    states = list(flow.steps(model, noise(), {"y": text(1.0, 2.0)}))
+    assert [(state.step, state.num_steps) for state in states] == [(1, 3), (2, 3), (3, 3)]
+    assert torch.equal(states[-1].x, flow.sample(Recorder(), noise(), {"y": text(1.0, 2.0)}))
+    model.calls.clear()
+    for _ in flow.steps(model, noise(), {"y": text(1.0, 2.0)}):
+        break
+    assert len(model.calls) == 1
 
 
 def test_latents_stay_float32_for_a_bf16_model():

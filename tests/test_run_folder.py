@@ -20,12 +20,15 @@ import pytest
 import torch
 from torch import nn
 
+from opensora.distributed.process_group import RankLayout
 from opensora.errors import ConfigError, WeightsError
 from opensora.training import run_folder
-from opensora.training.checkpoint import state
+from opensora.training.checkpoint import folders, write
+from opensora.training.checkpoint.snapshot import take_snapshot
+from opensora.training.data.history import DataHistory
 from opensora.training.ema import EMA
 from opensora.training.lock import Lock, holder
-from opensora.training.run_folder import publish, refuse_a_second
+from opensora.training.run_folder import publish, refuse_running
 from tests.test_trainer import assert_same_end, log, names, trainer
 
 ALL = {"keep_checkpoints": 10}
@@ -35,7 +38,7 @@ class TestNewFolders:
     @pytest.mark.parametrize("types", [["A"], ["A", "B/2"], ["x", "y", "z"]])
     def test_many_at_once_have_numbers_of_their_own(self, tmp_path: Path, types: list[str]) -> None:
         with ThreadPoolExecutor(8) as pool:
-            made = list(pool.map(lambda n: state.experiment_folder(str(tmp_path), types[n % len(types)]), range(120)))
+            made = list(pool.map(lambda n: folders.new_run_folder(str(tmp_path), types[n % len(types)]), range(120)))
         numbers = [int(path.name[:3]) for path in made]
         assert len(set(numbers)) == 120 and all(path.is_dir() for path in made)
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in made)
@@ -72,7 +75,7 @@ class TestRotation:
         folder, seed = self.gathered(tmp_path, *how), 0 if how == ["copy"] else 1
         before = sorted(path for path in folder.rglob("*"))
         caplog.set_level(logging.INFO, "opensora")
-        run = trainer(tmp_path / "new", load=str(state.checkpoints(folder)[-1]), seed=seed, max_steps=14)
+        run = trainer(tmp_path / "new", load=str(folders.checkpoints(folder)[-1]), seed=seed, max_steps=14)
         run.run()
         assert run.folder == tmp_path / "new" / "000-Linear-1" and names(run.folder)[-1] == "epoch2-global_step14"
         assert sorted(path for path in folder.rglob("*")) == before
@@ -82,7 +85,7 @@ class TestRotation:
         """It does not say who wrote its checkpoints."""
         run = trainer(tmp_path, **ALL)
         run.run()
-        for checkpoint in state.checkpoints(run.folder):
+        for checkpoint in folders.checkpoints(run.folder):
             (checkpoint / "optimizer/manifest.json").unlink()
         (run.folder / "run.json").unlink()
         rest = trainer(tmp_path, load=str(run.folder), max_steps=14)
@@ -151,7 +154,7 @@ class TestLock:
                 trainer(tmp_path, load=load, max_steps=20)
             if source != "auto":
                 with pytest.raises(WeightsError, match="is being trained already"):
-                    refuse_a_second(trainer(tmp_path / "x", load=load, start_from_scratch=True).settings.__class__(
+                    refuse_running(trainer(tmp_path / "x", load=load, start_from_scratch=True).settings.__class__(
                         model={"type": "Linear/1"}, load=load))  # fmt: skip
             assert trainer(tmp_path).folder.name == "001-Linear-1", "a run of its own may begin"
         assert names(run.folder)[-1] == "epoch2-global_step10"
@@ -168,7 +171,7 @@ class TestLock:
             os._exit(0)
 
         run, seen = trainer(tmp_path), []
-        run.watches.append(lambda run: seen.append(free()) if run.step in (1, 7) else None)
+        run.callbacks.append(lambda run: seen.append(free()) if run.step in (1, 7) else None)
         run.run()
         assert seen == [False, False] and free()
 
@@ -207,19 +210,19 @@ class TestAuto:
     ) -> None:
         clock = iter(range(1000, 10**6))
         monkeypatch.setattr("opensora.training.checkpoint.manifest.time.time", lambda: next(clock))
-        one, two = {"prints": {"lr": "0.1"}}, {"prints": {"lr": "0.2"}}
+        one, two = {"fingerprint": {"lr": "0.1"}}, {"fingerprint": {"lr": "0.2"}}
         runs = [trainer(tmp_path, **prints) for prints in (one, one, two)]
         for run in runs:
             run.run()
-        (state.checkpoints(runs[1].folder)[-1] / "ema.pt").write_bytes(b"")
+        (folders.checkpoints(runs[1].folder)[-1] / "ema.pt").write_bytes(b"")
         caplog.set_level(logging.INFO, "opensora")
         rest = trainer(tmp_path, load="auto", max_steps=12, **one)
-        assert rest.step == 8 and rest.origin == runs[1].folder.resolve()
+        assert rest.step == 8 and rest.resumed_from == runs[1].folder.resolve()
         assert "001-Linear-1/epoch2-global_step10/ema.pt: is not what was written" in caplog.text
         caplog.clear()
-        assert trainer(tmp_path, load="auto", prints={"lr": "0.3"}).step == 0
+        assert trainer(tmp_path, load="auto", fingerprint={"lr": "0.3"}).step == 0
         assert "lr was 0.2 and is 0.3" in caplog.text and "no checkpoint below" in caplog.text
-        assert trainer(tmp_path, load="auto", prints={"lr": "0.3"}, accept_changes=True).step == 10
+        assert trainer(tmp_path, load="auto", fingerprint={"lr": "0.3"}, accept_changes=True).step == 10
 
     def test_ends_like_the_uninterrupted_run(self, tmp_path: Path) -> None:
         whole = trainer(tmp_path / "whole", log_every=3)
@@ -332,7 +335,8 @@ def save(folder: Path, step: int, width: int = 200) -> Path:
     model(torch.ones(1, width)).sum().backward()
     optimizer.step()
     position = {"epoch": 0, "step": step, "global_step": step}
-    return state.save(folder, model, {}, EMA(model, 0.9), optimizer, scaler, position, keep=2)
+    snapshot = take_snapshot(model, EMA(model, 0.9), optimizer, scaler, RankLayout())
+    return write.write_checkpoint(folder, snapshot, {}, position, keep=2)
 
 
 @pytest.fixture
@@ -354,7 +358,7 @@ class TestDisk:
         """The second checkpoint does not fit: at its model, its averages, or its optimizer."""
         first = save(small_disk, 1)
         if not looks:
-            monkeypatch.setattr(state, "_require_room", lambda *_: None)
+            monkeypatch.setattr(write, "_require_space", lambda *_: None)
         with pytest.raises(
             WeightsError, match=r"step2: cannot be written: the disk is full \(.*make room, then .*--load"
         ):
@@ -377,7 +381,7 @@ class TestDisk:
     )
     def test_words_of_libraries(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
         def fail(*_: Any) -> None:
-            monkeypatch.setattr(state, "_free", lambda _: 10)
+            monkeypatch.setattr(write, "_free_bytes", lambda _: 10)
             raise RuntimeError(f"[enforce fail at inline_container.cc:672] . {words}")
 
         monkeypatch.setattr(torch, "save", fail)
@@ -387,7 +391,7 @@ class TestDisk:
     def test_a_run_ends_with_its_earlier_checkpoints(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         run = trainer(tmp_path, max_steps=6)
         free = iter([10**9, 10**9, 0, 0, 0, 0])
-        monkeypatch.setattr(state, "_free", lambda _: next(free))
+        monkeypatch.setattr(write, "_free_bytes", lambda _: next(free))
         with pytest.raises(WeightsError, match=r"step6: cannot be written: the disk is full .*--load .*000-Linear-1"):
             run.run()
         assert names(run.folder) == ["epoch0-global_step2", "epoch0-global_step4"]
@@ -487,18 +491,23 @@ def test_who_has_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_keep_is_not_lost_in_a_new_folder(tmp_path: Path) -> None:
     run = trainer(tmp_path, keep_checkpoints=7)
     run.run()
-    rest = trainer(tmp_path, load=str(state.checkpoints(run.folder)[0]))
+    rest = trainer(tmp_path, load=str(folders.checkpoints(run.folder)[0]))
     assert rest.folder != run.folder and run_folder.identify(rest.folder).keep_checkpoints == 7
 
 
 @pytest.mark.parametrize("words", [{}, {"the table": "3 rows of it are others"}, {"lr": "unused"}])
 def test_changes_are_told_in_words(tmp_path: Path, words: dict[str, str]) -> None:
-    run = trainer(tmp_path, prints={"the table": "a" * 64})
+    run = trainer(tmp_path, fingerprint={"the table": "a" * 64})
     run.run()
-    prints, asked = {"the table": "b" * 64}, run.settings
+    asked = dataclasses.replace(run.settings, load=str(run.folder))
     told = words.get("the table", "the table was aaa")
+
+    class Explained(DataHistory):
+        def explain_changes(self, folder: Path, fingerprint: Any) -> dict[str, str]:
+            return words
+
     with pytest.raises(ConfigError, match=told):
         run.__class__(
-            dataclasses.replace(asked, load=str(run.folder)), nn.Linear(4, 4), run.loss, torch.device("cpu"), 5,
-            prints=prints, explain=lambda folder, saved: words,
+            asked, nn.Linear(4, 4), run.train_step.loss, torch.device("cpu"), 5,
+            fingerprint={"the table": "b" * 64}, history=Explained(RankLayout()),
         )  # fmt: skip

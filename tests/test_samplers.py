@@ -12,7 +12,7 @@ from opensora.errors import ConfigError
 from opensora.pipeline.noise import initial_noise, noise_generator
 from opensora.schedulers.diffusion import linear_betas, space_timesteps
 from opensora.schedulers.dpms import DPM_SOLVER, path_at
-from opensora.schedulers.guidance import guided
+from opensora.schedulers.guidance import GuidedDenoiser
 from opensora.schedulers.iddpm import IDDPM
 from opensora.schedulers.iddpm_speed import IDDPM_SPEED
 from opensora.schedulers.rf import RFLOW
@@ -69,14 +69,32 @@ def test_a_sample_does_not_depend_on_its_batch(name, edit):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_progress_guidance_and_flags(name):
-    scheduler, steps = SCHEDULERS[name](**FEW), []
-    out = run(scheduler, progress=lambda done, total: steps.append((done, total)))
-    assert steps == [(done, 6) for done in range(1, 7)]
-    assert not torch.equal(out, run(scheduler, guidance_scale=1.0))
+def test_guidance_and_flags(name):
+    scheduler = SCHEDULERS[name](**FEW)
+    assert scheduler.num_steps == scheduler.num_evaluations == 6 and scheduler.num_branches == 2
+    assert not torch.equal(run(scheduler), run(scheduler, guidance_scale=1.0))
     assert scheduler.draws_noise == name.startswith("iddpm")
     assert scheduler.takes_edit == (name != "dpm-solver")
     assert isinstance(registry.build({"type": name, **FEW}), SCHEDULERS[name])
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        RFLOW(num_sampling_steps=6), RFLOW(num_sampling_steps=6, use_timestep_transform=True),
+        IDDPM(num_sampling_steps=6, cfg_channel=3), DPM_SOLVER(num_sampling_steps=6),
+        *(DPM_SOLVER(num_sampling_steps=7, method="singlestep", order=order) for order in (1, 2, 3)),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_timesteps_are_those_of_the_first_evaluations(scheduler):
+    model, size, found = Model(), {"height": 240, "width": 426, "num_frames": 17}, []
+    done = 0
+    for _ in scheduler.steps(model, noise(0), text(1.0), guidance_scale=1.0, source=generators(0), **size):
+        found.append(model.calls[done]["timestep"][0].item())
+        done = len(model.calls)
+    assert len(found) == scheduler.num_steps
+    assert scheduler.timesteps(**size) == pytest.approx(found)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -149,7 +167,7 @@ def test_channels_that_do_not_fit_are_refused():
 def test_guidance_of_some_channels_keeps_the_others_with_the_prompt():
     x, t, (cond, null) = noise(0, 1), torch.tensor([500.0, 500.0]), (text(1.0, 2.0), text(0.0, 0.0))
     with_text, without = Model()(x, t, **cond), Model()(x, t, **null)
-    out = guided(Model(), cond, null, 3.0, channels=2)(x, t)
+    out = GuidedDenoiser(Model(), cond, null, 3.0, channels=2)(x, t)
     torch.testing.assert_close(out[:, :2], (without + 3 * (with_text - without))[:, :2])
     assert torch.equal(out[:, 2:], with_text[:, 2:])
 

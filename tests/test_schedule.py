@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from opensora.config.settings import TrainSettings
 from opensora.errors import ConfigError, OpenSoraError
-from opensora.training.checkpoint import state
-from opensora.training.data.loader import Feed, Numbered, Read
+from opensora.training.checkpoint import folders
+from opensora.training.data.loader import PrefetchLoader, Read, StepIndices
 from opensora.training.schedule import Schedule
 from opensora.training.trainer import Trainer
 from tests.test_trainer import CPU, log
@@ -46,7 +46,7 @@ def run_of(outputs: Path, source: Any, ranks: int = 1, **settings: Any) -> Train
 
     how: dict[str, Any] = dict(dtype="fp32", lr=0.1, lr_schedule="cosine", log_every=1, tensorboard=False)
     asked = TrainSettings(model={"type": "Linear"}, outputs=str(outputs), **{**how, **settings})
-    return Trainer(asked, model, loss, CPU, Feed(source, 0, ranks), prints={"lr": "0.1"})
+    return Trainer(asked, model, loss, CPU, PrefetchLoader(source, 0, ranks), fingerprint={"lr": "0.1"})
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_resumed_schedule_is_the_same(
     for stop in [*stops, 0]:
         run = run_of(tmp_path / "parts", Changing(lengths), load=load, **how)
         assert run.total_steps == whole.total_steps
-        run.watches.append(lambda run, stop=stop: run.step == stop and setattr(run.stopping, "asked", 15))
+        run.callbacks.append(lambda run, stop=stop: run.step == stop and setattr(run.stop_signals, "received", 15))
         with pytest.raises(SystemExit) if stop else monkeypatch.context():
             run.run()
         load = str(run.folder)
@@ -96,28 +96,29 @@ def test_a_resumed_schedule_is_the_same(
 )  # fmt: skip
 def test_another_length_is_refused(tmp_path: Path, change: dict[str, Any], ranks: int, words: str) -> None:
     how = {"accumulation_steps": 2, "epochs": 3}
-    run = run_of(tmp_path, Numbered(11), **how)
-    run.watches.append(lambda run: run.step == 5 and setattr(run.stopping, "asked", 15))
+    run = run_of(tmp_path, StepIndices(11), **how)
+    run.callbacks.append(lambda run: run.step == 5 and setattr(run.stop_signals, "received", 15))
     with pytest.raises(SystemExit):
         run.run()
     with pytest.raises(ConfigError, match=rf"{words}; undo that, or go on with --accept-changes"):
-        run_of(tmp_path, Numbered(11), ranks, load=str(run.folder), **{**how, **change})
-    rest = run_of(tmp_path, Numbered(11), ranks, load=str(run.folder), accept_changes=True, **{**how, **change})
+        run_of(tmp_path, StepIndices(11), ranks, load=str(run.folder), **{**how, **change})
+    rest = run_of(tmp_path, StepIndices(11), ranks, load=str(run.folder), accept_changes=True, **{**how, **change})
     rest.run()
     assert rest.step == rest.total_steps and min(line["lr"] for line in log(rest.folder)) > 0
     constant = {"lr_schedule": "constant"}
-    first = run_of(tmp_path / "c", Numbered(11), **how, **constant)
+    first = run_of(tmp_path / "c", StepIndices(11), **how, **constant)
     first.run()
     assert (
-        run_of(tmp_path / "c", Numbered(11), ranks, load=str(first.folder), **{**how, **change}, **constant).step == 17
+        run_of(tmp_path / "c", StepIndices(11), ranks, load=str(first.folder), **{**how, **change}, **constant).step
+        == 17
     )
 
 
 def test_earlier_versions_did_not_record_it(tmp_path: Path) -> None:
-    run = run_of(tmp_path, Numbered(11), epochs=1)
-    run.schedule.prints = dict
+    run = run_of(tmp_path, StepIndices(11), epochs=1)
+    run.schedule.fingerprint = dict
     run.run()
-    assert run_of(tmp_path, Numbered(11), load=str(run.folder), epochs=2).step == 11
+    assert run_of(tmp_path, StepIndices(11), load=str(run.folder), epochs=2).step == 11
 
 
 class TestNothingToRead:
@@ -127,38 +128,39 @@ class TestNothingToRead:
     def test_is_no_step(self, tmp_path: Path, empty: set[int], steps: int, samples: int) -> None:
         run = run_of(tmp_path, Changing([6], empty), epochs=2)
         run.run()
-        assert (run.step, run.samples, run.total_steps) == (steps, samples, steps)
+        assert (run.step, run.train_step.samples, run.total_steps) == (steps, samples, steps)
         assert [line["step"] for line in log(run.folder)] == list(range(1, steps + 1))
         assert log(run.folder)[-1]["lr"] > 0
 
     def test_a_part_of_a_step_is(self, tmp_path: Path) -> None:
         run = run_of(tmp_path, Changing([6], {1, 2, 3}), accumulation_steps=2, epochs=1)
         run.run()
-        assert (run.step, run.samples) == (2, 6)
+        assert (run.step, run.train_step.samples) == (2, 6)
 
     @pytest.mark.parametrize("how", [{"epochs": 1}, {"max_steps": 5}, {"epochs": 3, "accumulation_steps": 4}])
     def test_a_run_without_a_sample_fails(self, tmp_path: Path, how: dict[str, Any]) -> None:
         run = run_of(tmp_path, Changing([6], set(range(100))), **how)
         with pytest.raises(OpenSoraError, match=r"no sample (was trained on|of a whole epoch could be read)"):
             run.run()
-        assert state.checkpoints(run.folder) == []
+        assert folders.checkpoints(run.folder) == []
 
     def test_resumes(self, tmp_path: Path) -> None:
         how = {"epochs": 2, "ckpt_every": 1, "keep_checkpoints": 99}
         whole = run_of(tmp_path / "a", Changing([6], {0, 3, 4, 9}), **how)
         whole.run()
-        for checkpoint in state.checkpoints(whole.folder):
+        for checkpoint in folders.checkpoints(whole.folder):
             run = run_of(tmp_path / "b", Changing([6], {0, 3, 4, 9}), load=str(checkpoint), **how)
             run.run()
-            assert torch.equal(run.model.weight, whole.model.weight) and run.samples == whole.samples == 16
+            assert torch.equal(run.model.weight, whole.model.weight)
+            assert run.train_step.samples == whole.train_step.samples == 16
 
 
 def test_a_large_table_is_not_counted_without_need() -> None:
-    class Slow(Numbered):
+    class Slow(StepIndices):
         def count(self, epoch: int) -> int:
             assert epoch == 0
             return 11
 
     schedule = Schedule(TrainSettings(model={"type": "x"}, epochs=10**6), Slow(11), 3)
-    assert schedule.learning_rate(5) == 1e-4 and schedule.prints() == {}
+    assert schedule.learning_rate(5) == 1e-4 and schedule.fingerprint() == {}
     assert schedule.expected_steps == math.ceil(11 * 10**6 / 3)

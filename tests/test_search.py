@@ -23,12 +23,12 @@ from opensora.profiling import memory_meter
 from opensora.training.batch_size_search import probe, search_report
 from opensora.training.batch_size_search.probe import TrainingProbe, rows_of, size_of
 from opensora.training.batch_size_search.search import (
-    Found,
+    BucketResult,
     NoData,
     Outcome,
     OutOfMemory,
-    Plan,
     Probe,
+    SearchPlan,
     Span,
     Step,
     bisect,
@@ -48,7 +48,7 @@ RFLOW = dict(type="rflow", use_timestep_transform=True, sample_method="logit-nor
 ONE = Span("144p", 1, 1, 64)
 
 
-def simulate(seed: int, **device: Any) -> tuple[Simulated, Plan]:
+def simulate(seed: int, **device: Any) -> tuple[Simulated, SearchPlan]:
     """A device, and what is to be searched on it: with a base every other time, else with a time to reach."""
     rng = random.Random(seed)
     simulated = Simulated(rng, **device)
@@ -59,7 +59,7 @@ def simulate(seed: int, **device: Any) -> tuple[Simulated, Plan]:
     return simulated, make_plan(config, span[:2], None if seed % 2 else seconds, None)
 
 
-def both(seed: int, **device: Any) -> tuple[Simulated, list[tuple[list[tuple[Found, float]], int]]] | None:
+def both(seed: int, **device: Any) -> tuple[Simulated, list[tuple[list[tuple[BucketResult, float]], int]]] | None:
     """Bisection's and our answers on one device, each with the time it aimed at, and the numbers of trials."""
     simulated, plan = simulate(seed, **device)
     results = []
@@ -115,8 +115,8 @@ def test_accepts_tells_right_from_wrong():
     simulated, plan = simulate(1, noise=0.0)
     found = search(plan, simulated, bisect)
     assert all(simulated.accepts(one, math.inf if one.span == plan.base else found[0].seconds) for one in found)
-    half = Found(found[0].span, found[0].batch_size // 2, 1.0, "memory")
-    more = Found(found[0].span, simulated.largest(found[0].span) + 1, 1.0, "memory")
+    half = BucketResult(found[0].span, found[0].batch_size // 2, 1.0, "memory")
+    more = BucketResult(found[0].span, simulated.largest(found[0].span) + 1, 1.0, "memory")
     assert not simulated.accepts(half, math.inf) and not simulated.accepts(more, math.inf)
 
 
@@ -143,7 +143,7 @@ def test_nothing_fits_is_no_batch_size(method: Any):
     found = method(fits_up_to(2), span, math.inf)
     assert (found.batch_size, found.limit) == (None, "memory")
     assert "out of memory at 3" in remedy(found) and "larger range" in remedy(found)
-    assert "larger range" not in remedy(Found(Span("1080p", 102, 1, 9), None, 0.0, "memory"))
+    assert "larger range" not in remedy(BucketResult(Span("1080p", 102, 1, 9), None, 0.0, "memory"))
 
 
 @pytest.mark.parametrize("method", [bisect, ModelSearch], ids=["bisect", "model"])
@@ -173,7 +173,7 @@ def test_plans():
     plan = make_plan(good, ("512", "2s"), None, None)
     assert plan.spans == (Span("240p", 1, 1, 50), Span("240p", 51, 4, 4), Span("512", 51, 2, 6))
     assert plan.order == [plan.spans[2], plan.spans[0]] and plan.base == plan.spans[2]
-    assert make_plan(good, ("512", 51), 3, "240p") == Plan(plan.spans[:2], target=3.0)
+    assert make_plan(good, ("512", 51), 3, "240p") == SearchPlan(plan.spans[:2], target=3.0)
     assert make_plan(good, ("240p", 51), None, None).order[0] == plan.spans[1]
     for arguments, message in [
         ((None, None, 1.0, None), "no bucket_config"),
@@ -213,18 +213,19 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_real_steps(grad_checkpoint: bool):
     """More samples take longer; the whole of a training step is computed, and leads nowhere."""
     taken = TrainingProbe(settings(grad_checkpoint=grad_checkpoint, active_steps=1))
-    before = [parameter.clone() for parameter in taken.parameters]
+    parameters = taken.optimization.parameters
+    before = [parameter.clone() for parameter in parameters]
     few, many = (min(taken(ONE, n).seconds for _ in range(3)) for n in (1, 64))
     assert many > 2 * few > 0
-    assert all(torch.equal(*pair) for pair in zip(before, taken.parameters, strict=True))
-    assert all(state["exp_avg_sq"].isfinite().all() for state in taken.optimizer.state.values())
-    assert any(state["exp_avg_sq"].any() for state in taken.optimizer.state.values())
-    assert all(parameter.grad is None for parameter in taken.parameters)
+    assert all(torch.equal(*pair) for pair in zip(before, parameters, strict=True))
+    assert all(state["exp_avg_sq"].isfinite().all() for state in taken.optimization.optimizer.state.values())
+    assert any(state["exp_avg_sq"].any() for state in taken.optimization.optimizer.state.values())
+    assert all(parameter.grad is None for parameter in parameters)
 
 
 def test_steps_are_counted(monkeypatch: pytest.MonkeyPatch):
     taken, seen = TrainingProbe(settings(untimed_steps=3, active_steps=4)), []
-    monkeypatch.setattr(taken, "_step", lambda loss: seen.append(1))
+    monkeypatch.setattr(taken, "_take_step", lambda batch: seen.append(1))
     taken(ONE, 1)
     assert len(seen) == 7
 
@@ -239,7 +240,7 @@ def test_blocks_are_computed_again_with_checkpointing(grad_checkpoint: bool):
 
 def test_frames_are_given():
     taken, seen = TrainingProbe(settings(mask_ratios={"image_head": 1.0})), []
-    taken.model.forward = lambda x, *_, **given: seen.append(given) or x * taken.parameters[0].sum()
+    taken.model.forward = lambda x, *_, **given: seen.append(given) or x * taken.optimization.parameters[0].sum()
     taken(Span("144p", 17, 1, 9), 3)
     assert seen[0]["x_mask"].tolist() == [[False, True, True, True, True]] * 3
     assert seen[0]["height"].tolist() == [float(size_of(ONE)[1])] * 3
@@ -272,7 +273,7 @@ def test_a_container_has_less_than_its_host(tmp_path: Path, monkeypatch: pytest.
 
 def test_other_errors_are_no_lack_of_memory(monkeypatch: pytest.MonkeyPatch):
     taken = TrainingProbe(settings())
-    monkeypatch.setattr(taken, "_step", lambda loss: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr(taken, "_take_step", lambda batch: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match=r"inconsistent tensor size|size mismatch"):
         taken(ONE, 1)
     assert memory_meter.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"))
@@ -294,7 +295,7 @@ def test_a_bucket_without_rows_is_not_tried(tmp_path: Path, monkeypatch: pytest.
     assert [rows_of(read_table(table), span) for span in spans] == [5, 2, 0]
     assert rows_of(read_table(table), spans[1], frame_interval=2) == 0
     taken = TrainingProbe(settings(dataset=dict(type="VariableVideoTextDataset", data_path=str(table))))
-    monkeypatch.setattr(taken, "_average_time", lambda loss: 1.0)
+    monkeypatch.setattr(taken, "_mean_time", lambda batch: 1.0)
     assert [taken(spans[0], n) for n in (5, 6)] == [Step(1.0), NoData(5)]
     assert taken(spans[2], 1) == NoData(0)
 
@@ -308,9 +309,9 @@ def test_encoders_take_part(tmp_path: Path):
     del parts["model"]["caption_channels"], parts["model"]["model_max_length"]
     taken = TrainingProbe(settings(**parts))
     assert isinstance(taken(ONE, 2), Step)
-    text = taken._text(2)
-    assert text["y"].shape == (2, 1, 6, 32) and text["mask"].all()
-    assert taken._latents(2, (17, 32, 48)).shape == (2, 4, 5, 4, 6)
+    batch = taken._encode(taken._random_batch((17, 32, 48), 2))
+    assert batch.cond["y"].shape == (2, 1, 6, 32) and batch.cond["mask"].all()
+    assert batch.latents.shape == (2, 4, 5, 4, 6)
     loaded = TrainingProbe(settings(**parts, load_video_features=True, load_text_features=True))
     assert loaded.vae is None and loaded.text_encoder is None and isinstance(loaded(ONE, 2), Step)
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from opensora import registry
 from opensora.acceleration.activation_checkpointing import checkpoint_blocks
-from opensora.distributed import fsdp
-from opensora.distributed.fsdp import Layout, start
+from opensora.distributed import collectives, fsdp
 from opensora.distributed.parallelize import parallelize
+from opensora.distributed.process_group import RankLayout, start
 from opensora.distributed.sequence_parallel import check_divisible, sequence_parallel
 from opensora.errors import ConfigError
 from opensora.schedulers.rf import RFLOW
@@ -101,7 +101,7 @@ def train(kind: str, sequence_size: int = 1, steps: int = STEPS, parts: int = 1,
             loss = loss_of(model, kind, step, slice(first, first + share // parts)) / parts
             loss.backward()
             total += loss.detach()
-        losses.append(fsdp.mean(total, layout))
+        losses.append(collectives.all_reduce_mean(total, layout))
         norms.append(fsdp.clip_grad_norm(trained.values(), 1.0))
         gradients.append({name: full(p.grad) for name, p in trained.items()})
         optimizer.step()
@@ -171,5 +171,5 @@ def test_checkpointing_computes_blocks_twice():
 
 def test_models_that_cannot_be_split_say_so():
     with pytest.raises(ConfigError, match="Linear cannot be split over ranks; STDiT, STDiT2, STDiT3"):
-        sequence_parallel(nn.Linear(2, 2), Layout(0, 2, 2))
-    check_divisible(nn.Linear(2, 2), Layout(0, 2, 1))
+        sequence_parallel(nn.Linear(2, 2), RankLayout(0, 2, 2))
+    check_divisible(nn.Linear(2, 2), RankLayout(0, 2, 1))

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from opensora.config.settings import TrainSettings
-from opensora.distributed.fsdp import start
 from opensora.distributed.parallelize import parallelize
-from opensora.training.checkpoint import state
-from opensora.training.data.loader import Feed, Numbered
+from opensora.distributed.process_group import start
+from opensora.training.checkpoint import folders
+from opensora.training.data.loader import PrefetchLoader, StepIndices
 from opensora.training.trainer import Trainer
 from tests.ranks import run
 from tests.test_sequence import BATCH, loss_of, make
@@ -40,9 +40,8 @@ def test_it_saves_at_the_end_of_the_step(
 ) -> None:
     whole = trainer(tmp_path / "whole", log_every=3)
     whole.run()
-    one = trainer(tmp_path / "one", log_every=3, ckpt_every=0)
-    one.late = late
-    one.watches.append(lambda run: run.step == 5 and os.kill(os.getpid(), number))
+    one = trainer(tmp_path / "one", log_every=3, ckpt_every=0, deferred_check=late)
+    one.callbacks.append(lambda run: run.step == 5 and os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as end:
         one.run()
     assert end.value.code == 128 + number and names(one.folder) == ["epoch1-global_step5"]
@@ -59,7 +58,7 @@ def test_what_is_ignored_stays_so(tmp_path: Path, number: int) -> None:
     before = signal.signal(number, signal.SIG_IGN)
     try:
         one = trainer(tmp_path)
-        one.watches.append(lambda run: run.step == 5 and os.kill(os.getpid(), number))
+        one.callbacks.append(lambda run: run.step == 5 and os.kill(os.getpid(), number))
         one.run()
         assert one.step == 10
     finally:
@@ -77,7 +76,7 @@ def test_the_second_one_does_what_it_did_before(tmp_path: Path, number: int) -> 
     before = signal.signal(number, end)
     try:
         one = trainer(tmp_path)
-        one.watches.append(lambda run: run.step == 5 and [os.kill(os.getpid(), number) for _ in range(2)])
+        one.callbacks.append(lambda run: run.step == 5 and [os.kill(os.getpid(), number) for _ in range(2)])
         with pytest.raises(Ended):
             one.run()
         assert names(one.folder) == ["epoch0-global_step2", "epoch0-global_step4"]
@@ -87,16 +86,16 @@ def test_the_second_one_does_what_it_did_before(tmp_path: Path, number: int) -> 
 
 def test_before_the_first_step_there_is_nothing_to_save(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     one = trainer(tmp_path)
-    one.stopping.asked = signal.SIGTERM
+    one.stop_signals.received = signal.SIGTERM
     with pytest.raises(SystemExit):
         one.run()
-    assert state.checkpoints(one.folder) == [] and "nothing was saved; start again" in caplog.text
+    assert folders.checkpoints(one.folder) == [] and "nothing was saved; start again" in caplog.text
 
 
 def test_a_run_that_is_done_ends_well(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "opensora")
     one = trainer(tmp_path)
-    one.watches.append(lambda run: run.step == 10 and os.kill(os.getpid(), signal.SIGTERM))
+    one.callbacks.append(lambda run: run.step == 10 and os.kill(os.getpid(), signal.SIGTERM))
     assert one.run().name == "epoch2-global_step10"
 
 
@@ -113,7 +112,8 @@ def stopped(folder: Path, who: int, number: int) -> tuple[Any, int]:
 
     how = dict(dtype="fp32", max_steps=9, log_every=4, lr=1e-3, outputs=str(folder), tensorboard=False)
     settings = TrainSettings(model={"type": "STDiT3"}, **how)
-    one = Trainer(settings, model, loss, CPU, Feed(Numbered(8), layout.data_rank, layout.data_size), layout)
+    loader = PrefetchLoader(StepIndices(8), layout.data_rank, layout.data_size)
+    one = Trainer(settings, model, loss, CPU, loader, layout)
     try:
         one.run()
     except SystemExit as end:

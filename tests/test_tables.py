@@ -219,6 +219,22 @@ def test_rows_that_are_short_and_sizes_that_are_no_numbers_are_said(tmp_path, ca
     assert "20 rows, the first in line 2, have fewer cells" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("content", "short", "first", "empty"),
+    [
+        ("path,text,num_frames,height,width\na.mp4\nb.mp4\n", 2, 2, 2),
+        ("path;text;num_frames;height;width\na.mp4;x;5;64;96\nb.mp4\n", 1, 3, 1),
+        ("path\ttext\tnum_frames\theight\twidth\na.mp4\tx\nb.mp4\ty\t5\t64\t96\nc.mp4\n", 2, 2, 1),
+        ("text,path,num_frames,height,width\r\nx,a.mp4\r\n\r\ny,b.mp4,5\r\n", 2, 2, 0),
+    ],
+    ids=["path only", "semicolon", "tab", "path second"],
+)
+def test_short_rows_of_every_separator_are_said(content, short, first, empty, tmp_path, caplog):
+    table = read(tmp_path, content)
+    assert table.empty_texts() == empty
+    assert f"{short} rows, the first in line {first}, have fewer cells than the 5 columns" in caplog.text
+
+
 def test_many_parts_have_one_set_of_columns_and_their_lines(tmp_path):
     lines = [json.dumps({"path": f"{number}.mp4"}) for number in range(5000)]
     table = read(tmp_path, "\n".join([*lines, json.dumps({"path": "z.mp4", "caption": "x"})]), "a.jsonl")

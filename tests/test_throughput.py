@@ -1,4 +1,4 @@
-"""What a step costs is counted exactly; what a run gets done is told in the right proportions."""
+"""What a step costs is counted exactly; what a run gets done is reported in the right proportions."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from opensora.acceleration.activation_checkpointing import checkpoint_blocks
-from opensora.acceleration.device import training_context
-from opensora.distributed.fsdp import Layout
+from opensora.acceleration.precision import training_context
+from opensora.distributed.process_group import RankLayout
 from opensora.models.stdit.stdit3 import STDiT3
 from opensora.profiling import peak_flops
 from opensora.training import throughput
-from opensora.training.data.batch import told_of
+from opensora.training.data.batch import clip_conditioning
 from opensora.training.throughput import StepCost, Throughput
 from tests.ranks import run
 from tests.tiny import TINY_STDIT3
@@ -25,8 +25,8 @@ TEXT = 7
 
 def batch(count: int, latent: tuple[int, int, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     frames, height, width = latent
-    told = told_of("STDiT3", count, (17 * frames // 5 or 1, 8 * height, 8 * width), 24.0)
-    return torch.randn(count, 4, *latent), {"y": torch.randn(count, 1, TEXT, 32), **told}
+    sizes = clip_conditioning("STDiT3", count, (17 * frames // 5 or 1, 8 * height, 8 * width), 24.0)
+    return torch.randn(count, 4, *latent), {"y": torch.randn(count, 1, TEXT, 32), **sizes}
 
 
 def forward_flops(frames: int, patches: int) -> int:
@@ -77,8 +77,10 @@ class TestStepCost:
 
     def test_each_shape_is_counted_once(self, monkeypatch):
         cost, shapes = StepCost(STDiT3(**TINY_STDIT3), "STDiT3"), []
-        count = throughput.estimate.count
-        monkeypatch.setattr(throughput.estimate, "count", lambda *args: shapes.append(1) or count(*args))
+        count = throughput.cost_model.step_cost
+        monkeypatch.setattr(
+            throughput.cost_model, "step_cost", lambda *args, **how: shapes.append(1) or count(*args, **how)
+        )
         for latent, samples in (((5, 4, 4), 1), ((5, 4, 4), 3), ((1, 4, 4), 1), ((5, 4, 4), 2)):
             cost(*batch(samples, latent))
         assert len(shapes) == 2
@@ -114,7 +116,7 @@ class TestPeak:
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """Time that passes on demand."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
@@ -159,8 +161,8 @@ class TestThroughput:
     def test_ranks_of_a_sequence_share_a_batch(self, monkeypatch):
         clock = Clock(monkeypatch)
         monkeypatch.setattr(throughput, "peak_flops", lambda *_: 1e12)
-        monkeypatch.setattr(throughput, "mean", lambda values, _: values)
-        done = Throughput(CPU, layout=Layout(rank=0, world_size=4, sequence_size=2))
+        monkeypatch.setattr(throughput, "all_reduce_mean", lambda values, _: values)
+        done = Throughput(CPU, layout=RankLayout(rank=0, world_size=4, sequence_size=2))
         done.add(2, 20, 1e12)
         clock.now += 2
         line = done.line()
@@ -169,7 +171,7 @@ class TestThroughput:
 
 def on_two_ranks() -> dict[str, Any]:
     """The line of ranks that do and wait unequally."""
-    from opensora.distributed.fsdp import start
+    from opensora.distributed.process_group import start
 
     layout = start(CPU)
     throughput.peak_flops = lambda *_: 1e12

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from opensora.config.settings import TrainSettings
 from opensora.errors import ConfigError, OpenSoraError, WeightsError
 from opensora.training.autoencoder import train_vae
-from opensora.training.checkpoint import state
-from opensora.training.checkpoint.fingerprint import compare, fingerprint
+from opensora.training.checkpoint import folders, write
+from opensora.training.checkpoint.fingerprint import differences, fingerprint
 from opensora.training.data.clip_features import Batches
 from opensora.training.diffusion import train
 from opensora.training.feature_extraction.clips import Features
-from opensora.training.trainer import Trainer, step_generator
+from opensora.training.step import step_generator
+from opensora.training.trainer import Trainer
 from tests.tiny import TINY_VAE
 
 CPU = torch.device("cpu")
@@ -29,7 +31,7 @@ TIMINGS = {"step_s", "clips_per_s", "tokens_per_s", "data_wait", "mfu"}
 
 def trainer(
     outputs: Path, nan_at: int | None = None, interrupt_at: int | None = None, epoch: int = 5,
-    prints: dict[str, str] | None = None, **changes: Any,
+    fingerprint: dict[str, str] | None = None, deferred_check: bool | None = None, **changes: Any,
 ) -> Trainer:  # fmt: skip
     """A run of 10 steps that fits a layer to noise; optionally its loss breaks down, or Ctrl-C comes, at a step."""
     settings = dict(
@@ -45,7 +47,7 @@ def trainer(
         return (model(x) - 2 * x).float().square().mean() * (math.nan if step == nan_at else 1)
 
     return Trainer(TrainSettings(model={"type": "Linear/1"}, outputs=str(outputs), **{**settings, **changes}),
-                   model, loss, CPU, epoch, prints=prints)  # fmt: skip
+                   model, loss, CPU, epoch, fingerprint=fingerprint, deferred_check=deferred_check)  # fmt: skip
 
 
 def log(folder: Path) -> list[dict[str, Any]]:
@@ -54,7 +56,7 @@ def log(folder: Path) -> list[dict[str, Any]]:
 
 
 def names(folder: Path) -> list[str]:
-    return [path.name for path in state.checkpoints(folder)]
+    return [path.name for path in folders.checkpoints(folder)]
 
 
 def assert_same_end(found: Trainer, expected: Trainer) -> None:
@@ -62,7 +64,8 @@ def assert_same_end(found: Trainer, expected: Trainer) -> None:
     for a, b in ((found.model, expected.model), (found.ema, expected.ema)):
         for name, tensor in b.state_dict().items():
             assert torch.equal(a.state_dict()[name], tensor)
-    for a, b in zip(found.optimizer.state.values(), expected.optimizer.state.values(), strict=True):
+    states = (run.optimization.optimizer.state.values() for run in (found, expected))
+    for a, b in zip(*states, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in b)
 
 
@@ -82,7 +85,7 @@ class TestSchedule:
     def test_optimizer_uses_it(self, tmp_path: Path) -> None:
         run = trainer(tmp_path, warmup_steps=4, max_steps=2)
         run.run()
-        assert run.optimizer.param_groups[0]["lr"] == run.learning_rate(1) == log(run.folder)[-1]["lr"]
+        assert run.optimization.optimizer.param_groups[0]["lr"] == run.learning_rate(1) == log(run.folder)[-1]["lr"]
 
 
 class TestRun:
@@ -108,8 +111,8 @@ class TestRun:
     def test_gradients_are_clipped(self, tmp_path: Path) -> None:
         run = trainer(tmp_path, grad_clip=1e-3)
         seen = []
-        run.optimizer.register_step_pre_hook(
-            lambda *_: seen.append(torch.cat([p.grad.flatten() for p in run.parameters]).norm().item())
+        run.optimization.optimizer.register_step_pre_hook(
+            lambda *_: seen.append(torch.cat([p.grad.flatten() for p in run.optimization.parameters]).norm().item())
         )
         run.run()
         assert seen == pytest.approx([1e-3] * 10, rel=1e-2)
@@ -159,6 +162,17 @@ class TestResume:
         assert run.step == stop and run.folder == first.folder
         run.run()
         assert_same_end(run, whole)
+
+    def test_a_checkpoint_of_earlier_code(self, tmp_path: Path) -> None:
+        """Written when checkpoints got manifests and guards; its step 2 was bad."""
+        options: dict[str, Any] = dict(nan_at=2, log_every=4, warmup_steps=3)
+        shutil.copytree(Path(__file__).parent / "data" / "checkpoint", tmp_path / "epoch1-global_step6")
+        whole, run = trainer(tmp_path / "whole", **options), trainer(tmp_path, load=str(tmp_path), **options)
+        whole.run(), run.run()
+        assert run.step == whole.step == 10 and run.train_step.samples == whole.train_step.samples == 9
+        assert list(run.optimization.guard.norms) == pytest.approx(list(whole.optimization.guard.norms))
+        for ours, expected in ((run.model, whole.model), (run.ema, whole.ema)):
+            torch.testing.assert_close(ours.state_dict(), expected.state_dict())
 
     def test_older_checkpoint_branches_off(self, tmp_path: Path, whole: Trainer) -> None:
         """What was trained after it stays; the run gets a folder of its own with the log up to there."""
@@ -240,7 +254,7 @@ class TestAccumulation:
         first = self.batches(tmp_path / "b", 2, accumulation_steps=3, max_steps=3)
         first.run()
         rest = self.batches(tmp_path / "b", 2, accumulation_steps=3, load=str(first.folder))
-        assert rest.feed.place == (0, 9)
+        assert rest.loader.position == (0, 9)
         rest.run()
         assert torch.equal(rest.model.weight, whole.model.weight) and log(rest.folder) == log(whole.folder)
 
@@ -255,14 +269,14 @@ class TestChanges:
 
     def test_is_refused_and_says_what_changed(self, tmp_path: Path) -> None:
         first = trainer(tmp_path, max_steps=2)
-        first.prints = {"lr": "0.1", "the table": "one"}
+        first.fingerprint = {"lr": "0.1", "the table": "one"}
         first.run()
-        changed = {"load": str(first.folder), "prints": {"lr": "0.2", "the table": "one", "seed": "3"}}
+        changed = {"load": str(first.folder), "fingerprint": {"lr": "0.2", "the table": "one", "seed": "3"}}
         with pytest.raises(ConfigError, match=r"lr was 0.1 and is 0.2; seed was not set and is 3; .* --accept-changes"):
             trainer(tmp_path, **changed)
         assert trainer(tmp_path, accept_changes=True, **changed).step == 2
         assert trainer(tmp_path, start_from_scratch=True, **changed).step == 0
-        assert trainer(tmp_path, load=str(first.folder), prints=first.prints).step == 2
+        assert trainer(tmp_path, load=str(first.folder), fingerprint=first.fingerprint).step == 2
 
     def test_settings_that_decide_numbers_count(self) -> None:
         model = {"type": "STDiT3", "from_pretrained": "here", "depth": 2}
@@ -273,7 +287,7 @@ class TestChanges:
         )  # fmt: skip
         assert fingerprint(one) == fingerprint(moved)
         other = TrainSettings(model={**model, "depth": 3}, lr=2e-3, bucket_config={"144p": {1: (1.0, 2)}})
-        found = compare(fingerprint(one), fingerprint(other), accept=True)
+        found = differences(fingerprint(one), fingerprint(other))
         assert [change.split(" was")[0] for change in found] == [
             "bucket_config.144p.1", "dataset.frame_interval", "dataset.type", "lr", "model.depth",
         ]  # fmt: skip
@@ -287,7 +301,7 @@ class TestChanges:
         assert prints("iddpm", cfg_scale=7.0, cfg_channel=3) == prints("iddpm")
         assert prints("iddpm", num_sampling_steps=50) != prints("iddpm"), "it trains on those steps alone"
         earlier = {**fewer, "scheduler.cfg_scale": "7.0", "scheduler.num_sampling_steps": "30"}
-        assert compare(earlier, fewer, accept=False) == []
+        assert differences(earlier, fewer) == []
 
     def test_the_length_counts_where_the_rate_depends_on_it(self) -> None:
         def prints(**settings: Any) -> dict[str, str]:
@@ -308,7 +322,7 @@ class TestTrouble:
 
     def test_a_bad_step_is_skipped(self, tmp_path: Path) -> None:
         run, steps = trainer(tmp_path, nan_at=5), []
-        run.optimizer.register_step_pre_hook(lambda *_: steps.append(run.step))
+        run.optimization.optimizer.register_step_pre_hook(lambda *_: steps.append(run.step))
         run.run()
         assert steps == [0, 1, 2, 3, 4, 6, 7, 8, 9] and all(p.isfinite().all() for p in run.model.parameters())
         lines = [line for line in log(run.folder) if "bad_step" not in line]
@@ -318,13 +332,13 @@ class TestTrouble:
     def test_a_bad_step_rolls_back(self, tmp_path: Path) -> None:
         """The weights of step 4 meet the data of step 6."""
         run, before = trainer(tmp_path, nan_at=5, on_bad_step="rollback"), {}
-        run.watches.append(lambda run: before.setdefault(run.step, run.model.weight.detach().clone()))
+        run.callbacks.append(lambda run: before.setdefault(run.step, run.model.weight.detach().clone()))
         run.run()
         assert torch.equal(before[6], before[4]) and not torch.equal(before[5], before[4]) and run.step == 10
 
     def test_broken_weights_are_not_saved(self, tmp_path: Path) -> None:
         run = trainer(tmp_path, max_steps=3, ckpt_every=2)
-        run.watches.append(lambda run: run.step == 3 and run.model.weight.data.fill_(math.nan))
+        run.callbacks.append(lambda run: run.step == 3 and run.model.weight.data.fill_(math.nan))
         with pytest.raises(
             OpenSoraError, match=r"the weights are not finite at step 3; resume with --load .*step2 and"
         ):
@@ -349,7 +363,7 @@ class TestTrouble:
             if trouble := next(saves):
                 raise trouble
 
-        monkeypatch.setattr(state, "_sync", sync)
+        monkeypatch.setattr(write, "_sync", sync)
         with pytest.raises(raised):
             run.run()
         assert sorted(path.name for path in run.folder.iterdir()) == ["epoch0-global_step2", "latest", *OF_A_RUN]

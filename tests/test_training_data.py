@@ -19,15 +19,17 @@ from opensora import registry
 from opensora.config import read_config
 from opensora.config.settings import TrainSettings, check_trainable
 from opensora.datasets.video import write_image, write_video
-from opensora.distributed.fsdp import Layout
+from opensora.distributed.process_group import RankLayout
 from opensora.errors import ConfigError, MediaError
-from opensora.training.callbacks import held_out
-from opensora.training.data.batch import Examples
-from opensora.training.data.loader import Feed, Place
+from opensora.training.data.batch import TrainingBatch
+from opensora.training.data.diffusion_data import make_data
+from opensora.training.data.held_out import encode_held_out
+from opensora.training.data.loader import DataPosition, PrefetchLoader
 from opensora.training.data.sources import read_batch, table_source
-from opensora.training.diffusion import DiffusionLoss, build_model, check_training, make_data, train
+from opensora.training.diffusion import build_model, check_training, train
 from opensora.training.feature_extraction.extract import ExtractSettings, extract
-from opensora.training.trainer import step_generator
+from opensora.training.losses.diffusion import DiffusionLoss
+from opensora.training.step import step_generator
 from tests.test_encoders import make_clip_folder
 from tests.tiny import TINY_STDIT3, make_tiny_t5, make_tiny_vae
 from tests.zoo import SMALL, make_vae
@@ -51,41 +53,41 @@ class Letters:
         return lambda: self.read.append((epoch, index)) or (epoch, index)
 
 
-class TestFeed:
+class TestPrefetchLoader:
     @pytest.mark.parametrize("workers", [0, 3])
     def test_ranks_take_turns_over_the_ends_of_epochs(self, workers: int) -> None:
-        feeds = [Feed(Letters(3, 0, 4), rank, 2, workers) for rank in range(2)]
-        served = [next(feeds[turn % 2]) for turn in range(10)]
+        loaders = [PrefetchLoader(Letters(3, 0, 4), rank, 2, workers) for rank in range(2)]
+        served = [next(loaders[turn % 2]) for turn in range(10)]
         assert served == [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1), (2, 2), (2, 3), (3, 0), (3, 1), (3, 2)]
-        assert feeds[0].place == feeds[1].place == Place(3, 3)
-        [feed.close() for feed in feeds]
+        assert loaders[0].position == loaders[1].position == DataPosition(3, 3)
+        [loader.close() for loader in loaders]
 
     def test_other_numbers_of_ranks_serve_the_rest_of_an_epoch_once(self) -> None:
-        place, served = Place(), Counter()
+        place, served = DataPosition(), Counter()
         for ranks, steps in ((2, 7), (1, 8), (3, 20)):
-            feeds = [Feed(Letters(67), rank, ranks, workers=2) for rank in range(ranks)]
-            for feed in feeds:
-                feed.go_to(place)
-                served.update(next(feed) for _ in range(steps))
-                feed.close()
-            place = feeds[0].place
+            loaders = [PrefetchLoader(Letters(67), rank, ranks, workers=2) for rank in range(ranks)]
+            for loader in loaders:
+                loader.go_to(place)
+                served.update(next(loader) for _ in range(steps))
+                loader.close()
+            place = loaders[0].position
         first = {index: times for (epoch, index), times in served.items() if epoch == 0}
         assert first == dict.fromkeys(range(67), 1) and set(served.values()) == {1}
 
     def test_nothing_is_read_before_its_time(self) -> None:
         source = Letters(9)
-        feed = Feed(source)
-        assert next(feed) == (0, 0) and source.read == [(0, 0)] and feed.waited > 0
+        loader = PrefetchLoader(source)
+        assert next(loader) == (0, 0) and source.read == [(0, 0)] and loader.waited > 0
 
     def test_what_fails_is_raised_where_it_is_due(self) -> None:
         class Broken(Letters):
             def reader(self, epoch: int, index: int) -> Any:
                 return super().reader(epoch, index) if index < 2 else lambda: 1 / 0
 
-        feed = Feed(Broken(5), workers=2)
-        assert [next(feed), next(feed)] == [(0, 0), (0, 1)]
+        loader = PrefetchLoader(Broken(5), workers=2)
+        assert [next(loader), next(loader)] == [(0, 0), (0, 1)]
         with pytest.raises(ZeroDivisionError):
-            next(feed)
+            next(loader)
 
 
 @pytest.fixture(scope="module")
@@ -193,13 +195,13 @@ class TestTables:
             csv.writer(file).writerows([("path", "text", "num_frames", "height", "width"), *rows])
         for make in (settings, variable):
             source = table_source(make(tmp_path, "many", validate_every=1, validation_samples=3), 1)
-            held = {source.dataset.name(key) for one in source.held for key in one.keys}
+            held = {source.dataset.name(key) for one in source.held_out for key in one.keys}
             assert len(held) == 3
             trained = {
                 source.dataset.name(key) for epoch in range(3) for keys, _ in source.batches(epoch) for key in keys
             }
             assert not held & trained and len(trained) > 30
-            assert not table_source(make(tmp_path, "many"), 1).held
+            assert not table_source(make(tmp_path, "many"), 1).held_out
 
 
 class TestWhatIsSaid:
@@ -207,7 +209,7 @@ class TestWhatIsSaid:
 
     def test_without_validation(self, files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         source = table_source(Small(tmp_path, files, 9).settings(validate_every=1), 1)
-        assert not source.held and "no validation of 1x16x16 (9 rows): one clip in 10 is held out" in caplog.text
+        assert not source.held_out and "no validation of 1x16x16 (9 rows): one clip in 10 is held out" in caplog.text
 
     @pytest.mark.parametrize(
         ("rows", "without", "untrained"),
@@ -237,13 +239,13 @@ class TestWhatIsSaid:
     ) -> None:
         small = Small(tmp_path, files, 40)
         source = table_source(small.settings(validate_every=1, validation_samples=4, batch_size=2), 1)
-        held = [key for one in source.held for key in one.keys]
+        held = [key for one in source.held_out for key in one.keys]
         [Path(source.dataset.name(held[number])).write_bytes(b"nothing") for number in broken]
 
-        def encode(batch: dict[str, Any], _: torch.Generator) -> Examples:
-            return Examples(torch.zeros(1), {}, batch["size"], batch["names"], weight=batch["weight"])
+        def encode(batch: dict[str, Any]) -> TrainingBatch:
+            return TrainingBatch(torch.zeros(1), {}, batch["size"], batch["names"], weight=batch["weight"])
 
-        found, unread = held_out(source, encode, 0)
+        found, unread = encode_held_out(source, encode)
         assert sum(examples.weight > 0 for _, examples in found) == left and len(unread) == len(broken)
         assert ("no validation of 1x16x16: none of the clips" in caplog.text) == (left == 0) == (not found)
 
@@ -294,19 +296,19 @@ class TestTraining:
             train(TrainSettings(**{**vars(asked), **parts}))
 
     def test_a_changed_table_is_noticed(self, files: Path, tmp_path: Path) -> None:
-        first = train(settings(files, "table", outputs=str(tmp_path), max_steps=2)).parent
+        first = train(settings(files, "table", outputs=str(tmp_path), max_steps=2)).path.parent
         again = dict(outputs=str(tmp_path), load=str(first / "000-STDiT3"))
         with pytest.raises(
             ConfigError, match=r"the table is another: 1 rows removed: .*broken\.mp4; .*--accept-changes"
         ):
             train(settings(files, "whole", **again))
-        assert train(settings(files, "whole", accept_changes=True, **again)).name == "ema"
+        assert train(settings(files, "whole", accept_changes=True, **again)).path.name == "ema"
 
     @pytest.mark.parametrize("change", ["replaced", "mended", "gone", "text"])
     def test_changed_data_is_named(self, files: Path, tmp_path: Path, change: str) -> None:
         """Files replaced under the same names, with the same sizes and times, and texts that were written anew."""
         whole = Small(tmp_path, files)
-        first = train(whole.settings())
+        first = train(whole.settings()).path
         stat = (tmp_path / "2.png").stat()
         if change == "text":
             whole.write(text="another text")
@@ -335,12 +337,13 @@ class TestTraining:
             text_encoder=dict(type=text, from_pretrained=str(files / text)),
         )  # fmt: skip
         kind, ratios = check_training(asked)
-        data = make_data(asked, CPU, Layout())
+        data = make_data(asked, CPU, RankLayout())
         made = build_model(asked, data, CPU)
         for parameter in made.parameters():
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.02)
-        losses = DiffusionLoss(made, kind, ratios, data.prepare)(data.source.reader(0, 0)(), step_generator(0, 0))
+        batch = data.encode(data.source.reader(0, 0)())
+        losses = DiffusionLoss(made, kind, ratios)(batch, step_generator(0, 0))
         losses.mean().backward()
         assert losses.shape == (2,) and made.x_embedder.proj.weight.grad.abs().sum() > 0
 
@@ -355,7 +358,7 @@ def test_encoded_features_train(files: Path, tmp_path: Path) -> None:
     model = dict(type="STDiT3", skip_y_embedder=True, **small)
     without = dict(vae=None, text_encoder=None, load_text_features=True, load_video_features=True, batch_size=None)
     run = settings(files, dataset=section, model=model, outputs=str(tmp_path), mask_ratios={"random": 1.0}, **without)
-    assert train(run).name == "ema"
+    assert train(run).path.name == "ema"
     first = settings(files, dataset=section, outputs=str(tmp_path / "a"), max_steps=2, **without)
     train(first)
     rest = settings(files, dataset=section, outputs=str(tmp_path / "a"), load=str(tmp_path / "a/000-STDiT3"), **without)
@@ -407,7 +410,7 @@ def test_every_published_configuration_is_accepted(path: Path, files: Path) -> N
     check_trainable(asked)
     check_training(asked)
     with pytest.raises(ConfigError, match=r"nowhere\.csv: cannot be read"):
-        make_data(asked, CPU, Layout())
+        make_data(asked, CPU, RankLayout())
     assert registry.keywords(asked.model["type"])
 
 
@@ -421,5 +424,5 @@ def test_data_settings_of_1_0(files: Path, tmp_path: Path) -> None:
         mask_ratios={"mask_no": 0.5, "mask_random": 0.5}, device="cpu", dtype="fp32", max_steps=2,
         outputs=str(tmp_path),
     )  # fmt: skip
-    assert train(TrainSettings.from_config(config, "old.py")).name == "ema"
+    assert train(TrainSettings.from_config(config, "old.py")).path.name == "ema"
     assert json.loads((tmp_path / "ema" / "config.json").read_text())["input_size"] == [4, 2, 2]

@@ -1,4 +1,4 @@
-"""Two ranks learn what one learns: with a text encoder sharded over them, and where one of them has no sample."""
+"""Ranks learn and encode what one does: with a text encoder sharded over them, and where one of them has no sample."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from opensora.checkpoints import builder
 from opensora.config.settings import TrainSettings
 from opensora.datasets.quarantine import Broken, Quarantine
 from opensora.datasets.video import write_image
-from opensora.distributed.fsdp import Layout
+from opensora.distributed.process_group import RankLayout, start
 from opensora.errors import MediaError
-from opensora.training.data import turns
-from opensora.training.data.turns import Turns
+from opensora.training.data import synchronize
+from opensora.training.data.synchronize import StepSynchronizer
 from opensora.training.diffusion import train
 from tests.ranks import run
+from tests.test_encoders import make_clip_folder
 from tests.tiny import TINY_STDIT3, make_tiny_t5, make_tiny_vae
 
 ROWS = 8  # of an epoch: 4 steps of one row on each rank
@@ -26,18 +29,20 @@ ROWS = 8  # of an epoch: 4 steps of one row on each rank
 
 def as_ranks(
     monkeypatch: pytest.MonkeyPatch, numbers: list[tuple[float, ...]], broken: list[list[Broken]] = ()
-) -> Layout:
+) -> RankLayout:
     """One rank of several, of which the others say the same each time."""
-    monkeypatch.setattr(turns, "total", lambda own, _: [sum(column) for column in zip(own, *numbers, strict=True)])
-    monkeypatch.setattr(turns, "gather", lambda own, _: [own, *broken])
-    return Layout(0, len(numbers) + 1)
+    monkeypatch.setattr(
+        synchronize, "all_reduce_sum", lambda own, _: [sum(column) for column in zip(own, *numbers, strict=True)]
+    )
+    monkeypatch.setattr(synchronize, "all_gather_objects", lambda own, _: [own, *broken])
+    return RankLayout(0, len(numbers) + 1)
 
 
 def batch(*names: str, broken: tuple = ()) -> dict[str, Any]:
     return {"names": list(names), "weight": float(bool(names)), "broken": list(broken)}
 
 
-class TestTurns:
+class TestStepSynchronizer:
     @pytest.mark.parametrize(
         ("own", "others", "weights", "samples"),
         [
@@ -53,19 +58,19 @@ class TestTurns:
     def test_batches_without_samples_take_no_weight_from_the_others(
         self, own: list, others: list, weights: list[float], samples: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        made = Turns(as_ranks(monkeypatch, others))(own)
-        assert [one["weight"] for one in made.batches] == weights and made.samples == samples and not made.stops
+        made = StepSynchronizer(as_ranks(monkeypatch, others))(own)
+        assert [one["weight"] for one in made.batches] == weights and made.samples == samples and not made.stop
 
     def test_broken_files_of_all_ranks_are_counted_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         broken = [Broken(row, f"{row}.mp4", "is cut off") for row in range(6)]
         quarantine = Quarantine(tmp_path / "quarantine.jsonl", 100)
         group = as_ranks(monkeypatch, [(0, 0, 3, 0), (0, 0, 0, 0)], [broken[1:4], []])
-        Turns(group, quarantine)([batch("a", broken=broken[:2])])
-        Turns(group, quarantine)([batch("a", broken=broken[:2])])
+        StepSynchronizer(group, quarantine)([batch("a", broken=broken[:2])])
+        StepSynchronizer(group, quarantine)([batch("a", broken=broken[:2])])
         assert quarantine.rows == {0, 1, 2, 3}
         assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 4
         with pytest.raises(MediaError, match="6 of 100 files cannot be read, over the limit of 5"):
-            Turns(group, quarantine)([batch("a", broken=broken[4:])])
+            StepSynchronizer(group, quarantine)([batch("a", broken=broken[4:])])
 
 
 def make_settings(folder: Path, name: str, sharded: bool = False, **changes: Any) -> TrainSettings:
@@ -95,6 +100,47 @@ def make_folder(folder: Path) -> None:
 
 def on_rank(folder: Path) -> None:
     train(make_settings(folder, "two", sharded=True))
+
+
+ENCODERS = {
+    "t5": ("t5", 32, torch.float32),
+    "wider t5": ("t5", 48, torch.float32),
+    "t5 in bf16": ("t5", 64, torch.bfloat16),
+    "clip": ("clip", 0, torch.float32),
+}
+
+
+def make_encoders(folder: Path) -> None:
+    for name, (kind, hidden, _) in ENCODERS.items():
+        make_tiny_t5(folder / name, hidden) if kind == "t5" else make_clip_folder(folder / name)
+
+
+def encoded(folder: Path, sharded: bool) -> dict[str, list[torch.Tensor]]:
+    """What each of `ENCODERS` makes of two texts on this rank."""
+    cpu, found = torch.device("cpu"), {}
+    layout = start(cpu) if sharded else RankLayout()
+    for name, (kind, _, dtype) in ENCODERS.items():
+        section = {"type": kind, "from_pretrained": str(folder / name), "model_max_length": 16, "shardformer": sharded}
+        encoder, _ = builder.load_component(section, "text_encoder", cpu, dtype, layout=layout)
+        with torch.no_grad():
+            found[name] = list(encoder.encode(["a red circle", "a boat on a lake, at dawn"]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def both_ways(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[dict]]:
+    """What whole encoders make of the texts, and what sharded ones make of them on each of two ranks."""
+    folder = tmp_path_factory.mktemp("encoders")
+    make_encoders(folder)
+    return encoded(folder, False), run(2, encoded, folder, True)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_sharded_encoder_encodes_what_a_whole_one_does(both_ways: tuple[dict, list[dict]], name: str) -> None:
+    expected, ranks = both_ways
+    for found in ranks:
+        for one, other in zip(found[name], expected[name], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-2 if "bf16" in name else 1e-5)
 
 
 def lines_of(folder: Path) -> list[dict[str, float]]:

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from opensora.acceleration import trial
-from opensora.acceleration.device import inference_dtype
+from opensora.acceleration.precision import inference_dtype
 from opensora.cli.merge import settings_of
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError
 from opensora.pipeline import step_cache
-from opensora.pipeline.pipeline import VideoPipeline
+from opensora.pipeline.loaded_models import LoadedModels
 from opensora.utils.config_utils import inference_parser
 
 CPU = torch.device("cpu")
@@ -29,8 +29,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     taken: list[float] = []
     monkeypatch.setattr(trial, "seconds", lambda work, device: taken.pop(0))
     monkeypatch.setattr(step_cache, "use_attention", lambda name: None)
-    monkeypatch.setattr(step_cache.eight_bits, "check", lambda *_: None)
-    monkeypatch.setattr("opensora.acceleration.device.multiplies_bf16", lambda: True)
+    monkeypatch.setattr(step_cache.quantization, "check", lambda *_: None)
+    monkeypatch.setattr("opensora.acceleration.precision.multiplies_bf16", lambda: True)
     return taken
 
 
@@ -72,8 +72,8 @@ def test_a_choice_is_tried_by_real_work_and_followed(
     assert trial.products(torch.float64, torch.float32, CPU) > 0
     before = torch.get_rng_state()
     monkeypatch.setattr(trial, "linear", lambda *_: 7.0)
-    pipeline = VideoPipeline(settings("--linear", "int8"))
-    assert pipeline.settings.linear == "int8" and "takes 7.0 times as long" in caplog.text
+    models = LoadedModels(settings("--linear", "int8"))
+    assert models.settings.linear == "int8" and "takes 7.0 times as long" in caplog.text
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -9,7 +9,7 @@ import pytest
 from opensora.checkpoints import builder
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError
-from opensora.pipeline.pipeline import _tell_untrained
+from opensora.pipeline.checks import warn_untrained
 from opensora.pipeline.request import Size, make_size
 
 
@@ -21,12 +21,12 @@ def test_a_checkpoint_says_what_it_was_trained_on(tmp_path):
 
 @pytest.mark.parametrize(("size", "warned"), [(Size(17, 64, 64), False), (Size(1, 64, 64), True)])
 def test_other_sizes_are_warned_off(size: Size, warned: bool, caplog: pytest.LogCaptureFixture):
-    _tell_untrained(size, [[17, 64, 64]])
+    warn_untrained(size, [[17, 64, 64]])
     assert ("expect noise at 1 frames of 64x64" in caplog.text) == warned
 
 
 def test_nothing_is_said_where_nothing_is_known(caplog: pytest.LogCaptureFixture):
-    _tell_untrained(Size(51, 240, 426), [])
+    warn_untrained(Size(51, 240, 426), [])
     assert not caplog.text
 
 
@@ -42,7 +42,7 @@ def test_nothing_is_said_where_nothing_is_known(caplog: pytest.LogCaptureFixture
 def test_the_size_that_is_made_counts(asked, trained, warned, caplog: pytest.LogCaptureFixture):
     """Sides of 70 pixels become 64: it is 64x64 that the model has been trained on, or not."""
     size = Size(17, *asked)
-    _tell_untrained(size, [[17, *trained]])
+    warn_untrained(size, [[17, *trained]])
     assert bool(caplog.text) == warned
     assert f"{asked[0]}x{asked[1]}" not in caplog.text or size.made == size
 

@@ -236,7 +236,7 @@ def test_addresses_are_asked_if_the_user_says_so(
 def test_a_file_of_prompts_has_nobody_asked(
     here: Path, listener: Listener, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("opensora.pipeline.references._check_public", lambda *_: None)
+    monkeypatch.setattr("opensora.pipeline.remote_media._check_public", lambda *_: None)
     Path("p.txt").write_text(f'a cat{{"reference_path": "{listener.url}/a.png", "mask_strategy": "0"}}\n')
     argv = ("--prompt-path", "p.txt", "--save-dir", "new")
     assert run_script(SAMPLE, *SMALL, *argv) == 1
@@ -470,7 +470,7 @@ def test_the_other_samples_of_a_run_are_not_made_up(
     def counted(settings: InferenceSettings) -> list[Any]:
         raise ConfigError(f"{len(make_requests(settings))} requests")
 
-    monkeypatch.setattr("opensora.pipeline.pipeline.make_requests", counted)
+    monkeypatch.setattr("opensora.pipeline.job.make_requests", counted)
     forge(settings(num_sample=number))
     for command in ("replay", "continue"):
         assert "1 requests" in run(command, capsys)[1]

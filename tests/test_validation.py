@@ -17,10 +17,10 @@ from opensora.models.vae.vae import VideoAutoencoderPipeline
 from opensora.schedulers.iddpm import IDDPM
 from opensora.schedulers.iddpm_speed import IDDPM_SPEED
 from opensora.schedulers.rf import RFLOW
-from opensora.training.data.batch import Examples, told_of
+from opensora.training.data.batch import TrainingBatch, clip_conditioning
 from opensora.training.ema import EMA
 from opensora.training.tracking import Tracker
-from opensora.training.validation import BINS, Prompt, Samples, Validation, at_rest, report
+from opensora.training.validation import BINS, Prompt, Samples, Validation, inference_mode, report
 from tests.ranks import run
 from tests.tiny import TINY_STDIT3, TINY_VAE
 
@@ -40,16 +40,16 @@ def latent_size(size: tuple[int, int, int]) -> tuple[int, int, int]:
 
 def conditions(count: int, size: tuple[int, int, int], seed: int = 0) -> dict[str, Tensor]:
     y = torch.randn(count, 1, 4, 32, generator=torch.Generator().manual_seed(seed))
-    return {"y": y, **told_of("STDiT3", count, size, 24.0)}
+    return {"y": y, **clip_conditioning("STDiT3", count, size, 24.0)}
 
 
-def examples(name: str, count: int, seed: int = 0) -> Examples:
+def examples(name: str, count: int, seed: int = 0) -> TrainingBatch:
     size, source = SIZES[name], torch.Generator().manual_seed(seed)
     latents = torch.randn(count, 4, *latent_size(size), generator=source)
-    return Examples(latents, conditions(count, size, seed), size, [f"{name} {row}" for row in range(count)])
+    return TrainingBatch(latents, conditions(count, size, seed), size, [f"{name} {row}" for row in range(count)])
 
 
-def batches() -> list[tuple[str, Examples]]:
+def batches() -> list[tuple[str, TrainingBatch]]:
     first, second = SIZES
     return [(first, examples(first, 2)), (second, examples(second, 3)), (first, examples(first, 1, seed=1))]
 
@@ -179,7 +179,7 @@ class TestAveragedWeights:
         ema = EMA(model, 0.5)
         model.x_embedder.proj.weight.data.add_(1)
         kept = model.x_embedder.proj.weight.detach().clone()
-        with pytest.raises(KeyboardInterrupt), at_rest(model, ema):
+        with pytest.raises(KeyboardInterrupt), inference_mode(model, ema):
             assert not torch.equal(model.x_embedder.proj.weight, kept) and not model.training
             raise KeyboardInterrupt
         assert torch.equal(model.x_embedder.proj.weight, kept) and model.training and torch.is_grad_enabled()
@@ -251,8 +251,8 @@ class TestSamples:
 
 def on_ranks() -> list[tuple[dict[str, float], int]]:
     """The report on sharded weights, and how many samples this rank has: with one rank to a sequence, and with two."""
-    from opensora.distributed.fsdp import start
     from opensora.distributed.parallelize import parallelize
+    from opensora.distributed.process_group import start
 
     found = []
     for sp_size in (1, 2):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from opensora import cli
 from opensora.datasets.folder_table import find_media, make_table, read_row
@@ -147,6 +148,37 @@ def test_texts_made_of_names_are_counted_and_can_be_refused(
     assert make_table(folder, "new.csv").summary() == "3 rows, 2 of them with a text of their own, 1 with an empty one"
     (folder / "more" / "dark.txt").write_text("night")
     assert make_table(folder, "new.csv", force=True, captions="required").num_captions == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "texts", "named", "refused", "example"),
+    [
+        (["clip 00.mp4"], {}, 1, 1, "'clip 00' of videos/clip 00.mp4"),
+        (["A_b-c.png", "z.png"], {}, 2, 2, "'A b-c' of videos/A_b-c.png"),
+        (["IMG_0001.webp", "a.png", "b.png"], {"a": "a cat", "b": ""}, 1, 2, "'IMG 0001' of videos/IMG_0001.webp"),
+        (["x/東京.png", "y.png"], {"y": "night"}, 1, 1, "'東京' of videos/x/東京.png"),
+    ],
+    ids=["clip", "pictures", "empty text", "other letters"],
+)
+def test_texts_made_of_names_of_other_kinds(
+    names: list[str], texts: dict[str, str], named: int, refused: int, example: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for name in names:
+        file = Path("videos") / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".mp4":
+            write_video(make_clip(0, 0, 5, 16, 24).video, file, 12)
+        else:
+            Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(file)
+    for name, text in texts.items():
+        (Path("videos") / f"{name}.txt").write_text(text)
+    assert make_table("videos", "videos.csv").num_named == named
+    assert f"texts made of file names: {named}, such as {example}" in caplog.text
+    with pytest.raises(ConfigError, match=rf"^{refused} of {len(names)} files have no text of their own"):
+        make_table("videos", "new.csv", captions="required")
+    assert not Path("new.csv").exists()
 
 
 @pytest.mark.parametrize(

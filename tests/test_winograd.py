@@ -12,18 +12,20 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import plain
-from opensora.acceleration.device import place
 from opensora.acceleration.kernels import linear, winograd
 from opensora.acceleration.kernels.linear import OneDnnPointwise, has_onednn
+from opensora.acceleration.kernels.residual import FusedResidual
 from opensora.acceleration.kernels.winograd import (
-    DOUBLED,
     TWO_OF_THREE,
-    Kernels,
+    UPSAMPLED,
+    TransformedKernels,
     WinogradConv2d,
-    forget_winograd,
+    WinogradTime,
     kernel_bytes,
+    without_winograd,
 )
 from opensora.acceleration.memory_plan import PLANS
+from opensora.acceleration.placement import to_device
 from opensora.models.vae.vae import VideoAutoencoderPipeline
 from opensora.models.vae.vae_temporal import CausalConv3d, TimeUpsample
 from tests.test_plain import error
@@ -41,7 +43,7 @@ pytestmark = pytest.mark.skipif(not has_onednn(), reason="PyTorch is built witho
 @pytest.fixture(autouse=True)
 def same_numbers_of_few_pixels(monkeypatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(winograd, "FEW", 64)
+    monkeypatch.setattr(winograd, "MIN_TILES", 64)
 
 
 def convolution(*channels: int, kernel: int = 3, bias: bool = True, **how: Any) -> nn.Conv2d:
@@ -50,7 +52,7 @@ def convolution(*channels: int, kernel: int = 3, bias: bool = True, **how: Any) 
 
 
 def placed(conv: nn.Conv2d) -> nn.Conv2d:
-    return place(nn.Sequential(copy.deepcopy(conv)), CPU)[0]
+    return to_device(nn.Sequential(copy.deepcopy(conv)), CPU)[0]
 
 
 SHAPES = [
@@ -65,17 +67,17 @@ def test_fewer_products_are_as_accurate(count, inside, outside, height, width, b
     conv = convolution(inside, outside, bias=bias)
     x = torch.randn(count, inside, height, width)
     shift = None if conv.bias is None else conv.bias.double()
-    for rule, seen in ((TWO_OF_THREE, x), (DOUBLED, F.interpolate(x, scale_factor=2.0))):
+    for rule, seen in ((TWO_OF_THREE, x), (UPSAMPLED, F.interpolate(x, scale_factor=2.0))):
         true = F.conv2d(seen.double(), conv.weight.double(), shift, padding=1)
         for given in (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
-            made = Kernels(conv, rule).convolve(given)
+            made = TransformedKernels(conv, rule).convolve(given)
             assert made.shape == true.shape and made.is_contiguous(memory_format=torch.channels_last)
             assert error(made, true) < 1e-6
 
 
 def test_kernels_are_made_again_when_the_weights_change():
     conv = convolution(128, 128)
-    x, kernels = torch.randn(1, 128, 16, 16), Kernels(conv, TWO_OF_THREE)
+    x, kernels = torch.randn(1, 128, 16, 16), TransformedKernels(conv, TWO_OF_THREE)
     before, first = kernels.convolve(x), kernels.taps[0]
     assert torch.equal(kernels.convolve(x), before) and kernels.taps[0] is first
     conv.weight.mul_(2)
@@ -84,7 +86,7 @@ def test_kernels_are_made_again_when_the_weights_change():
 
 def test_kernels_are_made_of_as_many_frames_as_there_are():
     conv = CausalConv3d(128, 128).requires_grad_(False)
-    kernels, made = Kernels(conv.conv, TWO_OF_THREE), []
+    kernels, made = TransformedKernels(conv.conv, TWO_OF_THREE), []
     for frames in (1, 5, 2):
         x = torch.randn(1, 128, frames, 8, 8)
         out = kernels.convolve(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (1, -1)).transpose(1, 2)
@@ -96,8 +98,8 @@ def test_kernels_are_made_of_as_many_frames_as_there_are():
 def test_wide_convolutions_take_part_by_themselves(monkeypatch):
     conv = convolution(WIDE, WIDE)
     fast, x = placed(conv), torch.randn(2, WIDE, 12, 12)
-    called, convolve = [], Kernels.convolve
-    monkeypatch.setattr(Kernels, "convolve", lambda self, x: called.append(1) or convolve(self, x))
+    called, convolve = [], TransformedKernels.convolve
+    monkeypatch.setattr(TransformedKernels, "convolve", lambda self, x: called.append(1) or convolve(self, x))
     assert error(fast(x), conv(x)) < 1e-6 and called == [1]
     assert fast.state_dict().keys() == conv.state_dict().keys()
 
@@ -116,7 +118,7 @@ def test_others_stay_as_they_are(conv):
 
 
 def test_what_does_not_suit_is_computed_directly(monkeypatch):
-    monkeypatch.setattr(Kernels, "convolve", None)
+    monkeypatch.setattr(TransformedKernels, "convolve", None)
     fast, x = placed(convolution(WIDE, WIDE)), torch.randn(1, WIDE, 16, 16)
     fast(x[:, :, :15])  # too few tiles
     fast(x.clone().requires_grad_()).sum().backward()
@@ -144,13 +146,13 @@ def test_single_pixels_are_a_product(monkeypatch):
 @pytest.mark.parametrize("outside", [32, 64])
 def test_residual_blocks_give_the_same_bits(outside):
     how = {"in_channels": 32, "out_channels": outside, "temb_channels": None}
-    plainly, fast = (ResnetBlock2D(**how).eval().requires_grad_(False) for _ in range(2))
-    fast.load_state_dict(plainly.state_dict())
-    place(nn.Sequential(fast, plainly), CPU)
-    del plainly.forward
+    plainly = ResnetBlock2D(**how).eval().requires_grad_(False)
+    fast = to_device(copy.deepcopy(plainly), CPU)
+    for name, part in fast.named_children():
+        plainly.register_module(name, part)
     x = torch.randn(2, 32, 9, 7).to(memory_format=torch.channels_last)
     given = x.clone(memory_format=torch.preserve_format)
-    assert "forward" in vars(fast) and torch.equal(fast(given, None), plainly(x, None))
+    assert isinstance(fast, FusedResidual) and torch.equal(fast(given, None), plainly(x, None))
     assert torch.equal(given, x), "what a block is given stays as it is"
     with torch.enable_grad():
         fast(x.requires_grad_(), None).sum().backward()
@@ -160,8 +162,7 @@ def test_residual_blocks_give_the_same_bits(outside):
 @pytest.mark.parametrize("change", [{"temb_channels": 8}, {"up": True}, {"down": True}, {"output_scale_factor": 2.0}])
 def test_other_residual_blocks_stay_as_they_are(change):
     block = ResnetBlock2D(**{"in_channels": 32, "temb_channels": None} | change).eval().requires_grad_(False)
-    place(nn.Sequential(block), CPU)
-    assert "forward" not in vars(block)
+    assert type(to_device(block, CPU)) is ResnetBlock2D
 
 
 def wide_vae() -> VideoAutoencoderPipeline:
@@ -170,7 +171,7 @@ def wide_vae() -> VideoAutoencoderPipeline:
 
 
 def test_a_wide_autoencoder_agrees_with_the_plain_formulation():
-    slow, fast = wide_vae(), place(wide_vae(), CPU)
+    slow, fast = wide_vae(), to_device(wide_vae(), CPU)
     z = torch.randn(1, 4, fast.get_latent_size((5, None, None))[0], 9, 11)
     expected = plain.decode(slow, z, 5)
     assert error(fast.decode(z, 5), expected) < 1e-5
@@ -182,13 +183,12 @@ def test_memory_plans_keep_the_kernels_or_not():
     """What is counted is what is held; smaller plans hold fewer, the least one none, and all give the same clip."""
     z, made = torch.randn(1, 4, 3, 16, 16), []
     for plan in PLANS:
-        vae = place(wide_vae(), CPU)
-        plan.arrange_vae(vae)
+        vae = to_device(wide_vae(), CPU)
+        plan.prepare_vae(vae)
         made.append(vae.decode(z, 9))
         wide = [module for module in vae.modules() if isinstance(module, WinogradConv2d)]
-        in_time = [module for module in vae.modules() if "folded" in vars(module)]
-        kept = [vars(module)["kernels"] for module in wide if "kernels" in vars(module)]
-        kept += [module.folded.kernels for module in in_time]
+        in_time = [module for module in vae.modules() if isinstance(module, WinogradTime)]
+        kept = [module.transformed for module in [*wide, *in_time]]
         held = [tensor for kernels in kept for tap in kernels.taps for row in tap for tensor in row]
         assert bool(wide) is (nn.Conv2d in plan.winograd) and bool(in_time) is (CausalConv3d in plan.winograd)
         doubled = 3 * 4 * 16 * WIDE**2  # are counted with the others, and hold kernels of their own
@@ -200,8 +200,8 @@ def test_memory_plans_keep_the_kernels_or_not():
 def test_kernels_can_be_forgotten():
     fast = placed(convolution(WIDE, WIDE))
     fast(torch.randn(1, WIDE, 16, 16))
-    forget_winograd(nn.Sequential(fast))
-    assert type(fast) is nn.Conv2d and not any(isinstance(value, Kernels) for value in vars(fast).values())
+    (fast,) = without_winograd(nn.Sequential(fast))
+    assert type(fast) is nn.Conv2d and not any(isinstance(value, TransformedKernels) for value in vars(fast).values())
     assert kernel_bytes(nn.ModuleDict({"decoder": fast}), "encoder") == 0
     assert kernel_bytes(nn.ModuleDict({"decoder": fast}), "decoder") == 4 * 16 * WIDE**2
 
@@ -212,7 +212,7 @@ def test_fewer_products_pay_sooner_where_the_direct_way_is_slow(mkl, monkeypatch
     fast = placed(convolution(128, 128))
     assert isinstance(fast, WinogradConv2d) is not mkl
     assert isinstance(placed(convolution(128, 256)), WinogradConv2d)
-    assert "folded" in vars(place(nn.Sequential(CausalConv3d(128, 128).requires_grad_(False)), CPU)[0])
+    assert isinstance(to_device(CausalConv3d(128, 128).requires_grad_(False), CPU), WinogradTime)
 
 
 @pytest.mark.parametrize("mkl", [True, False])
@@ -223,13 +223,13 @@ def test_fewer_products_pay_sooner_where_the_direct_way_is_slow(mkl, monkeypatch
 def test_convolutions_over_frames_with_fewer_products(samples, frames, height, width, bias, mkl, monkeypatch):
     """Shorter and longer than the kernel, sides that tiles do not fill, several bands and clips, any layout."""
     monkeypatch.setattr(linear, "mkl_is_faster", lambda: mkl)
-    monkeypatch.setattr(winograd, "TILES", 60)
+    monkeypatch.setattr(winograd, "MAX_TILES", 60)
     conv = CausalConv3d(128, 160, bias=bias).requires_grad_(False)
-    fast = place(nn.Sequential(copy.deepcopy(conv)), CPU)[0]
+    fast = to_device(nn.Sequential(copy.deepcopy(conv)), CPU)[0]
     x = torch.randn(samples, 128, frames, height, width)
     true = conv.double()(x.double())
-    called, convolve = [], Kernels.convolve
-    monkeypatch.setattr(Kernels, "convolve", lambda self, *args: called.append(1) or convolve(self, *args))
+    called, convolve = [], TransformedKernels.convolve
+    monkeypatch.setattr(TransformedKernels, "convolve", lambda self, *args: called.append(1) or convolve(self, *args))
     for given in (x, x.to(memory_format=torch.channels_last_3d)):
         assert error(fast(given), true) < 1e-6
     assert called == [1, 1] and fast.state_dict().keys() == conv.state_dict().keys()
@@ -237,14 +237,14 @@ def test_convolutions_over_frames_with_fewer_products(samples, frames, height, w
 
 def test_frames_that_are_doubled_and_those_that_do_not_suit(monkeypatch):
     conv = TimeUpsample(128).requires_grad_(False)
-    fast, x = place(nn.Sequential(copy.deepcopy(conv)), CPU)[0], torch.randn(1, 128, 2, 12, 12)
+    fast, x = to_device(nn.Sequential(copy.deepcopy(conv)), CPU)[0], torch.randn(1, 128, 2, 12, 12)
     assert error(fast(x), conv(x)) < 1e-6
-    monkeypatch.setattr(Kernels, "convolve", None)
+    monkeypatch.setattr(TransformedKernels, "convolve", None)
     assert error(fast(x[..., :5]), conv(x[..., :5])) < 1e-6  # too few tiles
     fast(x.clone().requires_grad_()).sum().backward()
     assert error(fast.double()(x.double()), conv.double()(x.double())) < 1e-12
     for other in (CausalConv3d(128, 128, 1), CausalConv3d(128, 128, time_stride=2), CausalConv3d(64, 128)):
-        assert "folded" not in vars(place(nn.Sequential(other.requires_grad_(False)), CPU)[0])
+        assert not isinstance(to_device(other.requires_grad_(False), CPU), WinogradTime)
 
 
 def test_few_channels_are_not_worth_it():

@@ -1,19 +1,26 @@
-"""Activation checkpointing: a block's activations are computed again in the backward pass instead of being kept."""
+"""Activation checkpointing: a block's activations are recomputed in the backward pass (Chen et al. 2016)."""
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from opensora.acceleration.model_parts import blocks_of
+from opensora.acceleration.model_parts import replace_blocks
+from opensora.acceleration.replace_modules import ModuleWrapper
+
+
+class CheckpointedModule(ModuleWrapper):
+    """Keeps only the inputs of `wrapped` for the backward pass; the result is the same.
+
+    The modules draw no random numbers, so no generator state is kept.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(self.wrapped, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Keeps only the input of each block for the backward pass (Chen et al. 2016); the numbers stay the same.
-
-    Blocks draw no random numbers, so no state of a generator is kept.
-    """
-    for block in blocks_of(model):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    """Checkpoints the activations of every transformer block of `model`."""
+    replace_blocks(model, CheckpointedModule)

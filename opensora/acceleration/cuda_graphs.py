@@ -1,41 +1,63 @@
-"""Evaluations of a model recorded once and replayed: a device is given one graph instead of a thousand operations.
+"""CUDA graphs: model evaluations captured once and replayed.
 
-Where a step is short, as with images and small videos, giving them to an accelerator one after the other takes longer
-than they do. The operations are the same, and so are the numbers.
+Where a step is short, as with images and small videos, launching its kernels takes longer than running them. A replayed
+graph launches the same kernels at once and gives the same numbers.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from opensora.acceleration.device import record
 from opensora.errors import ConfigError
 
-MOST = 4  # graphs that are kept, each with the memory that it works in
+MAX_GRAPHS = 4  # kept at once, each with its own memory
+Output = TypeVar("Output")
+
+
+def capture(work: Callable[[], Output], device: torch.device) -> tuple[Callable[[], None], Output]:
+    """Captures `work` as a graph; returns its replay function and the output tensors that a replay fills.
+
+    Nothing is computed during capture.
+    """
+    graph = torch.accelerator.Graph()
+    with torch.Stream(device), graph:
+        output = work()
+    return graph.replay, output
+
+
+def check_graphs(device: torch.device) -> None:
+    """Raises ConfigError unless a device captures graphs."""
+    try:
+        trial = torch.zeros(1, device=device)
+        replay, _ = capture(lambda: trial.add_(1), device)
+        replay()
+    except (AttributeError, RuntimeError, NotImplementedError) as error:
+        why = f"PyTorch {torch.__version__} captures no graphs on device '{device}'"
+        raise ConfigError(f"graphs: {why}; leave --graphs out") from error
 
 
 class _Graph(NamedTuple):
-    given: list[Any]  # what it reads
-    made: Tensor  # and what it fills
+    inputs: list[Any]  # arguments whose tensors a replay reads
+    output: Tensor  # filled by a replay
     replay: Callable[[], None]
 
 
-class Recorded:
-    """A model that is called as it is, on an accelerator, without gradients; it computes on the device of its latents.
+class CapturedModel:
+    """Calls a model on an accelerator through captured graphs, without gradients.
 
-    Calls are of one kind if their arguments differ in nothing but the numbers of tensors. The first of a kind runs as
-    it would: libraries choose their kernels, and the model makes what it keeps. The second is recorded.
+    There is one graph for each combination of shapes, dtypes and other argument values. The first call of a
+    combination runs the model as a warm-up; the second captures it.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.seen: deque[tuple[Any, _Graph | None]] = deque(maxlen=MOST)
+        self.graphs: deque[tuple[Any, _Graph | None]] = deque(maxlen=MAX_GRAPHS)  # by signature; None: warmed up
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -43,33 +65,33 @@ class Recorded:
     @torch.inference_mode()
     def __call__(self, x: Tensor, timestep: Tensor, **others: Any) -> Tensor:
         values, structure = tree_flatten((x, timestep, others))
-        kind = structure, [_kind(value) for value in values]
-        found = next((entry for entry in self.seen if entry[0] == kind), None)
-        if found is None:
-            self.seen.append((kind, None))
+        signature = structure, [_signature(value) for value in values]
+        entry = next((entry for entry in self.graphs if entry[0] == signature), None)
+        if entry is None:
+            self.graphs.append((signature, None))
             return self.model(x, timestep, **others)
-        graph = found[1]
+        graph = entry[1]
         if graph is None:
-            graph = self._record(values, structure, x.device)
-            self.seen.remove(found)
-            self.seen.append((kind, graph))
+            graph = self._capture(values, structure, x.device)
+            self.graphs.remove(entry)
+            self.graphs.append((signature, graph))
         else:
-            torch._foreach_copy_(_tensors(graph.given), _tensors(values))
+            torch._foreach_copy_(_tensors(graph.inputs), _tensors(values))
         graph.replay()
-        return graph.made.clone()  # the next call fills the same memory
+        return graph.output.clone()  # the next replay overwrites the output
 
-    def _record(self, values: list[Any], structure: TreeSpec, device: torch.device) -> _Graph:
-        given = [value.clone() if isinstance(value, Tensor) else value for value in values]
-        x, timestep, others = tree_unflatten(given, structure)
+    def _capture(self, values: list[Any], structure: TreeSpec, device: torch.device) -> _Graph:
+        inputs = [value.clone() if isinstance(value, Tensor) else value for value in values]
+        x, timestep, others = tree_unflatten(inputs, structure)
         try:
-            replay, made = record(lambda: self.model(x, timestep, **others), device)
+            replay, output = capture(lambda: self.model(x, timestep, **others), device)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:150]
-            raise ConfigError(f"this model cannot be recorded here ({reason}); leave --graphs out") from error
-        return _Graph(given, made, replay)
+            raise ConfigError(f"this model cannot be captured here ({reason}); leave --graphs out") from error
+        return _Graph(inputs, output, replay)
 
 
-def _kind(value: Any) -> Any:
+def _signature(value: Any) -> Any:
     return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else value
 
 

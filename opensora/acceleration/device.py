@@ -1,40 +1,24 @@
-"""The only module that names devices: what is there, which dtype runs on it, and how to place a model."""
+"""The only module that names kinds of devices: which are available, which one a process uses, its memory and name."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import platform
 import sys
-from collections.abc import Callable
 from functools import cache
-from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn import attention
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map_only
 
-from opensora.acceleration.kernels.attention import use_host_attention
-from opensora.acceleration.kernels.layout import channels_last, leave_file, outputs_last
-from opensora.acceleration.kernels.linear import multiplies_bf16, use_onednn
-from opensora.acceleration.kernels.modulation import use_host_modulation
-from opensora.acceleration.kernels.residual import fuse_residuals
-from opensora.acceleration.kernels.upsample import fuse_upsampling
-from opensora.acceleration.kernels.winograd import use_winograd
 from opensora.errors import ConfigError, did_you_mean
 
-# Kind of device -> the package that brings it, where PyTorch itself does not.
+# Kind of device -> the package that adds it to PyTorch; None for built-in ones.
 PACKAGES = {"cpu": None, "cuda": None, "mps": None, "xpu": None, "npu": "torch_npu", "gcu": "torch_gcu"}
-Batch = TypeVar("Batch")
-Made = TypeVar("Made")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "float64": torch.float64}
+HOST = torch.device("cpu")
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device called `name`, or the accelerator that is there, or the CPU. Raises ConfigError if it is not here."""
+    """The device called `name`; by default the accelerator, else the CPU. Raises ConfigError if it is not available."""
     if name is None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
@@ -48,7 +32,7 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def _import_backend(kind: str) -> None:
-    """Imports the package of a kind of device that PyTorch does not know by itself. Raises ConfigError."""
+    """Imports the package that adds a kind of device to PyTorch, if there is one. Raises ConfigError."""
     package = PACKAGES.get(kind)
     if package is None:
         return
@@ -75,40 +59,53 @@ def _missing(name: str) -> str:
     return text
 
 
-def take_own(device: torch.device, number: int, share: bool = False) -> None:
-    """Makes device `number` of this machine, of the kind of `device`, the current one of this process.
+def is_cpu(device: torch.device) -> bool:
+    """Whether a device is the host's processor."""
+    return device.type == "cpu"
 
-    Raises ConfigError where there are fewer, unless processes may `share` them, or where one of them is named.
+
+def shares_host_memory(device: torch.device) -> bool:
+    """Whether a device computes in the host's memory."""
+    return device.type in ("cpu", "mps")
+
+
+def set_device(device: torch.device, local_rank: int, share: bool = False) -> None:
+    """Makes device number `local_rank`, of the kind of `device`, the current one of this process.
+
+    With `share`, processes beyond the number of devices share them. Raises ConfigError if there are fewer devices, or
+    if `device` has an index.
     """
-    if device.type == "cpu":
+    if is_cpu(device):
         return
     if device.index is not None:
         remedy = f"name just '{device.type}': each process takes its own"
         raise ConfigError(f"device '{device}' is a single one, but torchrun has started several processes; {remedy}")
     module = torch.get_device_module(device)
-    there = module.device_count()
-    if number >= there and not share:
-        raise ConfigError(f"rank {number} of this machine has no device; start {there} with --nproc_per_node {there}")
-    if hasattr(module, "set_device"):  # else there is only one
-        module.set_device(number % there)
+    count = module.device_count()
+    if local_rank >= count and not share:
+        raise ConfigError(
+            f"rank {local_rank} of this machine has no device; start {count} with --nproc_per_node {count}"
+        )
+    if hasattr(module, "set_device"):  # some back ends have a single device
+        module.set_device(local_rank % count)
 
 
 def synchronize(device: torch.device) -> None:
-    """Returns when a device has done all that it was given."""
-    if device.type != "cpu":
+    """Waits until the device has finished all queued work."""
+    if not is_cpu(device):
         torch.get_device_module(device).synchronize()
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Starts a new peak, where a device keeps accounts."""
-    module = None if device.type == "cpu" else torch.get_device_module(device)
+    """Resets the peak that `peak_memory` reads, on devices that record one."""
+    module = None if is_cpu(device) else torch.get_device_module(device)
     if hasattr(module, "reset_peak_memory_stats"):
         module.reset_peak_memory_stats()
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most bytes that were allocated at once on a device, of this process on a host; None where nobody says."""
-    if device.type == "cpu":
+    """Peak bytes allocated on a device; on a CPU, of this process. None if unknown."""
+    if is_cpu(device):
         with contextlib.suppress(ImportError):
             import resource
 
@@ -119,67 +116,17 @@ def peak_memory(device: torch.device) -> int | None:
     return int(module.max_memory_allocated()) if hasattr(module, "max_memory_allocated") else None
 
 
-def name_of(device: torch.device) -> str:
-    """A device in words: its own name, or how many threads compute."""
-    if device.type == "cpu":
+def device_name(device: torch.device) -> str:
+    """The name of a device for people: an accelerator's model, or a processor and its number of threads."""
+    if is_cpu(device):
         return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    ask = getattr(torch.get_device_module(device), "get_device_name", None)
-    return str(ask()) if ask else device.type
-
-
-def inference_dtype(device: torch.device, dtype: str, on_cpu: str = "fp32") -> torch.dtype:
-    """The dtype models compute in: on a CPU `on_cpu` (half types are slow on most) or float64, else as asked.
-
-    Raises ConfigError for bf16 on a CPU without products for it.
-    """
-    if device.type != "cpu" or dtype == "float64":
-        return DTYPES[dtype]
-    if on_cpu == "bf16" and not multiplies_bf16():
-        raise ConfigError("this processor has no products of bf16 for cpu_dtype; leave it out, or use 'fp32'")
-    return DTYPES[on_cpu]
-
-
-def training_context(device: torch.device, dtype: str) -> contextlib.ExitStack:
-    """What the forward pass of training runs under: mixed precision and the attention kernels that suit the device.
-
-    In bf16 and fp16 matrix products take that type; parameters and sums stay in float32.
-    """
-    context = contextlib.ExitStack()
-    if dtype in ("bf16", "fp16"):
-        context.enter_context(torch.autocast(device.type, DTYPES[dtype]))
-    context.enter_context(training_attention(device))
-    return context
-
-
-def training_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """The attention kernels alone: for the backward pass, which computes checkpointed blocks again as they were.
-
-    On a CPU the backward pass of fused attention is slower than plain matrix products at small sizes.
-    """
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-
-
-def use_attention(name: str | None) -> None:
-    """Has PyTorch's attention call the kernels of an installed package, by its name in PyTorch; None: as it is.
-
-    Raises ConfigError if this PyTorch does not know it, or its package is not there or not for this device.
-    """
-    if name is None:
-        return
-    known = getattr(attention, "list_flash_attention_impls", list)()
-    if name not in known:
-        remedy = f"it knows {', '.join(known)}" if known else "use a later one"
-        raise ConfigError(f"attention '{name}' is not known to PyTorch {torch.__version__}; {remedy}")
-    try:
-        attention.activate_flash_attention_impl(name)
-    except Exception as error:  # the package and what it needs raise anything
-        reason = " ".join(str(error).split())[:150]
-        raise ConfigError(f"attention '{name}' cannot be used here ({reason}); leave it out") from error
+    get_name = getattr(torch.get_device_module(device), "get_device_name", None)
+    return str(get_name()) if get_name else device.type
 
 
 @cache
-def optimizer_kernels(device: torch.device) -> dict[str, bool]:
-    """The keywords by which AdamW is fastest on a device: one kernel for all of a step, or one for each operation."""
+def fastest_adamw(device: torch.device) -> dict[str, bool]:
+    """The keywords of the fastest AdamW on a device: fused where it exists, else foreach."""
     try:
         trial = torch.zeros(1, device=device).requires_grad_()
         trial.grad = torch.zeros_like(trial)
@@ -187,101 +134,3 @@ def optimizer_kernels(device: torch.device) -> dict[str, bool]:
     except (RuntimeError, NotImplementedError):
         return {"fused": False, "foreach": True}
     return {"fused": True, "foreach": False}
-
-
-def runs_ahead(device: torch.device) -> bool:
-    """Whether a device works off what it is given while the program goes on, and tells when it has done a part."""
-    if device.type == "cpu":
-        return False
-    try:
-        torch.Event(device.type).record()
-    except (RuntimeError, NotImplementedError):
-        return False
-    return True
-
-
-def read_later(numbers: Tensor) -> Callable[[], list[float]]:
-    """What gives a tensor's numbers, and waits only for what its device was given before this call."""
-    if not runs_ahead(numbers.device):
-        return numbers.tolist
-    there = numbers.to("cpu", non_blocking=True)
-    copied = torch.Event(numbers.device.type)
-    copied.record()
-
-    def read() -> list[float]:
-        copied.synchronize()
-        return there.tolist()
-
-    return read
-
-
-def record(work: Callable[[], Made], device: torch.device) -> tuple[Callable[[], None], Made]:
-    """What has a device do once more all that `work` gives it, and what it fills by that.
-
-    The device does nothing of it in this call. The numbers are those that the same tensors have at each replay.
-    """
-    graph = torch.accelerator.Graph()
-    with torch.Stream(device), graph:
-        made = work()
-    return graph.replay, made
-
-
-def check_graphs(device: torch.device) -> None:
-    """Raises ConfigError unless operations can be recorded on a device."""
-    try:
-        trial = torch.zeros(1, device=device)
-        replay, _ = record(lambda: trial.add_(1), device)
-        replay()
-    except (AttributeError, RuntimeError, NotImplementedError) as error:
-        why = f"PyTorch {torch.__version__} records nothing for device '{device}'"
-        raise ConfigError(f"graphs: {why}; leave --graphs out") from error
-
-
-def copied_alongside(device: torch.device) -> Callable[[Batch], Batch]:
-    """What puts a batch's tensors where a device copies them from while the program goes on; on a host it does nothing.
-
-    Copies with non_blocking=True wait for the device otherwise.
-    """
-    if device.type in ("cpu", "mps"):  # one memory for both
-        return lambda batch: batch
-    try:
-        torch.empty(1).pin_memory()
-    except (RuntimeError, NotImplementedError):
-        return lambda batch: batch
-    return lambda batch: tree_map_only(Tensor, _pinned, batch)
-
-
-def _pinned(tensor: Tensor) -> Any:
-    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
-
-
-def place(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on its device, with the formulation of its operations that suits it."""
-    halves = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters())
-    folded = device.type == "cpu" and not halves  # whose sums over frames would be rounded frame by frame
-    for module in model.modules():
-        if hasattr(module, "fold_time"):
-            module.fold_time = folded
-    if device.type == "cpu":
-        use_onednn(model)
-        use_host_attention(model)
-        use_host_modulation(model)
-        use_winograd(model)
-    model = model.to(device)
-    arranged = channels_last(model, folded=folded)
-    if device.type == "cpu":
-        leave_file(model, arranged + outputs_last(model))
-    fuse_upsampling(model)
-    fuse_residuals(model)
-    return model
-
-
-def keep_allocations_in_heap() -> None:
-    """Makes glibc reuse large buffers instead of returning them to the system after each operation.
-
-    Fresh pages cost more than the arithmetic on them: point-wise operations run about 1.5 times faster on a CPU.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # elsewhere there is no glibc
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: take no buffer from mmap
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give none back

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -26,5 +27,17 @@ def kept_in_float32(name: str) -> bool:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The blocks of a transformer, those of each list (`blocks`, `spatial_blocks`, T5's `block`) in their order."""
-    lists = (part for name, part in model.named_modules() if name.endswith(("block", "blocks")))
-    return [block for part in lists if isinstance(part, nn.ModuleList) for block in part]
+    return [block for blocks in _block_lists(model) for block in blocks]
+
+
+def replace_blocks(model: nn.Module, replacement: Callable[[nn.Module], nn.Module]) -> None:
+    """Replaces each block of a transformer by `replacement(block)`."""
+    for blocks in list(_block_lists(model)):
+        for index, block in enumerate(blocks):
+            blocks[index] = replacement(block)
+
+
+def _block_lists(model: nn.Module) -> Iterator[nn.ModuleList]:
+    for name, part in model.named_modules():
+        if name.endswith(("block", "blocks")) and isinstance(part, nn.ModuleList):
+            yield part

@@ -1,4 +1,4 @@
-"""Choices of speed, tried for a moment on the device at hand: some win on one device and lose on another."""
+"""Short timings of options that are faster on some devices and slower on others."""
 
 from __future__ import annotations
 
@@ -10,36 +10,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opensora.acceleration.device import place, synchronize
+from opensora.acceleration.device import is_cpu, synchronize
+from opensora.acceleration.placement import to_device
 from opensora.acceleration.quantization import KINDS
 
-INPUTS, OUTPUTS = 1152, 4608  # of the layer that is tried, the widest of an XL block
-ROWS, ROWS_ON_HOST = 8192, 256  # tokens
-HEADS, LENGTH = 16, 1024  # of the attention that is tried
+INPUTS, OUTPUTS = 1152, 4608  # of the timed layer, the widest of an XL block
+TOKENS, TOKENS_ON_CPU = 8192, 256  # of the timed layer
+HEADS, LENGTH = 16, 1024  # of the timed attention
 ROUNDS = 3
-LOSES = 1.1  # times as long as without the choice, from which on it is worth a word
+SLOWER = 1.1  # from this ratio on an option is reported as slower
 
 
 def linear(kind: str, device: torch.device, dtype: torch.dtype) -> float:
-    """How many times as long as the exact layer a linear layer of 8 bits takes."""
-    x = torch.ones(_rows(device), INPUTS, device=device, dtype=dtype)
+    """The duration of an 8-bit linear layer, relative to the exact one."""
+    x = torch.ones(_tokens(device), INPUTS, device=device, dtype=dtype)
     layers = [nn.Linear(INPUTS, OUTPUTS) for _ in range(2)]
-    eight = place(KINDS[kind](layers[0]), device)
-    exact = place(nn.Sequential(layers[1].to(dtype)), device)
+    eight = to_device(KINDS[kind](layers[0]), device)
+    exact = to_device(nn.Sequential(layers[1].to(dtype)).requires_grad_(False), device)
     return ratio(lambda: eight(x), lambda: exact(x), device)
 
 
 def products(dtype: torch.dtype, other: torch.dtype, device: torch.device) -> float:
-    """How many times as long as in the other type a linear layer takes in this one."""
+    """The duration of a linear layer in `dtype`, relative to the other dtype."""
     work = []
     for one in (dtype, other):
-        layer = place(nn.Sequential(nn.Linear(INPUTS, OUTPUTS)).to(one), device)
-        work.append(_call(layer, torch.ones(_rows(device), INPUTS, device=device, dtype=one)))
+        layer = to_device(nn.Sequential(nn.Linear(INPUTS, OUTPUTS)).to(one).requires_grad_(False), device)
+        work.append(_call(layer, torch.ones(_tokens(device), INPUTS, device=device, dtype=one)))
     return ratio(*work, device)
 
 
 def attention(switch: Callable[[], None], device: torch.device, dtype: torch.dtype) -> float:
-    """How many times as long attention takes after `switch` as before."""
+    """The duration of attention after `switch`, relative to before."""
     x = torch.ones(1, HEADS, LENGTH, 72, device=device, dtype=dtype)
 
     def work() -> Tensor:
@@ -51,13 +52,13 @@ def attention(switch: Callable[[], None], device: torch.device, dtype: torch.dty
 
 
 def ratio(choice: Callable[[], Any], usual: Callable[[], Any], device: torch.device) -> float:
-    """How many times as long as the usual work the choice takes."""
+    """The duration of `choice`, relative to `usual`."""
     return seconds(choice, device) / seconds(usual, device)
 
 
 @torch.inference_mode()
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """The least that `work` takes in a few rounds, the first call apart."""
+    """The shortest duration of `work` in a few rounds, after a warm-up."""
     found = []
     for _ in range(ROUNDS + 1):
         begin = time.perf_counter()
@@ -67,8 +68,8 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return min(found[1:])
 
 
-def _rows(device: torch.device) -> int:
-    return ROWS_ON_HOST if device.type == torch.empty(0).device.type else ROWS
+def _tokens(device: torch.device) -> int:
+    return TOKENS_ON_CPU if is_cpu(device) else TOKENS
 
 
 def _call(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from opensora import registry
-from opensora.acceleration.device import place
+from opensora.acceleration.placement import to_device
 from opensora.acceleration.quantization import quantize
 from opensora.checkpoints.fit import load_weights
 from opensora.checkpoints.hub import locate, one_line, read_config_json
@@ -19,7 +19,8 @@ from opensora.checkpoints.tokenizer import check_tokenizer, tokenizer_hash
 from opensora.config.schema import check
 from opensora.config.sections import check_type, checked
 from opensora.config.sections.checkpoints import CLIPConfig, CLIPTextConfig, ModelMetadata, T5Config, TokenizerConfig
-from opensora.distributed.fsdp import Layout, shard
+from opensora.distributed.fsdp import shard
+from opensora.distributed.process_group import RankLayout
 from opensora.errors import ConfigError, OpenSoraError, WeightsError
 from opensora.files import read_json
 from opensora.models.text_encoder.clip import make_clip
@@ -32,7 +33,7 @@ TEXT_CONFIGS = {"t5": T5Config, "clip": CLIPConfig, "clip_text": CLIPTextConfig}
 WITHOUT_WEIGHTS = ("classes",)
 MAX_LENGTHS = {"t5": 300, "clip": 77}  # tokens, where a section does not say
 Section = Mapping[str, Any]
-SINGLE_RANK = Layout()  # one rank
+SINGLE_RANK = RankLayout()
 
 
 def check_section(section: Section, what: str) -> None:
@@ -112,7 +113,7 @@ def load_model_weights(
     """
     summary = load_weights(model, path, dtype=dtype, strict=section.get("strict", True))
     model = model.eval().requires_grad_(False)
-    place(model if linear == "exact" else quantize(model, linear), device)
+    to_device(model if linear == "exact" else quantize(model, linear), device)
     return summary
 
 
@@ -160,8 +161,8 @@ def _check_vocabulary(encoder: Any, folder: Path) -> None:
 
 
 def load_text_encoder_weights(
-    encoder: Any, section: Section, path: Path, device: torch.device, layout: Layout = SINGLE_RANK,
-    put: Callable[[nn.Module, torch.device], Any] = place,
+    encoder: Any, section: Section, path: Path, device: torch.device, layout: RankLayout = SINGLE_RANK,
+    put: Callable[[nn.Module, torch.device], Any] = to_device,
 ) -> Summary:  # fmt: skip
     """Loads the weights of a built text encoder, which `put` then moves to the device; returns a summary.
 
@@ -170,14 +171,14 @@ def load_text_encoder_weights(
     summary = load_weights(encoder.model, path)
     if section.get("shardformer"):
         shard(encoder.model, layout)
-        put = place
+        put = to_device
     put(encoder.model, device)
     return summary
 
 
 def load_component(
     section: Section, what: str, device: torch.device, dtype: torch.dtype, offline: bool = False,
-    layout: Layout = SINGLE_RANK,
+    layout: RankLayout = SINGLE_RANK,
 ) -> tuple[Any, Summary]:  # fmt: skip
     """Builds and loads a "model", "vae" or "text_encoder" for inference; returns it and a summary of the checkpoint."""
     path = find_weights(section, what, offline)

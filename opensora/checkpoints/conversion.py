@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from opensora import registry
-from opensora.acceleration.device import DTYPES
 from opensora.acceleration.model_parts import kept_in_float32
+from opensora.acceleration.precision import DTYPES
 from opensora.checkpoints import builder
 from opensora.checkpoints.fit import check_finite, fit
 from opensora.checkpoints.hub import locate

@@ -1,17 +1,19 @@
-"""The flags of a command, made out of the fields of its settings: type, default, help, and the group they belong to."""
+"""The flags of a command, declared by the fields of its settings: type, default, help and group."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from opensora.cli.parser import Parser
-from opensora.config.settings import InferenceSettings, Settings
+from opensora.config import load_config
+from opensora.config.settings import InferenceSettings, TrainSettings
 from opensora.errors import ConfigError
 
-CONFIGURED = "as the configuration says"
+SettingsClass = type[InferenceSettings] | type[TrainSettings]
+CONFIGURED = "as configured"
 
 
 def boolean(text: str | bool) -> bool:
@@ -22,36 +24,36 @@ def boolean(text: str | bool) -> bool:
     return word in ("true", "t", "yes", "y", "1")
 
 
-# Settings have flags of their own names. These flags set a part of a section: type, help, where to.
+# A setting has a flag of its own name. These flags set a key of a section: type, help, target.
 SECTION_FLAGS = {
     "ckpt_path": (str, "weights of the model", "model.from_pretrained"),
-    "flash_attn": (boolean, "for old commands", "model.enable_flash_attn"),
-    "layernorm_kernel": (boolean, "for old commands", "model.enable_layernorm_kernel"),
+    "flash_attn": (boolean, "accepted, without effect", "model.enable_flash_attn"),
+    "layernorm_kernel": (boolean, "accepted, without effect", "model.enable_layernorm_kernel"),
     "data_path": (str, "table of the data set", "dataset.data_path"),
-    "captions": (str, "rows that must have a text: mostly, required or optional", "dataset.captions"),
+    "captions": (str, "rows that must have a caption: mostly, required or optional", "dataset.captions"),
     "vae_path": (str, "weights of the autoencoder", "vae.from_pretrained"),
     "text_encoder_path": (str, "weights of the text encoder", "text_encoder.from_pretrained"),
 }
 SAMPLING_FLAGS = {
-    "num_sampling_steps": (int, "steps of the sampler", "scheduler.num_sampling_steps"),
-    "cfg_scale": (float, "strength of classifier-free guidance", "scheduler.cfg_scale"),
+    "num_sampling_steps": (int, "sampling steps", "scheduler.num_sampling_steps"),
+    "cfg_scale": (float, "classifier-free guidance scale", "scheduler.cfg_scale"),
 }
-# Other names of flags, as people know them from other programs.
+# Aliases of other programs.
 ALIASES = {
     "num_sampling_steps": ("--steps", "--num-inference-steps"),
     "cfg_scale": ("--guidance-scale",),
     "loop": ("--loops",),
     "output": ("-o",),
 }
-# The documents' programs take these for inference, too; `opensora generate` does not.
-OF_TRAINING = ("outputs", "data_path", "captions")
-READ_AS = {
+# Training flags that scripts/inference.py accepts; `opensora generate` does not.
+SCRIPT_FLAGS = ("outputs", "data_path", "captions")
+ARGUMENTS: dict[str, dict[str, Any]] = {
     "int": {"type": int}, "float": {"type": float}, "str": {"type": str}, "bool": {"type": boolean},
     "Sequence[str]": {"type": str, "nargs": "+"}, "tuple[int, int]": {"type": int, "nargs": 2},
     "tuple[float, float]": {"type": float, "nargs": 2},
 }  # fmt: skip
-NAMES = {int: "N", float: "X", str: "TEXT", boolean: "true|false"}  # of values
-NAMED = {
+TYPE_METAVARS = {int: "N", float: "X", str: "TEXT", boolean: "true|false"}
+METAVARS = {
     "image_size": ("H", "W"), "guidance_interval": ("FROM", "TO"), "aspect_ratio": "H:W", "num_frames": "N|4s",
     "keep": "N|1s", "fps": "N",
     **dict.fromkeys(("ckpt_path", "vae_path", "text_encoder_path"), "PATH"),
@@ -61,46 +63,51 @@ NAMED = {
 
 
 class Flag(NamedTuple):
-    """A flag: the setting it sets, how it is read, what it does, and its value where it is not given."""
+    """A flag: the setting it sets, keyword arguments of `add_argument`, help, and the default that help shows."""
 
     name: str
-    reading: dict[str, Any]
+    arguments: dict[str, Any]
     help: str
     default: str
 
 
-def flags_of(kind: type[Settings]) -> Iterator[Flag]:
-    """Every flag of these settings."""
+def flags_of(kind: SettingsClass, config: Mapping[str, Any] | None = None) -> Iterator[Flag]:
+    """Every flag of these settings. Defaults are those of `config`, else of the fields."""
+    config = config or {}
     for field in dataclasses.fields(kind):
         if field.metadata.get("help"):
-            yield Flag(field.name, _reading(field), field.metadata["help"], _shown(field.default))
-    for name, (convert, text, _) in (
-        SECTION_FLAGS | (SAMPLING_FLAGS if issubclass(kind, InferenceSettings) else {})
-    ).items():
-        yield Flag(name, {"type": convert}, text, CONFIGURED)
+            default = config.get(field.name, field.default)
+            yield Flag(field.name, _arguments(field), field.metadata["help"], _default_text(default))
+    sections = SECTION_FLAGS | (SAMPLING_FLAGS if issubclass(kind, InferenceSettings) else {})
+    for name, (convert, text, target) in sections.items():
+        section, key = target.split(".")
+        default = (config.get(section) or {}).get(key, dataclasses.MISSING)
+        yield Flag(name, {"type": convert}, text, _default_text(default))
 
 
-def _reading(field: dataclasses.Field) -> dict[str, Any]:
+def _arguments(field: dataclasses.Field[Any]) -> dict[str, Any]:
     """How argparse reads the values of a setting's flag; a flag that is not given is None."""
     nargs = field.metadata["nargs"]
     if nargs == 0:
         return {"action": "store_true", "default": None}
     if nargs == "?":  # alone it means True, and an empty text False
         return {"type": lambda text: bool(text) and boolean(text), "nargs": "?", "const": True}
-    return READ_AS[field.type.split(" | ")[0]]
+    return ARGUMENTS[str(field.type).split(" | ")[0]]
 
 
-def _shown(default: Any) -> str:
+def _default_text(default: Any) -> str:
     if default is dataclasses.MISSING:
         return CONFIGURED
     if default is None or default == "":
         return "none"
-    return {True: "yes", False: "no"}[default] if isinstance(default, bool) else str(default)
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
 
 
-# Group of `generate --help` -> its flags; what follows `...` is shown by --help-all alone.
+# Group of `generate --help` -> its flags; only --help-all shows those after `...`.
 GROUPS: dict[str, tuple[Any, ...]] = {
-    "what to make": (
+    "prompts and model": (
         "prompt", "negative_prompt", "prompt_path", "num_sample", "seed", "model", ...,
         "start_index", "end_index", "aes", "flow", "camera_motion", "prompt_generator",
         "llm_refine", "llm_base_url", "llm_model", "cfg_options", "trust_config",
@@ -109,7 +116,7 @@ GROUPS: dict[str, tuple[Any, ...]] = {
         "size", "width", "height", "resolution", "aspect_ratio", "num_frames", "image_size", "fps", ...,
         "save_fps", "frame_interval",
     ),
-    "given images": (
+    "image and video conditioning": (
         "image", "first_frame", "last_frame", "extend", "keep", "edit", "strength", ...,
         "reference_path", "mask_strategy",
     ),
@@ -126,47 +133,56 @@ GROUPS: dict[str, tuple[Any, ...]] = {
         "prompt_as_path", "verbose", "outputs", "data_path", "captions",
     ),
 }  # fmt: skip
-GENERAL = (
+CONFIG_FLAGS = (
     Flag("trust_config", {"action": "store_true"}, "run the configuration as a program", "no"),
-    Flag("cfg_options", {"nargs": "+", "metavar": "KEY=VALUE"}, "other settings, such as model.depth=4; last", "none"),
+    Flag("cfg_options", {"nargs": "+", "metavar": "KEY=VALUE"}, "other settings, such as model.depth=4", "none"),
 )
-SIZES = (  # as other programs spell them
+SIZE_FLAGS = (  # aliases of other programs
     Flag("size", {"type": str, "metavar": "WxH"}, "width and height in pixels, such as 640x480", "none"),
     Flag("width", {"type": int}, "width in pixels, with --height", "none"),
     Flag("height", {"type": int}, "height in pixels, with --width", "none"),
 )
 
 
-def add_flags(parser: Parser, kind: type[Settings], documented: bool = True, more: Sequence[Flag] = ()) -> None:
-    """Adds every flag of these settings but the configuration, and `more`.
+def add_flags(
+    parser: Parser, kind: SettingsClass, *, scripts: bool = True, extra: Sequence[Flag] = (),
+    defaults_of: str | None = None, default_text: str | None = None,
+) -> None:  # fmt: skip
+    """Adds every flag of these settings but the configuration, and the `extra` ones.
 
-    `documented`: also those that only the documents' programs take. Flags of inference come in groups, of which --help
-    shows the common ones.
+    `scripts` also adds SCRIPT_FLAGS. Flags of inference come in groups, of which --help shows the common flags. Help
+    shows `default_text` as every default, or the defaults of the configuration `defaults_of`, or those of the settings.
     """
     grouped = issubclass(kind, InferenceSettings)
-    flags = [one for one in flags_of(kind) if documented or one.name not in OF_TRAINING]
-    flags += [*GENERAL, *(SIZES if grouped else ()), *more]
+    config = load_config(defaults_of)[0] if defaults_of else None
+    flags = [flag for flag in flags_of(kind, config) if scripts or flag.name not in SCRIPT_FLAGS]
+    flags += [*CONFIG_FLAGS, *(SIZE_FLAGS if grouped else ()), *extra]
     if grouped:
         order = [name for names in GROUPS.values() for name in names]
         flags.sort(key=lambda flag: order.index(flag.name) if flag.name in order else len(order))
     for flag in flags:
-        _add(parser, flag, group_of(flag.name) if grouped else None)
+        shown = flag._replace(default=default_text) if default_text else flag
+        _add(parser, shown, group_of(flag.name) if grouped else None)
     if grouped:
         parser.add_help_all()
-    parser.epilog = "[...]: the value without the flag, where the configuration says nothing else."
+    if defaults_of:
+        parser.epilog = f"[...]: the default of the configuration {defaults_of!r}; others may differ."
+    elif not default_text:
+        parser.epilog = "[...]: the default where the configuration has none."
 
 
 def _add(parser: Parser, flag: Flag, title: str | None) -> None:
-    reading, option = dict(flag.reading), option_of(flag.name)
-    if "type" in reading:
-        reading = {"metavar": NAMED.get(flag.name) or NAMES.get(reading["type"], "true|false"), **reading}
+    arguments, option = dict(flag.arguments), option_of(flag.name)
+    if "type" in arguments:
+        metavar = METAVARS.get(flag.name) or TYPE_METAVARS.get(arguments["type"], "true|false")
+        arguments = {"metavar": metavar, **arguments}
     if flag.name == "prompt":
-        reading["action"] = Prompts
+        arguments["action"] = PromptAction
     text = f"{flag.help} [{flag.default}]".replace("%", "%%")
-    where = parser.group(title) if title else parser
-    where.add_argument(option, *ALIASES.get(flag.name, ()), help=text, **{"dest": flag.name, **reading})
+    group = parser.group(title) if title else parser
+    group.add_argument(option, *ALIASES.get(flag.name, ()), help=text, **{"dest": flag.name, **arguments})
     if title and flag.name in _after_dots(GROUPS[title]):
-        parser.rare.add(option)
+        parser.advanced.add(option)
 
 
 def group_of(name: str) -> str | None:
@@ -179,21 +195,21 @@ def _after_dots(names: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def option_of(name: str) -> str:
-    """The flag of a setting."""
+    """The spelling of a setting's flag."""
     return f"--{name.replace('_', '-')}"
 
 
-class Prompts(argparse.Action):
-    """Gathers prompts over all its uses, and notes those that may be one prompt without its quotes."""
+class PromptAction(argparse.Action):
+    """Collects the prompts of every --prompt; keeps as `unquoted` those that may be one prompt without its quotes."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), *values])
-        if unquoted(values):
+        if looks_unquoted(values):
             namespace.unquoted = values
 
 
-def unquoted(prompts: list[str]) -> bool:
-    """Whether these may be the words of one prompt. Numbers are those of classes."""
+def looks_unquoted(prompts: list[str]) -> bool:
+    """Whether these may be the words of one prompt without its quotes. Numbers are class labels."""
     return len(prompts) > 1 and not any(len(one.split()) > 1 for one in prompts) and not all(map(_is_number, prompts))
 
 
@@ -201,7 +217,7 @@ def _is_number(text: str) -> bool:
     return text.strip().removeprefix("-").isdecimal()
 
 
-def take_size(args: argparse.Namespace) -> None:
+def merge_size_flags(args: argparse.Namespace) -> None:
     """Turns --size, or --width and --height, into `image_size`. Raises ConfigError for half a size, or for two."""
     size, width, height = (getattr(args, name, None) for name in ("size", "width", "height"))
     given = [f"--{name}" for name in ("size", "width", "height") if getattr(args, name, None) is not None]
@@ -213,15 +229,21 @@ def take_size(args: argparse.Namespace) -> None:
     if args.image_size is not None or (size is not None and width is not None):
         raise ConfigError(f"{given[0]} says the size, and so does another flag; give it once")
     if size is not None:
-        width, _, height = size.lower().replace("×", "x").partition("x")
-        if not (width.isdecimal() and height.isdecimal() and len(width) < 7 and len(height) < 7):
-            raise ConfigError(f"--size is {size!r}; write width x height in pixels, such as 640x480")
-    args.image_size = [int(height), int(width)]
+        width, height = _parse_size(size)
+    args.image_size = [height, width]
     args.size = args.width = args.height = None
 
 
-def prefer_flags_of_size(args: argparse.Namespace) -> None:
-    """Has a size that the flags say beat the image_size of the configuration. Raises ConfigError as `take_size`."""
-    take_size(args)
+def _parse_size(text: str) -> tuple[int, int]:
+    """Width and height of `WxH`. Raises ConfigError."""
+    width, _, height = text.lower().replace("×", "x").partition("x")
+    if not (width.isdecimal() and height.isdecimal() and len(width) < 7 and len(height) < 7):
+        raise ConfigError(f"--size is {text!r}; write width x height in pixels, such as 640x480")
+    return int(width), int(height)
+
+
+def prefer_size_flags(args: argparse.Namespace) -> None:
+    """Lets --resolution and --aspect-ratio override the image_size of the configuration. Raises ConfigError."""
+    merge_size_flags(args)
     if (args.resolution or args.aspect_ratio) and not args.image_size:
         args.cfg_options = ["image_size=None", *(args.cfg_options or [])]

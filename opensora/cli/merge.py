@@ -1,4 +1,4 @@
-"""Settings out of parsed flags and a configuration file. The command line wins."""
+"""Merges flags into a configuration. Flags take precedence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import secrets
 from dataclasses import fields
 from typing import Any
 
-from opensora.cli.flags import SAMPLING_FLAGS, SECTION_FLAGS, option_of, take_size
+from opensora.cli.flags import SAMPLING_FLAGS, SECTION_FLAGS, merge_size_flags, option_of
 from opensora.config import load_config
 from opensora.config.settings import InferenceSettings, SearchSettings, Settings
 from opensora.distributed.ranks import world_size
@@ -18,7 +18,7 @@ from opensora.errors import ConfigError
 
 logger = logging.getLogger("opensora")
 
-# Flags that also set a part of another section, if there is one.
+# Flags that also set a key of another section, if the configuration has it.
 COPIES = {
     "ckpt_path": "discriminator.from_pretrained",
     "num_frames": "dataset.num_frames",
@@ -27,36 +27,36 @@ COPIES = {
 
 
 def settings_of(kind: type[Settings], args: argparse.Namespace) -> Settings:
-    """The settings of parsed flags over the file `args.config`. Raises ConfigError."""
-    take_size(args)
+    """The settings of the configuration `args.config` with the parsed flags merged in. Raises ConfigError."""
+    merge_size_flags(args)
     config, path = load_config(args.config, args.trust_config)
     merged = merge(config, args)
     if kind is InferenceSettings:
         _draw_seed(merged)
-        _tell_what_wins(merged, _given(args))
+        _warn_of_ignored(merged, _given(args))
     return kind.from_config(merged, path.name)
 
 
 def merge(config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """`config` with every given flag of `args` in its place; unset flags (None) leave the configuration alone.
+    """A copy of `config` with every flag of `args` that is set (not None) merged in.
 
-    Raises ConfigError when a flag belongs into a section that the configuration does not have.
+    Raises ConfigError when a flag sets a key of a section that the configuration lacks.
     """
     merged = copy.deepcopy(config)
-    take_size(args)
+    merge_size_flags(args)
     given = _given(args)
     settings = {field.name for field in (*fields(InferenceSettings), *fields(SearchSettings))}
     merged |= {name: value for name, value in given.items() if name in settings}
     if "prompt_path" in given and "prompt" not in given:
-        merged.pop("prompt", None)  # the prompts of the file, which would win
+        merged.pop("prompt", None)  # the configuration's prompts would win over the file
     for name, (_, _, target) in (SECTION_FLAGS | SAMPLING_FLAGS).items():
-        if name in given and not _place(merged, target, given[name]):
+        if name in given and not _set_key(merged, target, given[name]):
             section = target.partition(".")[0]
             raise ConfigError(f"{option_of(name)} sets {target}, but the configuration has no {section}")
     for name in COPIES.keys() & given.keys():
-        _place(merged, COPIES[name], given[name])
+        _set_key(merged, COPIES[name], given[name])
     for option in args.cfg_options or []:
-        _override(merged, option)
+        _apply_option(merged, option)
     return merged
 
 
@@ -64,20 +64,20 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if value is not None}
 
 
-def _place(config: dict[str, Any], target: str, value: Any) -> bool:
-    """Sets `section.key` of the configuration, if it has that section."""
+def _set_key(config: dict[str, Any], target: str, value: Any) -> bool:
+    """Sets `section.key` and returns True if the configuration has that section."""
     section, key = target.split(".")
     if isinstance(config.get(section), dict):
         config[section][key] = value
     elif section == "dataset" and key in config:
-        config[key] = value  # 1.0 kept the data settings at the top level
+        config[key] = value  # 1.0 has the data settings at the top level
     else:
         return False
     return True
 
 
-def _override(config: dict[str, Any], option: str) -> None:
-    """Sets one dotted `key=value`; the value is a Python literal, or else a text."""
+def _apply_option(config: dict[str, Any], option: str) -> None:
+    """Sets one dotted `key=value`; the value is a Python literal, or else a string."""
     path, equals, text = option.partition("=")
     *sections, key = path.split(".")
     if not equals or not all((*sections, key)):
@@ -93,7 +93,7 @@ def _override(config: dict[str, Any], option: str) -> None:
 
 
 def _draw_seed(merged: dict[str, Any]) -> None:
-    """Puts a number drawn at random where the seed is -1, and says which."""
+    """Replaces the seed -1 by a random one and logs it."""
     if merged.get("seed") != -1 or isinstance(merged["seed"], bool):
         return
     if world_size() > 1:
@@ -102,16 +102,14 @@ def _draw_seed(merged: dict[str, Any]) -> None:
     logger.info("seed %d was drawn", merged["seed"])
 
 
-def _tell_what_wins(merged: dict[str, Any], given: dict[str, Any]) -> None:
-    """Warns where a setting has no effect because another one decides, or because nothing follows it yet."""
+def _warn_of_ignored(merged: dict[str, Any], given: dict[str, Any]) -> None:
+    """Warns of settings that have no effect because another one takes precedence."""
     size = merged.get("image_size")
     asked = given.keys() & {"resolution", "aspect_ratio"} or ("resolution" in merged and "image_size" not in given)
     if size and asked:
         logger.warning("image_size %s decides the size; resolution and aspect_ratio have no effect", size)
     if merged.get("save_fps") and given.keys() & {"fps", "frame_interval"} and "save_fps" not in given:
         logger.warning("videos are saved at save_fps %s; --save-fps changes it, --fps does not", merged["save_fps"])
-    if given.get("batch_size", 1) > 1:
-        logger.warning("--batch-size %d changes nothing yet: samples are computed one at a time", given["batch_size"])
     if (words := given.get("unquoted")) and "prompts" not in given:
         told = f"{len(words)} prompts of one word each make {len(words)} results; quote a prompt of several words"
         logger.warning("%s", told)

@@ -1,4 +1,4 @@
-"""Command lines: exact names of flags, spellings that were published, and refusals that name what was meant."""
+"""Argument parser with exact flag names, published spellings, and one-line errors that suggest the nearest flag."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any, NoReturn
 
 from opensora.errors import ConfigError, did_you_mean
 
-# Abbreviations that documents publish. Beside them only `_` stands for `-` (`--prompt_path`): nothing is guessed.
+# Abbreviations in published documents. Otherwise flags are exact; only `_` may stand for `-` (`--prompt_path`).
 PUBLISHED = {"--cfg": "--cfg-scale"}
 
 
 class _HelpAll(argparse.Action):
-    """Prints the help of all flags."""
+    """Prints the help of all flags and exits."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         print(parser.format_help(everything=True), end="")
@@ -28,22 +28,22 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser for exact flags and values such as `-1,0`. A wrong command line is told in one line.
+    """An ArgumentParser with exact flags and values such as `-1,0`. A wrong command line ends with a one-line error.
 
-    `example` is what a command line that lacks something is told to look like.
+    The error of an incomplete command line shows `example`.
     """
 
-    def __init__(self, *args: Any, example: str = "", **kwargs: Any) -> None:
-        super().__init__(*args, **{"formatter_class": _formatter, **kwargs}, allow_abbrev=False)
+    def __init__(self, prog: str | None = None, *, example: str = "", **kwargs: Any) -> None:
+        super().__init__(prog, formatter_class=_formatter, allow_abbrev=False, **kwargs)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # the rule of Python 3.14, for all versions
         self.example = example
-        self.rare: set[str] = set()  # flags that --help leaves out
-        self.verbs: Sequence[str] = ()  # one of which comes first
-        self.beginnings: Sequence[str] = ()  # flags of which an unambiguous beginning does, as in the original program
+        self.advanced: set[str] = set()  # flags that only --help-all shows
+        self.verbs: Sequence[str] = ()
+        self.abbreviable: Sequence[str] = ()  # flags that accept unambiguous prefixes, as in Open-Sora 1.2
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does, but every word must be known. Words are spelt as the flags are."""
-        words = self._spelt(sys.argv[1:] if args is None else args)
+        """As in argparse, but an unknown word is an error, and flags may use their published spellings."""
+        words = self._normalize(sys.argv[1:] if args is None else args)
         verb = next((word for word in words if not word.startswith("-")), None)
         if self.verbs and verb is not None and verb not in self.verbs:
             self.error(f"unknown verb {verb!r}{did_you_mean(verb, self.verbs)}")
@@ -61,12 +61,12 @@ class Parser(argparse.ArgumentParser):
         )
 
     def group(self, title: str) -> Any:
-        """The group of flags with this title."""
+        """The argument group with this title, added if needed."""
         found = next((one for one in self._action_groups if one.title == title), None)
         return found or self.add_argument_group(title)
 
     def add_help_all(self) -> None:
-        """Adds --help-all, which shows the rare flags, too."""
+        """Adds --help-all, which also shows the advanced flags."""
         self.add_argument("--help-all", action=_HelpAll, nargs=0, help="show every flag and exit")
 
     def format_help(self, everything: bool = False) -> str:
@@ -77,15 +77,15 @@ class Parser(argparse.ArgumentParser):
             formatter.start_section(group.title)
             formatter.add_text(group.description)
             shown = [
-                one for one in group._group_actions if everything or not self.rare.intersection(one.option_strings)
+                one for one in group._group_actions if everything or not self.advanced.intersection(one.option_strings)
             ]
             formatter.add_arguments(shown)
             formatter.end_section()
         formatter.add_text(self.epilog)
         return formatter.format_help()
 
-    def _spelt(self, words: Iterable[str]) -> list[str]:
-        """The words with the flags among them as they are known here."""
+    def _normalize(self, words: Iterable[str]) -> list[str]:
+        """The words, with every flag in its exact spelling."""
         words = list(words)
         for number, word in enumerate(words, 1):
             _check_text(word, number)
@@ -99,9 +99,9 @@ class Parser(argparse.ArgumentParser):
             return word
         dashed = name.replace("_", "-")
         dashed = PUBLISHED.get(dashed, dashed)
-        begun = [flag for flag in self.beginnings if flag.startswith(dashed)]
-        if dashed not in known and len(begun) == 1:
-            dashed = begun[0]
+        matches = [flag for flag in self.abbreviable if flag.startswith(dashed)]
+        if dashed not in known and len(matches) == 1:
+            dashed = matches[0]
         return f"{dashed}{equals}{value}" if dashed in known else word
 
     def _refuse(self, unknown: Sequence[str]) -> NoReturn:
@@ -110,14 +110,14 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{unknown[0]!r} is one word too many here; quote what belongs together, and put flags last")
         name = flag.partition("=")[0]
         known = [one for one in self._option_string_actions if one.startswith("--")]
-        begun = [one for one in known if one.startswith(name)]
-        self.error(f"unknown flag {name}{did_you_mean(name, begun or known)}")
+        longer = [one for one in known if one.startswith(name)]
+        self.error(f"unknown flag {name}{did_you_mean(name, longer or known)}")
 
 
 def _check_text(word: str, number: int) -> None:
-    """Raises ConfigError for a name that no message, recipe or table could hold."""
+    """Raises ConfigError for text that no message, recipe or table can hold."""
     if "\0" in word:
-        raise ConfigError(f"word {number} of the command line holds a NUL character; leave it out")
+        raise ConfigError(f"word {number} of the command line contains a NUL character; remove it")
     try:
         word.encode()
     except UnicodeEncodeError:

@@ -1,8 +1,7 @@
-"""The edge of every program: what it prints and logs, and the status with which it ends.
+"""The process boundary: output, logging, errors and the exit status.
 
-All that is foreign (names of files and tensors, answers of servers) is printed without control characters here, in one
-place: standard output, log lines and the line of an error. Streams that are closed, full or not for every character
-never end in a traceback.
+Foreign text (file and tensor names, server answers) is escaped here, in one place: standard output, log lines and error
+lines. A stream that is closed, full or limited to few characters never causes a traceback.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from typing import Any, TextIO
 from opensora.errors import OpenSoraError, printable
 from opensora.signals import Stopped, handle_stop_signals
 
-BROKEN_PIPE = 141  # as a shell tells of SIGPIPE
-QUIET = ("httpx", "httpx2", "transformers", "diffusers", "huggingface_hub")
+BROKEN_PIPE = 141  # the status that shells report for SIGPIPE
+QUIET_LIBRARIES = ("httpx", "httpx2", "transformers", "diffusers", "huggingface_hub")
 
 MAX_MESSAGE = 1_500  # characters
 
 
 def run_program(program: Callable[[], Any]) -> int:
-    """The exit status of a program: its own number or 0; 1 after a user's error, told in one line; 128+n for signal n.
+    """Runs a program; returns its status (0 if it returns no int), 1 after a user error, 128 + n after stop signal n.
 
-    SIGTERM is not told of: torchrun ends the other ranks by it when one has failed.
+    SIGTERM prints nothing: torchrun sends it to the other ranks when one fails.
     """
     with _safe_streams(), _logging():
         try:
@@ -41,24 +40,24 @@ def run_program(program: Callable[[], Any]) -> int:
             if stop.number != signal.SIGTERM:
                 sys.stderr.write("interrupted; nothing half-written was left\n")
             return stop.status
-        except KeyboardInterrupt:  # raised by something else than a signal to this thread
+        except KeyboardInterrupt:  # not raised by a signal to this thread
             sys.stderr.write("interrupted; nothing half-written was left\n")
             return 128 + signal.SIGINT
         return result if isinstance(result, int) else 0
 
 
 def one_line(text: object) -> str:
-    """A foreign text as one line of what a terminal may show."""
+    """Foreign text as one line without control characters."""
     return printable(text).replace("\n", "\\n")
 
 
 def shortened(text: str) -> str:
-    """A message, cut in its middle where a value in it is longer than anybody reads; its end has the remedy."""
+    """A message with its middle cut if it is too long; the end holds the remedy."""
     return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 500]} ... {text[-480:]}"
 
 
-class _Output:
-    """Standard output without control characters. Where it cannot be written to, the program ends."""
+class _SafeStdout:
+    """Standard output without control characters. A failed write ends the program."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -68,25 +67,25 @@ class _Output:
 
     def write(self, text: str) -> int:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        known = self._shown(text).encode(encoding, "backslashreplace").decode(encoding)
+        known = self._escape(text).encode(encoding, "backslashreplace").decode(encoding)
         self._try(lambda: self._stream.write(known))
         return len(text)
 
     def flush(self) -> None:
         self._try(self._stream.flush)
 
-    def _shown(self, text: str) -> str:
+    def _escape(self, text: str) -> str:
         return printable(text)
 
     def _try(self, act: Callable[[], Any]) -> None:
         try:
             act()
         except (OSError, ValueError) as failure:  # ValueError: somebody has closed it
-            self._let_go()
+            self._discard_buffer()
             self._fail(failure)
 
-    def _let_go(self) -> None:
-        """Lets what is still in the buffer go nowhere, so that the interpreter does not fail on it at its end."""
+    def _discard_buffer(self) -> None:
+        """Redirects the buffered rest to the null device, so that the interpreter does not fail when it exits."""
         with suppress(OSError, ValueError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
@@ -98,10 +97,10 @@ class _Output:
         raise SystemExit(1)
 
 
-class _Messages(_Output):
-    """Standard error, which bars of progress move on. Where it cannot be written to, the work goes on unseen."""
+class _SafeStderr(_SafeStdout):
+    """Standard error, with control characters for progress bars. A failed write is ignored."""
 
-    def _shown(self, text: str) -> str:
+    def _escape(self, text: str) -> str:
         return text
 
     def _fail(self, failure: Exception) -> None:
@@ -110,13 +109,13 @@ class _Messages(_Output):
 
 @contextmanager
 def _safe_streams() -> Iterator[None]:
-    """Standard output and error that are there, and take every text."""
-    for number in range(3):  # or the next file that is opened would become one of them
+    """Replaces standard output and error by streams that are open and accept any text."""
+    for number in range(3):  # otherwise the next opened file would take its number
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    out, messages = (_wrapped(kind, stream) for kind, stream in ((_Output, sys.stdout), (_Messages, sys.stderr)))
+    out, messages = (_wrapped(kind, stream) for kind, stream in ((_SafeStdout, sys.stdout), (_SafeStderr, sys.stderr)))
     with redirect_stdout(out), redirect_stderr(messages):
         try:
             yield
@@ -124,14 +123,14 @@ def _safe_streams() -> Iterator[None]:
             out.flush()
 
 
-def _wrapped(kind: type[_Output], stream: TextIO | None) -> Any:
-    if isinstance(stream, _Output):
+def _wrapped(kind: type[_SafeStdout], stream: TextIO | None) -> Any:
+    if isinstance(stream, _SafeStdout):
         return stream
     return kind(open(os.devnull, "w", encoding="utf-8") if stream is None else stream)
 
 
 class _Formatter(logging.Formatter):
-    """Log lines without control characters, ours as one line each."""
+    """Log lines without control characters; those of this package stay one line."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         shown = super().formatMessage(record)
@@ -143,11 +142,11 @@ class _Formatter(logging.Formatter):
 
 @contextmanager
 def _logging() -> Iterator[None]:
-    """Messages and warnings on standard error, one line each; those of noisy libraries only when they are errors."""
+    """Logs to standard error: messages and warnings, but only errors of noisy libraries."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    for library in QUIET:
+    for library in QUIET_LIBRARIES:
         logging.getLogger(library).setLevel(logging.ERROR)
     logging.captureWarnings(True)
     try:

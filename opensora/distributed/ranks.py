@@ -1,42 +1,78 @@
-"""The ranks that torchrun, or what stands in for it, has named in the environment. Imports nothing heavy."""
+"""The ranks that torchrun, or a launcher like it, names in the environment. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import os
+import socket
 from typing import NamedTuple
 
 from opensora.errors import ConfigError
 
+RANK_TIMEOUT = 600  # seconds that the ranks of a training wait for one another
 _REMEDY = "start the ranks with torchrun, or unset WORLD_SIZE"
 
 
 class Ranks(NamedTuple):
-    """This process among the others: its number, how many there are, and its number on this machine."""
+    """This process among the ranks of a run."""
 
     rank: int
-    count: int
-    local: int
+    world_size: int
+    local_rank: int  # among the ranks of this machine; the number of its device
 
 
 def world_size() -> int:
-    """How many ranks there are; one without torchrun. Raises ConfigError for what is no number."""
+    """The number of ranks; 1 without torchrun. Raises ConfigError."""
     return _number("WORLD_SIZE", 1, least=1)
 
 
-def ranks(connecting: bool = False) -> Ranks:
-    """The place of this process. Raises ConfigError for what is missing or out of range.
+def rank() -> int:
+    """The number of this rank, from 0. Raises ConfigError."""
+    return ranks().rank
 
-    `connecting`: the ranks are about to find one another, so that there must be an address, too.
+
+def ranks(connecting: bool = False) -> Ranks:
+    """The place of this process among the ranks. Raises ConfigError for missing or wrong variables.
+
+    `connecting` also requires the address by which the ranks find one another.
     """
     count = world_size()
     if count == 1:
         return Ranks(0, 1, 0)
-    needed = ("RANK", *(("MASTER_ADDR", "MASTER_PORT") if connecting else ()))
-    if absent := [name for name in needed if not os.environ.get(name)]:
-        raise ConfigError(f"WORLD_SIZE is {count}, but {absent[0]} is not set; {_REMEDY}")
+    _require("RANK", count)
+    own = Ranks(_number("RANK", 0, most=count - 1), count, _number("LOCAL_RANK", 0, most=count - 1))
     if connecting:
+        _require("MASTER_ADDR", count)
+        _require("MASTER_PORT", count)
         _number("MASTER_PORT", 0, most=65535)
-    return Ranks(_number("RANK", 0, most=count - 1), count, _number("LOCAL_RANK", 0, most=count - 1))
+    return own
+
+
+def _require(name: str, count: int) -> None:
+    if not os.environ.get(name):
+        raise ConfigError(f"WORLD_SIZE is {count}, but {name} is not set; {_REMEDY}")
+
+
+def rank_timeout() -> int:
+    """Seconds that the ranks of a training wait for one another: OPENSORA_RANK_TIMEOUT. Raises ConfigError."""
+    return _number("OPENSORA_RANK_TIMEOUT", RANK_TIMEOUT, least=1)
+
+
+def restart_count() -> int:
+    """How often torchrun has restarted this run. Raises ConfigError."""
+    return _number("TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def started_by_torchrun() -> bool:
+    """Whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def launch_id() -> str:
+    """Identifies a start of torchrun; the same after its restarts, empty without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name is None:
+        return ""
+    return name if name not in ("", "none") else f"{socket.gethostname()}:{os.getppid()}"
 
 
 def _number(name: str, default: int, least: int = 0, most: int = 2**20) -> int:

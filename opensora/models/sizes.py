@@ -1,4 +1,4 @@
-"""What multi-resolution models are told about the clip's size, beside the noise and the text."""
+"""Size conditioning: the arguments by which multi-resolution models know the size and frame rate of a clip."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from torch import Tensor
 from opensora.errors import ConfigError
 
 IMAGE_FPS = 120  # the frame rate that stands for a still image
+
+
+def conditioning_kind(model_type: str) -> str:
+    """The `multi_resolution` of a registered model, where a configuration does not say."""
+    return "PixArtMS" if model_type.startswith("PixArtMS") else "STDiT2"
 
 
 def size_conditioning(

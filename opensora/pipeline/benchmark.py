@@ -14,15 +14,21 @@ from typing import Any
 import torch
 
 from opensora import __version__
-from opensora.acceleration.device import DTYPES, name_of, peak_memory, reset_peak_memory, synchronize
+from opensora.acceleration.device import device_name, peak_memory, reset_peak_memory, synchronize
+from opensora.acceleration.precision import DTYPES
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError, MediaError
 from opensora.files import replacing
 from opensora.models.text_encoder.classes import ClassIds
 from opensora.pipeline import step_cache
-from opensora.pipeline.pipeline import VideoPipeline, count_tokens
-from opensora.pipeline.recipe import check_folder
+from opensora.pipeline.calibrated_cache import calibrated_cache
+from opensora.pipeline.generation import check, choose_memory_plan, generate_batch, refine
+from opensora.pipeline.job import Job
+from opensora.pipeline.loaded_models import LoadedModels
+from opensora.pipeline.output_files import check_folder
+from opensora.pipeline.text_encoding import count_tokens, encode_texts
 from opensora.profiling import cost_model
+from opensora.profiling.operation_counter import Cost
 from opensora.profiling.peak_flops import peak_flops
 
 logger = logging.getLogger("opensora")
@@ -45,7 +51,7 @@ def run_benchmark(settings: InferenceSettings, warmup_count: int, eval_count: in
     loading = time.perf_counter() - begin
     for _ in range(warmup_count):
         bench.run()
-    reset_peak_memory(bench.pipeline.device)
+    reset_peak_memory(bench.models.device)
     runs = [bench.run() for _ in range(eval_count)]
     stages = {stage: _summary([run[stage] for run in runs]) for stage in (*STAGES, "total")}
     for stage, flops in bench.flops().items():
@@ -53,91 +59,89 @@ def run_benchmark(settings: InferenceSettings, warmup_count: int, eval_count: in
             stages[stage] |= {"flops": flops, "share_of_peak": flops / stages[stage]["median"] / bench.peak}
     return {
         **bench.described(), "loading_seconds": loading, "warmup_count": warmup_count, "eval_count": eval_count,
-        "seconds": stages, "peak_memory_bytes": peak_memory(bench.pipeline.device),
+        "seconds": stages, "peak_memory_bytes": peak_memory(bench.models.device),
     }  # fmt: skip
 
 
 class _Bench:
-    """A request whose parts are loaded and stay so."""
+    """A request whose models are loaded and stay."""
 
     def __init__(self, settings: InferenceSettings) -> None:
-        pipeline = self.pipeline = VideoPipeline(settings)
-        if not pipeline.requests:
+        models = self.models = LoadedModels(settings)
+        job = self.job = Job(settings, models)
+        if not job.requests:
             raise ConfigError("there is no prompt: give one with --prompt")
-        if pipeline.layout.world_size > 1:
+        if models.layout.world_size > 1:
             raise ConfigError("a benchmark runs on one device; start it without torchrun")
-        pipeline.requests = pipeline.requests[:1]
-        parts = pipeline.build()
-        [self.request] = requests = pipeline.check(pipeline.refine(pipeline.requests), parts)
-        pipeline.choose_memory(requests, parts)
-        self.encoder, told = parts["text_encoder"], pipeline.texts(self.request)
-        texts = pipeline.encode_texts(self.encoder, [*told, *step_cache.prompts(settings)])
-        self.latent = tuple(parts["vae"].get_latent_size(pipeline.size))
-        self.step = self._count_step(parts["model"], told)  # as it was built: not compiled, and without numbers
-        self.vae, self.model = (pipeline.fill(name, parts[name]) for name in ("vae", "model"))
-        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.texts = {text: texts[text] for text in told}
-        self.model = pipeline.accelerated(self.model)
-        pipeline.cache = step_cache.tuned(pipeline, self.model, (self.vae.out_channels, *self.latent), texts)
-        self.peak = peak_flops(pipeline.device, next(name for name, one in DTYPES.items() if one == pipeline.dtype))
+        models.locate()
+        built = models.build(job.size)
+        [self.request] = requests = check(models, job, refine(models, job, job.requests[:1]), built)
+        choose_memory_plan(models, job, requests, built)
+        self.texts = encode_texts(models, job, [*job.texts(self.request), *step_cache.prompts(settings)])
+        self.latent_size = tuple(built.vae.get_latent_size(job.size))
+        self.step = self._count_step(built.model)  # before it is compiled
+        models.load(job.size)
+        self.parameters = sum(parameter.numel() for parameter in models.model.parameters())
+        job.cache = calibrated_cache(models, job, (models.vae.out_channels, *self.latent_size), self.texts)
+        self.peak = peak_flops(models.device, next(name for name, one in DTYPES.items() if one == models.dtype))
 
     def run(self) -> dict[str, float]:
         """Seconds of each stage, and of all."""
-        pipeline = self.pipeline
-        pipeline.seconds.clear()
+        models, job = self.models, self.job
+        job.seconds.clear()
         begin = time.perf_counter()
-        for text in self.texts:
-            self.encoder.encode([text])
-        synchronize(pipeline.device)
+        for text in job.texts_of([self.request]):
+            models.text_encoder.encode([text])
+        synchronize(models.device)
         encoded = time.perf_counter()
-        pipeline.make(self.model, self.vae, self.texts, self.request)
-        end, taken = time.perf_counter(), pipeline.seconds
+        for _ in generate_batch(models, job, [self.request], self.texts):
+            pass
+        end, taken = time.perf_counter(), job.seconds
         return {
             "text": encoded - begin, "denoise": taken["sampling"], "decode": taken["decoding"], "total": end - begin,
         }  # fmt: skip
 
-    def _count_step(self, model: Any, texts: Sequence[str]) -> cost_model.Cost:
-        """The cost of one evaluation of the model, with both branches of guidance."""
-        pipeline, batch = self.pipeline, 1 if self.pipeline.scheduler.cfg_scale == 1 else 2
-        self.tokens = max(count_tokens(self.encoder, text) for text in texts)
-        where = (pipeline.dtype, pipeline.device)
-        work = cost_model.step(model, self.latent, pipeline.conditioning, self.tokens, *where, batch)
-        return cost_model.count(work, pipeline.device)
+    def _count_step(self, model: Any) -> Cost:
+        """The cost of one evaluation of the model, with all guidance branches."""
+        models, job = self.models, self.job
+        self.tokens = max(count_tokens(models.text_encoder, text) for text in job.texts(self.request))
+        where, rows = (models.dtype, models.device), job.scheduler.num_branches
+        return cost_model.step_cost(model, self.latent_size, job.conditioning, self.tokens, *where, rows)
 
     def flops(self) -> dict[str, float | None]:
         """Stage -> floating-point operations; None where they are not known."""
-        pipeline, loops = self.pipeline, self.pipeline.settings.loop
-        scheduler, where = pipeline.scheduler, (pipeline.dtype, pipeline.device)
+        models, job, loops = self.models, self.job, self.job.settings.loop
         found: dict[str, float | None] = {"denoise": None, "text": None}
-        if pipeline.cache.is_exact and scheduler.num_sampling_steps:
-            found["denoise"] = _operations(self.step.times(scheduler.num_sampling_steps * loops))
-        found["decode"] = _operations(cost_model.decoding(self.vae, pipeline.size, *where).times(loops))
-        if not isinstance(self.encoder, ClassIds):
-            reader = self.encoder.model
+        if job.cache.is_exact and job.scheduler.num_sampling_steps:
+            found["denoise"] = _operations(self.step.times(job.scheduler.num_sampling_steps * loops))
+        decoding = cost_model.decoding_cost(models.vae, job.size, models.dtype, models.device)
+        found["decode"] = _operations(decoding.times(loops))
+        if not isinstance(models.text_encoder, ClassIds):
+            reader = models.text_encoder.model
             config = getattr(reader, "config", None) or reader.text_model.config
-            read = cost_model.reading_text(config, sum(one.numel() for one in reader.parameters()), self.tokens)
-            found["text"] = _operations(read.times(len(self.texts)))
+            read = cost_model.text_cost(config, sum(one.numel() for one in reader.parameters()), self.tokens)
+            found["text"] = _operations(read.times(len(job.texts_of([self.request]))))
         return found
 
     def described(self) -> Report:
         """What was run, and where."""
-        pipeline, settings = self.pipeline, self.pipeline.settings
-        table = pipeline.cache.table
+        models, job, settings = self.models, self.job, self.job.settings
+        table = job.cache.table
         return {
             "opensora": __version__, "torch": torch.__version__, "python": platform.python_version(),
-            "platform": platform.platform(), "device": str(pipeline.device), "device_name": name_of(pipeline.device),
-            "dtype": str(pipeline.dtype).removeprefix("torch."), "peak_flops": self.peak,
-            "model": settings.model["type"], "weights": {n: one.sha256 for n, one in pipeline.summaries.items()},
+            "platform": platform.platform(), "device": str(models.device), "device_name": device_name(models.device),
+            "dtype": str(models.dtype).removeprefix("torch."), "peak_flops": self.peak,
+            "model": settings.model["type"], "weights": {n: one.sha256 for n, one in models.summaries.items()},
             "parameters": self.parameters, "scheduler": dict(settings.scheduler),
             "compile": settings.compile, "graphs": settings.graphs,
-            "num_frames": pipeline.size.num_frames, "height": pipeline.made[0], "width": pipeline.made[1],
+            "num_frames": job.size.num_frames, "height": job.frame_size[0], "width": job.frame_size[1],
             "loops": settings.loop, "prompt": self.request.prompt, "sample_name": settings.sample_name,
-            "cache": "none" if pipeline.cache.is_exact else pipeline.cache.method,
+            "cache": "none" if job.cache.is_exact else job.cache.method,
             "halves_computed": None if table is None else table.cost,
         }  # fmt: skip
 
 
-def _operations(cost: cost_model.Cost) -> float:
+def _operations(cost: Cost) -> float:
     return cost.products + cost.convolutions
 
 

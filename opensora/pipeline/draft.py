@@ -1,8 +1,8 @@
-"""A result that was stopped half-way, as one file: what it is to become, and all that the sampler needs to go on.
+"""Drafts: the state of a sampler that stopped early and the recipe of the whole result, in one file.
 
-The file is safetensors: the sampler's tensors, and as metadata a JSON object with the recipe of the whole result, and
-a SHA-256 over both. A recipe names its weights and references by their hashes, so that nothing else can take their
-place unnoticed. The SHA-256 tells of damage only: anybody can compute it, so that all that a draft says is checked.
+The file is safetensors: the tensors of the state, and as metadata a JSON object with the recipe, and a SHA-256 over
+both. A recipe names its weights and references by hash, so they cannot be replaced unnoticed. The SHA-256 detects
+damage only: anybody can compute it, so the content of a draft is checked as untrusted input.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from opensora.config.schema import Name, Positive, Schema, check, shown
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError, WeightsError
 from opensora.files import opened, parse_json, plain_name
-from opensora.pipeline.recipe import TOKENIZER, Planned, Recipe, check_recipe
-from opensora.schedulers.common import Pause
+from opensora.pipeline.recipe import TOKENIZER, DraftRecipe, Recipe, check_recipe
+from opensora.schedulers.common import SamplerState
 
 FORMAT = 1
 KEY, DIGEST = "opensora_draft", "sha256"  # of the metadata
 SUFFIX = ".draft"  # of a result's name, before that of the file
-SHARE = 3  # --draft takes one step in so many
+SHARE = 3  # --draft takes a third of the steps
 GENERATOR = "generator"  # the tensor with the state of the sampler's random numbers
-GIVEN = "given"  # the tensor that tells, of each latent frame, whether it was given
+GIVEN = "given"  # the tensor that marks latent frames that are still clean
 MAX_BYTES = 2**32  # of the file
 MAX_TENSORS = 16
 
 
-class _Told(Schema):
-    """What a draft says beside its tensors."""
+class _Header(Schema):
+    """The metadata of a draft."""
 
     format: Positive
     name: str
@@ -48,13 +48,13 @@ class _Told(Schema):
 
 
 class Draft(NamedTuple):
-    """What a file holds: its path, the recipe of the whole result, where the sampler stands and of how many steps."""
+    """The content of a file: the recipe of the whole result, and the state in which its sampler stopped."""
 
     file: Path
     recipe: Recipe
     name: str  # of the whole result, without suffix
-    pause: Pause
-    num_steps: int
+    state: SamplerState
+    generator: Tensor  # the state of the generator that the sampler draws from
     device: str
 
     @property
@@ -64,7 +64,7 @@ class Draft(NamedTuple):
 
 
 def steps_to_take(settings: InferenceSettings, scheduler: Any) -> int | None:
-    """After how many of the sampler's steps to stop, None for a whole result. Raises ConfigError for too many."""
+    """The number of steps of a draft, None for a whole result. Raises ConfigError if it is not below the sampler's."""
     if not settings.draft and settings.steps_until is None:
         return None
     if settings.draft and settings.steps_until is not None:
@@ -77,11 +77,12 @@ def steps_to_take(settings: InferenceSettings, scheduler: Any) -> int | None:
     return taken
 
 
-def save(file: Path, name: str, recipe: Recipe, pause: Pause, num_steps: int, device: str) -> None:
+def save(file: Path, name: str, recipe: Recipe, state: SamplerState, generator: Tensor, device: str) -> None:
     """Writes the draft of the result NAME to a .safetensors file, whole or not at all. Raises WeightsError."""
-    told = {"format": FORMAT, "name": name, "done": pause.done, "num_steps": num_steps, "device": device}
-    text = json.dumps({**told, "recipe": recipe}, ensure_ascii=False)
-    save_file(pause.tensors, file, {KEY: text, DIGEST: _digest(text, pause.tensors)})
+    header = {"format": FORMAT, "name": name, "done": state.step, "num_steps": state.num_steps, "device": device}
+    text = json.dumps({**header, "recipe": recipe}, ensure_ascii=False)
+    tensors = {"x": state.x, **state.carry, GENERATOR: generator}
+    save_file(tensors, file, {KEY: text, DIGEST: _digest(text, tensors)})
 
 
 def load(file: str | Path) -> Draft:
@@ -90,31 +91,34 @@ def load(file: str | Path) -> Draft:
     if not file.exists():
         raise WeightsError(f"{file}: there is no such draft; give the {SUFFIX}.safetensors file that generate wrote")
     with opened(file, MAX_BYTES, WeightsError):
-        pass  # a device or pipe is not even tried
+        pass  # refuses devices and pipes
     metadata = read_metadata(file)
     if KEY not in metadata:
         raise WeightsError(f"{file}: is no draft; give the {SUFFIX}.safetensors file that generate wrote")
     tensors = read_state_dict(file)
     if metadata.get(DIGEST) != _digest(metadata[KEY], tensors):
         raise WeightsError(f"{file}: is damaged, or was changed after it was written; make the draft again")
-    told = parse_json(metadata[KEY], str(file), WeightsError)
-    if isinstance(told, dict) and check(Positive, told.get("format"), f"{file}: format", WeightsError) > FORMAT:
-        raise WeightsError(f"{file}: a newer program wrote this draft (format {told['format']}); update opensora")
-    told = check(_Told, told, f"{file}: is incomplete or damaged", WeightsError, "make the draft again")
-    recipe = check_recipe(dict(told.recipe), Planned, str(file), WeightsError)
-    if told.done >= told.num_steps:
-        raise WeightsError(f"{file}: stands after {told.done} of {told.num_steps} steps; make the draft again")
+    header = parse_json(metadata[KEY], str(file), WeightsError)
+    if isinstance(header, dict) and check(Positive, header.get("format"), f"{file}: format", WeightsError) > FORMAT:
+        raise WeightsError(f"{file}: a newer program wrote this draft (format {header['format']}); update opensora")
+    header = check(_Header, header, f"{file}: is incomplete or damaged", WeightsError, "make the draft again")
+    recipe = check_recipe(dict(header.recipe), DraftRecipe, str(file), WeightsError)
+    if header.done >= header.num_steps:
+        raise WeightsError(f"{file}: stands after {header.done} of {header.num_steps} steps; make the draft again")
     _check_tensors(file, tensors)
-    name = plain_name(told.name, str(file), WeightsError)
+    name = plain_name(header.name, str(file), WeightsError)
     if (own := file.name.removesuffix(f"{SUFFIX}.safetensors")) != file.name:
-        name = plain_name(own, str(file), WeightsError)  # the file may have taken another number, or name, since
-    return Draft(file, recipe, name, Pause(done=told.done, tensors=tensors), told.num_steps, told.device)
+        name = plain_name(own, str(file), WeightsError)  # the file may have been renamed since
+    x, generator = tensors.pop("x"), tensors.pop(GENERATOR)
+    return Draft(
+        file, recipe, name, SamplerState(header.done, header.num_steps, x, x, tensors), generator, header.device
+    )
 
 
 def _check_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raises WeightsError unless tensors are what samplers leave: `x` [1, C, T, H, W] and others of its shape.
+    """Raises WeightsError unless the tensors are those of a state: `x` [1, C, T, H, W] and others of its shape.
 
-    GENERATOR is the state of a generator; GIVEN [1, T] tells which latent frames were given.
+    GENERATOR is the state of a generator; GIVEN is [1, T] bool.
     """
 
     def require(holds: bool, problem: str) -> None:
@@ -139,25 +143,20 @@ def _check_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
             require(bool(tensor.isfinite().all()), f"{where} holds values that are not finite")
 
 
-def stop(pause: Pause, generator: torch.Generator) -> Pause:
-    """Where a sampler has stopped, with the state of its random numbers beside its tensors."""
-    return Pause(done=pause.done, tensors={**pause.tensors, GENERATOR: generator.get_state()})
-
-
-def go_on(draft: Draft, generator: torch.Generator) -> Pause:
-    """Where a sampler begins to finish a draft, with `generator` set to the numbers that come next."""
+def resume(draft: Draft, generator: torch.Generator) -> SamplerState:
+    """The state that a sampler resumes from; `generator` continues where the draft's stopped. Raises WeightsError."""
     try:
-        generator.set_state(draft.pause.tensors[GENERATOR])
+        generator.set_state(draft.generator)
     except RuntimeError as error:
         raise WeightsError(f"{draft.file}: holds no state of a generator; make the draft again") from error
-    return Pause(done=draft.pause.done, tensors=dict(draft.pause.tensors))
+    return draft.state
 
 
 def check_sampler(draft: Draft, num_steps: int, shape: tuple[int, ...]) -> None:
     """Raises ConfigError where a sampler of `num_steps` on latents [C, T, H, W] is not the one that was stopped."""
-    found = tuple(draft.pause.tensors["x"].shape[1:])
-    if (draft.num_steps, found) != (num_steps, tuple(shape)):
-        then, now = (f"{n} steps on latents {list(size)}" for n, size in ((draft.num_steps, found), (num_steps, shape)))
+    found, then = tuple(draft.state.x.shape[1:]), draft.state.num_steps
+    if (then, found) != (num_steps, tuple(shape)):
+        then, now = (f"{n} steps on latents {list(size)}" for n, size in ((then, found), (num_steps, shape)))
         raise ConfigError(f"{draft.file}: was made by {then}, but its settings now mean {now}; make the draft again")
 
 

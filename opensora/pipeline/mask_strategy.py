@@ -1,6 +1,8 @@
-"""Which frames of a clip are given: the `mask_strategy` tuples, and placing references on the noise.
+"""Mask strategies: which latent frames of a clip are taken from references, and which of those are repainted.
 
-Axes: latents [C, T, H, W]; `edit` [T] says per latent frame: 0 keep, 1 generate, between: repaint from that time on.
+`parse_mask_strategy` reads the text, `timeline` decides for every latent frame where it comes from, and
+`condition_latents` copies the frames into the noise. Latents are [C, T, H, W]; `edit` [T] is 0 for a latent frame that
+is kept, 1 for one that is generated, and between them the time from which on a reference is repainted.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ logger = logging.getLogger("opensora")
 
 
 @dataclass(frozen=True)
-class Placement:
-    """One tuple of a mask strategy; frames are latent frames, negative starts count from the end."""
+class ReferencePlacement:
+    """One group of a mask strategy, in latent frames; negative starts count from the end."""
 
     loop: int = 0
     reference: int = 0
@@ -37,18 +39,18 @@ class Placement:
         return ",".join(map(str, astuple(self)))
 
 
-class Clip(NamedTuple):
-    """What one clip is given, frame by frame of its latents."""
+class ClipConditioning(NamedTuple):
+    """The references of one clip, for each of its latent frames."""
 
-    placements: tuple[Placement, ...]  # of this clip, as `resolve` gives them, references counted from 0
-    edit: tuple[float, ...]  # 0 keep, below 1 repaint, from 1 on generate
-    sources: tuple[tuple[int, int] | None, ...]  # (reference, its latent frame), None for noise alone
+    placements: tuple[ReferencePlacement, ...]  # resolved: starts and references counted from 0
+    edit: tuple[float, ...]  # 0 keep, below 1 repaint, 1 generate
+    sources: tuple[tuple[int, int] | None, ...]  # (reference, its latent frame), None for pure noise
 
 
-def parse_mask_strategy(text: str | None) -> list[Placement]:
-    """The placements of "loop,reference,reference start,target start,length,edit;...", right ends left out.
+def parse_mask_strategy(text: str | None) -> list[ReferencePlacement]:
+    """The placements of "loop,reference,reference start,target start,length,edit;..."; last fields may be left out.
 
-    None and "" place nothing. Raises ConfigError naming the tuple that cannot be read, and for more than a thousand.
+    None and "" have none. Raises ConfigError for a group that cannot be read, and for more than a thousand.
     """
     if not text:
         return []
@@ -57,12 +59,13 @@ def parse_mask_strategy(text: str | None) -> list[Placement]:
     return [_placement(group, text) for group in text.split(";")]
 
 
-def _placement(group: str, text: str) -> Placement:
+def _placement(group: str, text: str) -> ReferencePlacement:
     values = group.split(",")
     try:
         if len(values) > 6 or "_" in group:  # which Python reads as part of a number
             raise ValueError
-        placement = Placement(*map(int, values[:5]), **({"edit": float(values[5])} if len(values) == 6 else {}))
+        edit = float(values[5]) if len(values) == 6 else 0.0
+        placement = replace(ReferencePlacement(*map(int, values[:5])), edit=edit)
         if not 0 <= placement.edit <= 1 or placement.length < 0:
             raise ValueError
         if any(abs(number) > MAX_NUMBER for number in astuple(placement)):
@@ -75,33 +78,15 @@ def _placement(group: str, text: str) -> Placement:
     return placement
 
 
-def resolve(placement: Placement, reference_frames: int, frames: int, align: int | None = None) -> Placement:
-    """`placement` with starts counted from 0, rounded to multiples of `align`, and the length that fits.
-
-    Raises ConfigError when a start lies outside the reference or the clip.
-    """
-    starts = {}
-    for name, count in (("reference_start", reference_frames), ("target_start", frames)):
-        start = getattr(placement, name)
-        if not -count <= start < count:
-            what = name.replace("_", " ")
-            raise ConfigError(f"mask_strategy '{placement}': {what} {start} lies outside its {count} latent frames")
-        start %= count
-        starts[name] = nearest_multiple(start, align, count) if align else start
-    room = min(reference_frames - starts["reference_start"], frames - starts["target_start"])
-    length = min(placement.length, room)
-    return Placement(placement.loop, placement.reference, *starts.values(), length, placement.edit)
-
-
 def timeline(
-    placements: Sequence[Placement], reference_frames: Sequence[int], frames: int, loops: int = 1,
+    placements: Sequence[ReferencePlacement], reference_frames: Sequence[int], frames: int, loops: int = 1,
     align: int | None = None, carried: tuple[int, float] = (0, 0.0),
-) -> list[Clip]:  # fmt: skip
-    """What each of `loops` clips of `frames` latent frames is given; the one statement of where references land.
+) -> list[ClipConditioning]:  # fmt: skip
+    """The conditioning of each of `loops` clips of `frames` latent frames.
 
-    `reference_frames` are the latent frames of each reference. Every clip made becomes one more reference after these,
-    of which the next clip takes over the last `carried` (latent frames, edit). Raises ConfigError for a placement that
-    has no loop, reference or place.
+    `reference_frames` are the latent frames of each reference; starts are rounded to multiples of `align`. Every
+    finished clip is appended to the references, and the next clip takes over its last `carried` (latent frames, edit).
+    Raises ConfigError for a placement whose loop, reference or start does not exist.
     """
     for placement in placements:
         if not 0 <= placement.loop < loops:
@@ -109,72 +94,67 @@ def timeline(
     clips = []
     for loop in range(loops):
         counts = [*reference_frames, *[frames] * loop]
-        wanted = [placement for placement in placements if placement.loop == loop]
+        of_clip = [placement for placement in placements if placement.loop == loop]
         if loop:
-            wanted.append(carry(loop, len(counts) - 1, *carried))
-        clips.append(_clip([_at(placement, counts, frames, align) for placement in wanted], frames))
+            of_clip.append(carry(loop, len(counts) - 1, *carried))
+        clips.append(clip_conditioning(of_clip, counts, frames, align))
     return clips
 
 
-def _at(placement: Placement, counts: Sequence[int], frames: int, align: int | None) -> Placement:
-    """`placement` resolved, its reference counted from 0; warns where it is cut short."""
-    index = _index(placement, len(counts)) % len(counts)
-    found = resolve(placement, counts[index], frames, align)
-    if found.length < placement.length:
-        logger.warning(
-            "mask_strategy '%s' asks for %d latent frames; %d fit", placement, placement.length, found.length
-        )
-    return replace(found, reference=index)
+def clip_conditioning(
+    placements: Sequence[ReferencePlacement], reference_frames: Sequence[int], frames: int, align: int | None = None
+) -> ClipConditioning:
+    """The conditioning of one clip; later placements overwrite earlier ones. Raises ConfigError as `timeline` does."""
+    resolved = [_resolve(placement, reference_frames, frames, align) for placement in placements]
+    edit: list[float] = [1.0] * frames
+    sources: list[tuple[int, int] | None] = [None] * frames
+    for one in resolved:
+        for offset in range(one.length):
+            edit[one.target_start + offset] = one.edit
+            sources[one.target_start + offset] = (one.reference, one.reference_start + offset)
+    return ClipConditioning(tuple(resolved), tuple(edit), tuple(sources))
 
 
-def _clip(placements: Sequence[Placement], frames: int) -> Clip:
-    """The clip that resolved placements make; later ones overwrite earlier ones."""
-    edit, sources = [1.0] * frames, [None] * frames
-    for one in placements:
-        for step in range(one.length):
-            edit[one.target_start + step] = one.edit
-            sources[one.target_start + step] = (one.reference, one.reference_start + step)
-    return Clip(tuple(placements), tuple(edit), tuple(sources))
-
-
-def place(
-    noise: Tensor,
-    references: Sequence[Tensor],
-    placements: Sequence[Placement],
-    loop: int = 0,
-    align: int | None = None,
+def condition_latents(
+    noise: Tensor, references: Sequence[Tensor], conditioning: ClipConditioning
 ) -> tuple[Tensor, Tensor]:
-    """The latents [C, T, H, W] of one clip with the references of this `loop` in their places, and `edit` [T] float32.
-
-    `references` [C, T', H, W] each; later placements overwrite earlier ones. Raises ConfigError for a reference that
-    is not there.
-    """
-    latents, edit = noise.clone(), torch.ones(noise.shape[1])
-    for placement in placements:
-        if placement.loop != loop:
-            continue
-        reference = references[_index(placement, len(references))]
-        at = resolve(placement, reference.shape[1], noise.shape[1], align)
-        target = slice(at.target_start, at.target_start + at.length)
-        latents[:, target] = reference[:, at.reference_start : at.reference_start + at.length].to(latents)
-        edit[target] = at.edit
-    return latents, edit
+    """Noise [C, T, H, W] with frames of the encoded references [C, T', H, W] in place, and `edit` [T] float32."""
+    latents = noise.clone()
+    for frame, source in enumerate(conditioning.sources):
+        if source is not None:
+            reference, reference_frame = source
+            latents[:, frame] = references[reference][:, reference_frame].to(latents)
+    return latents, torch.tensor(conditioning.edit)
 
 
-def _index(placement: Placement, count: int) -> int:
-    """Which of `count` references a placement names."""
-    index = placement.reference
+def _resolve(
+    placement: ReferencePlacement, reference_frames: Sequence[int], frames: int, align: int | None
+) -> ReferencePlacement:
+    """`placement` with reference and starts counted from 0, starts rounded to `align`, and the length that fits."""
+    count, index = len(reference_frames), placement.reference
     if not -count <= index < count:
         raise ConfigError(f"mask_strategy '{placement}' names reference {index}, but there are {count}")
-    return index
+    available = reference_frames[index]
+    reference_start = _resolve_start(placement, "reference start", placement.reference_start, available, align)
+    target_start = _resolve_start(placement, "target start", placement.target_start, frames, align)
+    length = min(placement.length, available - reference_start, frames - target_start)
+    if length < placement.length:
+        logger.warning("mask_strategy '%s' asks for %d latent frames; %d fit", placement, placement.length, length)
+    return ReferencePlacement(placement.loop, index % count, reference_start, target_start, length, placement.edit)
 
 
-def carry(loop: int, reference: int, length: int, edit: float = 0.0) -> Placement:
-    """Clip number `loop` starts with the last `length` latent frames of its `reference`, the clip before."""
-    return Placement(loop, reference, -length, 0, length, edit)
+def _resolve_start(placement: ReferencePlacement, what: str, start: int, count: int, align: int | None) -> int:
+    if not -count <= start < count:
+        raise ConfigError(f"mask_strategy '{placement}': {what} {start} lies outside its {count} latent frames")
+    return nearest_multiple(start % count, align, count) if align else start % count
+
+
+def carry(loop: int, reference: int, length: int, edit: float = 0.0) -> ReferencePlacement:
+    """Starts clip `loop` with the last `length` latent frames of `reference`, which is the clip before it."""
+    return ReferencePlacement(loop, reference, -length, 0, length, edit)
 
 
 def nearest_multiple(value: int, multiple: int, count: int) -> int:
-    """The multiple nearest to `value`, the lower one at half way or where a group at the upper exceeds `count`."""
+    """The nearest multiple of `multiple`: the lower one at half way, and where a group at the upper exceeds `count`."""
     below = value // multiple * multiple
     return below + multiple if value - below > multiple / 2 and below + 2 * multiple <= count else below

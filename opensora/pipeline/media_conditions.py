@@ -1,7 +1,6 @@
-"""Conditions in words, `--image`, `--last-frame`, `--extend`, `--edit`, as references and a mask strategy.
+"""Translates `--image`, `--last-frame`, `--extend` and `--edit` to a reference path and a mask strategy.
 
-The words become the very values that `--reference-path` and `--mask-strategy` take; only the starts of whole groups are
-used, so nothing has to be rounded.
+Placements start and end at whole groups of frames of the autoencoder, so that no start has to be rounded.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from typing import Any, NamedTuple
 
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError
-from opensora.pipeline.mask_strategy import Placement
+from opensora.pipeline.mask_strategy import ReferencePlacement
 
 NAMES = ("image", "first_frame", "last_frame", "extend", "keep", "edit", "strength")
 
 
 class Conditions(NamedTuple):
-    """What `reference_path` and `mask_strategy` would say; `align` None leaves starts where they are."""
+    """Values of the settings of these names; with `align` None, starts are not rounded."""
 
     reference_path: str
     mask_strategy: str
@@ -25,7 +24,7 @@ class Conditions(NamedTuple):
 
 
 def sources(settings: InferenceSettings) -> list[str]:
-    """The images and videos that the words of a request name. Raises ConfigError where they contradict one another."""
+    """The images and videos that the settings name. Raises ConfigError for settings that exclude each other."""
     given = [name for name in NAMES if getattr(settings, name) is not None]
     if not given:
         return []
@@ -39,8 +38,8 @@ def sources(settings: InferenceSettings) -> list[str]:
         raise ConfigError(f"--strength is {settings.strength}; 0 keeps the video as it is, 1 makes another")
     kinds = [kind for kind in ("edit", "extend", "image", "first_frame") if kind in given]
     if len(kinds) > 1 or ("edit" in given and "last_frame" in given):
-        told = " and ".join(f"--{kind.replace('_', '-')}" for kind in (*kinds, "last_frame") if kind in given)
-        raise ConfigError(f"{told} cannot be combined; they would give the same frames")
+        flags = " and ".join(f"--{kind.replace('_', '-')}" for kind in (*kinds, "last_frame") if kind in given)
+        raise ConfigError(f"{flags} cannot be combined; they would give the same frames")
     named = [name for name in (*kinds, "last_frame") if name in given]
     for name in named:
         if ";" in getattr(settings, name):
@@ -50,36 +49,36 @@ def sources(settings: InferenceSettings) -> list[str]:
 
 
 def conditions(settings: InferenceSettings, num_frames: int, latent_frames: int, group: tuple[int, int]) -> Conditions:
-    """The words of a request for clips of `num_frames`, `latent_frames` in latents; `sources` has checked them.
+    """Translates settings checked by `sources`, for clips of `num_frames` frames and `latent_frames` latent frames.
 
-    `group` is how many frames the autoencoder takes together, and how many latent frames they become.
+    `group`: the frames that the autoencoder encodes together, and the latent frames that they become.
     """
     frames, latents = group
     references: list[str] = []
-    placements: list[Placement] = []
+    placements: list[ReferencePlacement] = []
 
-    def give(reference: str, **at: Any) -> None:
-        placements.append(Placement(reference=len(references), **at))
+    def add(reference: str, **at: Any) -> None:
+        placements.append(ReferencePlacement(reference=len(references), **at))
         references.append(reference)
 
-    if first := settings.image or settings.first_frame:  # as a clip begins, where there is one: a still of one group
-        give(first if num_frames == 1 else f"{first}#hold={frames}")
+    if first := settings.image or settings.first_frame:  # a still of one group
+        add(first if num_frames == 1 else f"{first}#hold={frames}")
     if settings.edit is not None:
         strength = 0.5 if settings.strength is None else settings.strength
-        give(f"{settings.edit}#first={num_frames}", length=latent_frames, edit=strength)
+        add(f"{settings.edit}#first={num_frames}", length=latent_frames, edit=strength)
     if settings.extend is not None:
         groups = -(-_kept_frames(settings, frames) // frames)
         if groups * latents >= latent_frames:
             kept = f"--keep {settings.keep or frames} takes {groups * frames} frames, in whole groups of {frames}"
             raise ConfigError(f"{kept}; of {num_frames} nothing is left to make: keep fewer, or make more")
-        give(f"{settings.extend}#last={groups * frames}", length=groups * latents)
-    if settings.last_frame is not None:  # a still of one group, whose last latent frame the clip ends with
-        give(f"{settings.last_frame}#hold={frames}", reference_start=-1, target_start=-1)
+        add(f"{settings.extend}#last={groups * frames}", length=groups * latents)
+    if settings.last_frame is not None:  # the last latent frame of a still of one group
+        add(f"{settings.last_frame}#hold={frames}", reference_start=-1, target_start=-1)
     return Conditions(";".join(references), ";".join(map(str, placements)))
 
 
 def _kept_frames(settings: InferenceSettings, default: int) -> int:
-    """Frames that `keep` asks for: a number, or a duration such as 1s at the rate that the model is told."""
+    """`keep` in frames: a number, or a duration such as 1s at the frame rate of the conditioning."""
     text = str(default if settings.keep is None else settings.keep)
     match = re.fullmatch(r"([0-9]{1,6})|([0-9]{1,6}(?:\.[0-9]{1,6})?)s", text)
     frames = 0 if match is None else int(match[1]) if match[1] else round(float(match[2]) * settings.fps)

@@ -1,4 +1,4 @@
-"""Random numbers of a request: the same (seed, sample, loop) gives the same noise, whatever the batch around it."""
+"""Random generators keyed by (seed, sample, loop), so that noise does not depend on the batch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import torch
 
 
 def noise_generator(seed: int, sample: int, loop: int = 0, stream: str = "edit") -> torch.Generator:
-    """A CPU generator that depends on nothing but its four keys.
+    """A CPU generator seeded by a hash of its four keys.
 
-    `sample` is the index of the video in the whole request (not in its batch), `loop` the index of the clip in that
-    video, and `stream` names what is drawn, so that one use never shifts another. The keys are hashed, not added:
-    (seed 1, sample 0) and (seed 0, sample 1) have nothing in common. PyTorch's CPU generator looks at 32 bits of a
-    seed, so those are what is taken.
+    `sample` is the index of the video among those of its prompt, not in its batch; `loop` the index of the clip in that
+    video; `stream` separates purposes, so that one never shifts another. Hashing keeps (seed 1, sample 0) and
+    (seed 0, sample 1) independent. PyTorch's CPU generator uses 32 bits of a seed.
     """
     key = f"{int(seed)}/{int(sample)}/{int(loop)}/{stream}".encode()
     digest = hashlib.blake2b(key, digest_size=4).digest()

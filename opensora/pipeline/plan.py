@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from typing import Any
 
-from opensora.acceleration.memory_plan import PLANS
-from opensora.checkpoints import builder
+from opensora.acceleration.memory_plan import PLANS, MemoryPlan
 from opensora.config.settings import InferenceSettings
-from opensora.errors import ConfigError, WeightsError
+from opensora.errors import ConfigError
 from opensora.pipeline import prompt_refiner
-from opensora.pipeline.mask_strategy import Clip, Placement, parse_mask_strategy
-from opensora.pipeline.outputs import output_folder
-from opensora.pipeline.pipeline import VideoPipeline
-from opensora.pipeline.request import PARTS, SPATIAL_FACTOR, Request
-from opensora.pipeline.stage_costs import Needs, Stage
-from opensora.profiling import cost_model
-from opensora.profiling.cost_model import Span
+from opensora.pipeline.generation import check
+from opensora.pipeline.job import Job
+from opensora.pipeline.loaded_models import LoadedModels
+from opensora.pipeline.mask_strategy import ClipConditioning, ReferencePlacement, parse_mask_strategy
+from opensora.pipeline.output_files import output_folder
+from opensora.pipeline.request import SPATIAL_FACTOR, Request
+from opensora.pipeline.stage_costs import ResourceEstimate, Stage
+from opensora.pipeline.text_encoding import portions
+from opensora.profiling import memory_meter, speed_history
+from opensora.profiling.speed_history import Span
 
 GIB = 2**30
 LIBRARIES = 100 * 2**20  # of a host's memory, for what is loaded only once numbers are computed
@@ -29,41 +31,47 @@ NEAR = 3  # legal sizes shown below and above the one asked for
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A request that nothing is wrong with: what will be made, and what it takes."""
+    """A request that nothing is wrong with: what it generates, and the memory and time that it takes."""
 
-    pipeline: VideoPipeline
-    needs: Needs
+    models: LoadedModels
+    job: Job
+    estimate: ResourceEstimate
+    memory_plan: MemoryPlan
     requests: list[Request]
-    timelines: list[list[Clip]]
     notes: list[str]
     base: int  # bytes that the process occupies before the first stage
     grid: tuple[int, int, int]  # frames, rows and columns of pixels that the autoencoder takes together
 
     @property
+    def timelines(self) -> list[list[ClipConditioning]]:
+        """The clips of each request and the frames that they are given."""
+        return [self.job.timelines[request] for request in self.requests]
+
+    @property
     def stages(self) -> list[Stage]:
         """Text, autoencoder and model, and what they do, in order."""
-        return self.needs.stages(self.pipeline.memory)
+        return self.estimate.stages(self.memory_plan)
 
     @property
     def num_frames(self) -> int:
         """Frames of each result."""
-        loops, frames = self.pipeline.settings.loop, self.pipeline.size.num_frames
-        whole = loops * (frames - self.pipeline.overlap) + self.pipeline.overlap
-        return frames if self.pipeline.stop else whole
+        loops, frames = self.job.settings.loop, self.job.size.num_frames
+        whole = loops * (frames - self.job.overlap) + self.job.overlap
+        return frames if self.job.stop else whole
 
     @property
     def memory(self) -> int:
         """Bytes at the peak: of the process on a host, else of the device."""
-        return self._base + self.needs.peak(self.pipeline.memory)
+        return self._base + self.estimate.peak(self.memory_plan)
 
     @property
     def least(self) -> int:
-        """Bytes that the weights take by themselves, whatever they make."""
-        return self._base + self.needs.least(self.pipeline.memory)
+        """Bytes of the weights alone."""
+        return self._base + self.estimate.least(self.memory_plan)
 
     @property
     def _base(self) -> int:
-        return self.base if self.needs.on_host else 0
+        return self.base if self.estimate.on_host else 0
 
     @property
     def seconds(self) -> float:
@@ -73,13 +81,13 @@ class Plan:
     @property
     def spans(self) -> list[Span]:
         """How long each stage takes."""
-        where = (self.pipeline.device, self.pipeline.dtype)
-        return [cost_model.span(stage.cost, where[0], stage.name, where[1]) for stage in self.stages]
+        device, dtype = self.models.device, self.models.dtype
+        return [speed_history.span(stage.cost, device, stage.name, dtype) for stage in self.stages]
 
     @property
     def room(self) -> int | None:
         """Bytes that the device has for this, None where nobody says."""
-        free = cost_model.available(self.pipeline.device)
+        free = memory_meter.available_memory(self.models.device)
         return None if free is None else free + self._base
 
     @property
@@ -90,21 +98,21 @@ class Plan:
         return "\n".join([*self._timeline(), "", *self._size(), *self._notes(), "", *self._costs()])
 
     def _timeline(self) -> Iterator[str]:
-        pipeline, size = self.pipeline, self.pipeline.size
-        height, width = pipeline.made
-        kind = "image" if self.num_frames == 1 else f"{self.num_frames} frames at {pipeline.settings.output_fps:g} fps"
+        job, size = self.job, self.job.size
+        height, width = job.frame_size
+        kind = "image" if self.num_frames == 1 else f"{self.num_frames} frames at {job.settings.output_fps:g} fps"
         for request, clips in zip(self.requests, self.timelines, strict=True):
             yield f"{request.path}: {kind}, {height}x{width}, from {_short(request.prompt)}"
             given = _names(request)
             if len(clips) > 1:
-                joined = f"{len(clips)} clips of {size.num_frames} frames, each taking over {pipeline.overlap}"
+                joined = f"{len(clips)} clips of {size.num_frames} frames, each taking over {job.overlap}"
                 yield f"  {joined} from the one before"
             for loop, clip in enumerate(clips):
                 yield f"  clip {loop}: {len(clip.edit)} latent frames"
                 yield from (f"    {line}" for line in describe(clip, given))
 
     def _size(self) -> Iterator[str]:
-        size = self.pipeline.size
+        size = self.job.size
         near = ", ".join(f"{h}x{w}" for h, w in near_sizes(self))
         yield f"legal sizes near {size.height}x{size.width} (multiples of {SPATIAL_FACTOR}): {near}"
         yield f"legal lengths near {size.num_frames}: " + ", ".join(map(str, near_lengths(self)))
@@ -118,11 +126,11 @@ class Plan:
         yield f"{'stage':<12}{'weights':>10}{'work':>10}{'time':>20}"
         for stage, span in zip(self.stages, spans, strict=True):
             yield f"{stage.name:<12}{_gib(stage.weights):>10}{_gib(stage.cost.peak):>10}{_range_of([span]):>20}"
-        room = "" if self.room is None else f" of {_gib(self.room)} free on {self.pipeline.device}"
+        room = "" if self.room is None else f" of {_gib(self.room)} free on {self.models.device}"
         yield f"peak {_gib(self.memory)}{room}, {_range_of(spans)} beside reading the weights"
         longest = max(spans, key=lambda span: span.most)
         yield f"times: by {longest.source}; longer while the machine has other things to do"
-        yield f"memory plan: {self.pipeline.memory.name}"
+        yield f"memory plan: {self.memory_plan.name}"
         if not self.fits:
             found = cheaper(self)
             yield "it does not fit; " + (f"this does: {found}" if found else "nothing smaller was found that does")
@@ -133,53 +141,36 @@ def make_plan(settings: InferenceSettings) -> Plan:
 
     Nothing is downloaded but references. Weights that would have to be are taken to be those of their type.
     """
-    pipeline = VideoPipeline(settings)
-    if not pipeline.requests:
+    models = LoadedModels(settings)
+    return plan_job(models, Job(settings, models))
+
+
+def plan_job(models: LoadedModels, job: Job) -> Plan:
+    """The plan of a job on models, which need not be loaded and stay as they are."""
+    if not job.requests:
         raise ConfigError("there is no prompt: give one, or --prompt-path with a file of prompts")
-    wanted = [request for request in pipeline.requests if not pipeline.exists(request)]
-    with output_folder(pipeline.outputs.folder):
-        pipeline.outputs.check([request.path for request in wanted])
-        parts, absent = build(pipeline)
-        asks = prompt_refiner.is_wanted(settings)  # then nobody knows yet how long the texts will be
-        requests = pipeline.check(wanted, {**parts, "text_encoder": None} if asks else parts)
+    wanted = [request for request in job.requests if not job.outputs.keeps(request.path)]
+    with output_folder(job.outputs.folder) if job.to_files else nullcontext():
+        if job.to_files:
+            job.outputs.check([request.path for request in wanted])
+        absent = models.locate_without_downloads()
+        built = models.build(job.size)
+        asks = prompt_refiner.is_wanted(job.settings)  # then nobody knows yet how long the texts will be
+        requests = check(models, job, wanted, built._replace(text_encoder=None) if asks else built)
     notes = ["the prompts will be refined by a language model first; it has not been asked"] if asks else []
-    if pipeline.stop:
-        part = " of the first clip" if settings.loop > 1 else ""
-        notes.append(f"stops after {pipeline.stop} of {pipeline.scheduler.num_steps} steps{part}, to be continued")
-    notes += [f"{request.path} exists and is kept" for request in pipeline.requests if request not in wanted]
-    notes += [f"{part}: '{getattr(settings, part)['from_pretrained']}' would be downloaded" for part in absent]
-    timelines = [pipeline.timelines[request] for request in requests]
-    notes += [note for request in requests for note in _snapped(pipeline, request)]
-    grid = (parts["vae"].group[0], SPATIAL_FACTOR, SPATIAL_FACTOR)
-    base = cost_model.resident() + LIBRARIES
-    needs = pipeline.choose_memory(requests, parts)
-    return Plan(pipeline, needs, requests, timelines, list(dict.fromkeys(notes)), base, grid)
+    if job.stop:
+        part = " of the first clip" if job.settings.loop > 1 else ""
+        notes.append(f"stops after {job.stop} of {job.scheduler.num_steps} steps{part}, to be continued")
+    notes += [f"{request.path} exists and is kept" for request in job.requests if request not in wanted]
+    notes += [f"{part}: '{getattr(models.settings, part)['from_pretrained']}' would be downloaded" for part in absent]
+    notes += [note for request in requests for note in _snapped(job, request)]
+    grid = (built.vae.group[0], SPATIAL_FACTOR, SPATIAL_FACTOR)
+    estimate = ResourceEstimate(models, built, job, requests, again=len(portions(job, requests)) > 1)
+    base = memory_meter.resident_memory() + LIBRARIES
+    return Plan(models, job, estimate, estimate.choose(), requests, list(dict.fromkeys(notes)), base, grid)
 
 
-def build(pipeline: VideoPipeline) -> tuple[dict[str, Any], list[str]]:
-    """The parts of a request without weights, and the names of those that are not here and would be downloaded."""
-    settings, paths, absent = pipeline.settings, {}, []
-    for part in PARTS:
-        try:
-            paths[part] = builder.find_weights(getattr(settings, part), part, offline=True)
-        except WeightsError as error:
-            if settings.offline or os.environ.get("HF_HUB_OFFLINE") or "(offline)" not in str(error):
-                raise  # it is no name of the hub, or nobody may ask there
-            absent.append(part)
-    if not absent:
-        return pipeline.build(), []
-    encoder = None
-    if "text_encoder" in paths:
-        encoder = builder.build_text_encoder(settings.text_encoder, paths["text_encoder"], pipeline.dtype)
-    vae = builder.build_model(settings.vae, paths.get("vae"))
-    size = {"input_size": tuple(vae.get_latent_size(pipeline.size))}
-    defaults = {"in_channels": vae.out_channels}
-    model = builder.build_model(settings.model, paths.get("model"), defaults, size)
-    pipeline.paths = paths
-    return {"text_encoder": encoder, "vae": vae, "model": model}, absent
-
-
-def describe(clip: Clip, given: Sequence[str]) -> Iterator[str]:
+def describe(clip: ClipConditioning, given: Sequence[str]) -> Iterator[str]:
     """A line for each run of latent frames of a clip that are treated alike; `given` names its references."""
 
     def kind(frame: int) -> tuple[str, Any, Any]:
@@ -208,40 +199,40 @@ def _names(request: Request) -> list[str]:
     return request.reference_path.split(";") if request.reference_path else []
 
 
-def _snapped(pipeline: VideoPipeline, request: Request) -> Iterator[str]:
+def _snapped(job: Job, request: Request) -> Iterator[str]:
     """What is not done as it was asked for, because sizes and starts come in steps."""
-    settings, size = pipeline.settings, pipeline.size
+    settings, size = job.settings, job.size
     if size.rounding:
         yield size.rounding
     if settings.image_size is None:
         yield f"{settings.resolution} at {settings.aspect_ratio} is {size.height}x{size.width}"
-    resolved = [one for clip in pipeline.timelines[request] for one in clip.placements]
+    resolved = [one for clip in job.timelines[request] for one in clip.placements]
     for asked in parse_mask_strategy(request.mask_strategy):
         for found in [one for one in resolved if _same(asked, one, len(_names(request)))][:1]:
             resolved.remove(found)
-            yield from _moved(asked, found, pipeline, request)
+            yield from _moved(asked, found, job, request)
     for found in resolved:  # taken over from the clip before
         length = settings.condition_frame_length
-        start = len(pipeline.timelines[request][0].edit) - length
+        start = len(job.timelines[request][0].edit) - length
         if found.reference_start != start:
             yield f"clip {found.loop} goes on from latent frame {found.reference_start} of the one before, not {start}"
 
 
-def _same(asked: Placement, found: Placement, count: int) -> bool:
+def _same(asked: ReferencePlacement, found: ReferencePlacement, count: int) -> bool:
     """Whether `found` may be what became of a placement that names one of `count` references (or an earlier clip)."""
     total = count + asked.loop
     return (asked.loop, asked.reference % max(total, 1), asked.edit) == (found.loop, found.reference, found.edit)
 
 
-def _moved(asked: Placement, found: Placement, pipeline: VideoPipeline, request: Request) -> Iterator[str]:
-    frames = len(pipeline.timelines[request][0].edit)
+def _moved(asked: ReferencePlacement, found: ReferencePlacement, job: Job, request: Request) -> Iterator[str]:
+    frames = len(job.timelines[request][0].edit)
     start = asked.target_start % frames
     if start != found.target_start:
         what = f"target start {start} becomes {found.target_start}"
-        yield f"mask_strategy '{asked}': {what}, a multiple of {pipeline.align}"
+        yield f"mask_strategy '{asked}': {what}, a multiple of {job.align}"
     if asked.reference_start >= 0 and asked.reference_start != found.reference_start:
         what = f"reference start {asked.reference_start} becomes {found.reference_start}"
-        yield f"mask_strategy '{asked}': {what}, a multiple of {pipeline.align}"
+        yield f"mask_strategy '{asked}': {what}, a multiple of {job.align}"
     if found.length < asked.length:
         yield f"mask_strategy '{asked}': of {asked.length} latent frames {found.length} fit"
 
@@ -249,7 +240,7 @@ def _moved(asked: Placement, found: Placement, pipeline: VideoPipeline, request:
 def near_sizes(plan: Plan) -> list[tuple[int, int]]:
     """Sizes (H, W) of about the shape asked for that nothing has to be cut or padded for, in rising order."""
     _, *steps = plan.grid
-    height, width = plan.pipeline.size[1:]
+    height, width = plan.job.size[1:]
     middle = max(round(height / steps[0]), 1)
     found = []
     for rows in range(max(middle - NEAR, 1), middle + NEAR + 1):
@@ -260,7 +251,7 @@ def near_sizes(plan: Plan) -> list[tuple[int, int]]:
 
 def near_lengths(plan: Plan) -> list[int]:
     """Numbers of frames that the autoencoder takes in whole groups, about the number asked for."""
-    group, frames = plan.grid[0], plan.pipeline.size.num_frames
+    group, frames = plan.grid[0], plan.job.size.num_frames
     middle = max(round(frames / group), 1)
     found = [count * group for count in range(max(middle - NEAR, 1), middle + NEAR + 1)]
     return sorted({1, *found})
@@ -268,9 +259,9 @@ def near_lengths(plan: Plan) -> list[int]:
 
 def cheaper(plan: Plan) -> str | None:
     """The setting nearest to the one asked for that fits, as flags, or None."""
-    settings, size = plan.pipeline.settings, plan.pipeline.size
-    for other in PLANS[PLANS.index(plan.pipeline.memory) + 1 :]:
-        if plan.room is None or plan.needs.peak(other) + plan._base <= plan.room:
+    settings, size = plan.job.settings, plan.job.size
+    for other in PLANS[PLANS.index(plan.memory_plan) + 1 :]:
+        if plan.room is None or plan.estimate.peak(other) + plan._base <= plan.room:
             return f"--memory {other.name}"
     if plan.room is not None and plan.least > plan.room:
         return None
@@ -293,10 +284,10 @@ def cheaper(plan: Plan) -> str | None:
 def fits_with(plan: Plan, changes: Mapping[str, Any]) -> bool:
     """Whether the same request with other settings can be made and fits."""
     try:
-        other = make_plan(dataclasses.replace(plan.pipeline.settings, **changes))
+        other = make_plan(dataclasses.replace(plan.job.settings, **changes))
     except ConfigError:
         return False
-    return plan.room is None or other.needs.peak(other.pipeline.memory) + plan._base <= plan.room
+    return plan.room is None or other.estimate.peak(other.memory_plan) + plan._base <= plan.room
 
 
 def _short(text: str, most: int = 60) -> str:

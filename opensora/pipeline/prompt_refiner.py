@@ -1,7 +1,7 @@
-"""Prompts rewritten by a language model, over any server that speaks the chat completions of OpenAI.
+"""Rewrites prompts with a language model, through any server with OpenAI's chat completions API.
 
-The key comes from the environment alone, and is in no setting, recipe or message. It is sent to the given address
-only: no redirect is followed, no proxy asked. Whatever the server does, a text stays as it was written at worst.
+The key comes from the environment alone and appears in no setting, recipe or message. It is sent to the given address
+only: no redirect is followed, no proxy used. If the server fails, the prompt is used as written.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import json
 import logging
 import os
 import re
-import threading
 import time
 from collections.abc import Iterable
+from contextlib import closing
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from urllib.parse import SplitResult, urlsplit
 
@@ -20,13 +20,14 @@ from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError, MediaError
 from opensora.files import parse_json
 from opensora.models.text_encoder.cleaning import preprocess
+from opensora.pipeline.timeout import call_with_timeout
 
 logger = logging.getLogger("opensora")
 
-SECONDS = 30.0  # for a whole answer, however slowly it drips
+SECONDS = 30.0  # for a whole answer
 PAUSE = 1.0  # before the second attempt
 MAX_BYTES = 10**6
-MAX_CHARACTERS = 10_000  # of the text in it, which is about ten times what is asked for
+MAX_CHARACTERS = 10_000  # of its text, about ten times what the instruction asks for
 INSTRUCTION = (
     "You write prompts for a model that turns text into video. Rewrite the text of the user as one detailed paragraph "
     "in English, of at most 120 words. Describe the subject, what it does, the setting, the light and the camera. Keep "
@@ -36,16 +37,16 @@ INSTRUCTION = (
 
 
 class _Unusable(Exception):
-    """Says what is wrong with an answer."""
+    """An answer that cannot be used."""
 
 
 def is_wanted(settings: InferenceSettings) -> bool:
-    """Whether a language model is still to be asked; a recipe holds what it answered."""
+    """Whether prompts are still to be refined; a recipe already holds the refined texts."""
     return settings.llm_refine and settings.refined is None
 
 
 def endpoint(settings: InferenceSettings) -> tuple[SplitResult, str, str]:
-    """(base URL, model, key) of settings and environment. Raises ConfigError, which repeats neither URL nor key."""
+    """(base URL, model, key) from settings and environment. Raises ConfigError, which shows neither URL nor key."""
     found = {"OPENAI_BASE_URL": settings.llm_base_url, "OPENAI_MODEL": settings.llm_model, "OPENAI_API_KEY": None}
     found = {name: (given or os.environ.get(name, "")).strip() for name, given in found.items()}
     if missing := [name for name, value in found.items() if not value]:
@@ -65,9 +66,9 @@ def endpoint(settings: InferenceSettings) -> tuple[SplitResult, str, str]:
 
 
 def refine_texts(texts: Iterable[str], where: tuple[SplitResult, str, str]) -> dict[str, str]:
-    """Each text with the one that takes its place, which is the text itself after a failure; each is sent once.
+    """Maps each text to its refined one, or to itself after a failure, with a warning. Each text is sent once.
 
-    A warning says why. When nobody answers, the texts that are left are not sent.
+    After a failed connection the remaining texts are not sent.
     """
     refined = {text: text for text in texts}
     for text in filter(str.strip, refined):
@@ -86,45 +87,37 @@ def refine_texts(texts: Iterable[str], where: tuple[SplitResult, str, str]) -> d
 def _refine(text: str, base: SplitResult, model: str, key: str) -> str:
     messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
     request = json.dumps({"model": model, "messages": messages}).encode()
-    for last in (False, True):
-        status, body = _post(base, request, {"Authorization": f"Bearer {key}", "Content-Type": "application/json"})
-        if last or not (status is None or status >= 500):
-            break
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    try:
+        status, body = _post(base, request, headers)
+    except TimeoutError:
+        status = None
+    if status is None or status >= 500:
         time.sleep(PAUSE)
-    if status is None:
-        raise TimeoutError(0, f"no answer within {SECONDS:.0f} s")
+        status, body = _post(base, request, headers)
     if status != 200:
         raise _Unusable(f"server answers {status}")
     return _read(body)
 
 
-def _post(base: SplitResult, request: bytes, headers: dict[str, str]) -> tuple[int | None, bytes]:
-    """The status and body of the answer, at most a byte longer than allowed; None when it takes too long."""
-    outcome: list[tuple[int | None, bytes] | Exception] = []
+def _post(base: SplitResult, request: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
+    """The status and body of the answer, the body at most a byte over the limit. Raises TimeoutError."""
 
-    def run() -> None:
+    def post() -> tuple[int, bytes]:
         kind = HTTPSConnection if base.scheme == "https" else HTTPConnection
-        connection = kind(base.hostname or "", base.port, timeout=SECONDS)
-        try:
+        with closing(kind(base.hostname or "", base.port, timeout=SECONDS)) as connection:
             connection.request("POST", f"{base.path.rstrip('/')}/chat/completions", request, headers)
             response = connection.getresponse()
-            outcome.append((response.status, response.read(MAX_BYTES + 1)))
-        except Exception as error:
-            outcome.append((None, b"") if isinstance(error, TimeoutError) else error)
-        finally:
-            connection.close()
+            return response.status, response.read(MAX_BYTES + 1)
 
-    thread = threading.Thread(target=run, daemon=True)  # bounds what no timeout covers, such as an answer that drips
-    thread.start()
-    thread.join(SECONDS)
-    result = outcome[0] if outcome else (None, b"")
-    if isinstance(result, Exception):
-        raise result
-    return result
+    try:
+        return call_with_timeout(post, SECONDS)
+    except TimeoutError:
+        raise TimeoutError(0, f"no answer within {SECONDS:.0f} s") from None
 
 
 def _read(body: bytes) -> str:
-    """The text of an answer on one line, without the thoughts and quotation marks that some models put around it."""
+    """The text of an answer on one line, without <think> blocks and surrounding quotation marks."""
     try:
         answer = parse_json(body, "answer", most=MAX_BYTES)
         text = answer["choices"][0]["message"]["content"] or ""

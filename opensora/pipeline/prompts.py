@@ -1,44 +1,109 @@
-"""Prompts on their way from a file or the command line to the text encoder, and the names of what they become.
+"""Prompts from a file or the command line to the text encoder.
 
-A prompt may give several texts, `|0|a sunny day|2|a rainy day`: each holds from its loop on. It may end in a JSON
-object, `a wave.{"reference_path": "wave.png", "mask_strategy": "0"}`. The order of the steps is: `extract_json`, then
-`prepare` (texts apart, scores, cleaning, texts together), then in each loop `text_of_loop`.
+A prompt may give several texts, `|0|a sunny day|2|a rainy day`: each is used from its loop on. It may end in a JSON
+object, `a wave.{"reference_path": "wave.png", "mask_strategy": "0"}`. `read_prompt` takes all steps: it splits off the
+JSON (`split_json`), prepares each text (`prepare`: refine, append scores, clean) and picks one for each loop
+(`text_of_loop`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from opensora.config.schema import Schema, Text, check, shown
+from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError
 from opensora.files import parse_json, read_bytes
 from opensora.models.text_encoder.cleaning import preprocess
+from opensora.pipeline import prompt_refiner
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger("opensora")
 
 MAX_PROMPT = 20_000  # characters of a prompt, with all its texts and its JSON
 MAX_TEXT = 5_000  # characters of one text: several times what any text encoder reads
 MAX_BRACES = 100  # `{` in a prompt
 MAX_FILE_BYTES, MAX_LINES = 64 * 2**20, 100_000  # of a prompt file
 MAX_LOOP = 1_000_000  # that a text may begin at
-MAX_NAME_BYTES = 200  # of a file name, which leaves room for a suffix below the usual limit of 255
 
 
 class PromptJson(Schema):
-    """What the JSON object of a prompt may say: the references of this prompt, and where they go."""
+    """The JSON object of a prompt: its references, and the mask strategy that places them."""
 
     reference_path: Text = ""
     mask_strategy: Text = ""
 
 
 JSON_KEYS = tuple(PromptJson.model_fields)
+
+
+class PreparedPrompt(NamedTuple):
+    """A prompt as the models take it."""
+
+    loop_texts: tuple[str, ...]  # what the text encoder reads in each loop
+    conditions: dict[str, str]  # the `PromptJson` fields that the prompt gives
+
+
+def read_prompt(prompt: str, settings: InferenceSettings) -> PreparedPrompt:
+    """Prepares a prompt for each of `settings.loop` loops. Raises ConfigError for one without text.
+
+    While its texts are still to be refined by a language model, they may be empty once cleaned.
+    """
+    if not prompt.strip():
+        raise ConfigError("a prompt is empty; describe the video in it, or remove the blank line from the prompt file")
+    _check_encodable(prompt, "prompt")
+    segments, conditions = split_json(prompt)
+    scores = {"aes": settings.aes, "flow": settings.flow, "camera_motion": settings.camera_motion}
+    refine = partial(_refined_text, settings.refined)
+    prepared, unscored = prepare(segments, refine=refine, **scores), prepare(segments, refine=refine)
+    if not prompt_refiner.is_wanted(settings) and not unscored.strip():
+        raise ConfigError(f"prompt {shown(prompt)} is empty once cleaned; describe the video in English words")
+    if unused := [loop for loop in _segments(prepared)[1] or () if loop >= settings.loop]:
+        values = (shown(prompt), unused[:10], settings.loop)
+        logger.warning("prompt %s has texts for loops %s, but --loop is %d", *values)
+    return PreparedPrompt(tuple(text_of_loop(prepared, loop) for loop in range(settings.loop)), conditions)
+
+
+def negative_text(settings: InferenceSettings) -> str | None:
+    """The negative prompt, cleaned like a prompt; None for the model's own null text.
+
+    Raises ConfigError for an empty one, and for a model of classes.
+    """
+    text = settings.negative_prompt
+    if text is None:
+        return None
+    if (settings.text_encoder or {}).get("type") == "classes":
+        raise ConfigError("negative_prompt is a text, but these prompts are numbers of classes; leave it out")
+    _check_encodable(text, "negative_prompt")
+    if split_segments(text)[1]:
+        raise ConfigError("negative_prompt is one text for all loops; leave out |0|")
+    cleaned = prepare(text)
+    if not cleaned.strip():
+        raise ConfigError(f"negative_prompt {shown(text)} is empty once cleaned; give English words, or leave it out")
+    return cleaned
+
+
+def _check_encodable(text: str, name: str) -> None:
+    """Raises ConfigError for a text that is too long or not UTF-8."""
+    check_length(text)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{name} {shown(text)} is not UTF-8 text") from error
+
+
+def _refined_text(refined: dict[str, Any] | None, text: str) -> str:
+    """The text, or the recorded answer of the language model to it."""
+    answer = text if refined is None else refined.get(text)
+    if not isinstance(answer, str) or re.search("[\ud800-\udfff]", answer):
+        raise ConfigError(f"refined has no text for {shown(text)}; leave refined out to ask the language model again")
+    return answer
 
 
 def load_prompts(path: str | os.PathLike[str], start: int | None = None, end: int | None = None) -> list[str]:
@@ -57,27 +122,16 @@ def load_prompts(path: str | os.PathLike[str], start: int | None = None, end: in
 
 
 def check_length(prompt: str) -> None:
-    """Raises ConfigError for a prompt that is too long to look for anything in it."""
+    """Raises ConfigError for a prompt that is too long to be parsed."""
     if len(prompt) > MAX_PROMPT:
         problem = f"has {len(prompt):,} characters, and at most {MAX_PROMPT:,} are read"
         raise ConfigError(f"prompt {shown(prompt)} {problem}; shorten it")
 
 
-def extract_json(
-    prompts: Sequence[str], references: Sequence[str], mask_strategies: Sequence[str]
-) -> tuple[list[str], list[str], list[str]]:
-    """The prompts without their JSON objects, and references and mask strategies with what the objects say instead."""
-    split = [split_json(prompt) for prompt in prompts]
-    references = [info.get("reference_path", given) for (_, info), given in zip(split, references, strict=True)]
-    masks = [info.get("mask_strategy", given) for (_, info), given in zip(split, mask_strategies, strict=True)]
-    return [text for text, _ in split], references, masks
-
-
 def split_json(prompt: str) -> tuple[str, dict[str, str]]:
-    """(the text around the last JSON object of a prompt, that object); a prompt without a `{` has an empty object.
+    """Splits the last JSON object off a prompt: (the text around it, unstripped, and the object, {} without a `{`).
 
-    The last object is one that is not part of another brace. Nothing is stripped. Raises ConfigError for an object that
-    is not JSON or not a `PromptJson`.
+    Raises ConfigError for an object that is nested in another brace, no JSON, or no `PromptJson`.
     """
     check_length(prompt)
     if "{" not in prompt:
@@ -99,31 +153,33 @@ def split_json(prompt: str) -> tuple[str, dict[str, str]]:
         example = '{"reference_path": "image.png", "mask_strategy": "0"}'
         raise ConfigError(f"{name}: what follows {{ is not JSON; write it like {example}, or leave {{ out")
     start, end = found
-    told = parse_json(prompt[start:end], f"{name}: its JSON", ConfigError)
-    info = check(PromptJson, told, f"{name}: its JSON", ConfigError, f"known are {' and '.join(JSON_KEYS)}")
+    value = parse_json(prompt[start:end], f"{name}: its JSON", ConfigError)
+    info = check(PromptJson, value, f"{name}: its JSON", ConfigError, f"known are {' and '.join(JSON_KEYS)}")
     return prompt[:start] + prompt[end:], info.model_dump(exclude_unset=True)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs. Raises ConfigError for a key that comes twice, of which one would be lost."""
+    """The object of these pairs. Raises ConfigError for a duplicate key."""
     twice = {key for position, (key, _) in enumerate(pairs) if key in dict(pairs[:position])}
     if twice:
         raise ConfigError(f"the JSON of a prompt gives {shown(min(twice))} twice; give each key once")
     return dict(pairs)
 
 
-# Finds where an object ends: numbers stay text, however long they are.
+# Finds the end of an object. Numbers stay text: converting one of a million digits takes minutes.
 _EXTENT = json.JSONDecoder(parse_int=str, parse_float=str, object_pairs_hook=_once)
 
 
 def split_segments(prompt: str) -> tuple[list[str], list[int] | None]:
-    """(texts, the loops that they begin at); a prompt that does not begin with `|0|` is one text, without loops.
+    """(texts, the loop that each begins at); a prompt that does not begin with `|0|` is one text and has None.
 
-    Raises ConfigError if texts and loop numbers do not alternate.
+    Raises ConfigError unless loop numbers and texts alternate.
     """
     texts, loops = _segments(prompt)
     if loops and loops != sorted(set(loops)):
-        log.warning("prompt %s: loop numbers do not rise, so that some of its texts may never be used", shown(prompt))
+        logger.warning(
+            "prompt %s: loop numbers do not rise, so that some of its texts may never be used", shown(prompt)
+        )
     return [text.strip() for text in texts] if loops else texts, loops
 
 
@@ -141,7 +197,7 @@ def _segments(prompt: str) -> tuple[list[str], list[int] | None]:
 
 
 def merge_segments(texts: Sequence[str], loops: Sequence[int] | None) -> str:
-    """One prompt out of texts and their loops, the inverse of `split_segments`; without loops it is the first text."""
+    """The inverse of `split_segments`; without loops, the first text."""
     if loops is None:
         if not texts:
             raise ConfigError("a prompt without loop numbers needs one text")
@@ -152,7 +208,7 @@ def merge_segments(texts: Sequence[str], loops: Sequence[int] | None) -> str:
 
 
 def text_of_loop(prompt: str, loop: int) -> str:
-    """The text that holds in a loop (from 0): the first one whose successor begins later."""
+    """The text of a loop, counted from 0: the first one whose successor begins later."""
     texts, loops = _segments(prompt)
     following = (loops or [])[1:]
     return next((text for text, begin in zip(texts, following, strict=False) if begin > loop), texts[-1])
@@ -161,9 +217,9 @@ def text_of_loop(prompt: str, loop: int) -> str:
 def append_score(
     prompt: str, aes: float | None = None, flow: float | None = None, camera_motion: str | None = None
 ) -> str:
-    """The prompt with ` aesthetic score: 6.5.`, motion score and camera motion after it.
+    """Appends ` aesthetic score: 6.5.`, the motion score and the camera motion to a prompt.
 
-    What is None, or in the prompt already, is left out. Raises ConfigError for a score that is not a number.
+    Skips those that are None or in the prompt already. Raises ConfigError for a score that is not a number.
     """
     for label, value in (("aesthetic score", aes), ("motion score", flow), ("camera motion", camera_motion)):
         if value is None or f"{label}:" in prompt:
@@ -176,41 +232,14 @@ def append_score(
 
 
 def prepare(prompt: str, *, refine: Callable[[str], str] = str, **scores: Any) -> str:
-    """The prompt as the text encoder wants it: each of its texts refined, given `scores` (`append_score`), cleaned."""
+    """Refines each text of a prompt, appends `scores` (`append_score`) and cleans it."""
     texts, loops = split_segments(prompt)
     return merge_segments([_cleaned(append_score(refine(text), **scores)) for text in texts], loops)
 
 
 def _cleaned(text: str) -> str:
-    """Raises ConfigError for a text that is too long to be cleaned."""
+    """The text as the encoder takes it. Raises ConfigError for one that is too long."""
     if len(text) > MAX_TEXT:
         problem = f"has {len(text):,} characters, and at most {MAX_TEXT:,} are encoded"
         raise ConfigError(f"text {shown(text)} of a prompt {problem}; shorten it")
     return preprocess(text)
-
-
-def save_path_name(
-    save_dir: str | os.PathLike[str], sample_name: str | None = None, sample_idx: int | None = None,
-    prompt: str | None = None, prompt_as_path: bool = False, num_sample: int = 1, k: int | None = None,
-) -> str:  # fmt: skip
-    """The path of a sample without its extension: `DIR/sample_0007`, or `DIR/sample_0007-2` as number k of several.
-
-    With `prompt_as_path` the prompt is the name, after `sample_name` if there is one. A name never leaves `save_dir`:
-    slashes become `_`, and one that is too long for a file system is cut and gets a hash of the whole.
-    Raises ConfigError if a number is needed and not given.
-    """
-    if prompt_as_path:
-        name = f"{sample_name or ''}{prompt}"
-    elif sample_idx is None:
-        raise ConfigError("a sample's file name needs its index; give sample_idx, or prompt_as_path")
-    else:
-        name = f"{'sample' if sample_name is None else sample_name}_{sample_idx:04d}"
-    if num_sample != 1:
-        name += f"-{k}"
-    name = re.sub(r"[/\\\x00-\x1f\x7f]", "_", name)
-    if name in (".", ".."):
-        name = "_" * len(name)
-    whole = name.encode(errors="replace")
-    if len(whole) > MAX_NAME_BYTES:
-        name = f"{whole[: MAX_NAME_BYTES - 9].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:8]}"
-    return os.path.join(save_dir, name)

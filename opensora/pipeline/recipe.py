@@ -1,17 +1,15 @@
-"""The self-description of an output: everything needed to make it again, inside the file and beside it.
+"""Recipes: everything needed to generate an output again, stored in its metadata and in a JSON file beside it.
 
-A recipe is a file from anybody. What it decides is listed here, once: `DECIDED`. Who is asked, with which key, and
-where anything is written is decided by the command line alone.
+Recipes come from strangers, so that a recipe decides only the settings in `DECIDED`. The caller alone decides network
+access, API keys and output paths.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import platform
 import re
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,17 +20,17 @@ from pydantic import Field
 from opensora import __version__
 from opensora.config.schema import Count, Int, Name, NonNegative, Positive, Schema, Sha256, Text, check
 from opensora.config.settings import InferenceSettings
-from opensora.datasets.video import encode_image, encode_video, read_metadata
+from opensora.datasets.video import read_metadata
 from opensora.errors import MediaError, OpenSoraError
-from opensora.files import opened, parse_json, read_json, replacing
+from opensora.files import opened, parse_json, read_json
 
 FORMAT = 1
 KEY = "opensora_recipe"  # of the metadata of the mp4 or png
 TOKENIZER = "tokenizer"  # its entry among the hashes of the weights; older recipes have none
 Recipe = dict[str, Any]
 
-# The settings that a recipe or draft decides: what the frames are and what they are computed with. All others are the
-# user's: they have their defaults, whatever the file says.
+# Settings that a recipe or draft decides: the content of the frames and how they are computed. All others have their
+# defaults, whatever the file says.
 DECIDED = frozenset((
     "model", "vae", "text_encoder", "scheduler", "dtype", "cpu_dtype", "linear", "attention", "device", "memory",
     "compile", "graphs", "guidance_ranks", "batch_size", "seed", "prompt", "negative_prompt", "refined", "aes", "flow",
@@ -48,9 +46,9 @@ USERS = frozenset((
     "image", "first_frame", "last_frame", "extend", "keep", "edit", "strength", "cache_psnr",
     "dataset", "num_workers", "perceptual_loss_weight", "kl_loss_weight",
 ))  # fmt: skip
-USERS_IN_SECTIONS = ("cache_dir", "local_files_only")  # where downloads go, and whether there are any
+USERS_IN_SECTIONS = ("cache_dir", "local_files_only")  # the folder of downloads, and whether to download
 
-MAX_MEDIA_BYTES = 2**40  # of an mp4 or png, of which little is read
+MAX_MEDIA_BYTES = 2**40  # of an mp4 or png; only its metadata is read
 MAX_THREADS = 1024
 Threads = Annotated[Positive, Field(le=MAX_THREADS)]
 
@@ -68,12 +66,12 @@ class _Draft(Schema):
     of: Positive
 
 
-class Planned(Schema):
-    """The fields of the recipe of an output that is still to be made, as a draft holds it."""
+class DraftRecipe(Schema):
+    """The recipe in a draft, whose output does not exist yet."""
 
     format: Annotated[Positive, Field(le=FORMAT)]
     program: dict[Name, Name]
-    threads: Threads | None = None  # that computed it; older recipes do not say
+    threads: Threads | None = None  # CPU threads; older recipes lack it
     prompt: Text
     encoded_prompts: list[Text]
     seed: Int
@@ -84,8 +82,8 @@ class Planned(Schema):
     draft: _Draft | None = None
 
 
-class Finished(Planned):
-    """The fields of the recipe of an output."""
+class OutputRecipe(DraftRecipe):
+    """The recipe in an output."""
 
     output: _Output
 
@@ -94,7 +92,7 @@ def make_recipe(
     prompt: str, encoded_prompts: list[str], seed: int, sample_index: int, *,
     settings: dict, weights: dict[str, str], references: dict[str, str] | None = None,
 ) -> Recipe:  # fmt: skip
-    """The recipe of one output, without its pixels (`write_output` adds those).
+    """The recipe of one output, without its pixels (`with_output` adds those).
 
     `encoded_prompts` holds the text given to the encoder, one per loop; `settings` every resolved setting, JSON-able;
     `weights` a hash per component, `references` one per file or URL. The number of threads, which changes the last
@@ -108,7 +106,7 @@ def make_recipe(
 
 
 def program() -> dict[str, str]:
-    """The versions of what runs here."""
+    """The versions of opensora, torch, Python and the platform."""
     versions = {"opensora": __version__, "torch": torch.__version__}
     return {**versions, "python": platform.python_version(), "platform": platform.platform()}
 
@@ -118,38 +116,17 @@ def frames_digest(frames: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(frames)).hexdigest()
 
 
-def write_output(frames: np.ndarray, path_without_suffix: str | Path, fps: float, recipe: Recipe) -> Path:
-    """Writes frames uint8 [T, H, W, 3] as NAME.mp4 (NAME.png for one frame) and NAME.json, and returns the media path.
-
-    What lay there before is replaced. Both appear complete or neither does. Raises MediaError where they cannot be
-    written.
-    """
-    media = Path(f"{path_without_suffix}.{'mp4' if len(frames) > 1 else 'png'}")
-    with replacing(media, f"{path_without_suffix}.json") as (temporary_media, temporary_sidecar):
-        encode_output(frames, temporary_media, temporary_sidecar, fps, recipe)
-    return media
-
-
-def encode_output(frames: np.ndarray, media: Path, sidecar: Path, fps: float, recipe: Recipe) -> None:
-    """`write_output` to paths of its own, for use within `replacing`: not atomic, OSError where writing fails.
-
-    The recipe, with the digest and size of the frames added under "output", goes into both files.
-    """
+def with_output(recipe: Recipe, frames: np.ndarray, fps: float) -> Recipe:
+    """The recipe with the digest and size of its frames under "output"."""
     num_frames, height, width = frames.shape[:3]
     output = {"sha256": frames_digest(frames), "num_frames": num_frames, "height": height, "width": width, "fps": fps}
-    recipe = {**recipe, "output": output}
-    metadata = {KEY: json.dumps(recipe, ensure_ascii=False)}
-    if num_frames > 1:
-        encode_video(frames, media, fps, metadata)
-    else:
-        encode_image(frames[0], media, metadata)
-    sidecar.write_text(json.dumps(recipe, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    return {**recipe, "output": output}
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """The recipe of an output: from a .json, from the .mp4 or .png itself, or from the .json beside it.
+    """Reads the recipe of an output from a .json, from a .mp4 or .png, or from the .json beside it.
 
-    Raises MediaError if there is none, if a newer program wrote it, or if one of its own fields is not what it must be.
+    Raises MediaError for a missing or invalid recipe, and for one of a newer program.
     """
     path, text = Path(path), None
     if path.suffix.lower() != ".json":
@@ -160,11 +137,11 @@ def read_recipe(path: str | Path) -> Recipe:
             raise MediaError(f"{path}: holds no recipe, nor is {sidecar.name} beside it; was it written by opensora?")
         path = sidecar if text is None else path
     recipe = read_json(path) if text is None else parse_json(text, str(path))
-    return check_recipe(recipe, Finished, str(path), MediaError)
+    return check_recipe(recipe, OutputRecipe, str(path), MediaError)
 
 
-def check_recipe(recipe: Any, kind: type[Planned], where: str, error: type[OpenSoraError]) -> Recipe:
-    """A recipe whose own fields are those of `kind`; its settings are checked by `settings_of`. Raises `error`."""
+def check_recipe(recipe: Any, kind: type[DraftRecipe], where: str, error: type[OpenSoraError]) -> Recipe:
+    """Validates a recipe against `kind`, its settings aside, which `settings_of` checks. Raises `error`."""
     if not isinstance(recipe, dict) or "format" not in recipe:
         raise error(f"{where}: is not the recipe of an output")
     if check(Positive, recipe["format"], f"{where}: format", error) > FORMAT:
@@ -174,9 +151,9 @@ def check_recipe(recipe: Any, kind: type[Planned], where: str, error: type[OpenS
 
 
 def settings_of(recipe: Recipe, where: str) -> InferenceSettings:
-    """The settings that a recipe decides; all others have their defaults. Raises ConfigError, which `where` opens.
+    """The settings of a recipe: those in `DECIDED` from the file, all others at their defaults.
 
-    They are checked first, in every spelling, and then taken by name from the result.
+    Raises ConfigError for an invalid setting, MediaError for a recipe that would ask the network; `where` opens both.
     """
     fields = {one.name: one for one in dataclasses.fields(InferenceSettings)}
     known = {name: value for name, value in recipe["settings"].items() if name in fields or name not in USERS}
@@ -210,19 +187,6 @@ def _decided_in_section(section: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _check_local(path: str, where: str) -> None:
-    """Raises MediaError for a path that Windows would ask another machine for."""
+    """Raises MediaError for a UNC path, which Windows resolves over the network."""
     if re.match(r"[/\\]{2}", path):
         raise MediaError(f"{where}: {path[:80]!r} names another machine; a recipe cannot have it asked")
-
-
-def check_folder(path: str | Path) -> Path:
-    """The folder, created where missing and proven writable before anybody waits for a video; MediaError otherwise."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(4096))
-    except OSError as error:
-        reason = error.strerror or error
-        raise MediaError(f"{folder}: outputs cannot be saved there ({reason}); choose another --save-dir") from error
-    return folder

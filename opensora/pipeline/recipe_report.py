@@ -1,4 +1,4 @@
-"""How an output was made, in readable lines: the recipe of an mp4, png or .json, or of a draft."""
+"""Prints the recipe of an output (mp4, png or .json) or of a draft as readable lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_LINES, MAX_VALUE = 200, 200  # lines of a report, characters of a value
 
 
 def is_output(path: str | Path) -> bool:
-    """Whether a name is that of an output or a draft; weights have other names."""
+    """Whether a file is an output or a draft, by its suffix, rather than a checkpoint."""
     return Path(path).is_file() and (Path(path).suffix.lower() in MEDIA or _is_draft(path))
 
 
@@ -27,7 +27,7 @@ def describe_output(path: str | Path) -> str:
     """The recipe of an output in at most 200 lines. Raises MediaError where there is none, WeightsError for a draft."""
     if _is_draft(path):
         found = draft.load(path)
-        stand = f"draft: {found.pause.done} of {found.num_steps} steps are done; opensora continue does the rest"
+        stand = f"draft: {found.state.step} of {found.state.num_steps} steps are done; opensora continue does the rest"
         lines = [f"{path}: {stand}", *_lines(found.recipe)]
     else:
         lines = [f"{path}: made by opensora", *_lines(read_recipe(path))]
@@ -36,7 +36,7 @@ def describe_output(path: str | Path) -> str:
 
 
 def _lines(recipe: Recipe) -> Iterator[str]:
-    """A line for each entry, those of a mapping below its name; settings that say nothing are left out."""
+    """One line for each entry; entries of a mapping are indented, None is left out."""
     for name, value in recipe.items():
         if not isinstance(value, Mapping):
             yield f"{name}: {_short(value)}"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import re
+import inspect
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 from opensora import registry
@@ -14,8 +12,8 @@ from opensora.config.settings import InferenceSettings
 from opensora.datasets.aspect import get_image_size, get_num_frames, get_num_pixels, parse_ratio
 from opensora.errors import ConfigError
 from opensora.pipeline import prompt_refiner, prompts
-
-logger = logging.getLogger("opensora")
+from opensora.pipeline.output_names import path_by_settings
+from opensora.pipeline.references import urls
 
 SPATIAL_FACTOR = 8  # pixels along a side of what an autoencoder makes one latent pixel of
 MAX_SIDE, MAX_FRAMES = 16_384, 100_000  # of a clip
@@ -27,23 +25,23 @@ NOT_YET = ("prompt_generator",)
 
 
 class Request(NamedTuple):
-    """One result to make: the prompt as given and as encoded, which of its samples, where it goes, what is given."""
+    """One result to make."""
 
-    prompt: str
-    encoded: str
-    sample: int
+    prompt: str  # as given
+    loop_texts: tuple[str, ...]  # what the text encoder reads in each loop
+    sample: int  # of the prompt
     path: str  # without suffix
     reference_path: str | None = None  # images and videos, separated by ";"
     mask_strategy: str | None = None
 
     @property
     def texts(self) -> list[str]:
-        """The texts of the prompt as they were given, without loops and JSON."""
+        """The texts of the prompt as given, without loop numbers and JSON."""
         return prompts.split_segments(prompts.split_json(self.prompt)[0])[0]
 
     def refined(self, settings: InferenceSettings) -> Request:
-        """The request in the words of `settings.refined`. Raises ConfigError if they say nothing."""
-        return self._replace(encoded=_read_prompt(self.prompt, settings)[0])
+        """The request with the texts of `settings.refined`. Raises ConfigError for an empty one."""
+        return self._replace(loop_texts=prompts.read_prompt(self.prompt, settings).loop_texts)
 
 
 class Size(NamedTuple):
@@ -76,23 +74,19 @@ class Size(NamedTuple):
         return f"{made.height}x{made.width} is made for {asked}: {rule}"
 
 
-def check_supported(settings: InferenceSettings) -> None:
-    """Raises ConfigError for a section that is missing or cannot be built, and for what this version cannot do."""
-    from opensora.checkpoints import builder
-
-    check_sections(settings)
-    for part in PARTS:
-        builder.check_section(getattr(settings, part), part)
-    if prompt_refiner.is_wanted(settings):
-        if settings.offline:
-            raise ConfigError("llm_refine asks a language model, but offline asks nobody; leave out one of the two")
-        prompt_refiner.endpoint(settings)
-        if settings.text_encoder["type"] == "classes":
-            raise ConfigError("llm_refine rewrites words, but these prompts are numbers of classes; leave it out")
+def check_refiner(settings: InferenceSettings) -> None:
+    """Raises ConfigError where a language model is to refine prompts but cannot, or the prompts are classes."""
+    if not prompt_refiner.is_wanted(settings):
+        return
+    if settings.offline:
+        raise ConfigError("llm_refine asks a language model, but offline asks nobody; leave out one of the two")
+    prompt_refiner.endpoint(settings)
+    if settings.text_encoder["type"] == "classes":
+        raise ConfigError("llm_refine rewrites words, but these prompts are numbers of classes; leave it out")
 
 
 def check_sections(settings: InferenceSettings) -> None:
-    """The part of `check_supported` that loads no model's code."""
+    """Raises ConfigError for a section that is missing or of an unknown type, and for settings without support."""
     for section in (*PARTS, "scheduler"):
         if getattr(settings, section) is None:
             raise ConfigError(f"the configuration has no {section}; add {section} = dict(type=..., ...)")
@@ -138,6 +132,29 @@ def make_size(settings: InferenceSettings) -> Size:
     return Size(num_frames, height, width)
 
 
+def check_addresses(settings: InferenceSettings, requests: Sequence[Request]) -> None:
+    """Raises ConfigError where a file of prompts names a URL and downloads are not allowed."""
+    if settings.prompt_path is None or settings.prompt or settings.allow_downloads:
+        return
+    given = {url for entry in settings.reference_path or () for url in urls(entry)}
+    for request in requests:
+        if named := [url for url in urls(request.reference_path) if url not in given]:
+            problem = f"the prompts of {settings.prompt_path} name the address {named[0][:200]!r}"
+            raise ConfigError(f"{problem}; --allow-downloads has it fetched, or download it and give its path")
+
+
+def check_keeps_frames(
+    settings: InferenceSettings, scheduler: Any, requests: Sequence[Request], media_given: bool
+) -> None:
+    """Raises ConfigError when frames are given to a sampler or a model that cannot keep them."""
+    if settings.loop == 1 and not media_given and not any(request.mask_strategy for request in requests):
+        return
+    if not scheduler.takes_edit:
+        raise ConfigError(f"scheduler '{settings.scheduler['type']}' cannot keep given frames; use rflow or iddpm")
+    if "x_mask" not in inspect.signature(registry.builder(settings.model["type"]).forward).parameters:
+        raise ConfigError(f"model '{settings.model['type']}' cannot keep given frames; use STDiT, STDiT2 or STDiT3")
+
+
 def make_requests(settings: InferenceSettings) -> list[Request]:
     """The results to make, in order. File numbers count from the first prompt of the list, whatever slice is made."""
     from opensora.pipeline.mask_strategy import parse_mask_strategy
@@ -149,17 +166,13 @@ def make_requests(settings: InferenceSettings) -> list[Request]:
     rows = list(enumerate(zip(texts, *given, strict=True)))
     requests = []
     for index, (text, reference_path, mask_strategy) in rows[settings.start_index : settings.end_index]:
-        encoded, info = _read_prompt(text, settings)
-        if unused := [loop for loop in prompts.split_segments(encoded)[1] or () if loop >= settings.loop]:
-            told = (shown(text), unused[:10], settings.loop)
-            logger.warning("prompt %s has texts for loops %s, but --loop is %d", *told)
-        conditions = {"reference_path": reference_path, "mask_strategy": mask_strategy, **info}
+        prompt = prompts.read_prompt(text, settings)
+        conditions = {"reference_path": reference_path, "mask_strategy": mask_strategy, **prompt.conditions}
         if conditions["mask_strategy"]:
             parse_mask_strategy(conditions["mask_strategy"])
         for sample in range(settings.num_sample):
-            name = (settings.sample_name, index, text, settings.prompt_as_path, settings.num_sample, sample)
-            path = prompts.save_path_name(settings.save_dir, *name)
-            requests.append(Request(text, encoded, sample, path, **conditions))
+            path = path_by_settings(settings, text, index, sample)
+            requests.append(Request(text, prompt.loop_texts, sample, path, **conditions))
     return requests
 
 
@@ -169,56 +182,3 @@ def _one_each(settings: InferenceSettings, name: str, count: int) -> Sequence[st
     if given and len(given) != count:
         raise ConfigError(f"{name} has {len(given)} entries for {count} prompts; give one each, '' for none")
     return given or [None] * count
-
-
-def _read_prompt(text: str, settings: InferenceSettings) -> tuple[str, dict[str, str]]:
-    """The prompt as it is encoded, and what its JSON tail says. Raises ConfigError for one that says nothing."""
-    if not text.strip():
-        raise ConfigError("a prompt is empty; describe the video in it, or remove the blank line from the prompt file")
-    _check_encodable(text, "prompt")
-    words, info = prompts.split_json(text)
-    given = {"aes": settings.aes, "flow": settings.flow, "camera_motion": settings.camera_motion}
-    scores = {name: score for name, score in given.items() if score is not None}
-    prepare = partial(prompts.prepare, words, refine=partial(_refined, settings.refined))
-    prepared = bare = prepare()
-    if scores:
-        prepared = prepare(**scores)
-    if not prompt_refiner.is_wanted(settings) and not bare.strip():
-        raise ConfigError(f"prompt {shown(text)} is empty once cleaned; describe the video in English words")
-    return prepared, info
-
-
-def _check_encodable(text: str, what: str) -> None:
-    """Raises ConfigError for a text that is too long or not UTF-8."""
-    prompts.check_length(text)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"{what} {shown(text)} is not UTF-8 text") from error
-
-
-def negative_text(settings: InferenceSettings) -> str | None:
-    """What stands in the place of the null text, cleaned like a prompt; None where guidance leads away from nothing.
-
-    Raises ConfigError for a text that says nothing, and where a model has no text.
-    """
-    text = settings.negative_prompt
-    if text is None:
-        return None
-    if (settings.text_encoder or {}).get("type") == "classes":
-        raise ConfigError("negative_prompt is a text, but these prompts are numbers of classes; leave it out")
-    _check_encodable(text, "negative_prompt")
-    if prompts.split_segments(text)[1]:
-        raise ConfigError("negative_prompt is one text for all loops; leave out |0|")
-    cleaned = prompts.prepare(text)
-    if not cleaned.strip():
-        raise ConfigError(f"negative_prompt {shown(text)} is empty once cleaned; give English words, or leave it out")
-    return cleaned
-
-
-def _refined(refined: dict[str, Any] | None, text: str) -> str:
-    """The text, or the one that was recorded in its place."""
-    answer = text if refined is None else refined.get(text)
-    if not isinstance(answer, str) or re.search("[\ud800-\udfff]", answer):
-        raise ConfigError(f"refined has no text for {shown(text)}; leave refined out to ask the language model again")
-    return answer

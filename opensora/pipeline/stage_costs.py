@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
 from opensora.acceleration import quantization
+from opensora.acceleration.device import is_cpu
 from opensora.acceleration.kernels.winograd import kernel_bytes
-from opensora.acceleration.memory_plan import BY_NAME, FAST, PLANS, MemoryPlan, arranged
+from opensora.acceleration.memory_plan import BY_NAME, PLANS, MemoryPlan
 from opensora.acceleration.model_parts import blocks_of
 from opensora.checkpoints.hub import checkpoint_files
 from opensora.models.text_encoder.classes import ClassIds
-from opensora.models.text_encoder.t5 import T5Encoder
 from opensora.models.vae.vae import frames_at_once
+from opensora.pipeline.job import Job
+from opensora.pipeline.loaded_models import Components, LoadedModels
 from opensora.pipeline.request import Request
-from opensora.profiling import cost_model
-from opensora.profiling.cost_model import Cost
+from opensora.pipeline.text_encoding import Texts, count_tokens
+from opensora.profiling import cost_model, memory_meter, speed_history
+from opensora.profiling.operation_counter import Cost
 
 T5_XXL = {"parameters": 4_762_310_656, "tokens": 300}  # what is assumed of a text encoder that is not here
 GENEROUS = 16  # tensors of a network's widest layer that are never held at once
@@ -35,158 +38,182 @@ class Stage(NamedTuple):
     seconds: float
 
 
-class Needs:
-    """What a request takes under each memory plan. Its parts need no weights, and are left as they are."""
+class ResourceEstimate:
+    """The memory and time of a job under each memory plan. The models need no weights and are left as they are.
 
-    def __init__(self, pipeline: Any, parts: Mapping[str, Any], requests: Sequence[Request]) -> None:
-        self.pipeline, self.parts, self.requests = pipeline, parts, requests
-        self.on_host = cost_model.is_host(pipeline.device)
-        self.where = (pipeline.dtype, pipeline.device)
+    again: the text encoder is read a second time, beside the other models
+    device, dtype: of the work and the weights, if not those of the models
+    """
+
+    def __init__(
+        self, models: LoadedModels, components: Components, job: Job, requests: Sequence[Request], again: bool,
+        device: torch.device | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        self.models, self.components, self.job, self.requests, self.again = models, components, job, requests, again
+        self.device, self.dtype = device or models.device, dtype or models.dtype
+        self.on_host = is_cpu(self.device)
+        self.where = (self.dtype, self.device)
+        self.latent_size = tuple(components.vae.get_latent_size(job.size))
         self.stages = cache(lambda plan: list(self._stages(plan)))
 
-    def choose(self) -> MemoryPlan:
-        """The plan that was asked for, else the fastest whose peak fits in what is free, else the last."""
-        asked, free = self.pipeline.settings.memory, cost_model.available(self.pipeline.device)
-        if asked != "auto":
-            return BY_NAME[asked]
-        if free is None or self.at_most() < free / 2:
-            return FAST
-        return next((plan for plan in PLANS if self.peak(plan) <= free), PLANS[-1])
+    def choose(self, loaded: int = 0, plans: Sequence[MemoryPlan] = PLANS) -> MemoryPlan:
+        """The memory plan of the settings; for "auto" the fastest of `plans` that fits into free memory, or the last.
+
+        `loaded` is the memory in bytes that the models occupy already.
+        """
+        name, free = self.models.settings.memory, memory_meter.available_memory(self.models.device)
+        if name != "auto":
+            return BY_NAME[name]
+        if free is None:
+            return plans[0]
+        free += loaded
+        if self.upper_bound() < free / 2:
+            return plans[0]
+        return next((plan for plan in plans if self.peak(plan) <= free), plans[-1])
 
     def peak(self, plan: MemoryPlan) -> int:
-        """Bytes at the peak, in addition to what the process has on a host; of the device alone elsewhere."""
-        return self.peak_of(self.stages(plan), plan)
+        """Bytes at the peak: on a host in addition to those of the process now, elsewhere of the device alone."""
+        return self._peak_of(self.stages(plan), plan)
+
+    def fits(self, plan: MemoryPlan, loaded: int = 0) -> bool:
+        """Whether a plan fits into free memory; True where nobody knows."""
+        free = memory_meter.available_memory(self.models.device)
+        return free is None or self.upper_bound() < (free + loaded) / 2 or self.peak(plan) <= free + loaded
 
     def least(self, plan: MemoryPlan) -> int:
-        """Bytes that the weights take by themselves, whatever they make."""
-        return self.peak_of([stage._replace(cost=Cost()) for stage in self.stages(plan)], plan)
+        """Bytes of the weights alone."""
+        return self._peak_of([stage._replace(cost=Cost()) for stage in self.stages(plan)], plan)
 
-    def peak_of(self, stages: Sequence[Stage], plan: MemoryPlan) -> int:
-        """Bytes that these stages take at their peak."""
-        again = len(self.pipeline.portions(self.requests)) > 1  # the text encoder is read beside the others
+    def weights(self) -> int:
+        """Bytes of the weights of autoencoder and diffusion model."""
+        parts = (self.components.vae, self.components.model)
+        return sum(cost_model.weight_bytes(part, self.dtype) for part in parts)
+
+    def _peak_of(self, stages: Sequence[Stage], plan: MemoryPlan) -> int:
         if self.on_host:
-            return peak_on_host(stages, again)
+            return peak_on_host(stages, self.again)
         text, *others = stages
         held = sum(stage.weights for stage in others)
-        if again and not plan.visiting:
+        if self.again and not plan.offload:
             text = text._replace(weights=text.weights + held)
             stages = [text, *others]
-        weights = {stage.name: stage.weights if plan.visiting else held for stage in others}
-        if plan.visiting:
+        weights = {stage.name: stage.weights if plan.offload else held for stage in others}
+        if plan.offload:
             weights["decoding"] = weights["encoding"]  # of the same autoencoder
         return max(stage.cost.peak + weights.get(stage.name, text.weights) for stage in stages)
 
-    def at_most(self) -> int:
-        """Bytes that the fast plan surely does not exceed, without counting: for requests that are small anyhow."""
-        pipeline, vae, model = self.pipeline, self.parts["vae"], self.parts["model"]
-        clips = [(pipeline.size.num_frames, *pipeline.made), *self._references()]
+    def upper_bound(self) -> int:
+        """Bytes that the fast plan never exceeds, without counting operations: enough for small requests."""
+        vae, model, job = self.components.vae, self.components.model, self.job
+        clips = [(job.size.num_frames, *job.frame_size), *self._references()]
         pixels = max(frames * height * width for frames, height, width in clips)
-        frames, height, width = vae.get_latent_size(pipeline.size)
-        tokens = 2 * frames * (height + 1) * (width + 1)
+        frames, height, width = self.latent_size
+        tokens = 2 * job.batch_size * frames * (height + 1) * (width + 1)
         work = GENEROUS * 4 * max(pixels * _widest(vae), tokens * _widest(model))
         weights = sum(4 * parameter.numel() for part in (vae, model) for parameter in part.parameters())
         return work + 3 * weights + 2 * self._text()[1].weights
 
     def _stages(self, plan: MemoryPlan) -> Iterator[Stage]:
-        """Text, autoencoder and model, and what they do, in order."""
-        pipeline, vae = self.pipeline, self.parts["vae"]
+        """Text, autoencoder and model, in order."""
+        job, vae = self.job, self.components.vae
         tokens, text = self._text()
-        if plan.visiting and not self.on_host:
-            text = text._replace(weights=_by_layers(self.parts["text_encoder"], text.weights))
+        if plan.offload and not self.on_host:
+            text = text._replace(weights=_by_layers(self.components.text_encoder, text.weights))
         yield text
         yield self._stage("encoding", "vae", self._encoding(plan))
         step = self._step(plan, tokens)
-        num_clips, steps = sum(map(len, self._timelines())), pipeline.scheduler.num_sampling_steps
-        steps = steps or pipeline.scheduler.num_steps
-        if pipeline.stop:
-            num_clips, steps = len(self.requests), steps * pipeline.stop / pipeline.scheduler.num_steps
+        num_clips, steps = sum(map(len, self._timelines())), job.scheduler.num_sampling_steps
+        steps = steps or job.scheduler.num_steps
+        if job.stop:
+            num_clips, steps = len(self.requests), steps * job.stop / job.scheduler.num_steps
         yield self._stage("sampling", "model", step.times(steps * num_clips))
-        loops, frames = pipeline.settings.loop, pipeline.size.num_frames
-        made = cost_model.decoding(vae, pipeline.size, *self.where, streamed=True).times(num_clips)
-        held = self._held(2)  # of a piece that becomes levels
-        if self.on_host:  # all levels, joined if there are several clips; the next one goes on from its float frames
-            several = loops > 1
-            held += self._held(frames) // 4 * (loops + several) + (self._held(frames) if several else 0)
-            used = ("decoder", "encoder") if self._encoded() else ("decoder",)
-            held += sum(self._kernels(part, plan) for part in used)
-        made = made._replace(peak=made.peak + held)
+        made = cost_model.decoding_cost(vae, job.size, *self.where, streamed=True).times(num_clips)
+        made = made._replace(peak=made.peak + self._frames_held(plan))
         yield Stage("decoding", 0, 0, False, made, self._seconds(made, "decoding"))
 
+    def _frames_held(self, plan: MemoryPlan) -> int:
+        """Bytes of decoded frames beside the work of the decoder."""
+        loops, frames = self.job.settings.loop, self.job.size.num_frames
+        held = self._float_frames(2)  # of a piece that becomes uint8
+        if self.on_host:  # all uint8 frames, joined if there are several clips, and the float frames of the last one
+            several = loops > 1
+            held += self._float_frames(frames) // 4 * (loops + several) * self.job.batch_size
+            held += self._float_frames(frames) if several else 0
+            used = ("decoder", "encoder") if self._encoded() else ("decoder",)
+            held += sum(self._kernels(part, plan) for part in used)
+        return held
+
     def _timelines(self) -> list[list[Any]]:
-        return [self.pipeline.timelines[request] for request in self.requests]
+        return [self.job.timelines[request] for request in self.requests]
 
     def _references(self) -> list[tuple[int, int, int]]:
         """The size of each given image and video, as it is encoded."""
-        pipeline = self.pipeline
-        counts = (pipeline.count_frames(one.reference_path) for one in self.requests)
-        return [(frames, *pipeline.made) for found in counts for frames in found]
+        counts = (self.job.references.counts(one.reference_path) for one in self.requests)
+        return [(frames, *self.job.frame_size) for found in counts for frames in found]
 
     def _encoded(self) -> list[tuple[int, int, int]]:
-        """The size of everything that is encoded: what is given, and clips from which the next loop goes on."""
-        pipeline = self.pipeline
-        clip = (pipeline.size.num_frames, *pipeline.made)
-        return self._references() + [clip] * (pipeline.settings.loop - 1) * len(self.requests)
+        """The size of everything that is encoded: references, and clips from which the next loop continues."""
+        clip = (self.job.size.num_frames, *self.job.frame_size)
+        return self._references() + [clip] * (self.job.settings.loop - 1) * len(self.requests)
 
     def _encoding(self, plan: MemoryPlan) -> Cost:
-        pipeline, vae, work, sizes = self.pipeline, self.parts["vae"], Cost(), self._encoded()
-        at_once = frames_at_once(*pipeline.made) if plan.one_by_one else None
+        vae, work, sizes = self.components.vae, Cost(), self._encoded()
+        at_once = frames_at_once(*self.job.frame_size) if plan.single_frames else None
         for one in sorted(set(sizes)):
-            work = work.then(cost_model.encoding(vae, one, *self.where, at_once).times(sizes.count(one)))
+            work = work.then(cost_model.encoding_cost(vae, one, *self.where, at_once).times(sizes.count(one)))
         longest = max((frames for frames, *_ in sizes), default=0)
-        held = self._held(longest if self.on_host or at_once is None else min(longest, at_once))
+        held = self._float_frames(longest if self.on_host or at_once is None else min(longest, at_once))
         if sizes and self.on_host:
             held += self._kernels("encoder", plan)
         return work._replace(peak=work.peak + held)
 
     def _kernels(self, within: str, plan: MemoryPlan) -> int:
         """Bytes of the kernels that a host makes for a half of the autoencoder, in float32 alone."""
-        exact = self.pipeline.dtype == torch.float32
-        return kernel_bytes(self.parts["vae"], within, plan.winograd) if exact else 0
+        exact = self.dtype == torch.float32
+        return kernel_bytes(self.components.vae, within, plan.winograd) if exact else 0
 
     def _step(self, plan: MemoryPlan, tokens: int) -> Cost:
-        """One evaluation of the model, with both halves of guidance."""
-        pipeline, model = self.pipeline, self.parts["model"]
-        latent = tuple(self.parts["vae"].get_latent_size(pipeline.size))
+        """One evaluation of the model with all guidance branches, for one sample."""
+        model, job = self.components.model, self.job
         given = any(edit < 1 for clips in self._timelines() for clip in clips for edit in clip.edit)
-        halves = 1 if pipeline.scheduler.cfg_scale == 1 else 2
-        batch = 1 if plan.apart else halves
-        with arranged(model, plan):
-            work = cost_model.step(model, latent, pipeline.conditioning, tokens, *self.where, batch, given)
-            return cost_model.count(work, pipeline.device).times(halves / batch)
+        rows = job.batch_size * (1 if plan.sequential_cfg else job.scheduler.num_branches)
+        step = cost_model.step_cost(model, self.latent_size, job.conditioning, tokens, *self.where, rows, given, plan)
+        return step.times(job.scheduler.num_branches / rows)
 
-    def _held(self, frames: int) -> int:
+    def _float_frames(self, frames: int) -> int:
         """Bytes of so many frames in float32."""
-        return 12 * frames * self.pipeline.made[0] * self.pipeline.made[1]
+        return 12 * frames * self.job.frame_size[0] * self.job.frame_size[1]
 
     def _seconds(self, cost: Cost, stage: str) -> float:
-        return cost_model.seconds(cost, self.pipeline.device, stage, self.pipeline.dtype)
+        return speed_history.seconds(cost, self.models.device, stage, self.models.dtype)
 
     def _stage(self, name: str, part: str, cost: Cost) -> Stage:
-        held = cost_model.weights(self.parts[part], self.pipeline.dtype)
+        module = getattr(self.components, part)
+        held = cost_model.weight_bytes(module, self.dtype)
         files, copied = self._files(part, held)
         copied |= part == "vae"  # its kernels are rearranged
-        if part == "model" and self.pipeline.settings.linear != "exact":
-            held -= quantization.num_values(self.parts[part]) * (self.pipeline.dtype.itemsize - 1)
+        if part == "model" and self.models.settings.linear != "exact":
+            held -= quantization.num_quantized(module) * (self.dtype.itemsize - 1)
             copied = True
         return Stage(name, held, files, copied, cost, self._seconds(cost, name))
 
     def _files(self, part: str, held: int) -> tuple[int, bool]:
-        """Bytes of a part's weight files, and whether its weights will be copies of another format."""
-        path = self.pipeline.paths.get(part)
+        """Bytes of a part's weight files, and whether its weights will be copies in another format."""
+        path = self.models.paths.get(part)
         if path is None:
             return held, False
         size = sum(file.stat().st_size for file in checkpoint_files(path))
         return size, size < 0.9 * held or 1.9 * held < size < 2.1 * held
 
     def _text(self) -> tuple[int, Stage]:
-        """The longest text in tokens, and what encoding all of them takes."""
-        pipeline, encoder = self.pipeline, self.parts["text_encoder"]
-        texts = pipeline.texts_of(self.requests)
-        texts += [] if pipeline.negative_text is None else [pipeline.negative_text]
+        """The longest text in tokens, and the stage that encodes all of them."""
+        job, encoder, dtype = self.job, self.components.text_encoder, self.dtype
+        texts = job.texts_of(self.requests)
+        texts += [] if job.negative_text is None else [job.negative_text]
         if isinstance(encoder, ClassIds):
             return 1, Stage("text", 0, 0, False, Cost(), 0.0)
         if encoder is None:
-            held, tokens = pipeline.dtype.itemsize * T5_XXL["parameters"], T5_XXL["tokens"]
+            held, tokens = dtype.itemsize * T5_XXL["parameters"], T5_XXL["tokens"]
             cost = Cost(products=2.0 * tokens * T5_XXL["parameters"], moved=held, calls=1000, peak=2**28)
             cost = cost.times(len(texts))
             return tokens, Stage("text", held, held, False, cost, self._seconds(cost, "text"))
@@ -195,11 +222,29 @@ class Needs:
         parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
         cost = Cost()
         for length in lengths:
-            cost = cost.then(cost_model.reading_text(config, parameters, length))
+            cost = cost.then(cost_model.text_cost(config, parameters, length))
         held = sum(map(_bytes, encoder.model.parameters()))
         files, copied = self._files("text_encoder", held)
         stage = Stage("text", held, files, copied, cost, self._seconds(cost, "text"))
         return max(lengths, default=1), stage
+
+
+def remember_pace(models: LoadedModels, job: Job, texts: Texts, clips: int) -> None:
+    """Records the pace of this device for later estimates, after a run that was whole and long enough to tell."""
+    whole = not job.stop and not job.drafts and job.cache.is_exact and models.layout.world_size == 1
+    if not whole or models.settings.compile or max(job.seconds.values()) < speed_history.MIN_SECONDS:
+        return
+    latent, where = tuple(models.vae.get_latent_size(job.size)), (models.dtype, models.device)
+    tokens = max(text.shape[2] if text.ndim == 4 else 1 for text in texts.values())
+    steps, rows = job.scheduler.num_sampling_steps or job.scheduler.num_steps, job.batch_size
+    batch = job.scheduler.num_branches * rows
+    step = cost_model.step_cost(models.model, latent, job.conditioning, tokens, *where, batch)
+    costs = {
+        "sampling": step.times(steps / rows),
+        "decoding": cost_model.decoding_cost(models.vae, job.size, *where),
+    }
+    for stage, cost in costs.items():
+        speed_history.remember(models.device, stage, cost.times(clips), job.seconds[stage], models.dtype)
 
 
 def _widest(model: Any) -> int:
@@ -219,16 +264,6 @@ def _by_layers(encoder: Any, weights: int) -> int:
 
 def _bytes(tensor: Any) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def count_tokens(encoder: Any, text: str) -> int:
-    """How many features a text becomes; no weights are needed. Raises ConfigError for a text that is no class."""
-    if isinstance(encoder, T5Encoder):
-        found = encoder.tokenizer(text, truncation=False, verbose=False)["input_ids"]
-        return min(len(found), encoder.model_max_length)
-    if isinstance(encoder, ClassIds):
-        encoder.encode([text])
-    return 1
 
 
 def peak_on_host(stages: Sequence[Stage], again: bool = False) -> int:

@@ -1,4 +1,4 @@
-"""The cache of a request: what was asked for, calibrated where that is asked for, and how a recipe records it."""
+"""The step cache of a request: its settings, its calibration for `--cache auto`, and its record in a recipe."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from opensora.acceleration import quantization, trial
-from opensora.acceleration.device import inference_dtype, use_attention
-from opensora.acceleration.step_cache import cached_sampling, calibration
-from opensora.acceleration.step_cache.cached_sampling import Cache, Observe, Table
+from opensora.acceleration.flash_attention import use_attention
+from opensora.acceleration.precision import inference_dtype
+from opensora.acceleration.step_cache import calibration
+from opensora.acceleration.step_cache.cached_sampling import Cache
+from opensora.acceleration.step_cache.table import CacheTable
 from opensora.config.settings import InferenceSettings
-from opensora.distributed.fsdp import share
 from opensora.errors import ConfigError
-from opensora.pipeline.noise import initial_noise, noise_generator
 
 logger = logging.getLogger("opensora")
 
 
 def asked(settings: InferenceSettings) -> Cache:
-    """The cache that settings ask for; "auto" is exact until it has been calibrated. Raises ConfigError."""
-    table = None if settings.cache_table is None else Table.of(settings.cache_table)
+    """The step cache of the settings; "auto" is exact until it is calibrated. Raises ConfigError."""
+    table = None if settings.cache_table is None else CacheTable.from_dict(settings.cache_table)
     if settings.cache == "table" and table is None:
         raise ConfigError("cache 'table' needs a cache_table, as recipes hold it; use --cache auto to find one")
     method = "none" if settings.cache == "auto" else settings.cache
@@ -33,9 +32,9 @@ def asked(settings: InferenceSettings) -> Cache:
 
 
 def try_choices(settings: InferenceSettings, device: torch.device, dtype: torch.dtype) -> None:
-    """Says in one line where a choice of speed is slower here than what it replaces; it is followed all the same.
+    """Warns about each speed option that is slower on this device than the default; it is used all the same.
 
-    Raises ConfigError for a choice that the device cannot follow.
+    Raises ConfigError for an option that the device does not support.
     """
     quantization.check(settings.linear, device, dtype)
     with torch.random.fork_rng(devices=[]):
@@ -49,13 +48,13 @@ def try_choices(settings: InferenceSettings, device: torch.device, dtype: torch.
 
 
 def _tell(flag: str, choice: str, ratio: float, usual: str) -> None:
-    if ratio > trial.LOSES:
-        told = "--%s %s takes %.1f times as long as %s here, by a moment's trial; leave it out to be faster"
-        logger.warning(told, flag, choice, ratio, usual)
+    if ratio > trial.SLOWER:
+        warning = "--%s %s takes %.1f times as long as %s here, by a moment's trial; leave it out to be faster"
+        logger.warning(warning, flag, choice, ratio, usual)
 
 
 def prompts(settings: InferenceSettings) -> list[str]:
-    """The texts that a calibration needs; none without one."""
+    """The prompts of the calibration; none without one."""
     if settings.cache != "auto":
         return []
     if settings.cache_prompts:
@@ -65,62 +64,16 @@ def prompts(settings: InferenceSettings) -> list[str]:
     return [str(i * classes // number) for i in range(number)] if classes else list(calibration.PROMPTS)
 
 
-@torch.no_grad()
-def tuned(pipeline: Any, model: Any, shape: tuple[int, ...], texts: Mapping[str, Tensor]) -> Cache:
-    """The cache of a pipeline whose parts are loaded: for "auto" as an earlier calibration, or a new one, found it."""
-    settings, scheduler = pipeline.settings, pipeline.scheduler
-    if settings.cache != "auto":
-        return pipeline.cache
-    if settings.max_error == 0:
-        return pipeline.cache
-    names, interval = prompts(settings), settings.guidance_interval
-    negative = {} if pipeline.negative_text is None else {"negative": pipeline.negative_text}
-    key = calibration.key_of(
-        weights=pipeline.summaries["model"].sha256, scheduler=settings.scheduler, shape=shape, size=pipeline.size,
-        dtype=pipeline.dtype, fps=settings.fps, prompts=names, max_error=settings.max_error, interval=interval,
-        linear=settings.linear, **negative,
-    )  # fmt: skip
-    found = share(calibration.remembered(key) if pipeline.layout.is_main else None, pipeline.layout)
-    if found is None:
-        logger.info("cache: calibrating on %d prompts; later runs of this model and size need not", len(names))
-
-        def run(number: int, cache: Cache, observe: Observe | None) -> Tensor:
-            noise = initial_noise(settings.seed, -1 - number, 0, shape)[None].to(pipeline.device)
-            source = [noise_generator(settings.seed, -1 - number, 0)]
-            return pipeline.denoise(model, noise, texts[names[number]], cache, observe=observe, source=source)
-
-        sizes = pipeline.size._asdict()
-        count = cached_sampling.count_evaluations(scheduler, shape[0], sizes)
-        effects = cached_sampling.effects(scheduler, shape[0], sizes, count)
-        found = calibration.calibrate(run, effects, scheduler.cfg_scale, len(names), settings.max_error, interval)
-        found = share(found, pipeline.layout)
-        if pipeline.layout.is_main:
-            calibration.remember(key, found)
-    if found.table is None:
-        logger.info("cache: nothing can be left out within an error of %g", settings.max_error)
-        return Cache(interval=interval)
-    whole, most = _halves(found.table, scheduler, interval), max(found.errors)
-    text = "cache: %d of %d halves of guidance are computed; error %.4f at most in calibration"
-    logger.info(text, found.table.cost, whole, most)
-    return Cache("table", found.table, interval=interval)
-
-
-def _halves(table: Table, scheduler: Any, interval: tuple[float, float] | None) -> int:
-    """Those of a run without a table."""
-    count, (first, end) = len(table.halves), interval or (0.0, 1.0)
-    return count + (0 if scheduler.cfg_scale == 1 else sum(first <= k / count < end for k in range(count)))
-
-
 def recorded(settings: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
-    """The settings of a recipe, with which the same is made without a calibration."""
+    """The settings of a recipe, which repeats the result without a calibration."""
     settings = {**settings, "cache_psnr": False, "cache_prompts": None}
     if settings["cache"] != "auto":
         return settings
-    table = None if cache.table is None else cache.table.asdict()
+    table = None if cache.table is None else cache.table.to_dict()
     return {**settings, "cache": "none" if table is None else "table", "cache_table": table}
 
 
 def psnr(frames: np.ndarray, exact: np.ndarray) -> float:
-    """The peak signal-to-noise ratio in dB of frames uint8, infinite where they are the same."""
+    """The peak signal-to-noise ratio in dB of frames uint8, infinite if they are identical."""
     error = float(np.mean((frames.astype(np.float64) - exact) ** 2))
     return float("inf") if error == 0 else 10 * np.log10(255**2 / error)

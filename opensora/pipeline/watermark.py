@@ -1,4 +1,4 @@
-"""A line of text in the lower right corner of every frame, which says that the pictures were made by a program."""
+"""Draws a line of text in the lower right corner of every frame, such as "AI generated"."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from opensora.config.schema import shown
 from opensora.errors import ConfigError
 
 DEFAULT = "AI generated"
-HEIGHT = 1 / 20  # of the font, as part of the short side
-MOST = 1000  # characters
-USUAL, LEAST = 8, 6  # pixels: small frames get the usual font if the text fits, and none below the least
+FONT_HEIGHT = 1 / 20  # of the short side of a frame
+MAX_CHARACTERS = 1000
+MIN_FONT, SMALLEST_FONT = 8, 6  # pixels; below MIN_FONT only where the text would not fit
 
 
 def text_of(setting: bool | str) -> str:
-    """What is to be drawn: the text of a setting, the default for True, nothing for False."""
+    """The text of a setting: the default for True, empty for False."""
     return DEFAULT if setting is True else setting or ""
 
 
 def check(setting: bool | str, size: tuple[int, int]) -> None:
-    """Raises ConfigError when the text cannot be written, or not be read on frames of `size` (H, W)."""
+    """Raises ConfigError for a text that the font lacks, or that is unreadable on frames of `size` (H, W)."""
     draw(np.empty((0, *size, 3), np.uint8), setting)
 
 
 def draw(frames: np.ndarray, setting: bool | str) -> np.ndarray:
-    """Frames uint8 [T, H, W, 3] with the text: white with a black edge, which shows on any ground."""
+    """Draws the text on frames uint8 [T, H, W, 3], white with a black edge. Returns new frames."""
     if not setting:
         return frames
     mark = _mark(text_of(setting), *frames.shape[1:3]).astype(np.uint16)
@@ -35,12 +35,12 @@ def draw(frames: np.ndarray, setting: bool | str) -> np.ndarray:
 
 
 def _mark(text: str, height: int, width: int) -> np.ndarray:
-    """Brightness and opacity uint8 [h, w, 2] of the text, to be laid on the lower right corner of frames."""
+    """Brightness and opacity uint8 [h, w, 2] of the text."""
     from PIL import Image, ImageDraw, ImageFont
 
-    if len(text) > MOST:
-        raise ConfigError(f"watermark {shown(text)} has {len(text):,} characters; give at most {MOST}")
-    for points in range(max(round(min(height, width) * HEIGHT), USUAL), LEAST - 1, -1):
+    if len(text) > MAX_CHARACTERS:
+        raise ConfigError(f"watermark {shown(text)} has {len(text):,} characters; give at most {MAX_CHARACTERS}")
+    for points in range(max(round(min(height, width) * FONT_HEIGHT), MIN_FONT), SMALLEST_FONT - 1, -1):
         font, edge, margin = ImageFont.load_default(points), max(points // 12, 1), points // 4
         left, top, right, bottom = map(int, font.getbbox(text, stroke_width=edge))
         if right - left + 2 * margin <= width and bottom - top + 2 * margin <= height:

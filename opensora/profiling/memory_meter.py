@@ -1,14 +1,17 @@
-"""How much memory a device has and uses, and whether an error means that there was not enough."""
+"""Memory of devices and of the host: free, used, peak, limits, and errors for lack of it."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from opensora.acceleration.device import is_cpu, synchronize
 
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 CGROUP = Path("/sys/fs/cgroup")  # of a container, with its own limit
@@ -16,14 +19,14 @@ SHARE = 0.9  # of the free memory of a host that a process may take
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory, of an accelerator or of the host, did not suffice."""
+    """Whether an error says that the memory of an accelerator or of the host is exhausted."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
 
 
 class MemoryMeter:
-    """The peak of an accelerator's memory; without an accelerator, or where it cannot tell, the peak is not known."""
+    """Measures the peak memory of an accelerator; unknown on a CPU, and on devices that record none."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.module = device, _accounts(device)
@@ -32,20 +35,19 @@ class MemoryMeter:
             self.room = free + self.module.memory_reserved(device)  # other processes have the rest
 
     def reset(self) -> None:
-        """Gives back what nothing uses, and starts a new peak."""
+        """Empties the caches and starts a new peak."""
         gc.collect()
         if self.module is not None:
             self.module.empty_cache()
             self.module.reset_peak_memory_stats(self.device)
 
     def peak(self) -> float | None:
-        """The most that was allocated at once, as a share of what this process can have."""
+        """Peak bytes allocated, as a share of the memory that this process can have."""
         return None if self.module is None else self.module.max_memory_allocated(self.device) / self.room
 
     def wait(self) -> None:
-        """Returns when the device has done all that it was given."""
-        if self.device.type != "cpu":
-            torch.get_device_module(self.device).synchronize()
+        """Synchronizes the device."""
+        synchronize(self.device)
 
     def __str__(self) -> str:
         """The device in words."""
@@ -56,8 +58,8 @@ class MemoryMeter:
 
 
 def _accounts(device: torch.device) -> ModuleType | None:
-    """The module of a device that keeps accounts of its memory."""
-    if device.type == "cpu":
+    """The torch module of a device, if it reports its memory."""
+    if is_cpu(device):
         return None
     module = torch.get_device_module(device)
     needed = ("mem_get_info", "memory_reserved", "max_memory_allocated", "reset_peak_memory_stats", "empty_cache")
@@ -66,9 +68,9 @@ def _accounts(device: torch.device) -> ModuleType | None:
 
 @contextlib.contextmanager
 def bounded_host_memory(room: int | None = None) -> Iterator[None]:
-    """Within it a process gets an error for what exceeds the free memory, instead of being killed; on Linux only.
+    """Within it, allocations beyond `room` more bytes raise an error instead of ending the process; on Linux only.
 
-    `room` is the number of bytes it may take beyond what it has; most of the free memory if it is not given.
+    By default `room` is most of the free memory.
     """
     try:
         import resource
@@ -87,10 +89,29 @@ def bounded_host_memory(room: int | None = None) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def free_on_host() -> int:
-    """Bytes of the host's memory, or of the container's, that are not taken; files that it holds beside can go.
+def available_memory(device: torch.device) -> int | None:
+    """Free bytes of a device; on a CPU, of the host. None if unknown."""
+    if not is_cpu(device):
+        get_info = getattr(torch.accelerator, "get_memory_info", None)
+        return get_info(device)[0] if get_info else None
+    with contextlib.suppress(OSError, KeyError):
+        return free_on_host()
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
 
-    Raises OSError or KeyError where the system does not say.
+
+def resident_memory() -> int:
+    """Resident bytes of this process; a guess if the system does not say."""
+    with contextlib.suppress(OSError, KeyError):
+        return _kilobytes(Path("/proc/self/status"), "VmRSS") * 1024
+    return 600 * 2**20
+
+
+def free_on_host() -> int:
+    """Free bytes of the host or of the container; cached files count as free.
+
+    Raises OSError or KeyError if the system does not say.
     """
     free = _kilobytes(Path("/proc/meminfo"), "MemAvailable") * 1024
     with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit

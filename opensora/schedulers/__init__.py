@@ -1,1 +1,1 @@
-"""Samplers and training losses: rectified flow, IDDPM, DPM-Solver++. They call any model; imports `errors` alone."""
+"""Samplers and training losses: rectified flow, IDDPM, DPM-Solver++. They call any model; may import `errors` only."""

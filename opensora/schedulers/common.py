@@ -1,49 +1,49 @@
-"""What the samplers share: types of arguments, checks of settings, shapes, random numbers, progress, masks of frames.
+"""What the samplers share: the state after a step, checks of settings, shapes, random numbers, masks of frames.
 
 Axes: latents [B, C, T, H, W], frame masks and values [B, T].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from opensora.errors import ConfigError, did_you_mean
 
-Number = float | Tensor | None  # one value, or one per sample [B]; None where no transform asks for it
-Progress = bool | Callable[[int, int], None]  # a bar, or what is called with (steps done, steps)
-NoiseSource = Sequence[torch.Generator] | Callable[[], Tensor]  # one generator per sample, or what gives the numbers
+Number = float | Tensor | None  # one value, or one per sample [B]; None where no transform needs it
+NoiseSource = Sequence[torch.Generator] | Callable[[], Tensor]  # one generator per sample, or a function that draws
 
 
-@dataclass
-class Pause:
-    """Sampling in two parts: it begins after `done` steps with the `tensors` left then, and stops after `until` steps.
+@dataclass(frozen=True)
+class SamplerState:
+    """The state of sampling after a step. With it, the model and the conditioning, a sampler resumes bit for bit.
 
-    Where it has stopped, `done` and `tensors` are all that going on takes, but for `source`, which goes on as it is,
-    and what `sample` gives are the clean latents that its last step predicts. Without `until` it runs to the end.
+    step: steps done, of num_steps
+    x: the noisy latents [B, C, T, H, W], float32
+    x0: the clean latents that the step predicts; `x` itself before any step has run
+    carry: the method's memory, such as earlier predictions, by name
     """
 
-    until: int | None = None
-    done: int = 0
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    step: int
+    num_steps: int
+    x: Tensor
+    x0: Tensor
+    carry: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def take(self, name: str, initial: Tensor) -> Tensor:
-        """What was left under a name, or `initial` at the start. Raises ConfigError where nothing was left."""
-        if self.done and name not in self.tensors:
+    def to(self, like: Tensor) -> SamplerState:
+        """The state on the device and in the floating-point type of `like`."""
+        carry = {n: t.to(like if t.is_floating_point() else like.device) for n, t in self.carry.items()}
+        return SamplerState(self.step, self.num_steps, self.x.to(like), self.x0.to(like), carry)
+
+    def carried(self, name: str, initial: Tensor) -> Tensor:
+        """The tensor `name` of the carry, or `initial` before the first step. Raises ConfigError if it is missing."""
+        if self.step and name not in self.carry:
             raise ConfigError(f"the draft lacks the sampler's tensor '{name}'; make the draft again")
-        return self.tensors[name].to(initial) if self.done else initial
-
-    def leave(self, num_steps: int, x: Tensor, clean: Tensor, **others: Tensor) -> Tensor:
-        """`x` after the last of `num_steps`; before it `clean`, with `x` and `others` kept to go on from."""
-        if self.done == num_steps:
-            return x
-        self.tensors = {"x": x, **others}
-        return clean
+        return self.carry[name] if self.step else initial
 
 
 def check(settings: Any, positive: Sequence[str], **choices: Collection[str]) -> None:
@@ -70,11 +70,6 @@ def frame_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     return values.mean(dim=1) if mask is None else (values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
-def edited(edit: Tensor | None, x: Tensor) -> Tensor | None:
-    """`edit` [B, T] as float on the device of `x`, or None where it generates every frame, which is no edit."""
-    return None if edit is None or bool((edit >= 1).all()) else edit.to(x)
-
-
 def draw(source: NoiseSource, x: Tensor, rows: Tensor | None = None) -> Tensor:
     """Standard-normal numbers of the shape of `x`, drawn where the generators live and moved to `x`.
 
@@ -89,14 +84,3 @@ def draw(source: NoiseSource, x: Tensor, rows: Tensor | None = None) -> Tensor:
         if rows is None or rows[row]:
             noise[row] = torch.randn(x.shape[1:], generator=one, device=one.device).to(x)
     return noise
-
-
-def counted(num_steps: int, progress: Progress, pause: Pause) -> Iterator[int]:
-    """0, 1, ... `num_steps` - 1, or the part of `pause`; each is reported to `progress` when it has been worked off."""
-    todo = range(pause.done, min(pause.until or num_steps, num_steps))
-    bar = {"desc": "sampling", "unit": "step", "total": num_steps, "initial": pause.done}
-    for step in tqdm(todo, **bar, disable=progress is not True):
-        yield step
-        pause.done = step + 1
-        if callable(progress):
-            progress(step + 1, num_steps)

@@ -3,7 +3,7 @@
 Sources: DDPM (Ho et al. 2020, arXiv:2006.11239) and IDDPM (Nichol and Dhariwal 2021, arXiv:2102.09672).
 
 Axes: latents x [B, C, T, H, W]; steps t, int64 [B], from 0 (almost data) to N - 1 (noise); tables [N]. A process may
-walk over a selection of the timesteps it was defined on: `timestep_map` says which, and only the model is told.
+use a subset of the timesteps it was defined on: `timestep_map` maps its steps to the timesteps that the model gets.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BINS = 255  # intervals between the values of 8-bit data scaled to -1..1
 
 
 def linear_betas(num_timesteps: int = 1000) -> Tensor:
-    """Variances from 1e-4 to 2e-2, float64 [num_timesteps] (DDPM, section 4), scaled where there are not 1000."""
+    """Variances from 1e-4 to 2e-2, float64 [num_timesteps] (DDPM, section 4), scaled if there are not 1000."""
     scale = 1000 / num_timesteps
     return torch.linspace(scale * 1e-4, scale * 2e-2, num_timesteps, dtype=torch.float64).clamp(max=MAX_BETA)
 
@@ -101,7 +101,7 @@ class Diffusion:
         return len(self.betas)
 
     def timestep(self, t: Tensor, like: Tensor) -> Tensor:
-        """What the model is told at steps `t` [B]: the original timesteps, float32, on the device of `like`."""
+        """The timesteps that the model gets at steps `t` [B], float32, on the device of `like`."""
         return self.timestep_map[t.to(self.timestep_map.device)].to(like.device, torch.float32)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:

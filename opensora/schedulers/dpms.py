@@ -1,15 +1,15 @@
 """DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095): few steps along the probability-flow ODE, exact in its linear part.
 
-Time runs from 1 (noise) to 1/1000; the model, which predicts noise, gets it as a timestep 999..0. All samples share
-their times, so what follows from times are lists of floats, one for each point between two steps.
+Time falls from 1 (noise) to 1/1000; the model, which predicts noise, gets it as a timestep 999..0. All samples share
+their times, so everything that depends on time alone is a list of floats, one for each point between two steps.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from opensora.errors import ConfigError
 from opensora.schedulers import common
-from opensora.schedulers.common import NoiseSource, Number, Pause, Progress
+from opensora.schedulers.common import NoiseSource, Number, SamplerState
 from opensora.schedulers.diffusion import linear_betas
-from opensora.schedulers.guidance import Denoiser, guided
+from opensora.schedulers.guidance import Denoiser
+from opensora.schedulers.sampler import Sampler, Size
 
 NUM_TIMESTEPS = 1000
 SKIP_TYPES, METHODS = ("time_uniform", "logSNR", "time_quadratic"), ("multistep", "singlestep")
@@ -29,7 +30,7 @@ FEW_STEPS = 10  # with fewer, the last steps of a multistep run fall in order
 class Path(NamedTuple):
     """Points that a solver visits: time, scale of signal and of noise, and lambda = log(alpha / sigma), [N + 1] each.
 
-    Lambda, half the logarithm of the signal-to-noise ratio, is what the solver takes its steps in.
+    Lambda is half the logarithm of the signal-to-noise ratio. The solver steps in it.
     """
 
     time: list[float]
@@ -42,12 +43,12 @@ Predictor = Callable[[Tensor, int], Tensor]  # (x, number of a point) -> clean l
 
 
 @dataclass(frozen=True)
-class DPM_SOLVER:
-    """Settings of DPM-Solver++ under the names that configuration files use, and sampling with them.
+class DPM_SOLVER(Sampler):
+    """The DPM-Solver++ sampler; its fields are the keys of a configuration.
 
-    `order` is 1 to 3, `skip_type` says how steps are spaced; a step of `method` "multistep" learns from the steps
-    before it, one of "singlestep" from evaluations within it. Either way the model is evaluated `num_sampling_steps`
-    times. There is no training: IDDPM trains the models. Raises ConfigError for settings that make no sense.
+    `order` is 1 to 3, `skip_type` the spacing of the steps. A step of `method` "multistep" uses the predictions of
+    earlier steps, one of "singlestep" several evaluations of its own; both evaluate the model `num_sampling_steps`
+    times. IDDPM trains the models. Raises ConfigError for invalid settings.
     """
 
     num_sampling_steps: int = 20
@@ -66,27 +67,24 @@ class DPM_SOLVER:
 
     @property
     def num_steps(self) -> int:
-        """Steps that `progress` counts, and that `pause` can stop between."""
         count = self.num_sampling_steps
         return count if self.method == "multistep" else len(step_sizes(count, self.order))
 
-    @torch.no_grad()
-    def sample(
-        self, model: Denoiser, noise: Tensor, cond: Mapping[str, Any], null: Mapping[str, Any] | None = None, *,
-        height: Number = None, width: Number = None, num_frames: Number = None, guidance_scale: float | None = None,
-        edit: Tensor | None = None, source: NoiseSource | None = None, progress: Progress = False,
-        pause: Pause | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Clean latents [B, C, T, H, W], float32, from `noise` of that shape.
+    def timesteps(self, height: Number = None, width: Number = None, num_frames: Number = None) -> list[float]:
+        times = spaced_times(self.num_sampling_steps, self.skip_type)
+        sizes = [1] * self.num_steps if self.method == "multistep" else step_sizes(self.num_sampling_steps, self.order)
+        return [times[sum(sizes[:step])] * NUM_TIMESTEPS - 1 for step in range(self.num_steps)]
 
-        `model(x, timestep, **cond)` gets timestep [B]; `cond` and `null` are described at `guidance.guided`.
-        `guidance_scale` overrides `cfg_scale`; sizes and `source` do not matter. `progress` shows a bar, or is called
-        with (steps done, steps); `pause` is described at `common.Pause`. Raises ConfigError when `edit` [B, T] is not
-        1 everywhere: the solver learns from several steps, and a frame cannot join in between.
-        """
-        if common.edited(edit, noise) is not None:
+    @property
+    def num_evaluations(self) -> int:
+        return self.num_sampling_steps
+
+    def _solve(
+        self, denoise: Denoiser, state: SamplerState, size: Size, edit: Tensor | None, source: NoiseSource | None
+    ) -> Iterator[SamplerState]:
+        """Raises ConfigError for an `edit`: the method combines several steps, which a frame cannot join in between."""
+        if edit is not None:
             raise ConfigError("dpm-solver cannot keep or edit frames; use rflow or iddpm, or no reference and mask")
-        denoise = guided(model, cond, null, self.cfg_scale if guidance_scale is None else guidance_scale)
         path = path_at(spaced_times(self.num_sampling_steps, self.skip_type))
 
         def data(x: Tensor, point: int) -> Tensor:
@@ -94,7 +92,7 @@ class DPM_SOLVER:
             return (x - path.sigma[point] * denoise(x, timestep)) / path.alpha[point]
 
         solve = multistep if self.method == "multistep" else singlestep
-        return solve(data, noise.float(), path, self.order, progress, pause)
+        return solve(data, state, path, self.order)
 
 
 def path_at(times: list[float]) -> Path:
@@ -119,17 +117,16 @@ def spaced_times(num_steps: int, skip_type: str = "time_uniform") -> list[float]
     return (np.linspace(first ** (1 / power), last ** (1 / power), num_steps + 1) ** power).tolist()
 
 
-def multistep(
-    data: Predictor, x: Tensor, path: Path, order: int, progress: Progress = False, pause: Pause | None = None
-) -> Tensor:
-    """`x` at the end of `path`, each step from up to `order` predictions of clean latents at the latest points.
+def multistep(data: Predictor, state: SamplerState, path: Path, order: int) -> Iterator[SamplerState]:
+    """The states after `state`: each step uses the latest predictions of clean latents, `order` at most.
 
     The order rises to `order` over the first steps; in a run of few steps it falls to 1 over the last (algorithm 2 of
-    the paper, and the third order of DPM-Solver's, arXiv:2206.00927, in its terms).
+    the paper, and the third order of DPM-Solver's, arXiv:2206.00927, in its terms). The carry has these predictions,
+    "known0" the latest.
     """
-    pause, lam, num_steps = pause or Pause(), path.lam, len(path.time) - 1
-    x, known = pause.take("x", x), [pause.take(f"known{n}", x) for n in range(min(order, pause.done))]
-    for i in common.counted(num_steps, progress, pause):
+    x, lam, num_steps = state.x, path.lam, len(path.time) - 1
+    known = [state.carried(f"known{n}", x) for n in range(min(order, state.step))]
+    for i in range(state.step, num_steps):
         known = [data(x, i), *known[: order - 1]]  # latest first
         used, h = min(len(known), num_steps - i if num_steps < FEW_STEPS else order), lam[i + 1] - lam[i]
         # Divided differences of the predictions, in units of this step.
@@ -140,32 +137,30 @@ def multistep(
             x = _advance(path, x, i, i + 1, known[0], rate, curve)
         else:
             x = _advance(path, x, i, i + 1, known[0], *rates)
-    return pause.leave(num_steps, x, known[0], **{f"known{n}": one for n, one in enumerate(known)})
+        yield SamplerState(i + 1, num_steps, x, known[0], {f"known{n}": one for n, one in enumerate(known)})
 
 
-def singlestep(
-    data: Predictor, x: Tensor, path: Path, order: int, progress: Progress = False, pause: Pause | None = None
-) -> Tensor:
-    """`x` at the end of `path`, in steps over `order` of its intervals, evaluated at the points within.
+def singlestep(data: Predictor, state: SamplerState, path: Path, order: int) -> Iterator[SamplerState]:
+    """The states after `state`: each step spans `order` intervals of `path`, with an evaluation in each.
 
-    What is left over is one step of lower order; a run of third order ends on a step of order 2 or 1 in any case
+    The remaining intervals are a step of lower order; a run of third order always ends on a step of order 2 or 1
     (DPM-Solver, Lu et al. 2022, arXiv:2206.00927, algorithms 1 and 2 and "DPM-Solver-fast", for clean latents).
     """
-    pause, sizes = pause or Pause(), step_sizes(len(path.time) - 1, order)
-    x, i = pause.take("x", x), sum(sizes[: pause.done])
-    for step in common.counted(len(sizes), progress, pause):
+    x, sizes = state.x, step_sizes(len(path.time) - 1, order)
+    for step in range(state.step, len(sizes)):
+        i = sum(sizes[:step])
         end, first, rate, curve = i + sizes[step], data(x, i), None, None
         for point in range(i + 1, end):
             share = (path.lam[point] - path.lam[i]) / (path.lam[end] - path.lam[i])
             inner = _advance(path, x, i, point, first, None if rate is None else rate * share, 0.0)
             rate = (data(inner, point) - first) / share
             curve = 0.0 if sizes[step] == 3 else None
-        x, i = _advance(path, x, i, end, first, rate, curve), end
-    return pause.leave(len(sizes), x, first)
+        x = _advance(path, x, i, end, first, rate, curve)
+        yield SamplerState(step + 1, len(sizes), x, first)
 
 
 def step_sizes(num_evaluations: int, order: int) -> list[int]:
-    """How many intervals each step of `singlestep` takes."""
+    """The number of intervals in each step of `singlestep`."""
     sizes = [order] * (num_evaluations // order) + [num_evaluations % order] * (num_evaluations % order > 0)
     if order == 3 and num_evaluations % 3 == 0:
         sizes[-1:] = [2, 1]

@@ -1,63 +1,108 @@
-"""Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598) as a closure over the model."""
+"""Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598), and the protocol of the models under it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import cache
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-Denoiser = Callable[..., Tensor]
+Conditioning = Mapping[str, Any]  # keyword arguments of a model: text, text mask, sizes; tensors have the batch first
 
 
-def guided(
-    model: Denoiser, cond: Mapping[str, Any], null: Mapping[str, Any] | None, scale: float, channels: int | None = None
-) -> Denoiser:
-    """`velocity(x, timestep, **frames) -> [B, C, T, H, W]` = uncond + scale * (cond - uncond), in the dtype of x.
+class Denoiser(Protocol):
+    """A model as a sampler calls it; a plain function will do.
 
-    `model(x, timestep, **arguments)` returns [B, C or more, T, H, W]; only its first C channels are used. With
-    `channels` all are: that many are guided, the others, such as a variance, are those with the prompt. `cond` holds
-    its arguments, tensors with the batch first; `null` holds those that differ without the prompt, usually just `y`, so
-    the text mask in `cond` serves both halves. Both run as one batch [cond, uncond] where every pair of tensors has one
-    shape, else as two. At scale exactly 1 only the conditional branch runs and `null` may be None. `frames` are
-    per-step arguments such as `x_mask`. What does not change from step to step, a model may compute once: its
-    `prepare(**arguments)`, if it has one, gives the arguments that it is called with. A model whose `halves_apart` is
-    True gets the halves one after the other, which takes less memory; one whose `shares_time` is True, timestep [1]
-    where all samples have the same. Raises ValueError when guidance is asked for without `null`.
+    x: noisy latents [B, C, T, H, W]
+    timestep: [B], or [1] where all samples share it
+    conditioning: tensors of B rows, or of one row that serves all
+    Returns [B, C or more, T, H, W]; channels beyond C are a learned variance.
     """
 
-    def predict(arguments: Mapping[str, Any], x: Tensor, timestep: Tensor, **frames: Tensor) -> Tensor:
-        out = model(x, timestep if shares else timestep.expand(len(x)), **arguments, **frames)
-        return (out[:, : x.shape[1]] if channels is None else out).to(x.dtype)
-
-    shares = getattr(model, "shares_time", False)
-    prepare = cache(lambda: [getattr(model, "prepare", dict)(**one) for one in told])
-    told = [cond]
-    if scale == 1:
-        return lambda x, timestep, **frames: predict(*prepare(), x, timestep, **frames)
-    if null is None:
-        raise ValueError(f"guidance scale {scale} needs the unconditional arguments; pass null, or use scale 1")
-    uncond = {**cond, **null}
-    both = None if getattr(model, "halves_apart", False) else _joined(cond, uncond)
-    told = [cond, uncond] if both is None else [both]
-
-    def velocity(x: Tensor, timestep: Tensor, **frames: Tensor) -> Tensor:
-        if both is None:
-            with_text, without = (predict(one, x, timestep, **frames) for one in prepare())
-        else:
-            times = timestep if len(timestep) == 1 else torch.cat([timestep, timestep])
-            twice = {name: torch.cat([value, value]) for name, value in frames.items()}
-            with_text, without = predict(*prepare(), torch.cat([x, x]), times, **twice).chunk(2)
-        out = without + scale * (with_text - without)
-        return out if channels is None else torch.cat([out[:, :channels], with_text[:, channels:]], dim=1)
-
-    return velocity
+    def __call__(self, x: Tensor, timestep: Tensor, **conditioning: Any) -> Tensor: ...
 
 
-def _joined(cond: Mapping[str, Any], uncond: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The arguments of the batch [cond, uncond], or None where the two cannot share a batch."""
+class PreparableDenoiser(Denoiser, Protocol):
+    """A model that can precompute what its conditioning contributes to every step."""
+
+    def prepare(self, shape: Sequence[int], **conditioning: Any) -> dict[str, Any]:
+        """Keyword arguments that replace `conditioning` in calls of the model on latents of this shape."""
+
+
+def num_branches(scale: float) -> int:
+    """Guidance branches of an evaluation: conditional alone at scale 1, otherwise conditional and unconditional."""
+    return 1 if scale == 1 else 2
+
+
+class GuidedDenoiser:
+    """A denoiser that predicts uncond + scale * (cond - uncond), in the dtype of x.
+
+    model: predicts [B, C or more, T, H, W], of which the first C channels are used
+    cond: the conditioning with the prompt
+    null: what differs without the prompt, usually `y` alone; not used at scale 1
+    channels: if given, all predicted channels are used; the first `channels` are guided, the rest (learned variance)
+        come from the conditional branch
+    sequential: evaluate the branches one after the other, which takes less memory. Otherwise they share a batch
+        [cond, uncond] if all their tensors agree in shape.
+    precompute: let `model.prepare` compute once what does not change from step to step
+    Raises ValueError for another scale than 1 without `null`.
+    """
+
+    def __init__(
+        self, model: Denoiser, cond: Conditioning, null: Conditioning | None, scale: float,
+        channels: int | None = None, *, sequential: bool = False, precompute: bool = False,
+    ) -> None:  # fmt: skip
+        self.model, self.scale, self.channels, self.precompute = model, scale, channels, precompute
+        self.batches, self.joins = [cond], False
+        self._prepared: list[Conditioning] | None = None
+        if num_branches(scale) == 2:
+            if null is None:
+                raise ValueError(f"guidance scale {scale} needs the unconditional arguments; pass null, or use scale 1")
+            uncond = {**cond, **null}
+            joined = None if sequential else _joined(cond, uncond)
+            self.batches = [cond, uncond] if joined is None else [joined]
+            self.joins = joined is not None
+
+    def __call__(self, x: Tensor, timestep: Tensor, **masks: Tensor) -> Tensor:
+        """The guided prediction [B, C or more, T, H, W]; `masks` are arguments of this step, such as `x_mask`."""
+        if num_branches(self.scale) == 1:
+            return self._predict(self._arguments(x)[0], x, timestep, masks)
+        return self.combine(*self.branches(x, timestep, **masks))
+
+    def branches(self, x: Tensor, timestep: Tensor, **masks: Tensor) -> tuple[Tensor, Tensor]:
+        """The predictions of the conditional and the unconditional branch."""
+        if not self.joins:
+            cond, uncond = (self._predict(arguments, x, timestep, masks) for arguments in self._arguments(x))
+            return cond, uncond
+        timestep = timestep if len(timestep) == 1 else torch.cat([timestep, timestep])
+        twice = {name: torch.cat([mask, mask]) for name, mask in masks.items()}
+        x = torch.cat([x, x])
+        cond, uncond = self._predict(self._arguments(x)[0], x, timestep, twice).chunk(2)
+        return cond, uncond
+
+    def combine(self, cond: Tensor, uncond: Tensor) -> Tensor:
+        """The guided prediction of the two branches."""
+        out = uncond + self.scale * (cond - uncond)
+        channels = self.channels
+        return out if channels is None else torch.cat([out[:, :channels], cond[:, channels:]], dim=1)
+
+    def _arguments(self, x: Tensor) -> list[Conditioning]:
+        """The conditioning of each batch for latents like x, precomputed in the first evaluation if that is wanted."""
+        if not self.precompute:
+            return self.batches
+        if self._prepared is None:
+            model = cast(PreparableDenoiser, self.model)
+            self._prepared = [model.prepare(x.shape, **batch) for batch in self.batches]
+        return self._prepared
+
+    def _predict(self, conditioning: Conditioning, x: Tensor, timestep: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+        out = self.model(x, timestep, **conditioning, **masks)
+        return (out[:, : x.shape[1]] if self.channels is None else out).to(x.dtype)
+
+
+def _joined(cond: Conditioning, uncond: Conditioning) -> dict[str, Any] | None:
+    """The conditioning of the batch [cond, uncond], or None if the two cannot share a batch."""
     joined: dict[str, Any] = {}
     for name, without in uncond.items():
         value = cond.get(name)

@@ -7,7 +7,7 @@ the original timestep of a step, 0..diffusion_steps - 1, and gives C channels of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -17,15 +17,16 @@ from torch import Tensor
 
 from opensora.errors import ConfigError
 from opensora.schedulers import common
-from opensora.schedulers.common import NoiseSource, Number, Pause, Progress, per_frame, per_sample
+from opensora.schedulers.common import NoiseSource, Number, SamplerState, per_frame, per_sample
 from opensora.schedulers.diffusion import NOISE_SCHEDULES, Diffusion, look_up, space_timesteps
-from opensora.schedulers.guidance import Denoiser, guided
+from opensora.schedulers.guidance import Conditioning, Denoiser
+from opensora.schedulers.sampler import Sampler, Size
 
 TABLES = {"float64": torch.float64, "float32": torch.float32}
 
 
 class Prediction(NamedTuple):
-    """What a model's output says about x_{t-1}: mean and log variance of its distribution, and clean latents."""
+    """The mean and log variance of x_{t-1}, and the clean latents, that a model predicts."""
 
     mean: Tensor
     log_variance: Tensor
@@ -33,15 +34,15 @@ class Prediction(NamedTuple):
 
 
 @dataclass(frozen=True)
-class IDDPM:
-    """Settings of IDDPM under the names that configuration files use, and what is done with them.
+class IDDPM(Sampler):
+    """IDDPM, training loss and sampler; its fields are the keys of a configuration.
 
-    The process keeps `num_sampling_steps` of the `diffusion_steps` timesteps, or those that `timestep_respacing` names
+    The process keeps `num_sampling_steps` of the `diffusion_steps` timesteps, or those of `timestep_respacing`
     (`diffusion.space_timesteps`), or all. `cfg_channel` latent channels are guided, all by default. `ddim_eta` samples
     by DDIM with that share of noise, 0 to 1, instead of ancestrally. Without `learn_sigma` the variance is beta, or
     with `sigma_small` that of the posterior. `use_kl` trains on the whole variational bound; `rescale_learned_sigmas`
     scales the bound's share of the usual loss. `tables="float32"` repeats a rounding of Open-Sora 1.1 and 1.2, see
-    `diffusion.Diffusion`. Raises ConfigError for settings that make no sense.
+    `diffusion.Diffusion`. Raises ConfigError for invalid settings.
     """
 
     num_sampling_steps: int | None = None
@@ -79,51 +80,38 @@ class IDDPM:
 
     @property
     def num_steps(self) -> int:
-        """Steps that `progress` counts, and that `pause` can stop between."""
         return len(self.process)
 
-    @torch.no_grad()
-    def sample(
-        self, model: Denoiser, noise: Tensor, cond: Mapping[str, Any], null: Mapping[str, Any] | None = None, *,
-        height: Number = None, width: Number = None, num_frames: Number = None, guidance_scale: float | None = None,
-        edit: Tensor | None = None, source: NoiseSource | None = None, progress: Progress = False,
-        pause: Pause | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Clean latents [B, C, T, H, W], float32, from `noise` of that shape.
+    def timesteps(self, height: Number = None, width: Number = None, num_frames: Number = None) -> list[float]:
+        return self.process.timestep_map.flip(0).float().tolist()
 
-        `model(x, timestep, **cond)` gets timestep [B]; `cond` and `null` are described at `guidance.guided`.
-        `guidance_scale` overrides `cfg_scale`; `height`, `width` and `num_frames` do not matter. `source` is needed: a
-        generator per sample (then results do not depend on the batch), or a callable, for a tensor of the latents'
-        shape in each step, and one before it when frames are edited. `progress` shows a bar, or is called with (steps
-        done, steps); `pause` is described at `common.Pause`.
+    def guided_channels(self, channels: int) -> int:
+        """Raises ConfigError if `cfg_channel` is more than there are channels."""
+        if (self.cfg_channel or 0) > channels:
+            raise ConfigError(f"scheduler: cfg_channel is {self.cfg_channel}, but latents have {channels} channels")
+        return self.cfg_channel or channels
 
-        `edit` [B, T] holds frames of `noise` that are in truth clean: 1 generates a frame, any other value m leaves it
-        alone until step int(m N), noises it to that step, and generates from there. So a frame with 0 is kept but for
-        the last step, which noises it to the lowest level and cleans it again. The model is told which frames it has
-        to generate as `x_mask`: bool [B, T], those with int(m N) above the step. Without `edit`, or when it is 1
-        everywhere, no mask is passed.
+    def _solve(
+        self, denoise: Denoiser, state: SamplerState, size: Size, edit: Tensor | None, source: NoiseSource | None
+    ) -> Iterator[SamplerState]:
+        """Each step draws a tensor from `source`, with `edit` one more before it.
 
-        Raises ValueError without `source`, ConfigError when `cfg_channel` is more than there are channels.
+        A frame whose `edit` is m is left alone until step int(m N), noised to that step, and generated from there. So a
+        frame with 0 is kept but for the last step, which noises it to the lowest level and cleans it again. `x_mask`
+        holds the frames with int(m N) above the step.
         """
         if source is None:
             raise ValueError("iddpm draws noise in every step; pass one generator per sample as source")
-        channels = self.cfg_channel or noise.shape[1]
-        if channels > noise.shape[1]:
-            raise ConfigError(f"scheduler: cfg_channel is {channels}, but latents have {noise.shape[1]} channels")
-        scale = self.cfg_scale if guidance_scale is None else guidance_scale
-        denoise = guided(model, cond, null, scale, channels)
-        pause, num_steps = pause or Pause(), self.num_steps
-        x = pause.take("x", noise.float())
-        edit = common.edited(edit, x)
+        x, num_steps = state.x, self.num_steps
         starts = None if edit is None else (edit * num_steps).long()
-        for step in common.counted(num_steps, progress, pause):
-            x, clean = self.step(denoise, x, num_steps - 1 - step, source, starts)
-        return pause.leave(num_steps, x, clean)
+        for step in range(state.step, num_steps):
+            x, x0 = self.step(denoise, x, num_steps - 1 - step, source, starts)
+            yield SamplerState(step + 1, num_steps, x, x0)
 
     def step(
         self, denoise: Denoiser, x: Tensor, index: int, source: NoiseSource, starts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """`x` at step `index` - 1 from `x` at step `index`, and the clean latents that the model sees in it.
+        """`x` at step `index` - 1 from `x` at step `index`, and the predicted clean latents.
 
         `denoise(x, timestep)` gives all channels of the model. A frame is left alone as long as `index` is above its
         entry of `starts` (int64 [B, T]), and noised first where both are equal.
@@ -146,7 +134,7 @@ class IDDPM:
         return torch.where(started, moved, x), torch.where(started, predicted.x_start, x)
 
     def predict(self, output: Tensor, x: Tensor, t: Tensor, clip: bool = False) -> Prediction:
-        """What the model's `output` for `x` at `t` means; `clip` keeps clean latents in -1..1 (DDPM, algorithm 2)."""
+        """The prediction of `output` for `x` at `t`; `clip` clamps clean latents to -1..1 (DDPM, algorithm 2)."""
         channels, process = x.shape[1], self.process
         if self.learn_sigma and output.shape[1] != 2 * channels:
             raise ValueError(f"learn_sigma needs {2 * channels} channels from the model; it gave {output.shape[1]}")
@@ -163,22 +151,22 @@ class IDDPM:
         return Prediction(process.q_posterior(x_start, x, t)[0], log_variance, x_start)
 
     def training_loss(
-        self, model: Denoiser, x_start: Tensor, cond: Mapping[str, Any], *,
+        self, model: Denoiser, x_start: Tensor, cond: Conditioning, *,
         height: Number = None, width: Number = None, num_frames: Number = None, **given: Any,
     ) -> Tensor:  # fmt: skip
-        """The loss of each sample, float32 [B]: that of `training_terms`, which takes `given`; sizes do not matter."""
+        """The "loss" of `training_terms`, float32 [B]; sizes have no effect."""
         return self.training_terms(model, x_start, cond, **given)["loss"]
 
     def training_terms(
-        self, model: Denoiser, x_start: Tensor, cond: Mapping[str, Any], *,
+        self, model: Denoiser, x_start: Tensor, cond: Conditioning, *,
         noise: Tensor | None = None, timestep: Tensor | None = None, mask: Tensor | None = None,
         weights: Tensor | None = None, generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """`loss` and what it is made of, each float32 [B].
+        """`loss` and its terms, each float32 [B].
 
         `loss` is `mse`, the squared error of the prediction, plus `vb`, the variational bound in bits, which teaches
         the variance alone (L_hybrid of IDDPM, section 3.1); with `use_kl` it is the bound times N. Frames where `mask`
-        [B, T] is False get the noise of step 0, are told to the model as `x_mask`, and are left out (a sample without
+        [B, T] is False get the noise of step 0, are passed to the model as `x_mask`, and do not count (a sample without
         any True frame has loss 0). `weights` [N] multiply the `mse` of their steps. `timestep`, steps of the process
         as int64 [B], and `noise` are drawn when absent: from `generator`, which lives on any device, or from the
         default generator of the device of `x_start`.

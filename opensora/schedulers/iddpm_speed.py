@@ -11,9 +11,9 @@ from torch import Tensor
 
 from opensora.schedulers.iddpm import IDDPM
 
-FAVOUR = 5  # how much likelier a step is where the noise level still rises
+FAVOUR = 5  # odds of a step at which the noise level still rises
 RISE, STEEPNESS = 1e-4, 2e6  # the rise of the noise level per step that divides the two, and how sharply
-LEAST_RISE = 5e-5  # the meaningful steps end where the noise level rises by less
+LEAST_RISE = 5e-5  # the meaningful steps end when the noise level rises by less
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class IDDPM_SPEED(IDDPM):
         return torch.cat([drawn, (self.meaningful_steps - drawn).abs()])[:count]
 
     def training_terms(self, *args: Any, weights: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
-        """As those of IDDPM, weighted by `loss_weights`, and by `weights` [N] in addition."""
+        """The terms of IDDPM, weighted by `loss_weights` and by `weights` [N]."""
         own = self.loss_weights.float()
         return super().training_terms(*args, weights=own if weights is None else own.to(weights) * weights, **kwargs)
 

@@ -1,34 +1,35 @@
 """Rectified flow (Liu et al. 2022, arXiv:2209.03003): straight lines between noise and data.
 
 Axes: latents [B, C, T, H, W], times [B] in 0..1 (1 noise, 0 data), frame masks [B, T]. A velocity points from noise to
-data: data - noise. At the model's door, and only there, times become timesteps 0..num_timesteps.
+data: data - noise. The model gets times as timesteps 0..num_timesteps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from opensora.errors import ConfigError
 from opensora.schedulers import common
-from opensora.schedulers.common import NoiseSource, Number, Pause, Progress, per_frame, per_sample
-from opensora.schedulers.guidance import Denoiser, guided
+from opensora.schedulers.common import NoiseSource, Number, SamplerState, per_frame, per_sample
+from opensora.schedulers.guidance import Conditioning, Denoiser
+from opensora.schedulers.sampler import Sampler, Size
 
-CHUNK, CHUNK_LATENTS = 17, 5  # pixel frames that the video autoencoder takes at once, and what they become
+CHUNK, CHUNK_LATENTS = 17, 5  # pixel frames in a chunk of the video autoencoder, and their latent frames
 
 
 @dataclass(frozen=True)
-class RFLOW:
-    """Settings of rectified flow under the names that configuration files use, and what is done with them.
+class RFLOW(Sampler):
+    """Rectified flow, training loss and sampler; its fields are the keys of a configuration.
 
     `use_timestep_transform` shifts times by video size, when training by `transform_scale` in addition;
     `sample_method="logit-normal"` draws training times as sigmoid(Normal(`loc`, `scale`)). Both are from Esser et al.
     2024 (Stable Diffusion 3, arXiv:2403.03206). `height` and `width` (pixels) and `num_frames` (pixel frames) of a
-    video feed the transform only. Raises ConfigError for settings that make no sense.
+    video matter to the transform only. Raises ConfigError for invalid settings.
     """
 
     num_sampling_steps: int = 10
@@ -52,28 +53,30 @@ class RFLOW:
 
     @property
     def num_steps(self) -> int:
-        """Steps that `progress` counts, and that `pause` can stop between."""
         return self.num_sampling_steps
 
-    def sample(
-        self, model: Denoiser, noise: Tensor, cond: Mapping[str, Any], null: Mapping[str, Any] | None = None, *,
-        height: Number = None, width: Number = None, num_frames: Number = None, guidance_scale: float | None = None,
-        edit: Tensor | None = None, source: NoiseSource | None = None, progress: Progress = False,
-        pause: Pause | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Clean latents [B, C, T, H, W], float32, from `noise` of that shape.
+    def timesteps(self, height: Number = None, width: Number = None, num_frames: Number = None) -> list[float]:
+        times = self._sampling_times((height, width, num_frames))
+        return (times[:-1, 0] * self.num_timesteps).tolist()
 
-        `model(x, timestep, **cond)` gets timestep [B]; `cond` and `null` are described at `guidance.guided`; `edit`,
-        `source` and `progress` at `euler`, `pause` at `common.Pause`. `guidance_scale` overrides `cfg_scale`.
-        """
+    def _solve(
+        self, denoise: Denoiser, state: SamplerState, size: Size, edit: Tensor | None, source: NoiseSource | None
+    ) -> Iterator[SamplerState]:
+        times = self._sampling_times(size).to(state.x.device)
+
+        def velocity(x: Tensor, time: Tensor, **masks: Tensor) -> Tensor:
+            return denoise(x, time * self.num_timesteps, **masks)
+
+        if edit is None:
+            return euler(velocity, state, times)
+        if source is None:
+            raise ValueError("frames are kept or edited, which draws noise; pass one generator per sample as source")
+        return euler_edit(velocity, state, times, edit, source)
+
+    def _sampling_times(self, size: Size) -> Tensor:
+        """The times [N + 1, 1 or B] of a run."""
         times = sampling_times(self.num_sampling_steps, self.num_timesteps, self.use_discrete_timesteps)
-        times = self._transform(times[:, None], (height, width, num_frames))  # [N + 1, 1 or B]
-        denoise = guided(model, cond, null, self.cfg_scale if guidance_scale is None else guidance_scale)
-
-        def velocity(x: Tensor, time: Tensor, **frames: Tensor) -> Tensor:
-            return denoise(x, time * self.num_timesteps, **frames)
-
-        return euler(velocity, noise, times, edit, source, progress, pause)
+        return self._transform(times[:, None], size)
 
     def training_times(
         self, draw: Tensor, height: Number = None, width: Number = None, num_frames: Number = None
@@ -87,15 +90,15 @@ class RFLOW:
         return self._transform(times, (height, width, num_frames), self.transform_scale)
 
     def training_loss(
-        self, model: Denoiser, x_start: Tensor, cond: Mapping[str, Any], *,
+        self, model: Denoiser, x_start: Tensor, cond: Conditioning, *,
         height: Number = None, width: Number = None, num_frames: Number = None,
         noise: Tensor | None = None, time: Tensor | None = None, mask: Tensor | None = None,
         weights: Tensor | None = None, generator: torch.Generator | None = None,
     ) -> Tensor:  # fmt: skip
         """Mean squared error of the predicted velocity, per sample: float32 [B].
 
-        Only the first C channels that `model(x, timestep, **cond)` gives count. Frames where `mask` [B, T] is False are
-        fed clean, told to the model as `x_mask`, and left out of the mean (a sample without any True frame has loss 0).
+        Only the first C predicted channels count. Frames where `mask` [B, T] is False stay clean, are passed to the
+        model as `x_mask`, and are left out of the mean (a sample without any True frame has loss 0).
         `weights` [num_timesteps] multiplies each loss by the entry of its nearest whole timestep. `noise` and `time`
         ([B], used as it is) are drawn when absent: from `generator`, which lives on any device, or from the default
         generator of the device of `x_start`.
@@ -133,46 +136,36 @@ def add_noise(x: Tensor, noise: Tensor, time: Tensor) -> Tensor:
     return (1 - time) * x + time * noise
 
 
-@torch.no_grad()
-def euler(
-    velocity: Denoiser, noise: Tensor, times: Tensor,
-    edit: Tensor | None = None, source: NoiseSource | None = None, progress: Progress = False,
-    pause: Pause | None = None,
-) -> Tensor:  # fmt: skip
-    """Clean latents [B, C, T, H, W], float32: Euler's method from `times[0]` to `times[-1]`.
+Velocity = Callable[..., Tensor]  # (x [B, C, T, H, W], time [1 or B], x_mask=[B, T]) -> data - noise
 
-    `velocity(x, time)` is called with the rows [1 or B] of `times` [N + 1, 1 or B], which fall.
 
-    `edit` [B, T] holds frames of `noise` that are in truth clean: 0 keeps a frame, 1 generates it, a value between
-    leaves it alone until time has fallen to that value, then noises it to that time and generates from there. The model
-    is told which frames are active: `velocity(x, time, x_mask=active)`, bool [B, T]. Each step draws one tensor of the
-    latents' shape from `source`: a generator per sample (then results do not depend on the batch), or a callable.
-    Without `edit`, or when it is 1 everywhere, no mask is passed and nothing is drawn, which is exact. `progress` shows
-    a bar, or is called with (steps done, steps); `pause` is described at `common.Pause`. Raises ValueError when `edit`
-    needs random numbers from no `source`.
+def euler(velocity: Velocity, state: SamplerState, times: Tensor) -> Iterator[SamplerState]:
+    """The states after `state` of Euler's method along `times` [N + 1, 1 or B], which fall from 1 to 0."""
+    x, num_steps = state.x, len(times) - 1
+    for step in range(state.step, num_steps):
+        v = velocity(x, times[step])
+        x = x + v * per_sample(times[step] - times[step + 1])
+        yield SamplerState(step + 1, num_steps, x, x + v * per_sample(times[step + 1]))
+
+
+def euler_edit(
+    velocity: Velocity, state: SamplerState, times: Tensor, edit: Tensor, source: NoiseSource
+) -> Iterator[SamplerState]:
+    """As `euler`, where frames whose `edit` [B, T] is below 1 hold clean latents.
+
+    Such a frame is left alone until the time has fallen to its value, then noised to that time and generated from
+    there. Every step draws one tensor of the latents' shape. The carry has the frames that are still clean, "given".
     """
-    pause = pause or Pause()
-    x, kept = pause.take("x", noise.float()), {}
-    times, num_steps = times.to(x.device), len(times) - 1
-    edit = common.edited(edit, x)
-    if edit is not None:
-        if source is None:
-            raise ValueError("frames are kept or edited, which draws noise; pass one generator per sample as source")
-        kept["given"] = pause.take("given", edit < 1)
-    for step in common.counted(num_steps, progress, pause):
+    x, num_steps, given = state.x, len(times) - 1, state.carried("given", edit < 1)
+    for step in range(state.step, num_steps):
         time, following = times[step], times[step + 1]
-        stride, ahead = per_sample(time - following), per_sample(following)
-        if edit is None:
-            v = velocity(x, time)
-            x = x + v * stride
-        else:
-            active = edit >= time[:, None]
-            x = torch.where(per_frame(active & kept["given"]), add_noise(x, common.draw(source, x), time), x)
-            kept["given"] = kept["given"] & ~active
-            v = velocity(x, time, x_mask=active)
-            x = torch.where(per_frame(active), x + v * stride, x)
-            ahead = ahead * per_frame(active)
-    return pause.leave(num_steps, x, x + v * ahead, **kept)
+        active = edit >= time[:, None]
+        x = torch.where(per_frame(active & given), add_noise(x, common.draw(source, x), time), x)
+        given = given & ~active
+        v = velocity(x, time, x_mask=active)
+        x = torch.where(per_frame(active), x + v * per_sample(time - following), x)
+        x0 = x + v * (per_sample(following) * per_frame(active))
+        yield SamplerState(step + 1, num_steps, x, x0, {"given": given})
 
 
 def timestep_transform(

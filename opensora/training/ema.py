@@ -5,36 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from opensora.distributed.fsdp import local
-from opensora.distributed.full_state_dict import fill
+from opensora.distributed.fsdp import local_shard
+from opensora.distributed.full_state_dict import copy_full
 from opensora.errors import WeightsError
 
 
 class EMA:
-    """shadow <- decay * shadow + (1 - decay) * parameter after every step, for trainable parameters but `pos_embed`.
+    """shadow <- decay * shadow + (1 - decay) * parameter, for trainable parameters except `pos_embed`.
 
-    Every other tensor of the model's state dict stays as it was at the start. Each rank averages its own shards.
+    Every other tensor of the model's state dict keeps its initial value. Each rank averages its own shards.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.shadow = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         followed = {name: p for name, p in model.named_parameters() if p.requires_grad and name != "pos_embed"}
-        self.parameters = [local(parameter) for parameter in followed.values()]
-        self.averaged = [local(self.shadow[name]) for name in followed]
+        self.parameters = [local_shard(parameter) for parameter in followed.values()]
+        self.averaged = [local_shard(self.shadow[name]) for name in followed]
 
     @torch.no_grad()
     def update(self) -> None:
-        """Moves the shadow towards the model's present parameters."""
+        """Moves the shadow towards the current parameters."""
         torch._foreach_lerp_(self.averaged, self.parameters, 1.0 - self.decay)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A complete state dict of the model, its trainable parameters averaged."""
+        """A full state dict of the model, its trainable parameters averaged."""
         return dict(self.shadow)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes everything back from `state_dict()`, made whole. Raises WeightsError when a tensor is missing."""
+        """Loads a full `state_dict()` into the shards. Raises WeightsError when a tensor is missing."""
         if absent := sorted(self.shadow.keys() - state.keys()):
             raise WeightsError(f"the averaged weights lack {len(absent)} tensors of the model, such as {absent[0]}")
         for name, tensor in self.shadow.items():
-            fill(tensor, state[name])
+            copy_full(tensor, state[name])

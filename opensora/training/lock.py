@@ -1,4 +1,4 @@
-"""A folder that one run at a time may write into."""
+"""The lock of a run folder: one run at a time may write into it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora.config.schema import Count, Name, Schema, check
-from opensora.distributed import peers
+from opensora.distributed import ranks
 from opensora.errors import MediaError, OpenSoraError, WeightsError, printable
 from opensora.files import read_json, why
 
@@ -19,7 +19,7 @@ FILE = "run.lock"
 
 
 class Holder(Schema):
-    """Who locks a folder, or was the last to; `launcher` is the torchrun that started it."""
+    """The process that holds a lock, or held it last; `launcher` identifies the torchrun that started it."""
 
     host: Name
     pid: Count
@@ -27,9 +27,10 @@ class Holder(Schema):
 
 
 class Lock:
-    """The lock of a folder, until `release` or the end of this process; a process that is gone holds none.
+    """Locks a folder until `release` or the end of this process.
 
-    Raises WeightsError, which names the holder, when another process has it. File systems without locks go without.
+    Raises WeightsError, naming the holder, if another process has locked it. Does nothing but warn on file systems
+    without locks.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -52,10 +53,10 @@ class Lock:
             logger.warning("%s: no locks there (%s); see to it that one run goes on in it", folder, why(error))
             return
         self._file = file
-        self._tell()
+        self._write_holder()
 
-    def _tell(self) -> None:
-        own = Holder(host=socket.gethostname(), pid=os.getpid(), launcher=peers.launcher()[:1024])
+    def _write_holder(self) -> None:
+        own = Holder(host=socket.gethostname(), pid=os.getpid(), launcher=ranks.launch_id()[:1024])
         try:
             self._file.truncate(0)
             self._file.write(own.model_dump_json())
@@ -64,7 +65,7 @@ class Lock:
             raise WeightsError(f"{self._file.name}: cannot be written ({why(error)})") from error
 
     def release(self) -> None:
-        """Lets others have the folder."""
+        """Unlocks the folder."""
         if self._file is not None:
             self._file.close()
         self._file = None
@@ -74,7 +75,7 @@ _REMEDY = "wait for its end, or begin a run of its own without --load"
 
 
 def holder(folder: Path) -> Holder | None:
-    """Who locks a folder, or was the last to, where that can be read."""
+    """The process that holds the lock of a folder, or held it last, if known."""
     try:
         return check(Holder, read_json(folder / FILE, MediaError, 10_000))
     except OpenSoraError:

@@ -1,4 +1,4 @@
-"""Which latent frames of a training clip are given to the model: the mask types of the `mask_ratios` setting."""
+"""The frame masks of training, `mask_ratios`: which latent frames of a clip the model is given."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from opensora.errors import ConfigError, did_you_mean
 
-TOLERANCE = 1e-6  # by which ratios may miss a sum of 1
+TOLERANCE = 1e-6  # of the sum of ratios
 
 
 def _uniform(low: int, high: int, generator: torch.Generator) -> int:
-    """A whole number from `low` to `high`, both included."""
+    """A random integer from `low` to `high`, inclusive."""
     return int(torch.randint(low, high + 1, (), generator=generator))
 
 
@@ -33,10 +33,10 @@ def _half(frames: int, _: torch.Generator) -> int:
 
 Length = Callable[[int, torch.Generator], int]
 LENGTHS: dict[str, Length] = {"quarter": _quarter, "image": _one, "half": _half}
-PLACES = ("random", "head", "tail", "head_tail")
+POSITIONS = ("random", "head", "tail", "head_tail")
 TYPES = (
     "identity", "random", "intepolate", "interpolate", "half_head",
-    *(f"{length}_{place}" for length in ("quarter", "image") for place in PLACES),
+    *(f"{length}_{place}" for length in ("quarter", "image") for place in POSITIONS),
 )  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def draw_mask(kind: str, frames: int, generator: torch.Generator) -> Tensor:
 
 
 class MaskRatios:
-    """How often each mask type is drawn; `identity` takes what the others leave.
+    """The probability of each mask type; `identity` takes the rest.
 
     Raises ConfigError for a type that does not exist and for ratios that are negative or do not add up to 1.
     """

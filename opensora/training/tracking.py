@@ -1,4 +1,4 @@
-"""What a run tells of itself: a line of JSON for each logged step, and curves and videos for tensorboard and wandb."""
+"""The log of a run: a line of JSON for each logged step, and curves and videos for tensorboard and wandb."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ from opensora.files import parse_json, replacing, why
 
 logger = logging.getLogger("opensora")
 WANDB_SERVER = "https://api.wandb.ai"
-PATIENCE = 5  # seconds to wait for it
+PATIENCE = 5  # seconds to wait for the server
 
 
 class Board(Protocol):
-    """A program that shows numbers and videos over steps."""
+    """A dashboard for numbers and videos over steps."""
 
     def step(self, step: int, numbers: dict[str, float], texts: dict[str, str]) -> None:
         """Shows the numbers and texts of a step."""
 
     def video(self, name: str, path: Path, frames: np.ndarray, fps: float, step: int) -> None:
-        """Shows frames uint8 [T, H, W, 3], which also lie in a file."""
+        """Shows frames uint8 [T, H, W, 3], also stored in a file."""
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Flushes."""
 
 
 class Tracker:
-    """Writes `folder/log.jsonl`, samples, and what tensorboard and wandb show; on the main rank alone.
+    """Writes `folder/log.jsonl`, samples, tensorboard and wandb logs, on the main rank alone.
 
-    A run that goes on after `step` forgets what is there of later steps. What cannot be written, on a full disk, is
-    said once, and training goes on. Raises ConfigError when wandb is asked for and cannot be had; tensorboard is left
-    out where it is not installed.
+    A run resumed at `step` drops the log lines of later steps. When writing fails, on a full disk, it warns once and
+    training goes on. Raises ConfigError when wandb is asked for and unavailable; tensorboard is skipped where it is not
+    installed.
     """
 
     def __init__(self, folder: Path, settings: TrainSettings, is_main: bool = True, step: int = 0) -> None:
         self.folder, self.is_main = Path(folder), is_main
         self.boards: list[Board] = []
-        self._told = False  # that the log cannot be written
+        self._warned = False  # that the log cannot be written
         if not is_main:
             return
         copy_log(self.folder / "log.jsonl", self.folder / "log.jsonl", step)
@@ -62,7 +62,7 @@ class Tracker:
             self.boards.append(WeightsAndBiases(self.folder, settings))
 
     def step(self, line: dict[str, Any]) -> None:
-        """Notes what is known of `line["step"]`. Numbers become curves, all else text; NaN is text too."""
+        """Logs a line for `line["step"]`. Numbers become curves, everything else text, NaN included."""
         if not self.is_main:
             return
         line = {name: _plain(value) for name, value in line.items()}
@@ -77,21 +77,21 @@ class Tracker:
             with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
-            if not self._told:
+            if not self._warned:
                 logger.warning("%s: lines are missing (%s); training goes on", self.folder / "log.jsonl", why(error))
-            self._told = True
+            self._warned = True
 
-    def _show(self, what: Callable[[Board], None]) -> None:
-        """Has each board show something; one that cannot write is left out from then on."""
+    def _show(self, show: Callable[[Board], None]) -> None:
+        """Calls `show` for each board; drops a board that cannot write."""
         for board in list(self.boards):
             try:
-                what(board)
+                show(board)
             except OSError as error:
                 logger.warning("%s is left out (%s); training goes on", type(board).__name__, why(error))
                 self.boards.remove(board)
 
     def video(self, name: str, frames: np.ndarray, fps: float, step: int) -> Path | None:
-        """Writes frames uint8 [T, H, W, 3] into `folder/samples` and shows them: an mp4, or a png of a single frame.
+        """Writes frames uint8 [T, H, W, 3] into `folder/samples`, as mp4 or, of a single frame, png; shows them.
 
         Returns the file; None on other ranks.
         """
@@ -108,7 +108,7 @@ class Tracker:
         return path
 
     def close(self) -> None:
-        """Writes what is left; the tracker is not used afterwards."""
+        """Flushes and closes; the tracker is not used afterwards."""
         self._show(lambda board: board.close())
         self.boards = []
 
@@ -141,7 +141,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of wandb, the same one when training is resumed; offline where there is no way to its server.
+    """A wandb run, the same one when training resumes; offline if its server cannot be reached.
 
     Raises ConfigError when the package is missing or nobody is logged in.
     """
@@ -185,7 +185,7 @@ def import_wandb() -> Any:
 
 
 def copy_log(old: Path, new: Path, step: int) -> None:
-    """Copies a log without the lines of steps after `step`, which will be taken again; both paths may be one file.
+    """Copies a log without the lines after `step`, which will be trained again; both paths may be one file.
 
     Lines that are damaged are left out. Raises WeightsError where the new one cannot be written.
     """

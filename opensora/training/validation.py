@@ -1,8 +1,7 @@
-"""Whether a model learns: its loss on clips that are held out, at fixed times and noise, and videos of fixed prompts.
+"""Validation loss on held-out clips at fixed timesteps and noise, and sample videos of fixed prompts.
 
-The loss of a training step hangs on the times that it happens to draw. Here every clip is noised to one fixed time in
-each of ten parts of the range, so that the same weights always give the same numbers. Nothing is drawn from the
-generators of training.
+The training loss depends on the timesteps that a step draws. Validation noises every clip to one fixed time in each of
+ten bins of the range, so the same weights always give the same numbers. The generators of training are not used.
 """
 
 from __future__ import annotations
@@ -15,82 +14,83 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opensora.acceleration.device import training_context
+from opensora.acceleration.precision import training_context
 from opensora.config.settings import TrainSettings
 from opensora.datasets.video import to_uint8
-from opensora.distributed.fsdp import Layout, gather
+from opensora.distributed.collectives import all_gather_objects
+from opensora.distributed.process_group import RankLayout
 from opensora.pipeline.noise import initial_noise, noise_generator
 from opensora.schedulers.iddpm import IDDPM
-from opensora.training.data.batch import Examples
+from opensora.training.data.batch import TrainingBatch
 from opensora.training.ema import EMA
 
-BINS = 10  # parts of the range of times
-Results = dict[str, Tensor]  # of each bucket the losses of its clips, float64 [N, BINS], from data to noise
+BINS = 10  # of the range of timesteps
+Results = dict[str, Tensor]  # bucket -> losses of its clips, float64 [N, BINS], from data to noise
 
 
 class Validation:
-    """Losses of a model on held-out `batches`, each the name of its bucket and the clips.
+    """The losses of a model on held-out `batches`, each with the name of its bucket.
 
-    Every rank has all batches, but reads only its share. `scheduler` is one that trains.
+    Every rank holds all batches and evaluates its share. `scheduler` must have `training_loss`.
     """
 
     def __init__(
-        self, model: nn.Module, scheduler: Any, settings: TrainSettings, batches: Sequence[tuple[str, Examples]],
-        layout: Layout | None = None,
+        self, model: nn.Module, scheduler: Any, settings: TrainSettings, batches: Sequence[tuple[str, TrainingBatch]],
+        layout: RankLayout | None = None,
     ) -> None:  # fmt: skip
         self.model, self.scheduler, self.settings, self.batches = model, scheduler, settings, batches
-        self.layout = layout or Layout()
+        self.layout = layout or RankLayout()
         self.device = next(model.parameters()).device
 
     def due(self, step: int) -> bool:
-        """Whether the settings ask for it after `step` steps."""
+        """Whether validation is due after `step` steps."""
         return bool(self.settings.validate_every) and step % self.settings.validate_every == 0
 
     def losses(self, ema: EMA | None = None) -> Results:
-        """The losses of all clips, by the averaged weights if they are given; on all ranks, which call it together."""
+        """The losses of all clips, with the averaged weights if given. All ranks call this together and get all."""
         ranks, rank = self.layout.data_size, self.layout.data_rank
         mine = {}
-        with at_rest(self.model, ema):
-            for turn in range(-(-len(self.batches) // ranks)):  # a rank without a batch joins in with another one
+        with inference_mode(self.model, ema):
+            for turn in range(-(-len(self.batches) // ranks)):  # a rank without a batch repeats one: all take part
                 number = (turn * ranks + rank) % len(self.batches)
-                name, examples = self.batches[number]
-                losses = self._of_batch(number, examples.to(self.device)).tolist()
-                if examples.weight:  # else nothing of it could be read
+                name, batch = self.batches[number]
+                losses = self._of_batch(number, batch.to(self.device)).tolist()
+                if batch.weight:  # else none of its clips could be read
                     mine[number] = name, losses
-        found = {number: one for part in gather(mine, self.layout) for number, one in part.items()}
+        found = {number: one for part in all_gather_objects(mine, self.layout) for number, one in part.items()}
         results: dict[str, list[list[float]]] = {}
         for number in sorted(found):
             name, losses = found[number]
             results.setdefault(name, []).extend(losses)
         return {name: torch.tensor(losses, dtype=torch.float64) for name, losses in results.items()}
 
-    def _of_batch(self, number: int, examples: Examples) -> Tensor:
-        """The losses [B, BINS] of a batch; what is drawn for a clip depends on its place and the part of the range."""
-        return torch.stack([self._of_bin(number, examples, part) for part in range(BINS)], dim=1)
+    def _of_batch(self, number: int, batch: TrainingBatch) -> Tensor:
+        """The losses [B, BINS] of a batch; the noise of a clip depends on its place and the bin."""
+        return torch.stack([self._of_bin(number, batch, index) for index in range(BINS)], dim=1)
 
-    def _of_bin(self, number: int, examples: Examples, part: int) -> Tensor:
-        latents, (frames, height, width) = examples.latents.float(), examples.size
-        shares, noise = [], []
+    def _of_bin(self, number: int, batch: TrainingBatch, index: int) -> Tensor:
+        latents, (frames, height, width) = batch.latents.float(), batch.size
+        times, noise = [], []
         for row, one in enumerate(latents):
-            generator = noise_generator(self.settings.seed, number, part, stream=f"validation/{row}")
-            shares.append((part + torch.rand((), generator=generator)) / BINS)
+            generator = noise_generator(self.settings.seed, number, index, stream=f"validation/{row}")
+            times.append((index + torch.rand((), generator=generator)) / BINS)
             noise.append(torch.randn(one.shape, generator=generator))
-        fixed = {"noise": torch.stack(noise).to(latents), **self._times(torch.stack(shares).to(latents))}
+        fixed = {"noise": torch.stack(noise).to(latents), **self._time(torch.stack(times).to(latents))}
         size = {"height": height, "width": width, "num_frames": frames}
         with training_context(self.device, self.settings.dtype):
-            return self.scheduler.training_loss(self.model, latents, examples.cond, **size, **fixed)
+            return self.scheduler.training_loss(self.model, latents, batch.cond, **size, **fixed)
 
-    def _times(self, shares: Tensor) -> dict[str, Tensor]:
-        """The argument of the scheduler's loss that noises to these shares [B] of the range."""
+    def _time(self, times: Tensor) -> dict[str, Tensor]:
+        """The argument of `training_loss` for times [B] from 0 (data) to 1 (noise)."""
         if isinstance(self.scheduler, IDDPM):
-            return {"timestep": (shares * len(self.scheduler.process)).long()}
-        return {"time": shares}
+            return {"timestep": (times * len(self.scheduler.process)).long()}
+        return {"time": times}
 
 
 def report(results: Results) -> dict[str, float]:
-    """The means under names for the log: `validation/loss`, `validation/t0.35`, `validation/240p-17f-1:1/t0.35`, ...
+    """Mean losses by log name: `validation/loss`, `validation/t0.35`, `validation/240p-17f-1:1/t0.35`, ...
 
-    A number is the middle of its part of the range of times, from 0 (data) to 1 (noise).
+    The number in a name is the middle of its bin, from 0 (data) to 1 (noise).
     """
     everything = {"": torch.cat(list(results.values())), **results} if results else {}
     line = {}
@@ -103,9 +103,9 @@ def report(results: Results) -> dict[str, float]:
 
 
 class Prompt(NamedTuple):
-    """What a video is made of.
+    """An encoded prompt.
 
-    cond: what the model is told, one row each: y, its mask, sizes
+    cond: conditioning of the model for one sample: y, its mask, sizes
     size: (T, H, W) in frames and pixels
     """
 
@@ -116,27 +116,27 @@ class Prompt(NamedTuple):
 
 
 class Samples:
-    """Videos of fixed prompts from fixed noise, made with the scheduler's own number of steps and guidance."""
+    """Generates videos of fixed prompts from fixed noise, with the scheduler's own steps and guidance scale."""
 
     def __init__(
         self, model: Any, scheduler: Any, vae: Any, settings: TrainSettings, prompts: Sequence[Prompt],
-        layout: Layout | None = None,
+        layout: RankLayout | None = None,
     ) -> None:  # fmt: skip
         self.model, self.scheduler, self.vae, self.settings, self.prompts = model, scheduler, vae, settings, prompts
-        self.layout = layout or Layout()
+        self.layout = layout or RankLayout()
         self.device = next(model.parameters()).device
 
     def due(self, step: int) -> bool:
-        """Whether the settings ask for them after `step` steps."""
+        """Whether samples are due after `step` steps."""
         return bool(self.settings.sample_every) and step % self.settings.sample_every == 0
 
     def make(self, ema: EMA | None = None) -> Iterator[tuple[str, np.ndarray, float]]:
-        """For each prompt its name, frames uint8 [T, H, W, 3] and frames per second; none but on the main rank.
+        """Name, frames uint8 [T, H, W, 3] and frames per second of each prompt, on the main rank alone.
 
-        All ranks go through it together.
+        All ranks iterate together.
         """
         for number, prompt in enumerate(self.prompts):
-            with at_rest(self.model, ema), training_context(self.device, self.settings.dtype):
+            with inference_mode(self.model, ema), training_context(self.device, self.settings.dtype):
                 latents = self._latents(number, prompt)
                 if not self.layout.is_main:
                     continue
@@ -149,14 +149,14 @@ class Samples:
         shape = (self.vae.out_channels, *self.vae.get_latent_size(prompt.size))
         noise = initial_noise(seed, number, 0, shape)[None].to(self.device)
         cond = {name: value.to(self.device) for name, value in prompt.cond.items()}
-        null = {"y": self.model.null_caption(cond["y"])} if self.scheduler.cfg_scale != 1 else None
+        null = {"y": self.model.null_caption(cond["y"])} if self.scheduler.num_branches == 2 else None
         size = {"height": height, "width": width, "num_frames": frames}
         return self.scheduler.sample(self.model, noise, cond, null, **size, source=[noise_generator(seed, number)])
 
 
 @contextmanager
-def at_rest(model: nn.Module, ema: EMA | None = None) -> Iterator[None]:
-    """The model as it is used, with the averaged weights if they are given; then as it was, bit for bit."""
+def inference_mode(model: nn.Module, ema: EMA | None = None) -> Iterator[None]:
+    """The model in eval mode without gradients, with the averaged weights if given; restored bit for bit at the end."""
     training = [module for module in model.modules() if module.training]
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -170,7 +170,7 @@ def at_rest(model: nn.Module, ema: EMA | None = None) -> Iterator[None]:
 
 @torch.no_grad()
 def _swap(ones: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-    """Exchanges the values of tensors in place, so that no second copy of all of them is needed."""
+    """Swaps the values of tensors in place, one at a time, without a second copy of all of them."""
     for one, other in zip(ones, others, strict=True):
         assert one.dtype == other.dtype  # or values would be rounded on their way back
         kept = one.detach().clone()

@@ -1,4 +1,4 @@
-"""The command lines of the documents' programs. What they are made of lies in `opensora/cli/`."""
+"""The command lines of the documents' scripts, under the module name that published documents link to."""
 
 from __future__ import annotations
 
@@ -7,21 +7,15 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from opensora.cli.flags import add_flags, boolean
-from opensora.cli.merge import merge, settings_of
+from opensora.cli.flags import SettingsClass, add_flags
+from opensora.cli.merge import settings_of
 from opensora.cli.parser import Parser
-from opensora.cli.program import run_program
 from opensora.config.settings import InferenceSettings, SearchSettings, TrainSettings
-
-__all__ = [
-    "add_flags", "boolean", "inference_parser", "merge", "parse_inference_args", "parse_search_args",
-    "parse_train_args", "run_program", "search_parser", "settings_of", "training_parser", "with_prompts",
-]  # fmt: skip
 
 logger = logging.getLogger("opensora")
 
 PROMPTS = "./assets/texts/t2v_samples.txt"
-# The flags that Open-Sora 1.2 had. Its programs took their beginnings, too, and so do commands that are in use.
+# The flags of Open-Sora 1.2, whose scripts accept unambiguous prefixes of them.
 _SHARED = (
     "seed", "ckpt-path", "batch-size", "outputs", "flash-attn", "layernorm-kernel", "resolution", "data-path", "dtype",
 )  # fmt: skip
@@ -50,8 +44,8 @@ def search_parser() -> Parser:
     return _configured(Parser(description="Search the batch size of each bucket."), SearchSettings, _TRAINING)
 
 
-def _configured(parser: Parser, kind: type, published: Sequence[str]) -> Parser:
-    parser.beginnings = [f"--{name}" for name in published]
+def _configured(parser: Parser, kind: SettingsClass, published: Sequence[str]) -> Parser:
+    parser.abbreviable = [f"--{name}" for name in published]
     parser.usage = "%(prog)s CONFIG [flags]"
     parser.add_argument("config", help="configuration file, or its name below configs/")
     add_flags(parser, kind)
@@ -63,11 +57,13 @@ def parse_inference_args(argv: Sequence[str] | None = None) -> InferenceSettings
     return settings_of(InferenceSettings, inference_parser().parse_args(argv))
 
 
-def with_prompts(settings: InferenceSettings) -> InferenceSettings:
-    """The settings, with the prompts that 1.0 and 1.1 take by default where none are given, as in commands of 1.2."""
+def with_script_defaults(settings: InferenceSettings) -> InferenceSettings:
+    """The settings with the defaults of Open-Sora's script: its sample prompts, and existing results are replaced."""
+    overwrite = settings.overwrite or not settings.prompt_as_path
+    settings = dataclasses.replace(settings, overwrite=overwrite)
     if settings.prompt or settings.prompt_path or not Path(PROMPTS).is_file():
         return settings
-    logger.info("no prompt is given: those of %s are made; --prompt or --prompt-path says which", PROMPTS)
+    logger.info("no prompt is given: using those of %s; --prompt and --prompt-path choose others", PROMPTS)
     return dataclasses.replace(settings, prompt_path=PROMPTS)
 
 

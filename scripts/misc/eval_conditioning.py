@@ -17,8 +17,11 @@ import torch
 from torch import Tensor
 
 from opensora import registry
-from opensora.acceleration.device import inference_dtype, keep_allocations_in_heap, pick_device
+from opensora.acceleration.allocator import keep_allocations_in_heap
+from opensora.acceleration.device import pick_device
+from opensora.acceleration.precision import inference_dtype
 from opensora.checkpoints import builder
+from opensora.cli.program import run_program
 from opensora.config import find_config, read_config
 from opensora.config.settings import InferenceSettings
 from opensora.datasets.synthetic.dataset import to_model
@@ -28,8 +31,7 @@ from opensora.datasets.video import contact_sheet, tile, to_uint8, write_image
 from opensora.models.sizes import size_conditioning
 from opensora.models.text_encoder.cleaning import preprocess
 from opensora.pipeline.noise import initial_noise, noise_generator
-from opensora.pipeline.recipe import check_folder
-from opensora.utils.config_utils import run_program
+from opensora.pipeline.output_files import check_folder
 
 SIZES = ("17x64x64", "34x64x64", "1x64x64", "17x48x80", "34x48x80", "1x48x80", "17x80x48", "34x80x48", "1x80x48")
 CHUNK, CHUNK_LATENTS = 17, 5
@@ -79,7 +81,8 @@ class Maker:
         null = {"y": self.model.null_caption(y)}
         source = [noise_generator(self.seed, index, 0) for index in batch]
         known = {"height": height, "width": width, "num_frames": frames}
-        latents = self.scheduler.sample(self.model, noise, cond, null, edit=edit, source=source, **known)
+        options = {**known, "edit": edit, "source": source, "precompute": True}
+        latents = self.scheduler.sample(self.model, noise, cond, null, **options)
         parts = latents.to(self.dtype).split(8)
         decoded = torch.cat([self.vae.decode(part, num_frames=frames).float() for part in parts])
         return [to_uint8(one) for one in decoded]

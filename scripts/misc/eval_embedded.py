@@ -17,8 +17,10 @@ import numpy as np
 import torch
 
 from opensora import cli
-from opensora.acceleration.device import inference_dtype, pick_device
+from opensora.acceleration.device import pick_device
+from opensora.acceleration.precision import inference_dtype
 from opensora.checkpoints import builder
+from opensora.cli.program import run_program
 from opensora.config import find_config, read_config
 from opensora.config.settings import InferenceSettings
 from opensora.datasets.synthetic.dataset import to_model
@@ -26,8 +28,8 @@ from opensora.datasets.synthetic.measure import measure
 from opensora.datasets.synthetic.render import Clip, make_clip, render
 from opensora.datasets.video import contact_sheet, read_video, tile, write_image, write_video
 from opensora.errors import MediaError
-from opensora.pipeline.recipe import check_folder, read_recipe
-from opensora.utils.config_utils import run_program
+from opensora.pipeline.output_files import check_folder
+from opensora.pipeline.recipe import read_recipe
 
 NUM_FRAMES, SIDE, FPS = 17, 64, 8  # of the clips that the embedded model was trained on
 TOGETHER = "all four together"

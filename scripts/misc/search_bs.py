@@ -2,8 +2,9 @@
 
 import sys
 
-from opensora.cli import search
-from opensora.utils.config_utils import parse_search_args, run_program
+from opensora.cli.program import run_program
+from opensora.cli.verbs import training
+from opensora.utils.config_utils import parse_search_args
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda: search(parse_search_args())))
+    sys.exit(run_program(lambda: training.search_batch_sizes(parse_search_args())))

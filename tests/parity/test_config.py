@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from opensora import registry
+from opensora.cli.merge import merge
 from opensora.config import find_config
 from opensora.config.legacy import OF_NO_EFFECT
 from opensora.config.settings import InferenceSettings, TrainSettings
 from opensora.errors import ConfigError
 from opensora.pipeline.prompts import load_prompts
 from opensora.pipeline.request import make_requests
-from opensora.utils.config_utils import inference_parser, merge, training_parser
+from opensora.utils.config_utils import inference_parser, training_parser
 from tests.parity.cases import ROOT
 
 NEWEST, OLDER = "v1.2.0", ("v1.1.0", "v1.0.0")

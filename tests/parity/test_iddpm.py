@@ -9,7 +9,7 @@ import torch
 
 from opensora.errors import ConfigError
 from opensora.schedulers.diffusion import linear_betas, space_timesteps
-from opensora.schedulers.guidance import guided
+from opensora.schedulers.guidance import GuidedDenoiser
 from opensora.schedulers.iddpm import IDDPM, ancestral_step, ddim_reverse_step, ddim_step
 from tests.parity.cases import Case, discover, part
 from tests.parity.test_rflow import StandIn
@@ -138,7 +138,7 @@ def check_cfg_split(facts: dict, tensors: dict[str, torch.Tensor]) -> None:
     cond, uncond = tensors["y"].split(half)
     for row in facts["cases"]:
         channels = row["cfg_channel"] or x.shape[1]
-        denoise = guided(StandIn(tensors), {"y": cond}, {"y": uncond}, row["cfg_scale"], channels)
+        denoise = GuidedDenoiser(StandIn(tensors), {"y": cond}, {"y": uncond}, row["cfg_scale"], channels)
         out = denoise(x, t.float(), **({"x_mask": tensors["x_mask_half"]} if row["uses_x_mask"] else {}))
         recorded = tensors[row["out"]]
         close(out, recorded[:half], **RECORDED)

@@ -13,13 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from opensora import registry
+from opensora.checkpoints import builder
 from opensora.checkpoints.summary import Summary
 from opensora.datasets.video import read_image, read_video
 from opensora.errors import OpenSoraError
 from opensora.models.text_encoder.cleaning import preprocess
-from opensora.pipeline import pipeline
+from opensora.pipeline import generation
 from opensora.pipeline.pipeline import VideoPipeline
 from opensora.pipeline.prompts import prepare
+from opensora.schedulers.common import SamplerState
 from opensora.utils.config_utils import parse_inference_args
 from tests.parity.cases import ROOT
 
@@ -93,14 +96,16 @@ class Networks:
     def forward(self, x: Tensor, timestep: Tensor, y: Tensor, x_mask: Tensor | None = None) -> Tensor:
         raise AssertionError("the stand-in sampler asks no model")
 
-    def sample(
+    def steps(
         self, model: Any, noise: Tensor, cond: dict, null: Any, *, edit: Tensor | None = None, **_: Any
-    ) -> Tensor:
+    ) -> Iterator[SamplerState]:
         sizes = {name: value.tolist() for name, value in cond.items() if name != "y"}
         edit = torch.ones(noise.shape[:3:2]) if edit is None else edit
-        text = self.texts[int(cond["y"].flatten()[0])]
-        self.calls.append({"prompt": text, "z": list(noise.shape), "mask": edit[0].tolist(), "sizes": sizes})
-        return noise
+        shape = [1, *noise.shape[1:]]
+        for y, given in zip(cond["y"], edit, strict=True):
+            text = self.texts[int(y.flatten()[0])]
+            self.calls.append({"prompt": text, "z": shape, "mask": given.tolist(), "sizes": sizes})
+        yield SamplerState(1, 1, noise, noise)
 
 
 @pytest.fixture
@@ -112,16 +117,16 @@ def networks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
     parts = {"find_weights": Path("x"), "build_text_encoder": text_encoder, "build_model": made}
     parts |= {"load_model_weights": summary, "load_text_encoder_weights": summary, "trained_sizes": []}
     for name, value in parts.items():
-        monkeypatch.setattr(pipeline.builder, name, lambda *_, value=value, **__: value)
-    for needs_modules in ("rehearse", "choose_memory", "_remember"):
-        monkeypatch.setattr(VideoPipeline, needs_modules, lambda *_, **__: None)
-    build = pipeline.registry.build
+        monkeypatch.setattr(builder, name, lambda *_, value=value, **__: value)
+    for needs_modules in ("dry_run", "choose_memory_plan", "remember_pace"):
+        monkeypatch.setattr(generation, needs_modules, lambda *_, **__: None)
+    build = registry.build
 
     def stand_in(section: dict) -> Any:
         real = build(section)
-        return SimpleNamespace(sample=made.sample, takes_edit=True, cfg_scale=real.cfg_scale)
+        return SimpleNamespace(steps=made.steps, takes_edit=True, num_steps=1, num_branches=real.num_branches)
 
-    monkeypatch.setattr(pipeline.registry, "build", stand_in)
+    monkeypatch.setattr(registry, "build", stand_in)
     return made
 
 

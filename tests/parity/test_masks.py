@@ -10,7 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from opensora.errors import ConfigError
-from opensora.pipeline.mask_strategy import Placement, carry, nearest_multiple, parse_mask_strategy, place
+from opensora.pipeline.mask_strategy import (
+    ReferencePlacement,
+    carry,
+    clip_conditioning,
+    condition_latents,
+    nearest_multiple,
+    parse_mask_strategy,
+)
 from tests.parity.cases import ROOT
 
 FACTS = json.loads((ROOT / "data" / "masks.json").read_text())
@@ -29,7 +36,7 @@ def test_parse(case: dict) -> None:
         with pytest.raises(ConfigError, match="mask_strategy"):
             parse_mask_strategy(case["in"])
     else:
-        assert parse_mask_strategy(case["in"]) == [Placement(*row) for row in case["out"]]
+        assert parse_mask_strategy(case["in"]) == [ReferencePlacement(*row) for row in case["out"]]
 
 
 def lies_outside(case: dict) -> bool:
@@ -45,6 +52,14 @@ def lies_outside(case: dict) -> bool:
     return False
 
 
+def place(
+    noise: torch.Tensor, references: list[torch.Tensor], strategy: str, case: dict
+) -> tuple[torch.Tensor, torch.Tensor]:
+    placements = [one for one in parse_mask_strategy(strategy) if one.loop == case["loop"]]
+    counts = [reference.shape[1] for reference in references]
+    return condition_latents(noise, references, clip_conditioning(placements, counts, noise.shape[1], case["align"]))
+
+
 @pytest.mark.parametrize("case", FACTS["apply"], ids=lambda case: case["name"])
 def test_place(case: dict) -> None:
     name, z = case["name"], TENSORS.get(f"{case['name']}.z_in")
@@ -54,14 +69,14 @@ def test_place(case: dict) -> None:
         with pytest.raises(ConfigError, match="mask_strategy"):
             for row, (strategy, shapes) in enumerate(zip(strategies, case["ref_shapes"], strict=True)):
                 references = [torch.zeros(shape) for shape in shapes]
-                place(z[row], references, parse_mask_strategy(strategy), case["loop"], case["align"])
+                place(z[row], references, strategy, case)
         return
     if case["mask"] is None:
         assert not strategies  # an empty batch
         return
     for row, strategy in enumerate(strategies):
         references = [TENSORS[f"{name}.ref.{row}.{k}"] for k in range(len(case["ref_shapes"][row]))]
-        latents, edit = place(z[row], references, parse_mask_strategy(strategy), case["loop"], case["align"])
+        latents, edit = place(z[row], references, strategy, case)
         assert torch.equal(edit, TENSORS[f"{name}.mask"][row])
         assert torch.equal(latents, TENSORS[f"{name}.z_out"][row])
 

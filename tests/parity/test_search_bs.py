@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from opensora.errors import ConfigError
-from opensora.training.batch_size_search.search import Found, Plan, Span, bisect, grid_search, make_plan, search
+from opensora.training.batch_size_search.search import (
+    BucketResult,
+    SearchPlan,
+    Span,
+    bisect,
+    grid_search,
+    make_plan,
+    search,
+)
 from opensora.training.batch_size_search.search_model import ModelSearch
 from opensora.training.batch_size_search.search_report import result_text
 from tests.devices import Recorded
@@ -22,7 +30,7 @@ FOUND = [param for param in CASES if "error" not in param.values[0]]
 GRIDS = [pytest.param(case, id=case["name"]) for case in FACTS["v1.1.0"]["cases"]]
 
 
-def plan_of(case: dict[str, Any]) -> Plan:
+def plan_of(case: dict[str, Any]) -> SearchPlan:
     config = {
         resolution: {int(frames): tuple(pair) for frames, pair in table.items()}
         for resolution, table in case["bucket_config"].items()
@@ -35,7 +43,7 @@ def base_fails(case: dict[str, Any]) -> bool:
     return case["base_step_time"] is None and "error" not in case and case["result_lines"][0].split(", ")[2] == "0"
 
 
-def recorded_line(one: Found) -> str:
+def recorded_line(one: BucketResult) -> str:
     return f"{one.span.resolution}, {one.span.num_frames}, {one.batch_size or 0}, {one.seconds:.2f}"
 
 

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from opensora.cli.flags import boolean
 from opensora.config.settings import TrainSettings
-from opensora.training.checkpoint import state
+from opensora.distributed.process_group import RankLayout
+from opensora.training.checkpoint import folders, write
+from opensora.training.checkpoint.snapshot import take_snapshot
 from opensora.training.ema import EMA
 from opensora.training.trainer import Trainer
-from opensora.utils.config_utils import boolean
 from tests.parity.cases import ROOT
 
 MISC = json.loads((ROOT / "data" / "training_misc.json").read_text())
@@ -85,7 +87,7 @@ def test_boolean_flag(case: dict[str, Any]) -> None:
 def test_experiment_folder(case: dict[str, Any], tmp_path: Path) -> None:
     for name in case["existing"]:
         (tmp_path / name).mkdir()
-    made = state.experiment_folder(str(tmp_path / ("" if case["existing"] else "new")), case["model_type"])
+    made = folders.new_run_folder(str(tmp_path / ("" if case["existing"] else "new")), case["model_type"])
     recorded = re.fullmatch(r"(\d+)(-.*)", case["name"])
     numbers = [int(name[:3]) for name in case["existing"] if re.match(r"\d{3}-", name)]
     number = max(numbers, default=-1) + 1  # C9: v1.2.0 counts entries, and so takes a number twice after a removal
@@ -99,7 +101,8 @@ def test_checkpoint_folder(case: dict[str, Any], tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     optimizer, scaler = torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
     position = {name: value for name, value in case["arguments"].items() if name not in FUNCTION_OF_STEP}
-    made = state.save(tmp_path, model, {}, EMA(model, 0.9), optimizer, scaler, position, keep=1)
+    snapshot = take_snapshot(model, EMA(model, 0.9), optimizer, scaler, RankLayout())
+    made = write.write_checkpoint(tmp_path, snapshot, {}, position, keep=1)
     assert made == tmp_path / case["folder"]
     entries = {path.name + "/" * path.is_dir() for path in made.iterdir()}
     assert entries == set(case["entries"]) - FUNCTION_OF_STEP

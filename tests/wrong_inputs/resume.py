@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from opensora.checkpoints.save import save_file
+from opensora.cli.program import run_program
 from opensora.config.settings import TrainSettings
 from opensora.training.trainer import Trainer
-from opensora.utils.config_utils import run_program
 
 
 def trainer(outputs: Path, max_steps: int, load: str | None = None) -> Trainer:

@@ -1,6 +1,6 @@
-"""Where weights lie in memory: channels of convolutions, and outputs of small linear layers, next to one another.
+"""Memory formats of weights: channels last for convolutions, transposed small linear layers.
 
-So fast kernels read them, and need not move them in every call.
+Kernels then read weights as they are and copy nothing per call.
 """
 
 from __future__ import annotations
@@ -10,41 +10,47 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-SMALL = 2**20  # values of a weight that takes as long to move as to multiply by a few hundred rows
+from opensora.acceleration.replace_modules import recast
+
+SMALL = 2**20  # values of a weight whose copy costs as much as a product with a few hundred rows
 
 
-def channels_last(model: nn.Module, folded: bool = False) -> list[Tensor]:
-    """Rearranges the kernels of convolutions whose weights are fixed; what they give then lies in the same way.
+def channels_last(model: nn.Module, frame_by_frame: bool = False) -> list[Tensor]:
+    """Converts the weights of frozen convolutions to channels last; returns those that were copied.
 
-    `folded`: those in time are computed frame by frame of the kernel, so these lie apart, each in PyTorch's own order,
-    which a CPU adds up more accurately. Returns the kernels that were copied for that.
+    With `frame_by_frame`, 3-D kernels are stored frame after frame instead, each contiguous: a CPU sums that order
+    more accurately.
     """
-    arranged: list[Tensor] = []
+    copied: list[Tensor] = []
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d) and not module.weight.requires_grad:
             before = module.weight.data_ptr()
-            module.weight.data = _arranged(module.weight.data, folded)
+            module.weight.data = _converted(module.weight.data, frame_by_frame)
             if module.weight.data_ptr() != before:
-                arranged.append(module.weight)
-        elif type(module) is nn.GroupNorm and not module.weight.requires_grad:
-            module.__class__ = GroupNorm
-    return arranged
+                copied.append(module.weight)
+    return copied
+
+
+def pairwise_group_norm(module: nn.Module) -> nn.Module:
+    """The `PairwiseGroupNorm` of a frozen group norm; other modules are returned."""
+    frozen = type(module) is nn.GroupNorm and not module.weight.requires_grad
+    return recast(module, PairwiseGroupNorm) if frozen else module
 
 
 def outputs_last(model: nn.Module) -> list[Tensor]:
-    """Rearranges the small weights [out, in] of linear layers that are fixed, `out` innermost; returns them."""
-    arranged: list[Tensor] = []
+    """Transposes the memory of small weights [out, in] of frozen linear layers, `out` innermost; returns them."""
+    copied: list[Tensor] = []
     for module in model.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad and module.weight.numel() <= SMALL:
             module.weight.data = module.weight.data.t().contiguous().t()
-            arranged.append(module.weight)
-    return arranged
+            copied.append(module.weight)
+    return copied
 
 
-def leave_file(model: nn.Module, copied: Sequence[Tensor]) -> None:
-    """Copies what is left of a model, too, where most of its weights are copies already.
+def release_file(model: nn.Module, copied: Sequence[Tensor]) -> None:
+    """Copies the remaining weights of a model, if most were `copied` already.
 
-    All of a file that is mapped stays in memory for as long as one tensor lies there.
+    A memory-mapped file stays in memory for as long as one tensor refers to it.
     """
     done = set(map(id, copied))
     left = [parameter for parameter in model.parameters() if id(parameter) not in done]
@@ -54,24 +60,24 @@ def leave_file(model: nn.Module, copied: Sequence[Tensor]) -> None:
         parameter.data = parameter.data.clone()
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.clone())  # another tensor, because a view holds what it was made of
+            setattr(module, name, buffer.clone())  # a new tensor: `data` of a view keeps its base
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _arranged(weight: Tensor, folded: bool) -> Tensor:
-    """The same numbers: [O, C, H, W] or [O, C, T, H, W] with C innermost, or, folded, with T outermost."""
-    if weight.ndim == 5 and folded:
+def _converted(weight: Tensor, frame_by_frame: bool) -> Tensor:
+    """[O, C, H, W] or [O, C, T, H, W] with C innermost; or with T outermost, for kernels read frame by frame."""
+    if weight.ndim == 5 and frame_by_frame:
         return weight.permute(2, 0, 1, 3, 4).contiguous().permute(1, 2, 0, 3, 4)
     return weight.contiguous(memory_format=torch.channels_last if weight.ndim == 4 else torch.channels_last_3d)
 
 
-class GroupNorm(nn.GroupNorm):
-    """The norm of x [N, C, ...], its sums in float32 taken pairwise where a CPU's own are not.
+class PairwiseGroupNorm(nn.GroupNorm):
+    """Group norm of x [N, C, ...] with pairwise float32 sums on a CPU.
 
-    With channels innermost PyTorch adds up pixel after pixel there, and loses a digit with every hundredfold of them.
+    For channels-last inputs PyTorch's CPU kernel adds pixel after pixel, and loses a digit for every factor of 100.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,10 +1,9 @@
-"""Convolutions of float32 on a CPU with fewer products (Winograd 1980; Lavin and Gray 2016, arXiv:1509.09308).
+"""Float32 convolutions on a CPU with fewer multiplications (Winograd 1980; Lavin and Gray 2016, arXiv:1509.09308).
 
-Outputs that lie side by side share products: along an axis, two of a kernel of three taps need four products instead
-of six, and two of an image that is doubled first need three. An image has two axes: 16 products or 9 instead of 36.
-The products of all places together are products of matrices. What is added before and after about doubles the rounding
-errors of a direct sum. In a convolution over frames, too, each frame is added up once before, and once after, for all
-frames of the kernel.
+Neighbouring outputs share products: along an axis, two outputs of a three-tap kernel take four products instead of
+six, and two outputs of an upsampled image take three. In two dimensions: 16 or 9 products instead of 36. The products
+of all tiles together are matrix products. The additions before and after about double the rounding errors. In a
+convolution over frames each frame is transformed once for all frames of the kernel.
 """
 
 from __future__ import annotations
@@ -17,39 +16,45 @@ import torch
 from torch import Tensor, nn
 
 from opensora.acceleration.kernels import linear
+from opensora.acceleration.kernels.causal_conv import (
+    FoldedCausalConv3d,
+    FoldedTime,
+    FoldedTimeUpsample,
+)
 from opensora.acceleration.kernels.linear import (
-    WIDE,
+    MIN_CHANNELS,
     add_product,
     has_onednn,
     mkl_is_faster,
     needs_gradients,
     product,
 )
+from opensora.acceleration.replace_modules import is_frozen, recast, replace_modules
 from opensora.models.vae.vae_temporal import CausalConv3d
 
-FEW = 192  # tiles of two by two outputs that are not worth making kernels for
-TILES = 1024  # that are computed at once
+MIN_TILES = 192  # below this many 2 x 2 outputs transforming the kernels costs more than it saves
+MAX_TILES = 1024  # computed at once
 
 Kinds = tuple[type[nn.Module], ...]
 KINDS: Kinds = (nn.Conv2d, CausalConv3d)  # of images, and of frames
 
 
 class Filter(NamedTuple):
-    """Two outputs along an axis from `step` + 2 inputs a, b, c, ..., which begin one before the tile."""
+    """A Winograd filter: two outputs along an axis from `step` + 2 inputs a, b, c, ..., one before the tile first."""
 
     step: int  # from the inputs of one tile to those of the next
-    of_kernel: Callable[..., Sequence[Tensor]]  # its three taps, as what is multiplied
-    of_inputs: Callable[..., Sequence[Tensor]]  # by this
-    inner: Callable[..., tuple[Tensor, Tensor]]  # what the first product is added to, and the last, of those between
+    of_kernel: Callable[..., Sequence[Tensor]]  # transforms the three taps
+    of_inputs: Callable[..., Sequence[Tensor]]  # transforms the inputs; multiplied with the transformed taps
+    inner: Callable[..., tuple[Tensor, Tensor]]  # sums of the inner products; the first and last products are added
 
 
-TWO_OF_THREE = Filter(  # Lavin and Gray, F(2, 3)
+TWO_OF_THREE = Filter(  # F(2, 3) of Lavin and Gray
     2,
     lambda a, b, c: (a, (a + b + c) / 2, (a - b + c) / 2, -c),
     lambda a, b, c, d: (a - c, b + c, c - b, b - d),
     lambda q, r: (q + r, q.sub_(r)),
 )
-DOUBLED = Filter(  # inputs a, b, c become a, b, b, c: the even output sees the first three of them, the odd the last
+UPSAMPLED = Filter(  # inputs a, b, c become a, b, b, c: the even output sees the first three, the odd one the last
     1,
     lambda a, b, c: (a, a + b + c, c),
     lambda a, b, c: (a - b, b, c - b),
@@ -57,29 +62,32 @@ DOUBLED = Filter(  # inputs a, b, c become a, b, b, c: the even output sees the 
 )
 
 
-def use_winograd(model: nn.Module) -> None:
-    """Makes the wide 3 x 3 convolutions of a model compute with fewer products; parameters and their names stay."""
-    for module in model.modules():
-        if type(module) is nn.Conv2d and _fits(module) and not module.weight.requires_grad:
-            module.__class__ = WinogradConv2d
-        elif isinstance(module, CausalConv3d) and _fits(module) and not module.conv.weight.requires_grad:
-            module.folded = OfFrames(module)
+def winograd_module(module: nn.Module) -> nn.Module:
+    """The Winograd version of a wide frozen 3 x 3 (x 3) convolution; other modules are returned."""
+    kind = WINOGRAD_MODULES.get(type(module))
+    if kind is None or not _fits(module) or not is_frozen(module):
+        return module
+    new = recast(module, kind)
+    new.transformed = TransformedKernels(module if isinstance(module, nn.Conv2d) else module.conv, TWO_OF_THREE)
+    return new
 
 
-def forget_winograd(model: nn.Module, but: Kinds = ()) -> None:
-    """Undoes `use_winograd`, but for these kinds of convolutions."""
-    for module in model.modules():
-        if isinstance(module, but):
-            continue
-        if type(module) is WinogradConv2d:
-            module.__class__ = nn.Conv2d
-            module.__dict__.pop("kernels", None)
-        elif isinstance(module, CausalConv3d):
-            module.__dict__.pop("folded", None)
+def without_winograd(model: nn.Module, keep: Kinds = ()) -> nn.Module:
+    """Undoes `winograd_module` in a model, except for the `keep` kinds of convolutions, and frees their kernels."""
+
+    def plain(module: nn.Module) -> nn.Module:
+        kind = PLAIN_MODULES.get(type(module))
+        if kind is None or isinstance(module, keep):
+            return module
+        new = recast(module, kind)
+        del new.transformed
+        return new
+
+    return replace_modules(model, plain)
 
 
 def kernel_bytes(model: nn.Module, within: str, kinds: Kinds = KINDS) -> int:
-    """Bytes that the kernels of these kinds take beside the weights, in parts whose name has `within` in it."""
+    """Bytes of the transformed kernels of these kinds, in modules whose name contains `within`."""
     parts = [part for name, part in model.named_modules() if within in name and isinstance(part, kinds) and _fits(part)]
     weights = [part.weight if isinstance(part, nn.Conv2d) else part.conv.weight for part in parts]
     return sum(4 * 16 * weight.numel() // 9 for weight in weights)
@@ -97,102 +105,117 @@ def _fits(module: nn.Module) -> bool:
 
 
 def _pays(weight: Tensor) -> bool:
-    """Whether the products that a kernel [O, C, (T,) 3, 3] saves outweigh the sums; they are as O x C x T to O + C."""
+    """Whether a kernel [O, C, (T,) 3, 3] saves more products (~ O x C x T) than it adds sums (~ O + C)."""
     outputs, inputs, *taps = weight.shape[:-2]
-    least = 80 if mkl_is_faster() else 64  # on processors of its maker the direct way is faster, too
-    return min(outputs, inputs) >= WIDE and prod(taps) * outputs * inputs >= least * (outputs + inputs)
+    least = 80 if mkl_is_faster() else 64  # MKL's direct convolution is faster, too
+    return min(outputs, inputs) >= MIN_CHANNELS and prod(taps) * outputs * inputs >= least * (outputs + inputs)
 
 
 class WinogradConv2d(nn.Conv2d):
-    """x [N, C, H, W] -> [N, O, H, W] by a 3 x 3 kernel; what does not suit is done as in any convolution."""
+    """x [N, C, H, W] -> [N, O, H, W] by a 3 x 3 kernel; directly where Winograd's algorithm does not suit."""
+
+    transformed: TransformedKernels
 
     def forward(self, x: Tensor) -> Tensor:
         if not suits(x, self.weight, TWO_OF_THREE.step):
             return super().forward(x)
-        if "kernels" not in self.__dict__:
-            self.__dict__["kernels"] = Kernels(self, TWO_OF_THREE)
-        return self.kernels.convolve(x)
+        return self.transformed.convolve(x)
 
 
-class OfFrames:
-    """x [B, C, T, H, W] -> [B, O, T, H, W] by a kernel of three frames, which sees the past."""
+class WinogradTime(FoldedTime):
+    """x [B, C, T, H, W] -> [B, O, T, H, W] by a causal kernel of three frames."""
 
-    def __init__(self, module: CausalConv3d) -> None:
-        self.module, self.kernels = module, Kernels(module.conv, TWO_OF_THREE)
+    transformed: TransformedKernels
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if not suits(x, self.module.conv.weight, TWO_OF_THREE.step):
-            return type(self.module).folded(self.module, x)
-        out = self.kernels.convolve(x.transpose(1, 2).flatten(0, 1), x.shape[2])
+    def convolve(self, x: Tensor) -> Tensor:
+        if not suits(x, self.conv.weight, TWO_OF_THREE.step):
+            return super().convolve(x)
+        out = self.transformed.convolve(x.transpose(1, 2).flatten(0, 1), x.shape[2])
         return out.unflatten(0, (len(x), -1)).transpose(1, 2)
 
 
+class WinogradCausalConv3d(WinogradTime, FoldedCausalConv3d):
+    """The Winograd version of a causal convolution."""
+
+
+class WinogradTimeUpsample(WinogradTime, FoldedTimeUpsample):
+    """The Winograd version of the convolution that doubles the frames."""
+
+
+WINOGRAD_MODULES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: WinogradConv2d,
+    FoldedCausalConv3d: WinogradCausalConv3d,
+    FoldedTimeUpsample: WinogradTimeUpsample,
+}
+PLAIN_MODULES = {winograd: plain for plain, winograd in WINOGRAD_MODULES.items()}
+
+
 def suits(x: Tensor, weight: Tensor, step: int) -> bool:
-    """Whether this is a convolution of plain float32 numbers on a CPU, without gradients, and large enough."""
+    """Whether the input is plain float32 on a CPU, needs no gradients, and is large enough."""
     return (
         linear.suits(x, weight)
         and has_onednn()
-        and min(weight.shape[:2]) >= WIDE
-        and x[:, 0].numel() >= FEW * step**2
+        and min(weight.shape[:2]) >= MIN_CHANNELS
+        and x[:, 0].numel() >= MIN_TILES * step**2
         and not needs_gradients(x, weight)
     )
 
 
 def version(weight: Tensor) -> tuple[int, int]:
-    """Changes when the numbers of a weight do, or the weight is another one."""
+    """A value that changes whenever the weight is modified or replaced."""
     return id(weight), 0 if weight.is_inference() else weight._version
 
 
-class Kernels:
-    """The kernels [O, C] of the products of a convolution with fixed weights, by row and column of a tile.
+class TransformedKernels:
+    """Transformed kernels [O, C] of a frozen convolution, by row and column of a tile.
 
     A convolution over frames has them for each frame of its kernel, the newest first.
     """
 
     def __init__(self, conv: nn.Conv2d | nn.Conv3d, rule: Filter) -> None:
         self.conv, self.rule = conv, rule
-        self.of: tuple[int, int] | None = None
+        self.version: tuple[int, int] | None = None
         self.taps: list[list[list[Tensor]]] = []
 
-    def made(self, frames: int) -> list[list[list[Tensor]]]:
-        """Those for clips of so many frames; they are made once, and again when the weights change."""
+    def update(self, frames: int) -> list[list[list[Tensor]]]:
+        """The kernels for clips of `frames` frames; computed once for each version of the weight."""
         weight = self.conv.weight
-        if self.of != version(weight):
-            self.taps, self.of = [], version(weight)
+        if self.version != version(weight):
+            self.taps, self.version = [], version(weight)
         taps = [weight] if weight.ndim == 4 else weight.unbind(2)[::-1]
-        self.taps += [self._of_tap(tap) for tap in taps[len(self.taps) : frames]]
+        self.taps += [self._transform(tap) for tap in taps[len(self.taps) : frames]]
         return self.taps
 
-    def _of_tap(self, kernel: Tensor) -> list[list[Tensor]]:
-        """Those of a kernel [O, C, 3, 3] in float32 as products read them, their outputs next to one another."""
+    def _transform(self, kernel: Tensor) -> list[list[Tensor]]:
+        """Transforms a kernel [O, C, 3, 3]; the results are float32, `O` innermost."""
         rows = self.rule.of_kernel(*kernel.permute(2, 3, 1, 0).contiguous().double().unbind(0))
         return [[one.float().t() for one in self.rule.of_kernel(*row.unbind(0))] for row in rows]
 
     def convolve(self, x: Tensor, frames: int | None = None) -> Tensor:
-        """x [N, C, H, W] -> [N, O, H, W], or twice the sides for DOUBLED; the result has its channels innermost.
+        """x [N, C, H, W] -> [N, O, H, W] in channels last, or twice the sides for UPSAMPLED.
 
-        If the kernel has several frames, each of the `frames` of a clip (all, if not given) sees those before it.
+        With a kernel of several frames, N is clips of `frames` frames (default: one clip), and each sees its past.
         """
         rule, (count, _, height, width) = self.rule, x.shape
         frames = frames or count
-        taps = self.made(frames)
+        taps = self.update(frames)
         rows, columns = (-(-side // rule.step) for side in (height, width))  # of tiles
         out = x.new_empty(count, rows, 2, columns, 2, len(self.conv.weight))
-        band = max(TILES // (count * columns), 1)
+        band = max(MAX_TILES // (count * columns), 1)
         for top in range(0, rows, band):
             self._convolve(x, top, out[:, top : top + band], taps, frames)
         sides = (2 * height // rule.step, 2 * width // rule.step)
         made = out.view(count, 2 * rows, 2 * columns, -1)[:, : sides[0], : sides[1]].permute(0, 3, 1, 2)
-        return made.contiguous(memory_format=torch.channels_last)  # as it is, but for odd sides
+        return made.contiguous(memory_format=torch.channels_last)  # copies odd sides only
 
     def _convolve(self, x: Tensor, top: int, out: Tensor, taps: list[list[list[Tensor]]], frames: int) -> None:
-        """Fills out [N, h, 2, w, 2, O], some rows of tiles, of which `top` is the first."""
+        """Fills out [N, h, 2, w, 2, O], the rows of tiles from `top` on."""
         rule, (height, columns) = self.rule, out.shape[1:4:2]
         padded = _padded(x, top * rule.step, height * rule.step + 2, columns, rule.step)
         last, made = rule.step * (height - 1) + 1, []
         for i, line in enumerate(rule.of_inputs(*(padded[:, i : i + last : rule.step] for i in range(rule.step + 2)))):
             near = (line[:, :, i % rule.step, i // rule.step :][:, :, :columns] for i in range(rule.step + 2))
-            bias = self.conv.bias if i == 1 else None  # goes to the product that all four outputs have once
+            bias = self.conv.bias if i == 1 else None  # this product is in all four outputs exactly once
             made.append(self._columns(rule.of_inputs(*near), [tap[i] for tap in taps], bias, frames))
         for column, (first, *inner, last) in enumerate(zip(*made, strict=True)):
             into = out[:, :, :, :, column]
@@ -202,7 +225,7 @@ class Kernels:
     def _columns(
         self, cells: Sequence[Tensor], taps: list[list[Tensor]], bias: Tensor | None, frames: int
     ) -> tuple[Tensor, Tensor]:
-        """The two columns [N, h, w, O] of tiles of which cells [N, h, w, C] are one line, multiplied by its kernels."""
+        """Both output columns [N, h, w, O] of one line of transformed inputs, cells [N, h, w, C] each."""
         kernels = list(zip(*taps, strict=True))  # of each cell, for all taps
         inner = []
         for cell, of_cell in list(zip(cells, kernels, strict=True))[1:-1]:
@@ -214,23 +237,23 @@ class Kernels:
 
 
 def _product(cell: Tensor, taps: Sequence[Tensor], bias: Tensor | None, frames: int) -> Tensor:
-    """cell [N, h, w, C] -> [N, h, w, O], by the first of the taps; what the others give goes to the frames after it."""
+    """cell [N, h, w, C] -> [N, h, w, O]: the first tap of each frame, plus the other taps of the frames before it."""
     out = product(cell.flatten(0, 2), taps[0], bias).view(*cell.shape[:3], -1)
     _add_products(out, cell, taps, frames, 1)
     return out
 
 
 def _add_products(out: Tensor, cell: Tensor, taps: Sequence[Tensor], frames: int, first: int = 0) -> None:
-    """Adds to out [N, h, w, O] what the taps from the `first` on give of cell [N, h, w, C]."""
+    """Adds the products of cell [N, h, w, C] and the taps from `first` on to out [N, h, w, O], frame by frame."""
     for clip, into in zip(cell.split(frames), out.split(frames), strict=True):
         for past in range(first, min(len(taps), frames)):
             add_product(into[past:].flatten(0, 2), clip[: frames - past].flatten(0, 2), taps[past])
 
 
 def _padded(x: Tensor, first: int, count: int, tiles: int, step: int) -> Tensor:
-    """`count` rows of x, padded by a row, from the `first` on: [N, rows, step, columns, C].
+    """`count` rows, from `first` on, of x padded by one pixel: [N, rows, step, columns, C].
 
-    Every `step`-th column lies next to one another, so that what a tile adds up lies as in the tiles beside it.
+    Every `step`-th column is adjacent in memory, so that equal inputs of neighbouring tiles are contiguous.
     """
     pixels, (height, width) = x.permute(0, 2, 3, 1), x.shape[2:]
     padded = x.new_empty(len(x), count, step, tiles + 3 - step, x.shape[1])
@@ -238,7 +261,7 @@ def _padded(x: Tensor, first: int, count: int, tiles: int, step: int) -> Tensor:
     above, filled = begin - first + 1, end - begin
     padded[:, :above] = padded[:, above + filled :] = 0
     for parity in range(step):
-        skipped = 1 if parity == 0 else 0  # the padding on the left
+        skipped = 1 if parity == 0 else 0  # left padding
         own = pixels[:, begin:end, step * skipped + parity - 1 : width : step]
         into = padded[:, above : above + filled, parity]
         into[:, :, skipped : skipped + own.shape[2]] = own

@@ -1,1 +1,1 @@
-"""Step caches: sampling that skips some of the model's evaluations, and the calibration that says which."""
+"""Step caches: sampling that skips evaluations of the model, and the calibration that chooses them."""

@@ -74,7 +74,9 @@ class InferenceSettings(CommonSettings):
     sample_name: str | None = setting(
         None, "prefix of the file names: {sample-name}_0000 instead of sample_0000", schema=Name, example="cat"
     )
-    batch_size: int = setting(1, "samples computed together", minimum=1, maximum=100_000)
+    batch_size: int = setting(
+        1, "samples denoised together: faster, more memory, identical results", minimum=1, maximum=100_000
+    )
     multi_resolution: str | None = setting(
         None, schema=Name, doc="size conditioning of the model: STDiT2, OpenSora or PixArtMS", example="STDiT2"
     )

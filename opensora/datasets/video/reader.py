@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from opensora.datasets.video.container import (
 )
 from opensora.datasets.video.frame_times import frame_times
 from opensora.errors import MediaError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MAX_PIXELS = 2**31  # of all frames that `read_video` returns: 6 GiB
 MAX_DECODED = 2**33  # of all frames that `iterate_video` decodes: 4,096 frames of 1080x1920
@@ -104,15 +107,20 @@ def read_image(path: str | Path) -> np.ndarray:
 
     EXIF rotation is applied, transparency dropped, 16-bit levels become 8-bit.
     """
+    with opened_image(path) as image:
+        return image_levels(image, path)
+
+
+def image_levels(image: Image, where: str | Path) -> np.ndarray:
+    """Converts a Pillow image to uint8 [H, W, 3] as `read_image` does. Raises MediaError, beginning with `where`."""
     from PIL import Image, ImageOps
 
-    with opened_image(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("I", "F"):
-            raise MediaError(f"{path}: holds 32-bit levels; save it with 8 or 16 bits")
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return np.array(image.convert("RGB"))
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise MediaError(f"{where}: holds 32-bit levels; save it with 8 or 16 bits")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return np.array(image.convert("RGB"))
 
 
 def is_image(path: str | Path) -> bool:

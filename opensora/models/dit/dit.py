@@ -1,4 +1,4 @@
-"""DiT (Peebles & Xie 2022, arXiv:2212.09748) over images and short videos, told a class or a pooled text."""
+"""DiT (Peebles & Xie 2022, arXiv:2212.09748) over images and short videos, conditioned on a class or a pooled text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from opensora.models.layers.arguments import arguments_of
 from opensora.models.layers.attention import SelfAttention
 from opensora.models.layers.blocks import Axis, Block, modulated, rows_of
 from opensora.models.layers.embeddings import CaptionEmbedder, LabelEmbedder, Size3
-from opensora.models.layers.transformer import FixedPositions
+from opensora.models.layers.fixed_positions import FixedPositions
 
 
 class Adaptive(nn.Sequential):
@@ -25,7 +25,7 @@ class Adaptive(nn.Sequential):
 
 
 class DiTBlock(Block):
-    """A block with a modulation of its own (adaLN-Zero)."""
+    """A block with its own modulation (adaLN-Zero)."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, axis: Axis) -> None:
         super().__init__(dim, SelfAttention(dim, num_heads), mlp_ratio, axis)
@@ -33,7 +33,7 @@ class DiTBlock(Block):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         rows = self.adaLN_modulation(c)
-        return self.feed(self.attend(x, rows), rows)
+        return self.feed_forward(self.self_attend(x, rows), rows)
 
 
 class DiTFinalLayer(nn.Module):
@@ -81,7 +81,7 @@ class DiT(FixedPositions):
         return CaptionEmbedder(self.config["caption_channels"], self.hidden_size, 1)
 
     def axis(self, index: int) -> Axis:
-        """What block number `index` attends along."""
+        """The axis along which block number `index` attends."""
         return "both"
 
     def initialize(self) -> None:

@@ -9,6 +9,6 @@ TRAINING_ONLY = ("freeze", "freeze_y_embedder", "only_train_temporal", "drop_pat
 
 
 def arguments_of(scope: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json keeps of a constructor whose first statement passes its `locals()`; lists become tuples."""
+    """The arguments for config.json, from the `locals()` of a constructor's first statement; lists become tuples."""
     left_out = ("self", "__class__", *TRAINING_ONLY)
     return {key: tuple(v) if isinstance(v, list) else v for key, v in scope.items() if key not in left_out}

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Pair = tuple[Tensor, Tensor]  # keys, values: [N, M, H, D] each
-MOST_HEADS = 2**15  # that one call takes: kernels count them in 16 bits
+MOST_HEADS = 2**15  # of one call: kernels count them in 16 bits
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None = None) -> Tensor:
     """Softmax attention (Vaswani et al. 2017), heads joined: [N, L, H * D].
 
-    q [N, L, H, D]; k, v [N, M, H, D]; keep [N, M] bool is True for real tokens (None: all are real).
+    q [N, L, H, D]; k, v [N, M, H, D]; text_mask [N, M] bool is True for real tokens (None: all are real).
     """
     if q.shape[2] > MOST_HEADS:
         parts = zip(*(x.split(MOST_HEADS, dim=2) for x in (q, k, v)), strict=True)
-        return torch.cat([attention(*part, keep) for part in parts], dim=-1)
-    mask = None if keep is None else keep[:, None, None, :]
+        return torch.cat([attention(*part, text_mask) for part in parts], dim=-1)
+    mask = None if text_mask is None else text_mask[:, None, None, :]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [N, H, L, D]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
@@ -37,7 +37,7 @@ def rotation_table(freqs: Tensor, length: int) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """x [N, L, ..., D] turned by its position: pair (a, b) -> (a cos - b sin, b cos + a sin), computed in float32."""
+    """x [N, L, ..., D] rotated by its position: pair (a, b) -> (a cos - b sin, b cos + a sin), computed in float32."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = along_tokens(rotation, x).unbind(-1)
     turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
@@ -45,7 +45,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def along_tokens(rotation: Tensor, x: Tensor) -> Tensor:
-    """The rotations [L, D / 2, 2] as they broadcast over x [N, L, ..., D]: [L, 1, ..., D / 2, 2]."""
+    """The rotations [L, D / 2, 2] reshaped to broadcast over x [N, L, ..., D]: [L, 1, ..., D / 2, 2]."""
     return rotation.unflatten(0, (-1, *(1,) * (x.ndim - 3)))
 
 
@@ -61,7 +61,7 @@ class RotaryFrequencies(nn.Module):
 
 
 class Kernels(NamedTuple):
-    """What attention is computed by; devices may have formulations that suit them better."""
+    """The functions that compute attention; a device may have its own."""
 
     attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = attention
     rotate: Callable[[Tensor, Tensor], Tensor] = rotate
@@ -82,7 +82,7 @@ class RMSNorm(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention over x [N, L, C], with optional q/k RMS norm and rotary positions.
 
-    Of x [N, L, S, C], S sequences are attended to side by side, as if they were heads: nothing has to be moved for it.
+    Of x [N, L, S, C], the S sequences are computed side by side like heads, without a transposition.
     qk_norm_legacy rotates before it normalises (the order of Open-Sora 1.1.0).
     """
 
@@ -104,7 +104,7 @@ class SelfAttention(nn.Module):
         return self.proj(self.kernels.attention(q, k, v, None).view(x.shape))
 
     def heads(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, ...]:
-        """Queries, keys and values of x [N, L, ..., C], each [N, L or M, ..., H, D], normalised and turned."""
+        """Queries, keys and values of x [N, L, ..., C], each [N, L or M, ..., H, D], normalised and rotated."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in (q, self.compress(k), self.compress(v)))
         rotate = self.kernels.rotate
@@ -119,18 +119,18 @@ class SelfAttention(nn.Module):
     def values(self, x: Tensor) -> Tensor:
         """The values [N, L, ..., C] of x, heads joined."""
         layer, first = self.qkv, 2 * x.shape[-1]
-        apart = isinstance(layer, nn.Linear)  # others, such as those in 8 bits, are computed whole
-        return F.linear(x, layer.weight[first:], layer.bias[first:]) if apart else layer(x)[..., first:]
+        sliceable = isinstance(layer, nn.Linear)  # quantized layers, for example, are not
+        return F.linear(x, layer.weight[first:], layer.bias[first:]) if sliceable else layer(x)[..., first:]
 
     def compress(self, x: Tensor) -> Tensor:
-        """Keys or values [N, L, C] as [N, M, C]; here M = L. A place for models that attend to fewer."""
+        """Keys or values [N, L, C] as [N, M, C]; here M = L. Subclasses may attend to fewer."""
         return x
 
 
 class CrossAttention(nn.Module):
-    """Tokens x [B, N, C] attend to the text y [B, M, C]; keep [B, M] bool is True for real text tokens.
+    """Tokens x [B, N, C] attend to the text y [B, M, C]; text_mask [B, M] bool is True for real text tokens.
 
-    The text may have been read before: its keys and values depend on nothing else, so they serve for all steps.
+    In place of y its keys and values may be given, which are the same in all steps.
     """
 
     kernels = Kernels()
@@ -142,12 +142,12 @@ class CrossAttention(nn.Module):
         self.kv_linear = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, y: Tensor | Pair, keep: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor | Pair, text_mask: Tensor | None = None) -> Tensor:
         q = self.q_linear(x).unflatten(-1, (self.num_heads, -1))
-        return self.proj(self.kernels.attention(q, *(self.read(y) if isinstance(y, Tensor) else y), keep))
+        return self.proj(self.kernels.attention(q, *(self.read(y) if isinstance(y, Tensor) else y), text_mask))
 
-    def prepare(self, y: Tensor, keep: Tensor | None) -> Any:
-        """The text in the form that takes the place of y for all steps: its keys and values."""
+    def prepare(self, y: Tensor, text_mask: Tensor | None) -> Any:
+        """What replaces the text y in all steps: its keys and values."""
         return self.read(y)
 
     def read(self, y: Tensor) -> Pair:
@@ -156,7 +156,7 @@ class CrossAttention(nn.Module):
 
 
 def unpack_text(packed: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Packed text [1, sum(lengths), C] as (y [B, max(lengths), C] padded with zeros, keep [B, max(lengths)])."""
+    """Packed text [1, sum(lengths), C] as (y [B, max(lengths), C] padded with zeros, mask [B, max(lengths)])."""
     y = nn.utils.rnn.pad_sequence(packed[0].split(lengths), batch_first=True)
     positions = torch.arange(y.shape[1], device=y.device)
     return y, positions < torch.tensor(lengths, device=y.device)[:, None]

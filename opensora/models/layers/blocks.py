@@ -1,7 +1,7 @@
-"""Adaptive-norm transformer blocks and final layers: two modulated halves, and what a timestep does to them.
+"""Transformer blocks and the final layer with adaptive norms (adaLN): the timestep modulates attention and MLP.
 
-Tokens are x [B, T, S, C]: batch, frames, patches of a frame, channels. Modulation comes as rows of C channels: shift,
-scale and gate of the attention, then of the MLP.
+Tokens are x [B, T, S, C]: batch, frames, patches of a frame, channels. Modulation has rows of C channels: shift, scale
+and gate of the attention, then of the MLP.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ Axis = Literal["space", "time", "both"]
 
 
 class Frames(NamedTuple):
-    """The time embedding that given frames are modulated with, and which frames are not given but generated."""
+    """The time embedding of given (clean) frames, and which frames are generated."""
 
     t0: Tensor  # [B, C]
     active: Tensor  # [B, T] bool
 
 
 class Modulation(NamedTuple):
-    """What the timestep does to the tokens, in the blocks and at the end."""
+    """The modulation of the tokens by the timestep, in the blocks and in the final layer."""
 
-    blocks: Tensor  # [B, T or 1, 6, C]; one row per frame where some frames are given
+    blocks: Tensor  # [B, T or 1, 6, C]; one row per frame if some frames are given
     final: Tensor  # [B, C]
-    frames: Frames | None  # which frames are given, if any are
-    generated: Tensor  # [B, 1, 6, C], `blocks` of the frames that are generated
+    frames: Frames | None  # None if all frames are generated
+    generated: Tensor  # [B, 1, 6, C], the rows of `blocks` for generated frames
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """norm(x) * (1 + scale) + shift (adaLN, Peebles & Xie 2022); in one pass where a single row serves all tokens."""
+    """norm(x) * (1 + scale) + shift (adaLN, Peebles & Xie 2022); in one pass if a single row serves all tokens."""
     size, scale = x.shape[-1:], 1 + scale
     if scale.numel() == shift.numel() == x.shape[-1] and x.dtype == scale.dtype:
         return F.layer_norm(x, size, scale.flatten(), shift.flatten(), EPS)
@@ -54,27 +54,25 @@ def along(axis: Axis, module: nn.Module, x: Tensor, rotation: Tensor | None = No
 class Block(nn.Module):
     """Self-attention along one axis and an MLP, each normalised, modulated and gated."""
 
-    modulate = staticmethod(modulated)  # devices may have a way of their own
-
     def __init__(self, dim: int, attn: SelfAttention, mlp_ratio: float, axis: Axis) -> None:
         super().__init__()
         self.axis: Axis = axis
         self.attn = attn
         self.mlp = Mlp(dim, int(dim * mlp_ratio), dim)
 
-    def attend(self, x: Tensor, rows: tuple[Tensor, ...], rotation: Tensor | None = None) -> Tensor:
-        """x plus its gated self-attention; of `rows`, the first three serve."""
-        return torch.addcmul(x, rows[2], along(self.axis, self.attn, self.modulate(x, *rows[:2]), rotation))
+    def self_attend(self, x: Tensor, rows: tuple[Tensor, ...], rotation: Tensor | None = None) -> Tensor:
+        """x plus its gated self-attention, modulated by the first three of `rows`."""
+        return torch.addcmul(x, rows[2], along(self.axis, self.attn, modulated(x, *rows[:2]), rotation))
 
-    def feed(self, x: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
-        """x plus its gated MLP; of `rows`, the last three serve."""
-        return torch.addcmul(x, rows[-1], self.mlp(self.modulate(x, *rows[-3:-1])))
+    def feed_forward(self, x: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
+        """x plus its gated MLP, modulated by the last three of `rows`."""
+        return torch.addcmul(x, rows[-1], self.mlp(modulated(x, *rows[-3:-1])))
 
 
 class TextBlock(Block):
-    """The block of PixArt-alpha (Chen et al. 2023): cross-attention to text between the halves, one shared modulation.
+    """The block of PixArt-alpha (Chen et al. 2023): cross-attention to text before the MLP, one shared modulation.
 
-    Every block adds a table of its own to the modulation [B, T or 1, 6, C] that all blocks share (adaLN-single).
+    Every block adds its own table to the modulation [B, T or 1, 6, C] that all blocks share (adaLN-single).
     """
 
     def __init__(self, dim: int, attn: SelfAttention, mlp_ratio: float, axis: Axis) -> None:
@@ -83,14 +81,14 @@ class TextBlock(Block):
         self.cross_attn = CrossAttention(dim, attn.num_heads)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, y: Tensor | Pair, keep: Tensor | None, rotation: Tensor | None = None
+        self, x: Tensor, modulation: Tensor, y: Tensor | Pair, text_mask: Tensor | None, rotation: Tensor | None = None
     ) -> Tensor:
         rows = rows_of(self.scale_shift_table + modulation)
-        return self.feed(self.read(self.attend(x, rows, rotation), y, keep), rows)
+        return self.feed_forward(self.attend_text(self.self_attend(x, rows, rotation), y, text_mask), rows)
 
-    def read(self, x: Tensor, y: Tensor | Pair, keep: Tensor | None) -> Tensor:
-        """x plus its cross-attention to the text y [B, L, C] (or its keys and values); `keep` [B, L] are real."""
-        return x + self.cross_attn(x.flatten(1, 2), y, keep).view_as(x)
+    def attend_text(self, x: Tensor, y: Tensor | Pair, text_mask: Tensor | None) -> Tensor:
+        """x plus its cross-attention to the text y [B, L, C], or to its keys and values; text_mask [B, L] bool."""
+        return x + self.cross_attn(x.flatten(1, 2), y, text_mask).view_as(x)
 
 
 def rows_of(modulation: Tensor) -> tuple[Tensor, ...]:

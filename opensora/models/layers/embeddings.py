@@ -160,7 +160,7 @@ def position_embedding_2d(
     dim: int, height: int, width: int, scale: float | Tensor = 1.0,
     base_size: int | None = None, device: torch.device | None = None,
 ) -> Tensor:  # fmt: skip
-    """`sincos_2d` computed in float32 on `device`, for positions that are made anew for every size of video."""
+    """`sincos_2d` computed in float32 on `device`, for models that take any size of video."""
     quarter = dim // 4
     freqs = 1.0 / 10000 ** (torch.arange(quarter, device=device, dtype=torch.float32) / quarter)
 

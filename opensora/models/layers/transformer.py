@@ -6,7 +6,7 @@ Axes: latents x [B, C, T, H, W]; tokens [B, T', S, C] are patches, S of them in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,16 +19,12 @@ from opensora.models.layers.embeddings import (
     Size3,
     TimestepEmbedder,
     position_embedding_2d,
-    sincos_1d,
-    sincos_2d,
     tile,
 )
 
 
 class PatchTransformer(nn.Module):
     """Latents to tokens and back. `config` holds the constructor's arguments, with at least the keys read here."""
-
-    shares_time = True  # one timestep serves any batch
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -78,30 +74,28 @@ class PatchTransformer(nn.Module):
                     nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.final_layer.linear.weight)
 
+    def prepare(self, shape: Sequence[int], **conditioning: Any) -> dict[str, Any]:
+        """Arguments that replace `conditioning` in `forward` on latents of this shape, computed once for all steps."""
+        return conditioning
+
     def null_caption(self, y: Tensor) -> Tensor:
         """The unconditional counterpart of the text features or classes `y`, for classifier-free guidance."""
         return self.y_embedder.null_like(y)
 
 
-class Text(NamedTuple):
-    """A text that has been read, which takes the place of its features in a forward pass."""
+class StaticInputs(NamedTuple):
+    """What the conditioning contributes to every step on latents of one shape."""
 
-    prepared: tuple[Any, ...]  # for the attention of each block: its keys and values, or what serves in their place
-    keep: Tensor | None  # [B, L] bool, real tokens (None: all)
-    made: dict[Any, Tensor] | None = None  # of the sizes that came with the text, by the first pass
-
-
-def made_once(y: Tensor | Text | None, what: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """What `make` gives, which is called for the first pass of a text that has been read, or for every pass."""
-    if not isinstance(y, Text) or y.made is None:
-        return make()
-    if what not in y.made:
-        y.made[what] = make()
-    return y.made[what]
+    shape: tuple[int, ...]  # of the latents, [B, C, T, H, W]
+    text: tuple[Any, ...]  # for each block the text [B, L, C], or what its cross-attention has prepared of it
+    text_mask: Tensor | None  # [B, L] bool, True for real tokens; None: all are real
+    size: Tensor | float = 0.0  # [B or 1, C], added to the time embedding
+    length: Tensor | float = 0.0  # [B or 1, C], the same for temporal blocks with a modulation of their own
+    positions: Tensor | float = 0.0  # [S, C], added to the tokens of every frame
 
 
 class TextTransformer(PatchTransformer):
-    """The PixArt-alpha line: text by cross-attention, one modulation for all blocks (adaLN-single)."""
+    """Models of the PixArt-alpha family: text by cross-attention, one modulation for all blocks (adaLN-single)."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
@@ -109,53 +103,59 @@ class TextTransformer(PatchTransformer):
         self.y_embedder = CaptionEmbedder(config["caption_channels"], self.hidden_size, config["model_max_length"])
         self.final_layer = FinalLayer(self.hidden_size, self.patch_features)
 
-    def modulation(self, timestep: Tensor, condition: Tensor | float, x_mask: Tensor | None) -> Modulation:
+    def static_inputs(self, shape: Sequence[int], *, y: Tensor, mask: Tensor | None = None, **_: Any) -> StaticInputs:
+        """The static inputs of conditioning as `forward` takes it. Models with size conditioning add to them."""
+        y, text_mask = self.embed_text(y, mask, shape[0])
+        return StaticInputs(tuple(shape), (y,) * len(self.blocks_in_order()), text_mask)
+
+    def prepare(self, shape: Sequence[int], **conditioning: Any) -> dict[str, Any]:
+        static = self.static_inputs(shape, **conditioning)
+        text = zip(self.blocks_in_order(), static.text, strict=True)
+        return {"static": static._replace(text=tuple(b.cross_attn.prepare(y, static.text_mask) for b, y in text))}
+
+    def static_or_prepared(
+        self, shape: Sequence[int], static: StaticInputs | None, **conditioning: Any
+    ) -> StaticInputs:
+        """The static inputs of the conditioning, or those that `prepare` has made.
+
+        Raises ValueError if both are given, or if the prepared ones are for latents of another shape.
+        """
+        if static is None:
+            self.check_given(y=conditioning["y"])
+            return self.static_inputs(shape, **conditioning)
+        if given := [name for name, value in conditioning.items() if value is not None]:
+            raise ValueError(f"{', '.join(given)}: the conditioning is prepared already; prepare it again to change it")
+        if static.shape != tuple(shape):
+            was, now = list(static.shape), list(shape)
+            raise ValueError(f"the conditioning is prepared for latents {was}, not {now}; prepare it again")
+        return static
+
+    def embed_text(self, y: Tensor, mask: Tensor | None, batch_size: int) -> tuple[Tensor, Tensor | None]:
+        """Text features y [B, 1, L, C_text] as tokens [B, L, C], and their mask [batch_size, L] bool or None."""
+        y = self.y_embedder(y.to(self.y_embedder.y_proj.fc1.weight.dtype)).squeeze(1)
+        return y, None if mask is None else tile(mask, batch_size).bool()
+
+    def blocks_in_order(self) -> list[TextBlock]:
+        """All blocks, in the order in which tokens pass through them."""
+        return list(self.blocks)
+
+    def modulation(self, timestep: Tensor, size: Tensor | float, x_mask: Tensor | None) -> Modulation:
         """The modulation of every frame, chosen here once: given frames (x_mask False) are at timestep 0.
 
-        timestep [B]; `condition` [B, C] (or 0) is added to its embedding; x_mask [B, T'] bool, or None for no given.
+        timestep [B or 1]; `size` [B or 1, C] (or 0) is added to its embedding; x_mask [B, T'] bool, or None if no frame
+        is given.
         """
-        t = self.t_embedder(timestep) + condition
+        t = self.t_embedder(timestep) + size
         generated = self.rows(self.t_block, t)
         if x_mask is None:
             return Modulation(generated, t, None, generated)
-        t0 = self.t_embedder(torch.zeros_like(timestep)) + condition
+        t0 = self.t_embedder(torch.zeros_like(timestep)) + size
         blocks = torch.where(x_mask[..., None, None], generated, self.rows(self.t_block, t0))
         return Modulation(blocks, t, Frames(t0, x_mask), generated)
 
     def rows(self, block: nn.Module, t: Tensor) -> Tensor:
         """The rows [B, 1, n, C] that `block` makes of the time embedding t [B, C]."""
         return block(t).unflatten(-1, (-1, self.hidden_size))[:, None]
-
-    def prepare(self, y: Tensor, mask: Tensor | None = None, **others: Any) -> dict[str, Any]:
-        """Arguments of `forward` that mean the same, the text read once for all steps, by each block.
-
-        So is what the sizes among them give. They stay as they are where the model is still to be trained.
-        """
-        if any(parameter.requires_grad for parameter in self.parameters()):
-            return {"y": y, "mask": mask, **others}
-        y, keep = self.caption(y, mask, len(y) if mask is None else max(len(y), len(mask)))  # one y may serve many rows
-        prepared = tuple(block.cross_attn.prepare(y, keep) for block in self.text_blocks())
-        return {"y": Text(prepared, keep, {}), **others}
-
-    def text_blocks(self) -> list[TextBlock]:
-        """All blocks, in the order in which tokens pass through them."""
-        return list(self.blocks)
-
-    def texts(self, y: Tensor | Text, mask: Tensor | None, batch_size: int) -> tuple[Sequence[Any], Tensor | None]:
-        """What each block is told of the text, and which of its tokens are real [B, L] (None: all)."""
-        if isinstance(y, Text):
-            return y.prepared, y.keep
-        y, keep = self.caption(y, mask, batch_size)
-        return [y] * len(self.text_blocks()), keep
-
-    def caption(self, y: Tensor, mask: Tensor | None, batch_size: int) -> tuple[Tensor, Tensor | None]:
-        """Projected text [B, L, C] of y [B, 1, L, C_text], and which of its tokens are real [B, L] (None: all)."""
-        y = self.y_embedder(y.to(self.y_embedder.y_proj.fc1.weight.dtype)).squeeze(1)
-        return y, None if mask is None else tile(mask, batch_size).bool()
-
-    def unembed(self, tokens: Tensor, modulation: Modulation, size: Size3) -> Tensor:
-        """Tokens back to [B, C_out, T, H, W] float32."""
-        return self.unpatch(self.final_layer(tokens, modulation.final, modulation.frames), size)
 
     def initialize(self) -> None:
         """New blocks start without text (PixArt-alpha)."""
@@ -175,60 +175,14 @@ class TextTransformer(PatchTransformer):
             ):
                 parameter.requires_grad_(False)
 
+    def scaled_positions(self, shape: Sequence[int], height: Tensor, width: Tensor) -> Tensor:
+        """Positions [S, C] of the tokens of a frame of any size; those of the first sample's height and width."""
+        _, rows, columns = self.token_grid(shape[2:])
+        scale = (height[0].float() * width[0].float()).sqrt() / self.config["input_sq_size"]
+        base_size = round((rows * columns) ** 0.5)
+        return position_embedding_2d(self.hidden_size, rows, columns, scale, base_size, height.device).to(self.dtype)
 
-class SizedTransformer(TextTransformer):
-    """Models of any size: positions are made for the tokens at hand, scaled by the size in pixels."""
-
-    def tokens(self, x: Tensor, height: Tensor, width: Tensor, y: Tensor | Text | None) -> Tensor:
-        """Tokens [B, T', S, C] of x [B, C, T, H, W] with their positions; the first sample's height and width count."""
-        _, rows, columns = self.token_grid(x.shape[2:])
-
-        def positions() -> Tensor:
-            scale = (height[0].float() * width[0].float()).sqrt() / self.config["input_sq_size"]
-            base_size = round((rows * columns) ** 0.5)
-            return position_embedding_2d(self.hidden_size, rows, columns, scale, base_size, x.device).to(self.dtype)
-
-        return self.x_embedder(x.to(self.dtype)) + made_once(y, (rows, columns), positions)
-
-    def check_given(self, **sizes: Tensor | None) -> None:
-        """Raises ValueError when one of the size arguments is absent."""
-        if any(value is None for value in sizes.values()):
-            raise ValueError(f"{type(self).__name__} needs {', '.join(sizes)} (one value a sample)")
-
-
-class FixedPositions(PatchTransformer):
-    """Models built for one latent size, `input_size` (T, H, W): their sine-cosine positions are buffers.
-
-    The buffers are computed from the configuration; `positions` gives them again where a checkpoint holds those of
-    another size, or none.
-    """
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__(config)
-        size = self.input_size = tuple(config["input_size"])
-        if None in size or any(side % patch for side, patch in zip(size, self.patch_size, strict=True)):
-            raise ValueError(f"input_size {size} must be (frames, height, width), multiples of {self.patch_size}")
-
-    def positions(self) -> dict[str, Tensor]:
-        """The position buffers by name: [1, S, C] of a frame's patches and [1, T', C] of the frames."""
-        raise NotImplementedError
-
-    def grid_positions(self, scale: float = 1.0, base_size: int | None = None) -> Tensor:
-        """[1, S, C] of the patches of a frame; see `sincos_2d`."""
-        return sincos_2d(self.hidden_size, *self.token_grid(self.input_size)[1:], scale, base_size)[None]
-
-    def frame_positions(self, scale: float = 1.0) -> Tensor:
-        """[1, T', C] of the frames, divided by `scale`."""
-        frames = torch.arange(self.token_grid(self.input_size)[0], dtype=torch.float64)
-        return sincos_1d(self.hidden_size, frames / scale)[None]
-
-    def register_positions(self) -> None:
-        """Makes the positions buffers of the model."""
-        for name, value in self.positions().items():
-            self.register_buffer(name, value)
-
-    def tokens(self, x: Tensor) -> Tensor:
-        """Tokens [B, T', S, C] of x [B, C, T, H, W], without positions."""
-        if tuple(x.shape[2:]) != self.input_size:
-            raise ValueError(f"{type(self).__name__} was built for latents {self.input_size}, not {tuple(x.shape[2:])}")
-        return self.x_embedder(x.to(self.dtype))
+    def check_given(self, **arguments: Tensor | None) -> None:
+        """Raises ValueError if an argument is absent."""
+        if any(value is None for value in arguments.values()):
+            raise ValueError(f"{type(self).__name__} needs {', '.join(arguments)} (one value a sample)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from opensora.models.layers.arguments import arguments_of
 from opensora.models.layers.attention import SelfAttention
 from opensora.models.layers.blocks import TextBlock
 from opensora.models.layers.embeddings import Size3, SizeEmbedder
-from opensora.models.layers.transformer import FixedPositions, Text, TextTransformer
+from opensora.models.layers.fixed_positions import FixedPositions
+from opensora.models.layers.transformer import StaticInputs, TextTransformer
 
 
 class PixArt(FixedPositions, TextTransformer):
@@ -55,30 +57,27 @@ class PixArt(FixedPositions, TextTransformer):
             "pos_embed_temporal": self.frame_positions(self.config["time_scale"]),
         }
 
-    def size_condition(self, data_info: dict[str, Tensor], batch_size: int) -> Tensor | float:
-        """What is added to the time embedding for the size of the image: nothing here."""
-        return 0
-
     def forward(
-        self, x: Tensor, timestep: Tensor, y: Tensor | Text, mask: Tensor | None = None,
-        data_info: dict[str, Tensor] | None = None, **sizes: Any,
+        self, x: Tensor, timestep: Tensor, y: Tensor | None = None, mask: Tensor | None = None,
+        static: StaticInputs | None = None, **sizes: Any,
     ) -> Tensor:  # fmt: skip
         """Noise and variance of x [B, C, T, H, W]: [B, C_out, T, H, W] float32.
 
-        timestep [B] in 0..1000; y [B, 1, L, C_text]; mask [b, L], 1 for real text tokens. PixArtMS needs hw [b, 2] and
-        ar [b, 1], in `data_info` or as keywords of their own.
+        timestep [B or 1] in 0..1000; y [B, 1, L, C_text]; mask [b, L], 1 for real text tokens. PixArtMS needs hw [b, 2]
+        and ar [b, 1], as keywords or in a dictionary `data_info`. `static`, made by `prepare`, replaces all of them.
         """
-        modulation = self.modulation(timestep, self.size_condition(data_info or sizes, len(x)), None)
-        tokens, (texts, keep) = self.tokens(x) + self.pos_embed.to(self.dtype)[:, None], self.texts(y, mask, len(x))
+        static = self.static_or_prepared(x.shape, static, y=y, mask=mask, **sizes)
+        modulation = self.modulation(timestep, static.size, None)
+        tokens = self.tokens(x) + self.pos_embed.to(self.dtype)[:, None]
         if not self.config["no_temporal_pos_emb"]:
             tokens = tokens + self.pos_embed_temporal.to(self.dtype)[:, :, None]
-        for block, y in zip(self.blocks, texts, strict=True):
-            tokens = block(tokens, modulation.blocks, y, keep)
-        return self.unembed(tokens, modulation, x.shape[2:])
+        for block, text in zip(self.blocks, static.text, strict=True):
+            tokens = block(tokens, modulation.blocks, text, static.text_mask)
+        return self.unpatch(self.final_layer(tokens, modulation.final, modulation.frames), x.shape[2:])
 
 
 class PixArtMS(PixArt):
-    """The multi-scale PixArt-alpha of 1024 pixels: it is told the size and aspect ratio of the image."""
+    """The multi-scale PixArt-alpha of 1024 pixels, conditioned on the size and aspect ratio of the image."""
 
     def _build(self, config: dict[str, Any]) -> None:
         super()._build(config)
@@ -86,8 +85,13 @@ class PixArtMS(PixArt):
         self.ar_embedder = SizeEmbedder.third(self.hidden_size)
         self.initialize()
 
-    def size_condition(self, data_info: dict[str, Tensor], batch_size: int) -> Tensor:
-        if not data_info.keys() >= {"hw", "ar"}:
+    def static_inputs(
+        self, shape: Sequence[int], *, y: Tensor, mask: Tensor | None = None,
+        data_info: dict[str, Tensor] | None = None, **sizes: Any,
+    ) -> StaticInputs:  # fmt: skip
+        sizes = data_info or sizes
+        if not sizes.keys() >= {"hw", "ar"}:
             raise ValueError("PixArtMS needs hw and ar (set multi_resolution='PixArtMS')")
-        sides, ratio = (data_info[name].float() for name in ("hw", "ar"))
-        return torch.cat([self.csize_embedder(sides, batch_size), self.ar_embedder(ratio, batch_size)], dim=1)
+        sides, ratio = (sizes[name].float() for name in ("hw", "ar"))
+        size = torch.cat([self.csize_embedder(sides, shape[0]), self.ar_embedder(ratio, shape[0])], dim=1)
+        return super().static_inputs(shape, y=y, mask=mask)._replace(size=size)

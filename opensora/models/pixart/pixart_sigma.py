@@ -16,7 +16,7 @@ SAMPLINGS = ("conv", "uniform", "ave", "uniform_every")
 
 
 class CompressedAttention(SelfAttention):
-    """Self-attention to keys and values of which only one in `factor` x `factor` patches is left (section 2.3).
+    """Self-attention to keys and values compressed to one in `factor` x `factor` patches (section 2.3).
 
     Args: grid: rows and columns of a frame's patches; sampling: "conv" (a learned depthwise convolution and a layer
     norm), "uniform" or "ave" (the first patch of each square: what the authors' average does), "uniform_every" (each

@@ -11,7 +11,8 @@ from opensora.models.layers.arguments import arguments_of
 from opensora.models.layers.attention import Pair, SelfAttention
 from opensora.models.layers.blocks import Modulation, TextBlock, along, rows_of
 from opensora.models.layers.embeddings import Size3
-from opensora.models.layers.transformer import FixedPositions, Text, TextTransformer
+from opensora.models.layers.fixed_positions import FixedPositions
+from opensora.models.layers.transformer import StaticInputs, TextTransformer
 
 
 class STDiTBlock(TextBlock):
@@ -22,14 +23,19 @@ class STDiTBlock(TextBlock):
         self.attn_temp = SelfAttention(dim, num_heads)
 
     def forward(
-        self, x: Tensor, modulation: Modulation, y: Tensor | Pair, keep: Tensor | None, positions: Tensor | None = None
+        self,
+        x: Tensor,
+        modulation: Modulation,
+        y: Tensor | Pair,
+        text_mask: Tensor | None,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        """`positions` [1, T, 1, C] of the frames, if this block adds them; given frames keep the generated's gate."""
+        """`positions` [1, T, 1, C] of the frames or None; given frames use the gate of generated ones."""
         rows = rows_of(self.scale_shift_table + modulation.blocks)
-        x = self.attend(x, rows)
+        x = self.self_attend(x, rows)
         gate = rows_of(self.scale_shift_table + modulation.generated)[2]
         x = torch.addcmul(x, gate, along("time", self.attn_temp, x if positions is None else x + positions))
-        return self.feed(self.read(x, y, keep), rows)
+        return self.feed_forward(self.attend_text(x, y, text_mask), rows)
 
 
 class STDiT(FixedPositions, TextTransformer):
@@ -65,13 +71,14 @@ class STDiT(FixedPositions, TextTransformer):
         }
 
     def forward(
-        self, x: Tensor, timestep: Tensor, y: Tensor | Text,
-        mask: Tensor | None = None, x_mask: Tensor | None = None, **_: Any,
+        self, x: Tensor, timestep: Tensor, y: Tensor | None = None, mask: Tensor | None = None,
+        x_mask: Tensor | None = None, static: StaticInputs | None = None, **_: Any,
     ) -> Tensor:  # fmt: skip
         """Noise and variance of x [B, C, T, H, W]: [B, C_out, T, H, W] float32; arguments as for STDiT3."""
-        modulation = self.modulation(timestep, 0, x_mask)
-        tokens, (texts, keep) = self.tokens(x) + self.pos_embed.to(self.dtype)[:, None], self.texts(y, mask, len(x))
-        for index, (block, y) in enumerate(zip(self.blocks, texts, strict=True)):
+        static = self.static_or_prepared(x.shape, static, y=y, mask=mask)
+        modulation = self.modulation(timestep, static.size, x_mask)
+        tokens = self.tokens(x) + self.pos_embed.to(self.dtype)[:, None]
+        for index, (block, text) in enumerate(zip(self.blocks, static.text, strict=True)):
             frames = self.pos_embed_temporal.to(self.dtype)[:, :, None] if index == 0 else None
-            tokens = block(tokens, modulation, y, keep, frames)
-        return self.unembed(tokens, modulation, x.shape[2:])
+            tokens = block(tokens, modulation, text, static.text_mask, frames)
+        return self.unpatch(self.final_layer(tokens, modulation.final, modulation.frames), x.shape[2:])

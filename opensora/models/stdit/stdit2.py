@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor, nn
 
 from opensora.models.layers.arguments import arguments_of
 from opensora.models.layers.attention import Pair, RotaryFrequencies, SelfAttention, rotation_table
-from opensora.models.layers.blocks import TextBlock, along, rows_of
+from opensora.models.layers.blocks import TextBlock, along, modulated, rows_of
 from opensora.models.layers.embeddings import Size3, SizeEmbedder
-from opensora.models.layers.transformer import SizedTransformer, Text, made_once
+from opensora.models.layers.transformer import StaticInputs, TextTransformer
 
 
 class STDiT2Block(TextBlock):
@@ -23,19 +24,19 @@ class STDiT2Block(TextBlock):
         self.scale_shift_table_temporal = nn.Parameter(torch.randn(3, dim) / dim**0.5)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, temporal: Tensor, y: Tensor | Pair, keep: Tensor | None,
+        self, x: Tensor, modulation: Tensor, temporal: Tensor, y: Tensor | Pair, text_mask: Tensor | None,
         rotation: Tensor,
     ) -> Tensor:  # fmt: skip
-        """`modulation` [B, T or 1, 6, C] is the spatial one, `temporal` [B, T or 1, 3, C] that of the frames."""
+        """`modulation` [B, T or 1, 6, C] is spatial, `temporal` [B, T or 1, 3, C] that of the attention over frames."""
         rows = rows_of(self.scale_shift_table + modulation)
-        x = self.attend(x, rows)
+        x = self.self_attend(x, rows)
         shift, scale, gate = rows_of(self.scale_shift_table_temporal + temporal)
-        x = torch.addcmul(x, gate, along("time", self.attn_temp, self.modulate(x, shift, scale), rotation))
-        return self.feed(self.read(x, y, keep), rows)
+        x = torch.addcmul(x, gate, along("time", self.attn_temp, modulated(x, shift, scale), rotation))
+        return self.feed_forward(self.attend_text(x, y, text_mask), rows)
 
 
-class STDiT2(SizedTransformer):
-    """Predicts noise and variance of a latent video of any size; told its size, ratio, length and frame rate.
+class STDiT2(TextTransformer):
+    """Predicts noise and variance of a latent video of any size; conditioned on size, length and frame rate.
 
     Args: as for STDiT3, and qk_norm_legacy: normalise queries and keys after the rotation, as Open-Sora 1.1 does;
     freeze: "not_temporal" or "text"; input_size and no_temporal_pos_emb have no effect.
@@ -69,32 +70,43 @@ class STDiT2(SizedTransformer):
             nn.init.zeros_(block.attn_temp.proj.weight)
 
     def forward(
-        self, x: Tensor, timestep: Tensor, y: Tensor | Text, mask: Tensor | None = None, x_mask: Tensor | None = None,
-        num_frames: Tensor | None = None, height: Tensor | None = None, width: Tensor | None = None,
-        ar: Tensor | None = None, fps: Tensor | None = None, **_: Any,
+        self, x: Tensor, timestep: Tensor, y: Tensor | None = None, mask: Tensor | None = None,
+        x_mask: Tensor | None = None, num_frames: Tensor | None = None, height: Tensor | None = None,
+        width: Tensor | None = None, ar: Tensor | None = None, fps: Tensor | None = None,
+        static: StaticInputs | None = None, **_: Any,
     ) -> Tensor:  # fmt: skip
         """Noise and variance of x: [B, C_out, T, H, W] float32.
 
         Arguments as for STDiT3; num_frames [b] in frames, ar [b] height / width.
         """
-        self.check_given(num_frames=num_frames, height=height, width=width, ar=ar, fps=fps)
-        sides = height, width
-        batch = 1 if all(len(one) == 1 for one in (*sides, num_frames, ar, fps)) else len(x)
-        size = made_once(
-            y, ("size", batch),
-            lambda: torch.cat((self.csize_embedder(torch.stack(sides, 1), batch), self.ar_embedder(ar, batch)), dim=1),
-        )  # fmt: skip
-        pace = made_once(
-            y, ("pace", batch), lambda: self.fl_embedder(num_frames, batch) + self.fps_embedder(fps, batch)
-        )
-        modulation = self.modulation(timestep, size, x_mask)
-        temporal = self.rows(self.t_block_temp, self.t_embedder(timestep) + pace)
+        sizes = {"num_frames": num_frames, "height": height, "width": width, "ar": ar, "fps": fps}
+        static = self.static_or_prepared(x.shape, static, y=y, mask=mask, **sizes)
+        modulation = self.modulation(timestep, static.size, x_mask)
+        temporal = self.rows(self.t_block_temp, self.t_embedder(timestep) + static.length)
         if x_mask is not None:
-            given = self.rows(self.t_block_temp, self.t_embedder(torch.zeros_like(timestep)) + pace)
+            given = self.rows(self.t_block_temp, self.t_embedder(torch.zeros_like(timestep)) + static.length)
             temporal = torch.where(x_mask[..., None, None], temporal, given)
-        tokens, (texts, keep) = self.tokens(x, height, width, y), self.texts(y, mask, len(x))
+        tokens = self.x_embedder(x.to(self.dtype)) + static.positions
         rotation = rotation_table(self.rope.freqs, tokens.shape[1])
-        for block, y in zip(self.blocks, texts, strict=True):
-            tokens = block(tokens, modulation.blocks, temporal, y, keep, rotation)
-        plain = modulation._replace(final=self.t_embedder(timestep))  # without the size, which given frames keep
-        return self.unembed(tokens, plain, x.shape[2:])
+        for block, text in zip(self.blocks_in_order(), static.text, strict=True):
+            tokens = block(tokens, modulation.blocks, temporal, text, static.text_mask, rotation)
+        final = self.t_embedder(timestep)  # without the size, which modulates given frames alone
+        return self.unpatch(self.final_layer(tokens, final, modulation.frames), x.shape[2:])
+
+    def static_inputs(
+        self, shape: Sequence[int], *, y: Tensor, mask: Tensor | None = None, num_frames: Tensor | None = None,
+        height: Tensor | None = None, width: Tensor | None = None, ar: Tensor | None = None, fps: Tensor | None = None,
+        **_: Any,
+    ) -> StaticInputs:  # fmt: skip
+        self.check_given(num_frames=num_frames, height=height, width=width, ar=ar, fps=fps)
+        batch = 1 if all(len(one) == 1 for one in (height, width, num_frames, ar, fps)) else shape[0]
+        sides = self.csize_embedder(torch.stack((height, width), 1), batch)
+        return (
+            super()
+            .static_inputs(shape, y=y, mask=mask)
+            ._replace(
+                size=torch.cat((sides, self.ar_embedder(ar, batch)), dim=1),
+                length=self.fl_embedder(num_frames, batch) + self.fps_embedder(fps, batch),
+                positions=self.scaled_positions(shape, height, width),
+            )
+        )

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from opensora.models.layers.arguments import arguments_of
 from opensora.models.layers.attention import RotaryFrequencies, SelfAttention, rotation_table, unpack_text
-from opensora.models.layers.blocks import Axis, Modulation, TextBlock
+from opensora.models.layers.blocks import Axis, TextBlock
 from opensora.models.layers.embeddings import Size3, SizeEmbedder
-from opensora.models.layers.transformer import SizedTransformer, Text, made_once
+from opensora.models.layers.transformer import StaticInputs, TextTransformer
 
 
-class STDiT3(SizedTransformer):
+class STDiT3(TextTransformer):
     """Predicts the rectified-flow velocity (and a variance, when pred_sigma) of a latent video.
 
     Args (keywords as in the published config.json):
@@ -63,46 +63,44 @@ class STDiT3(SizedTransformer):
                 nn.init.zeros_(layer.weight)
 
     def forward(
-        self, x: Tensor, timestep: Tensor, y: Tensor | Text, mask: Tensor | None = None, x_mask: Tensor | None = None,
-        fps: Tensor | None = None, height: Tensor | None = None, width: Tensor | None = None, **_: Any,
+        self, x: Tensor, timestep: Tensor, y: Tensor | None = None, mask: Tensor | None = None,
+        x_mask: Tensor | None = None, fps: Tensor | None = None, height: Tensor | None = None,
+        width: Tensor | None = None, static: StaticInputs | None = None, **_: Any,
     ) -> Tensor:  # fmt: skip
         """Velocity (and variance) of x: [B, C_out, T, H, W] float32.
 
-        x [B, C, T, H, W] latents; timestep [B] in 0..1000; y [B, 1, L, C_text] text features (packed [1, sum, C] with
-        skip_y_embedder; or what `prepare` has made of them and the mask); mask [b, L], 1 for real text tokens (or the
-        lengths [b]); x_mask [B, T'] bool, False frames are given and modulated at timestep 0; fps, height, width [b]
-        in frames per second and pixels. Rows b < B are tiled. Other size arguments of the family (num_frames, ar) are
-        accepted and have no effect.
+        x [B, C, T, H, W] latents; timestep [B or 1] in 0..1000; x_mask [B, T'] bool, False frames are given and
+        modulated at timestep 0; y [B, 1, L, C_text] text features (packed [1, sum, C] with skip_y_embedder); mask
+        [b, L], 1 for real text tokens (or the lengths [b]); fps, height, width [b] in frames per second and pixels.
+        Rows b < B are tiled. `static`, which `prepare` makes, replaces all from y on. Other size arguments of the
+        family (num_frames, ar) are accepted and have no effect.
         """
-        tokens, modulation = self.embed(x, timestep, x_mask, fps, height, width, y)
-        tokens = self.transform(tokens, modulation, *self.texts(y, mask, len(x)))
-        return self.unembed(tokens, modulation, x.shape[2:])
+        static = self.static_or_prepared(x.shape, static, y=y, mask=mask, fps=fps, height=height, width=width)
+        modulation = self.modulation(timestep, static.size, x_mask)
+        tokens = self.x_embedder(x.to(self.dtype)) + static.positions
+        rotation = rotation_table(self.rope.freqs, tokens.shape[1])
+        for block, text in zip(self.blocks_in_order(), static.text, strict=True):
+            positions = rotation if block.axis == "time" else None
+            tokens = block(tokens, modulation.blocks, text, static.text_mask, positions)
+        return self.unpatch(self.final_layer(tokens, modulation.final, modulation.frames), x.shape[2:])
 
-    def embed(
-        self, x: Tensor, timestep: Tensor, x_mask: Tensor | None,
-        fps: Tensor | None, height: Tensor | None, width: Tensor | None, y: Tensor | Text | None = None,
-    ) -> tuple[Tensor, Modulation]:  # fmt: skip
-        """Tokens [B, T', S, C] and what the timestep does to them."""
+    def static_inputs(
+        self, shape: Sequence[int], *, y: Tensor, mask: Tensor | None = None,
+        fps: Tensor | None = None, height: Tensor | None = None, width: Tensor | None = None, **_: Any,
+    ) -> StaticInputs:  # fmt: skip
         self.check_given(fps=fps, height=height, width=width)
-        batch = 1 if len(fps) == 1 else len(x)
-        pace = made_once(y, ("pace", batch), lambda: self.fps_embedder(fps, batch))
-        return self.tokens(x, height, width, y), self.modulation(timestep, pace, x_mask)
+        size = self.fps_embedder(fps, 1 if len(fps) == 1 else shape[0])
+        positions = self.scaled_positions(shape, height, width)
+        return super().static_inputs(shape, y=y, mask=mask)._replace(size=size, positions=positions)
 
-    def caption(self, y: Tensor, mask: Tensor | None, batch_size: int) -> tuple[Tensor, Tensor | None]:
+    def embed_text(self, y: Tensor, mask: Tensor | None, batch_size: int) -> tuple[Tensor, Tensor | None]:
         if not self.skip_y_embedder:
-            return super().caption(y, mask, batch_size)
+            return super().embed_text(y, mask, batch_size)
         if mask is None:
             raise ValueError("packed text needs its lengths in mask")
         lengths = mask if mask.ndim == 1 else mask.sum(dim=1)
         return unpack_text(y.to(self.dtype), lengths.tolist())
 
-    def transform(self, tokens: Tensor, modulation: Modulation, texts: Sequence[Any], keep: Tensor | None) -> Tensor:
-        """The tokens [B, T', S, C] after all blocks, each of which has its entry in `texts`."""
-        rotation = rotation_table(self.rope.freqs, tokens.shape[1])
-        for block, y in zip(self.text_blocks(), texts, strict=True):
-            tokens = block(tokens, modulation.blocks, y, keep, rotation if block.axis == "time" else None)
-        return tokens
-
-    def text_blocks(self) -> list[TextBlock]:
+    def blocks_in_order(self) -> list[TextBlock]:
         """Spatial before temporal."""
         return [block for pair in zip(self.spatial_blocks, self.temporal_blocks, strict=True) for block in pair]

@@ -1,4 +1,4 @@
-"""Class numbers in the place of a text encoder, for models that are told a class instead of a caption."""
+"""Class numbers instead of a text encoder, for class-conditional models."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class CLIPText(nn.Module):
         self.text_model = getattr(model, "text_model", model)  # transformers 4 and 5 differ
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Features [B, C] at the end token of ids [B, L]; what follows that token takes part in nothing."""
+        """Features [B, C] at the end token of ids [B, L]; tokens after it have no effect."""
         return self.text_model(input_ids=ids).pooler_output
 
 

@@ -15,7 +15,7 @@ from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.models.vae.vae_temporal import VAE_Temporal, VAE_Temporal_SD
 
 SPATIAL_FACTOR = 8
-MOST_PIXELS = 2**16  # of the frames that are decoded together: small ones in a batch, large ones by themselves
+MOST_PIXELS = 2**16  # of a batch of frames to decode: many small ones, a single large one
 SPATIAL_SCALE = 0.18215  # applied whatever the autoencoder's own scaling factor, as the published weights expect
 # Patterns of names in diffusers' files, old attention layers included, and what takes their place when loading.
 FRAMES_RENAMED = (
@@ -27,15 +27,15 @@ FRAMES_RENAMED = (
 
 
 def frames_at_once(height: int, width: int) -> int:
-    """Frames of that many pixels that are worth a batch."""
+    """The batch size for frames of this size."""
     return max(1, MOST_PIXELS // (height * width))
 
 
 class FrameAutoencoder(nn.Module):
-    """An autoencoder of diffusers, of class `kind`, in `module`: what it does to frames it does to all of a video's.
+    """Applies an autoencoder of diffusers, `module` of class `kind`, to the frames of a video one by one.
 
-    `config` holds the subclass's arguments: those of `kind`, and micro_batch_size, the frames that go through it at
-    once (None: all).
+    `config` holds the subclass's arguments: those of `kind`, and micro_batch_size, the frames in a batch
+    (None: all).
     """
 
     kind: str
@@ -84,15 +84,15 @@ class FrameAutoencoder(nn.Module):
         return self.module.quant_conv(self.module.encoder(frames))
 
     def encoded(self, pieces: Iterable[Tensor]) -> Tensor:
-        """`encode` of the means of a video that comes in pieces [B, 3, n, H, W], which need not all be held."""
+        """`encode` with sample=False of a video that comes in pieces [B, 3, n, H, W], one in memory at a time."""
         return torch.cat([self.encode(piece, sample=False) for piece in pieces], dim=2)
 
     def decoded(self, z: Tensor, **_: Any) -> Iterator[Tensor]:
-        """`decode` in pieces [B, 3, n, H * 8, W * 8], one after the other, so that they need not all be held."""
+        """`decode` in pieces [B, 3, n, H * 8, W * 8], one in memory at a time."""
         yield self.decode(z)
 
     def _by_frames(self, function: Any, x: Tensor, at_once: int | None = None) -> Tensor:
-        """`function` over the frames of x [B, C, T, H, W] (all of sample 0 first), so many at a time."""
+        """`function` over the frames of x [B, C, T, H, W] (all of sample 0 first), `at_once` in a batch."""
         batch = x.shape[0]
         frames = x.transpose(1, 2).flatten(0, 1)  # [B * T, C, H, W]
         parts = [function(part) for part in frames.split(at_once or self.micro_batch_size or len(frames))]
@@ -199,7 +199,7 @@ class VideoAutoencoderPipeline(nn.Module):
         return (z, posterior, x_z) if self.cal_loss else z
 
     def encoded(self, pieces: Iterable[Tensor]) -> Tensor:
-        """`encode` of the means of a video that comes in pieces [B, 3, n, H, W], which need not all be held."""
+        """`encode` with sample=False of a video that comes in pieces [B, 3, n, H, W], one in memory at a time."""
         return self.encode_time(self.spatial_vae.encoded(pieces), sample=False)[0]
 
     def encode_time(self, x_z: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> Any:
@@ -218,7 +218,7 @@ class VideoAutoencoderPipeline(nn.Module):
         return (video, x_z) if self.cal_loss else video
 
     def decoded(self, z: Tensor, num_frames: int) -> Iterator[Tensor]:
-        """The video of a normalised latent in pieces [B, 3, n, H * 8, W * 8], so that they need not all be held."""
+        """The video of a normalised latent in pieces [B, 3, n, H * 8, W * 8], one in memory at a time."""
         yield from self.spatial_vae.decoded(self.decode_time(z, num_frames))
 
     def decode_time(self, z: Tensor, num_frames: int) -> Tensor:

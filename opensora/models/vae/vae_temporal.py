@@ -15,12 +15,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "silu": F
 
 
 class CausalConv3d(nn.Module):
-    """3-D convolution that sees only the present and the past: zeros are padded in time on the past side alone.
-
-    `fold_time` computes it as `folded` does; whoever places the model on a device decides.
-    """
-
-    fold_time = False
+    """3-D convolution that sees only the present and the past: zeros are padded in time on the past side alone."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, time_stride: int = 1, bias: bool = True):
         super().__init__()
@@ -28,27 +23,12 @@ class CausalConv3d(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride=(time_stride, 1, 1), bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fold_time:
-            return self.folded(x)
+        return self.convolve(x)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The padded convolution. Subclasses may compute it in another way."""
         side = self.kernel // 2
         return self.conv(F.pad(x, (side, side, side, side, self.past, 0)))
-
-    def folded(self, x: Tensor) -> Tensor:
-        """The same without the padding, a 2-D convolution for each frame: much faster where 3-D ones are slow."""
-        side, past, taps = self.kernel // 2, self.past, self.conv.weight.unbind(2)
-        frames, count = x.transpose(1, 2).contiguous(), (x.shape[2] + past - self.kernel) // self.time_stride + 1
-        out = None
-        for tap in reversed(range(self.kernel)):  # the newest frame, which is never padding, comes first
-            skipped = max(0, -(-(past - tap) // self.time_stride))  # outputs for which this tap sees padding
-            seen = frames[:, skipped * self.time_stride + tap - past :: self.time_stride][:, : count - skipped]
-            if seen.shape[1]:
-                bias = self.conv.bias if out is None else None
-                part = F.conv2d(seen.flatten(0, 1), taps[tap], bias, padding=side).unflatten(0, seen.shape[:2])
-                if out is None:
-                    out = part
-                else:
-                    out[:, skipped:] += part
-        return out.transpose(1, 2)
 
 
 class Layout(NamedTuple):

@@ -1,9 +1,8 @@
-"""Batch sizes for the buckets of a training: the largest that fit, or whose step takes about as long as all others.
+"""Searches batch sizes for buckets: the largest that fit into memory, or those with equal step times.
 
-A bucket configuration for the search is `{resolution: {num_frames: (guess, range)}}`; what is tried lies within
-`guess +- range`, both ends included, and a range of 0 settles the batch size without a trial. A trial is a callable
-`probe(span, batch_size)` which tells the seconds of a training step, or why there was none: everything here is
-arithmetic on its answers. `search_model.py` needs fewer of them.
+A bucket configuration for the search is `{resolution: {num_frames: (guess, range)}}`; trials lie within
+`guess +- range`, inclusive, and a range of 0 fixes the batch size without a trial. A trial, `probe(span, batch_size)`,
+returns the seconds of a training step, or why there was none. `search_model.py` needs fewer trials.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ BASE_ASKED = "set base_step_time to the seconds that a step should take, or base
 
 
 class Span(NamedTuple):
-    """A bucket and the batch sizes that come into question for it, `lower` and `upper` included."""
+    """A bucket and its candidate batch sizes, from `lower` to `upper`, inclusive."""
 
     resolution: str
     num_frames: int
@@ -44,7 +43,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """A training step that ran: how long it took, and the share of the device's memory at its peak, if known."""
+    """A training step that ran: its seconds, and its peak share of the device memory, if known."""
 
     seconds: float
     memory: float | None = None
@@ -57,7 +56,7 @@ class OutOfMemory:
 
 @dataclass(frozen=True)
 class NoData:
-    """The table has too few rows for the batch; they suffice for batches of `most`."""
+    """The table has too few rows for the batch; the largest possible batch is `most`."""
 
     most: int = 0
 
@@ -67,10 +66,10 @@ Probe = Callable[[Span, int], Outcome]
 
 
 @dataclass(frozen=True)
-class Found:
-    """The batch size of a bucket and the seconds of its step; None and 0 where no size will do.
+class BucketResult:
+    """The batch size found for a bucket and the seconds of its step; None and 0 if no size will do.
 
-    `limit` says what keeps it from being larger: "memory", "time", "data", or the end of the "range".
+    limit: what keeps it from being larger: "memory", "time", "data", or the end of the "range"
     """
 
     span: Span
@@ -79,10 +78,10 @@ class Found:
     limit: str
 
 
-Method = Callable[[Probe, Span, float], Found]
+Method = Callable[[Probe, Span, float], BucketResult]
 
 
-def bisect(probe: Probe, span: Span, target: float) -> Found:
+def bisect(probe: Probe, span: Span, target: float) -> BucketResult:
     """The search of Open-Sora 1.2: halves the range, the lower middle first, at every trial.
 
     Of the sizes tried with a step below `target` seconds the one nearest to it wins; without a target (infinity) the
@@ -102,7 +101,7 @@ def bisect(probe: Probe, span: Span, target: float) -> Found:
     return _nearest_below(span, steps, target, limit)
 
 
-def grid(probe: Probe, span: Span, target: float) -> Found:
+def grid(probe: Probe, span: Span, target: float) -> BucketResult:
     """The search of Open-Sora 1.1: the limit of memory by halving, then every second size up to it.
 
     The size with the time nearest to `target` wins, on either side; without a target (infinity) the largest. The upper
@@ -111,7 +110,7 @@ def grid(probe: Probe, span: Span, target: float) -> Found:
     return grid_search(probe, span, target, GRID_STEP)
 
 
-def grid_search(probe: Probe, span: Span, target: float, step: int) -> Found:
+def grid_search(probe: Probe, span: Span, target: float, step: int) -> BucketResult:
     """`grid` with any distance between the sizes tried."""
     low, high, steps, limit = span.lower, max(span.upper, span.lower + 1), {}, "range"
     while low < high:
@@ -123,34 +122,34 @@ def grid_search(probe: Probe, span: Span, target: float, step: int) -> Found:
         else:
             high, limit = middle, why(outcome)
     if not steps:
-        return Found(span, None, 0.0, limit)
+        return BucketResult(span, None, 0.0, limit)
     for size in range(span.lower, max(steps), step):
         if size not in steps and isinstance(outcome := probe(span, size), Step):
             steps[size] = outcome.seconds
     best = max(steps) if target == math.inf else min(steps, key=lambda size: abs(steps[size] - target))
-    return Found(span, best, steps[best], limit if best == max(steps) else "time")
+    return BucketResult(span, best, steps[best], limit if best == max(steps) else "time")
 
 
-def _nearest_below(span: Span, steps: Mapping[int, float], target: float, limit: str) -> Found:
+def _nearest_below(span: Span, steps: Mapping[int, float], target: float, limit: str) -> BucketResult:
     if not steps:
-        return Found(span, None, 0.0, limit)
+        return BucketResult(span, None, 0.0, limit)
     best = max(steps) if target == math.inf else max(steps, key=lambda size: (steps[size], size))
-    return Found(span, best, steps[best], limit)
+    return BucketResult(span, best, steps[best], limit)
 
 
 def good(outcome: Outcome, target: float) -> bool:
-    """Whether the step ran, and in less than `target` seconds."""
+    """Whether the step ran in less than `target` seconds."""
     return isinstance(outcome, Step) and outcome.seconds < target
 
 
 def why(outcome: Outcome) -> str:
-    """What an outcome that is not good failed at."""
+    """What limited an outcome that is not good: "time", "memory" or "data"."""
     return {Step: "time", OutOfMemory: "memory", NoData: "data"}[type(outcome)]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be searched: the spans in order, the settled ones among them, and the goal.
+class SearchPlan:
+    """What to search: the spans in order, including fixed ones, and the goal.
 
     `base` is the bucket whose largest batch gives the time that the others aim at; without one `target` is that time.
     """
@@ -161,15 +160,15 @@ class Plan:
 
     @property
     def order(self) -> list[Span]:
-        """The spans that take trials, the base first; a range of 0 takes one for the base only."""
+        """The spans that need trials, the base first; with a range of 0, only the base does."""
         others = [span for span in self.spans if span != self.base and span.lower < span.upper]
         return [self.base, *others] if self.base else others
 
 
 def make_plan(
     config: Mapping[Any, Any] | None, base: Sequence[Any] | None, base_step_time: float | None, resolution: str | None
-) -> Plan:
-    """What a configuration asks for, of one `resolution` alone if it is given. Raises ConfigError.
+) -> SearchPlan:
+    """The plan of a configuration, restricted to one `resolution` if given. Raises ConfigError.
 
     `base_step_time` counts more than `base`.
     """
@@ -182,7 +181,7 @@ def make_plan(
         if not spans:
             raise ConfigError(f"bucket_config has no resolution {wanted}; choose one that it has")
     if base_step_time is not None:
-        return Plan(spans, target=float(base_step_time))
+        return SearchPlan(spans, target=float(base_step_time))
     if base is None:
         raise ConfigError(f"the search has no goal; {BASE_ASKED}")
     if not isinstance(base, tuple | list) or len(base) != 2:
@@ -190,7 +189,7 @@ def make_plan(
     key = (resolution_name(base[0]), get_num_frames(base[1]))
     for span in spans:
         if span[:2] == key:
-            return Plan(spans, base=span)
+            return SearchPlan(spans, base=span)
     among = f"searched at --resolution {resolution}" if resolution else "in bucket_config"
     raise ConfigError(f"base {key[0]}, {key[1]} frames is not {among}; {BASE_ASKED}")
 
@@ -211,14 +210,14 @@ def _spans(config: Mapping[Any, Any]) -> Iterator[Span]:
             yield Span(resolution, num_frames, max(guess - room, 1), guess + room)
 
 
-def search(plan: Plan, probe: Probe, method: Method) -> list[Found]:
-    """What is found for `plan.order`, in that order. Raises ConfigError when the base has no batch size."""
+def search(plan: SearchPlan, probe: Probe, method: Method) -> list[BucketResult]:
+    """Searches `plan.order`; results in that order. Raises ConfigError when the base has no batch size."""
     target, found = plan.target, []
     for span in plan.order:
         bounds = f"lower_bound={span.lower}, upper_bound={span.upper}"
         head = f"resolution={span.resolution}, num_frames={span.num_frames}, {bounds}"
         logger.info("[Search BS] Benchmarking %s", head)
-        one = method(_told(probe), span, math.inf if target is None else target)
+        one = method(_logged(probe), span, math.inf if target is None else target)
         if target is None:
             if one.batch_size is None:
                 raise ConfigError(f"base {span} has no batch size: {remedy(one)}")
@@ -227,10 +226,10 @@ def search(plan: Plan, probe: Probe, method: Method) -> list[Found]:
     return found
 
 
-def _told(probe: Probe) -> Probe:
-    """The same trials, each with a line of the log."""
+def _logged(probe: Probe) -> Probe:
+    """A probe that logs each trial."""
 
-    def told(span: Span, batch_size: int) -> Outcome:
+    def logged(span: Span, batch_size: int) -> Outcome:
         outcome = probe(span, batch_size)
         text = f"{outcome.seconds:.2f} s" if isinstance(outcome, Step) else f"out of {why(outcome)}"
         if isinstance(outcome, Step) and outcome.memory is not None:
@@ -238,10 +237,10 @@ def _told(probe: Probe) -> Probe:
         logger.info("[Search BS]   batch size %d: %s", batch_size, text)
         return outcome
 
-    return told
+    return logged
 
 
-def remedy(found: Found) -> str:
+def remedy(found: BucketResult) -> str:
     """Why a bucket has no batch size, and what to do about it."""
     lower, smaller = found.span.lower, "" if found.span.lower == 1 else "a larger range (smaller batches) or "
     return {

@@ -1,8 +1,8 @@
-"""The search with few trials: time and memory of a step as lines over the batch size, fitted to all buckets at once.
+"""The search with few trials: models time and memory of a step as linear in the batch size, over all buckets at once.
 
-seconds = a + s n and memory = m + u n for n samples, with a and m common to all buckets, and s and u about in
-proportion to the size of a sample. A trial is made where the lines reach their limits; each one makes them better. A
-bucket is done when a size was good and the next one was not, or is known not to be from what was seen so far.
+seconds = a + s n and memory = m + u n for n samples, where a and m are common to all buckets, and s and u are roughly
+proportional to the size of a sample. Each trial is at the predicted limit and refines the fit. A bucket is done when a
+size is good and the next one is not, by a trial or by a prediction with enough confidence.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Hashable, Mapping
 import numpy as np
 
 from opensora.training.batch_size_search.search import (
-    Found,
+    BucketResult,
     NoData,
     Outcome,
     OutOfMemory,
@@ -24,25 +24,25 @@ from opensora.training.batch_size_search.search import (
     why,
 )
 
-SIZE_SPREAD = 0.2  # by which slope / tokens differs among buckets, as a share of it
-KIND_SPREAD = 0.7  # the same for images against videos, which the estimate of tokens fits less well
-BASE_SHARE = 0.3  # of the smallest value is common to all buckets, give or take as much
-TIME_NOISE, MEMORY_NOISE = 0.03, 0.003  # relative, of one trial
-CLOSE = 0.98  # of the time aimed at is near enough, once a first trial in the bucket has missed it
-SURE = 3.0  # standard deviations by which memory has to be exceeded for a trial to be spared
-SURE_OF_OTHERS = 1.25  # times the tokens that failed in another bucket: where memory cannot be read
-GUESSES = 5  # in a bucket, before its range is halved instead
-STRIDE = 0.03  # of the batch size: the least step after two trials with the same outcome; doubled every time
+SIZE_SPREAD = 0.2  # relative standard deviation of slope / tokens among buckets
+KIND_SPREAD = 0.7  # the same between images and videos, where the token estimate fits less well
+BASE_SHARE = 0.3  # prior standard deviation of the common base, relative to the smallest value
+TIME_NOISE, MEMORY_NOISE = 0.03, 0.003  # relative standard deviation of one trial
+CLOSE = 0.98  # of the target time is close enough after a first trial in the bucket
+SURE = 3.0  # standard deviations above the memory limit that make a trial unnecessary
+SURE_OF_OTHERS = 1.25  # the same where memory is unknown: times the tokens that failed in another bucket
+GUESSES = 5  # trials in a bucket before bisection
+STRIDE = 0.03  # of the batch size: least step after two trials with one outcome; doubles every time
 
 Points = dict[Span, dict[int, float]]
 Row = Mapping[Hashable, float]
 
 
 class Lines:
-    """value = base + slope n for n samples of a span: the most likely lines through `points`.
+    """Fits value = base + slope n, for n samples of a span, to `points` with relative errors `noise`.
 
-    Errors of the values are `noise`, relative. The base is shared, slope / tokens is alike for all spans. This is
-    linear regression with normal priors (Bishop 2006, Pattern Recognition and Machine Learning, section 3.3).
+    The base is shared by all spans; slope / tokens is similar. Bayesian linear regression with normal priors (Bishop
+    2006, Pattern Recognition and Machine Learning, section 3.3).
     """
 
     def __init__(self, points: Points, noise: float) -> None:
@@ -82,13 +82,13 @@ class Lines:
 
 
 def _parts(span: Span, n: int) -> Row:
-    """What the value of n samples is the sum of: factors of the unknowns."""
+    """The coefficients of the unknowns in the value of n samples."""
     size = n * span.tokens
     return {"base": 1.0, "all": size, span: size} | ({"images": size} if span.num_frames == 1 else {})
 
 
 def _solve(matrix: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The least-squares solution and its covariance, with columns brought to one scale first."""
+    """The least-squares solution and its covariance; columns are normalized first."""
     scale = np.linalg.norm(matrix, axis=0)
     scale[scale == 0] = 1.0
     inverse = np.linalg.pinv(matrix / scale)
@@ -96,14 +96,14 @@ def _solve(matrix: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 class ModelSearch:
-    """A method for `search.search`, which learns from every bucket for the next ones."""
+    """A method for `search.search` that learns from each bucket for the next ones."""
 
     def __init__(self) -> None:
         self.seconds: Points = {}
         self.memory: Points = {}
         self.failed: dict[Span, int] = {}  # the smallest size that was out of memory
 
-    def __call__(self, probe: Probe, span: Span, target: float) -> Found:
+    def __call__(self, probe: Probe, span: Span, target: float) -> BucketResult:
         ok, bad, limit, outcomes = span.lower - 1, span.upper + 1, "range", []
         while bad - ok > 1:
             if ok >= span.lower and (ahead := self.blocked(span, ok + 1, target, len(outcomes))):
@@ -123,8 +123,8 @@ class ModelSearch:
                 bad = max(min(bad, outcome.most + 1), ok + 1)
                 outcomes.pop()
         if ok < span.lower:
-            return Found(span, None, 0.0, limit)
-        return Found(span, ok, self.seconds[span][ok], limit)
+            return BucketResult(span, None, 0.0, limit)
+        return BucketResult(span, ok, self.seconds[span][ok], limit)
 
     def learn(self, span: Span, size: int, outcome: Outcome) -> None:
         if isinstance(outcome, Step):
@@ -158,7 +158,7 @@ class ModelSearch:
         return bad - 1 if edge >= bad else math.ceil(edge) - 1
 
     def memory_reach(self, span: Span) -> float:
-        """The number of samples at which memory ends, as far as is known; infinity where it is not."""
+        """The predicted number of samples at which memory is full; infinity if unknown."""
         if self.memory:
             lines, wall = self.memory_lines()
             return lines.reach(span, wall)
@@ -166,13 +166,13 @@ class ModelSearch:
         return (fits + fails) / 2 / span.tokens if fits < fails else math.sqrt(fits * fails) / span.tokens
 
     def memory_lines(self) -> tuple[Lines, float]:
-        """Memory over the batch size, and the share of it at which steps fail: all, or what one was seen to fail at."""
+        """The fitted memory, and the share at which steps fail: 1, or the lowest at which one failed."""
         lines = Lines(self.memory, MEMORY_NOISE)
         known = [(span, n) for span, n in self.failed.items() if len(self.memory.get(span, ())) > 1]
         return lines, min([1.0, *(lines.at(span, n) for span, n in known)])
 
     def bounds(self, span: Span) -> tuple[float, float]:
-        """The most tokens that fitted and the fewest that did not, in buckets of its kind, or else of the other."""
+        """The most tokens that fitted and the fewest that failed, in buckets of its kind (or, if none, the other)."""
         fits = {other: max(sizes) for other, sizes in self.seconds.items()}
         for image in (span.num_frames == 1, span.num_frames != 1):
             fitted, failed = (
@@ -184,7 +184,7 @@ class ModelSearch:
         return 0.0, math.inf
 
     def blocked(self, span: Span, size: int, target: float, trials: int) -> str | None:
-        """What a size is going to fail at, if that is known well enough to do without the trial."""
+        """What a size will fail at, if that is certain enough without a trial: "memory", "time" or None."""
         if target < math.inf:
             lines = Lines(self.seconds, TIME_NOISE)
             near = trials > 1 and lines.at(span, size - 1) >= CLOSE * target

@@ -1,4 +1,4 @@
-"""The program of the search: its trials, what it prints, and the configuration and the table that it writes."""
+"""Runs the batch-size search, prints the result, and writes it as a configuration and a table."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from opensora.errors import ConfigError
 from opensora.files import replacing
 from opensora.training.batch_size_search import search
 from opensora.training.batch_size_search.probe import TrainingProbe
-from opensora.training.batch_size_search.search import Found, Plan
+from opensora.training.batch_size_search.search import BucketResult, SearchPlan
 from opensora.training.batch_size_search.search_model import ModelSearch
 
-# Settings of the search alone, and those that it writes otherwise.
+# Settings of the search alone, and those written separately.
 NOT_WRITTEN = {
     "base", "base_step_time", "method", "untimed_steps", "active_steps", "output", "bucket_config", "resolution",
     "device", "offline",
@@ -37,7 +37,7 @@ LIMITS = {
 
 
 def search_batch_sizes(settings: SearchSettings) -> list[Path]:
-    """Searches on this machine; prints and writes what was found, and returns the paths of both files.
+    """Searches on this machine, prints the result, and returns the configuration and the table it wrote.
 
     Raises ConfigError when there is nothing to search, or nothing was found.
     """
@@ -58,8 +58,8 @@ def search_batch_sizes(settings: SearchSettings) -> list[Path]:
     return paths
 
 
-def result_text(plan: Plan, found: Sequence[Found]) -> str:
-    """The result as the original prints it; buckets without a batch size say why and what to do."""
+def result_text(plan: SearchPlan, found: Sequence[BucketResult]) -> str:
+    """The result as Open-Sora prints it; buckets without a batch size come with reason and remedy."""
     lines = ["[Search BS] Search result:", "Resolution, Frames, Batch size, Step time", *map(result_line, found)]
     sizes: dict[str, dict[int, int]] = {}
     for one in sorted(found, key=lambda one: plan.spans.index(one.span)):
@@ -68,7 +68,7 @@ def result_text(plan: Plan, found: Sequence[Found]) -> str:
     return "\n".join([*lines, f"[Search BS] Bucket searched: {sizes}"])
 
 
-def result_line(one: Found) -> str:
+def result_line(one: BucketResult) -> str:
     place = f"{one.span.resolution}, {one.span.num_frames}"
     if one.batch_size is None:
         return f"{place}, none: {search.remedy(one)}"
@@ -76,19 +76,19 @@ def result_line(one: Found) -> str:
     return f"{place}, {one.batch_size}, {one.seconds:.2f}{limited}"
 
 
-def bucket_config(plan: Plan, found: Sequence[Found]) -> dict[str, dict[int, tuple[float, int]]]:
-    """A `bucket_config` to train with, in the order of the plan's; buckets without a batch size are left out."""
+def bucket_config(plan: SearchPlan, found: Sequence[BucketResult]) -> dict[str, dict[int, tuple[float, int]]]:
+    """A `bucket_config` for training, in the order of the plan; buckets without a batch size are left out."""
     sizes = {one.span: one.batch_size for one in found}
     config: dict[str, dict[int, tuple[float, int]]] = {}
     for span in plan.spans:
-        size = sizes.get(span, span.lower)  # what was not tried has a range of 0
+        size = sizes.get(span, span.lower)  # fixed batch sizes have a range of 0
         if size is not None:
             config.setdefault(span.resolution, {})[span.num_frames] = (1.0, size)
     return config
 
 
-def write(settings: SearchSettings, plan: Plan, found: Sequence[Found], device: str) -> list[Path]:
-    """Writes a configuration to train with and beside it a table, both or none. Raises ConfigError."""
+def write(settings: SearchSettings, plan: SearchPlan, found: Sequence[BucketResult], device: str) -> list[Path]:
+    """Writes a training configuration and a table beside it, both or neither. Raises ConfigError."""
     config = output_of(settings)
     paths = [config, config.with_suffix(".md")]
     with replacing(*paths, make_folders=True, error=ConfigError) as [config, table]:
@@ -98,15 +98,15 @@ def write(settings: SearchSettings, plan: Plan, found: Sequence[Found], device: 
 
 
 def output_of(settings: SearchSettings) -> Path:
-    """The configuration to write: searches of several resolutions, each run on its own, do not share one."""
+    """The path of the configuration; searches of single resolutions have separate ones."""
     if settings.output:
         return Path(settings.output).with_suffix(".py")
     name = f"search_bs-{settings.resolution}" if settings.resolution else "search_bs"
     return Path(settings.outputs) / f"{name}.py"
 
 
-def config_text(settings: SearchSettings, plan: Plan, found: Sequence[Found], device: str) -> str:
-    """The settings with the batch sizes in their places, in the language of configurations."""
+def config_text(settings: SearchSettings, plan: SearchPlan, found: Sequence[BucketResult], device: str) -> str:
+    """The source of a configuration: the settings with the batch sizes found."""
     buckets = bucket_config(plan, found)
     Buckets(buckets)  # raises if training would refuse it
     lines = [f"# Batch sizes for {device}; {goal(plan, found)}."]
@@ -125,12 +125,12 @@ def _is_default(field: dataclasses.Field, value: Any) -> bool:
     return field.default is not dataclasses.MISSING and value == field.default
 
 
-def table_text(settings: SearchSettings, plan: Plan, found: Sequence[Found], device: str) -> str:
-    """All buckets in a table of Markdown, under what it is valid for."""
+def table_text(settings: SearchSettings, plan: SearchPlan, found: Sequence[BucketResult], device: str) -> str:
+    """All buckets as a Markdown table, under the conditions it is valid for."""
     by_span = {one.span: one for one in found}
     rows = [HEADS, ("---",) * len(HEADS)]
     for span in plan.spans:
-        rows.append(_row(by_span.get(span, Found(span, span.lower, math.nan, "fixed"))))
+        rows.append(_row(by_span.get(span, BucketResult(span, span.lower, math.nan, "fixed"))))
     valid = {
         "device": device,
         "torch": torch.__version__,
@@ -143,7 +143,7 @@ def table_text(settings: SearchSettings, plan: Plan, found: Sequence[Found], dev
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
-def _row(one: Found) -> tuple[str, ...]:
+def _row(one: BucketResult) -> tuple[str, ...]:
     place = (one.span.resolution, str(one.span.num_frames))
     if one.batch_size is None:
         return (*place, "none", "", "", search.remedy(one))
@@ -153,8 +153,8 @@ def _row(one: Found) -> tuple[str, ...]:
     return (*place, str(one.batch_size), f"{one.seconds:.2f}", f"{speed:.3g}", LIMITS[one.limit])
 
 
-def goal(plan: Plan, found: Sequence[Found]) -> str:
-    """What was aimed at, in words."""
+def goal(plan: SearchPlan, found: Sequence[BucketResult]) -> str:
+    """The goal of the search, in words."""
     if plan.base is None:
         return f"a step takes less than {plan.target:g} s"
     return f"a step takes less than the {found[0].seconds:.2f} s of the largest batch of {plan.base}"

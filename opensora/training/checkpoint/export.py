@@ -1,4 +1,4 @@
-"""A model for inference, out of a training run."""
+"""Exports a model for inference from a training run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from opensora.checkpoints.read import read_state_dict
 from opensora.checkpoints.save import save_pretrained
 from opensora.checkpoints.summary import Summary, summarize
 from opensora.errors import WeightsError
-from opensora.training.checkpoint.state import find_checkpoint
+from opensora.training.checkpoint.folders import find_checkpoint
 
 
 def export(source: Path, destination: Path, ema: bool = True, dtype: torch.dtype | None = None) -> Summary:

@@ -1,6 +1,6 @@
-"""What a checkpoint consists of: the SHA-256 of each of its files, and the run that wrote it.
+"""The manifest of a checkpoint: the SHA-256 of each of its files, and the run that wrote it.
 
-It lies in `optimizer/manifest.json`: the folder itself holds what the documents list, and nothing else.
+Its path is `optimizer/manifest.json`, so that the checkpoint folder holds only the documented entries.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from opensora.errors import WeightsError
 from opensora.files import read_bytes, read_json
 
 FILE = Path("optimizer") / "manifest.json"
-PART = 2**22  # bytes read at a time
+CHUNK = 2**22  # bytes read at a time
 RunId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 REMEDY = "it is damaged; try an older checkpoint"
 
 
 class Manifest(Schema):
-    """`saved` is in seconds since 1970, `files` has the hash of each file by its path in the checkpoint."""
+    """`saved` is a Unix time in seconds; `files` has the hash of each file by its path in the checkpoint."""
 
     run: RunId | None
     saved: NonNegative
@@ -36,43 +36,43 @@ class Manifest(Schema):
 def write(folder: Path, run: str | None) -> None:
     """Writes the manifest of a checkpoint whose other files are complete."""
     files = {name: _hash(folder / name) for name in _names(folder)}
-    made = Manifest(run=run, saved=float(int(time.time())), files=files)
-    (folder / FILE).write_text(_text(made), encoding="utf-8")
+    manifest = Manifest(run=run, saved=float(int(time.time())), files=files)
+    (folder / FILE).write_text(_text(manifest), encoding="utf-8")
 
 
 def read(folder: Path) -> Manifest | None:
-    """The manifest of a checkpoint; None where an earlier version wrote none. Raises WeightsError if it is damaged."""
+    """The manifest of a checkpoint; None if an earlier version wrote it without. Raises WeightsError if damaged."""
     path = folder / FILE
     if not path.is_file():
         return None
-    made = check(Manifest, read_json(path, WeightsError), str(path), WeightsError, REMEDY)
-    if read_bytes(path, 16 * MAX_TEXT, WeightsError) != _text(made).encode():
+    manifest = check(Manifest, read_json(path, WeightsError), str(path), WeightsError, REMEDY)
+    if read_bytes(path, 16 * MAX_TEXT, WeightsError) != _text(manifest).encode():
         raise WeightsError(f"{path}: was changed after it was written; {REMEDY}")
-    return made
+    return manifest
 
 
 def verify(folder: Path) -> bool:
-    """Whether the files of a checkpoint have hashes, all of them right. Raises WeightsError naming a wrong file."""
-    made = read(folder)
-    if made is None:
+    """Verifies the hashes of a checkpoint; False if it has none. Raises WeightsError naming a damaged file."""
+    manifest = read(folder)
+    if manifest is None:
         return False
-    if absent := sorted(name for name in made.files if not (folder / name).is_file()):
+    if absent := sorted(name for name in manifest.files if not (folder / name).is_file()):
         raise WeightsError(f"{folder / absent[0]}: is missing; {REMEDY}")
-    names = [name for name in _names(folder) if name in made.files]  # nothing outside of the folder
+    names = [name for name in _names(folder) if name in manifest.files]  # nothing outside of the folder
     with ThreadPoolExecutor(4) as pool:
         for name, found in zip(names, pool.map(lambda name: _hash(folder / name), names), strict=True):
-            if found != made.files[name]:
+            if found != manifest.files[name]:
                 raise WeightsError(f"{folder / name}: is not what was written (another SHA-256); {REMEDY}")
     return True
 
 
 def run_of(folder: Path) -> str | None:
-    """The run that wrote a checkpoint, where that is known."""
+    """The id of the run that wrote a checkpoint, or None."""
     try:
-        made = read(folder)
+        manifest = read(folder)
     except WeightsError:
         return None
-    return made and made.run
+    return manifest and manifest.run
 
 
 def _names(folder: Path) -> Iterator[str]:
@@ -80,15 +80,15 @@ def _names(folder: Path) -> Iterator[str]:
     return (path.relative_to(folder).as_posix() for path in paths)
 
 
-def _text(made: Manifest) -> str:
-    return json.dumps(made.model_dump(), indent=1) + "\n"
+def _text(manifest: Manifest) -> str:
+    return json.dumps(manifest.model_dump(), indent=1) + "\n"
 
 
 def _hash(path: Path) -> str:
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            while part := file.read(PART):
+            while part := file.read(CHUNK):
                 digest.update(part)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error

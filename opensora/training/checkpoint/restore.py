@@ -1,4 +1,4 @@
-"""The way back from a training checkpoint: all of it is read and checked before anything of the run is changed."""
+"""Reads and validates a whole training checkpoint before any state of the run changes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -14,10 +15,10 @@ from opensora.checkpoints.pickle_interpreter import TensorView
 from opensora.checkpoints.pickles import Pickled, read_pickled
 from opensora.checkpoints.read import read_state_dict
 from opensora.config.schema import Count, NonNegative, Positive, Schema, check
-from opensora.distributed.full_state_dict import fill, spread
+from opensora.distributed.full_state_dict import copy_full, distribute_like
 from opensora.errors import WeightsError
 from opensora.training.checkpoint import manifest
-from opensora.training.data.position import Position, read_position
+from opensora.training.checkpoint.running_states import RunningStates, read_running_states
 from opensora.training.ema import EMA
 
 OPTIMIZER = Path("optimizer") / "optimizer.pt"
@@ -35,38 +36,42 @@ class ScalerState(Schema):
     growth_tracker: Annotated[int, Field(ge=0, alias="_growth_tracker")]
 
 
-class Saved(NamedTuple):
-    """All that a checkpoint holds, on the host; `moments` by the number of the parameter."""
+class LoadedCheckpoint(NamedTuple):
+    """The content of a checkpoint in host memory.
+
+    moments: AdamW's state by parameter index
+    num_parameters: of the optimizer
+    scaler: empty unless the run was in fp16
+    """
 
     folder: Path
-    position: Position
+    running_states: RunningStates
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
     moments: dict[int, dict[str, Tensor]]
-    num_parameters: int  # of the optimizer
+    num_parameters: int
     scaler: dict[str, Any]
 
 
-def read(folder: Path, hashes: bool = True) -> Saved:
-    """A checkpoint, its files compared with their hashes. Raises WeightsError naming the file that is damaged."""
-    if hashes:
+def read_checkpoint(folder: Path, verify_hashes: bool = True) -> LoadedCheckpoint:
+    """Reads a checkpoint without executing anything in it. Raises WeightsError naming a damaged file."""
+    if verify_hashes:
         manifest.verify(folder)
-    position = read_position(folder)
+    running_states = read_running_states(folder)
     model, ema = read_state_dict(folder / "model"), read_state_dict(folder / "ema.pt")
     for where, tensors in ((folder / "model", model), (folder / "ema.pt", ema)):
         _require_finite(where, tensors.items())
     path = folder / OPTIMIZER
-    pickled = _pickled(path)
-    saved = pickled.value
-    moments, number = _optimizer(saved.get("optimizer"), pickled)
-    scaler = saved.get("scaler") or {}  # empty unless the run was in fp16
+    pickled = _read_optimizer_file(path)
+    moments, num_parameters = _moments(pickled.value.get("optimizer"), pickled)
+    scaler = pickled.value.get("scaler") or {}
     if scaler:
         check(ScalerState, scaler, f"{path}: scaler", WeightsError, REMEDY)
-    return Saved(folder, position, model, ema, moments, number, scaler)
+    return LoadedCheckpoint(folder, running_states, model, ema, moments, num_parameters, scaler)
 
 
-def _pickled(path: Path) -> Pickled:
-    """The dict of a pickle, read without running anything, within bounds; tensors are still views."""
+def _read_optimizer_file(path: Path) -> Pickled:
+    """The unpickled dict, by the bounded unpickler, which calls no code of the file; its tensors are not read yet."""
     if not path.is_file():
         raise WeightsError(f"{path}: is missing, and nothing can go on without it; take the weights with --ckpt-path")
     try:
@@ -78,15 +83,15 @@ def _pickled(path: Path) -> Pickled:
     return pickled
 
 
-def _optimizer(saved: Any, pickled: Pickled) -> tuple[dict[int, dict[str, Tensor]], int]:
-    """The moments by parameter, and the number of parameters."""
-    path, groups = pickled.file, saved.get("param_groups") if isinstance(saved, dict) else None
-    numbers = [group.get("params") if isinstance(group, dict) else None for group in groups or ()]
-    if not numbers or not all(isinstance(one, list) for one in numbers) or not isinstance(saved.get("state"), dict):
+def _moments(optimizer: Any, pickled: Pickled) -> tuple[dict[int, dict[str, Tensor]], int]:
+    """AdamW's moments by parameter index, and the number of parameters."""
+    path, groups = pickled.file, optimizer.get("param_groups") if isinstance(optimizer, dict) else None
+    params = [group.get("params") if isinstance(group, dict) else None for group in groups or ()]
+    if not params or not all(isinstance(one, list) for one in params) or not isinstance(optimizer.get("state"), dict):
         raise WeightsError(f"{path}: holds no state of an optimizer; {REMEDY}")
-    flat = [one for part in numbers for one in part]
+    flat = [index for group in params for index in group]
     check(list[Count], flat, f"{path}: params", WeightsError, REMEDY)
-    known, state = set(flat), saved["state"]
+    known, state = set(flat), optimizer["state"]
     for index, own in state.items():
         if index not in known or not _are_moments(own):
             raise WeightsError(f"{path}: the moments of parameter {str(index)[:20]} are not those of AdamW; {REMEDY}")
@@ -113,8 +118,8 @@ def _require_finite(where: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
             raise WeightsError(f"{where}: {name} is not finite; {REMEDY}")
 
 
-def check_fit(saved: Saved, model: nn.Module, parameters: list[Tensor]) -> None:
-    """Raises WeightsError unless a checkpoint is that of such a model, whose `parameters` are trained."""
+def check_fit(saved: LoadedCheckpoint, model: nn.Module, parameters: list[Tensor]) -> None:
+    """Raises WeightsError unless a checkpoint fits `model` and its trained `parameters`."""
     own, kind = model.state_dict(), type(model).__name__
     for what, found in (("model", saved.model), ("averaged weights", saved.ema)):
         wrong = [name for name in {*own, *found} if name not in own or name not in found]
@@ -133,13 +138,13 @@ def check_fit(saved: Saved, model: nn.Module, parameters: list[Tensor]) -> None:
             raise WeightsError(f"{saved.folder / OPTIMIZER}: {problem}; {REMEDY}")
 
 
-def fill_in(saved: Saved, model: nn.Module, ema: EMA, optimizer: Any, scaler: Any) -> None:
-    """Takes everything from a checkpoint that fits, whatever the number of ranks.
-
-    The optimizer keeps its settings; its moments are those of the checkpoint.
-    """
+def load_into(
+    saved: LoadedCheckpoint, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> None:  # fmt: skip
+    """Copies a checkpoint that fits into a run, sharded or not. The optimizer keeps its own hyperparameters."""
     for name, tensor in model.state_dict().items():
-        fill(tensor, saved.model[name])
+        copy_full(tensor, saved.model[name])
     ema.load_state_dict(saved.ema)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {index: _spread(own, parameters[index]) for index, own in saved.moments.items()}
@@ -149,5 +154,5 @@ def fill_in(saved: Saved, model: nn.Module, ema: EMA, optimizer: Any, scaler: An
 
 
 def _spread(moments: Mapping[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
-    """The moments as their parameter is sharded; the step, a number, stays whole."""
-    return {name: one if name == "step" else spread(one, parameter) for name, one in moments.items()}
+    """Shards the moments like their parameter; the step count is a scalar and stays replicated."""
+    return {name: one if name == "step" else distribute_like(one, parameter) for name, one in moments.items()}

@@ -1,86 +1,111 @@
-"""What a training step learns from, and how the frozen encoders make it of videos and captions."""
+"""The batch of a training step, and the frozen encoders that make it from videos and captions."""
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from opensora.acceleration.device import inference_dtype, training_context
+from opensora.acceleration.precision import inference_dtype, training_context
 from opensora.checkpoints import builder
 from opensora.config.settings import TrainSettings
 from opensora.datasets.datasets import to_levels
-from opensora.distributed.fsdp import Layout
+from opensora.distributed.process_group import RankLayout
 from opensora.errors import ConfigError
 from opensora.models.sizes import size_conditioning
 from opensora.models.text_encoder.classes import ClassIds
 from opensora.models.text_encoder.cleaning import preprocess
 
-logger = logging.getLogger("opensora")
+Size = tuple[int, int, int]  # (T, H, W) in frames and pixels
 
 
-class Examples(NamedTuple):
-    """One batch of clips, all of one size.
+class TrainingBatch(NamedTuple):
+    """Encoded clips of one size.
 
-    latents: [B, C, T', H / 8, W / 8], as the model sees them
-    cond: what the model is told: y [B, 1, L, C_text] and its mask [B, L] (or classes [B]), and sizes
+    latents: [B, C, T', H / 8, W / 8]
+    cond: conditioning of the model: y [B, 1, L, C_text] and its mask [B, L] (or classes [B]), and sizes
     size: (T, H, W) in frames and pixels
     names: of the clips, for messages
-    last: [B, C, H / 8, W / 8], the last frames as images, if it is known
-    weight: of this batch; 0 when nothing of it could be read
-    continued: whether the text is about the second half alone, what went before being given
+    last: latents [B, C, H / 8, W / 8] of the last frames, encoded as images, if known
+    weight: of this batch in the loss; 0 when none of its clips could be read
+    continued: whether the text describes the second half alone, which continues the given first half
     """
 
     latents: Tensor
     cond: dict[str, Tensor]
-    size: tuple[int, int, int]
+    size: Size
     names: list[str]
     last: Tensor | None = None
     weight: float = 1.0
     continued: bool = False
 
-    def to(self, device: torch.device) -> Examples:
-        """The same on a device."""
+    def to(self, device: torch.device) -> TrainingBatch:
+        """The batch on a device, by asynchronous copies."""
         last = None if self.last is None else self.last.to(device, non_blocking=True)
         cond = {name: value.to(device, non_blocking=True) for name, value in self.cond.items()}
         return self._replace(latents=self.latents.to(device, non_blocking=True), cond=cond, last=last)
 
 
-def told_of(model_type: str, count: int, size: tuple[int, int, int], fps: float | Tensor) -> dict[str, Tensor]:
-    """What a model is told of the size (T, H, W) of `count` clips and their frames per second, on the CPU."""
+def sample_names(batches: Sequence[Any]) -> list[str]:
+    """The names of all samples of some batches, encoded or not; batches without names have none."""
+    return [name for batch in batches for name in batch_field(batch, "names", ())]
+
+
+def batch_field(batch: Any, name: str, default: Any) -> Any:
+    """A field of a batch: a dict as the loader reads it, a TrainingBatch, or anything without fields."""
+    return batch.get(name, default) if isinstance(batch, dict) else getattr(batch, name, default)
+
+
+def clip_conditioning(model_type: str, batch_size: int, size: Size, fps: float | Tensor) -> dict[str, Tensor]:
+    """The size conditioning of a model type for clips of `size` (T, H, W) at `fps` frames per second, on the CPU."""
     kind = "PixArtMS" if model_type.startswith("PixArtMS") else "STDiT2"
-    told = size_conditioning(kind, count, size[1:], size[0], 1.0)
-    if "fps" in told and size[0] > 1:
-        told["fps"] = torch.as_tensor(fps, dtype=torch.float32).expand(count)
-    return told
+    cond = size_conditioning(kind, batch_size, size[1:], size[0], 1.0)
+    if "fps" in cond and size[0] > 1:
+        cond["fps"] = torch.as_tensor(fps, dtype=torch.float32).expand(batch_size)
+    return cond
+
+
+def encode_videos(vae: Any, video: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Latents [B, C, T', H / 8, W / 8] of `video` uint8 [B, 3, T, H, W]: the means of the posterior, float32."""
+    levels = to_levels(video.to(device, non_blocking=True)).to(dtype)
+    return vae.encode(levels, sample=False).float()
+
+
+def encode_texts(text_encoder: Any, texts: Sequence[str]) -> dict[str, Tensor]:
+    """The text conditioning of captions: y [B, 1, L, C_text] and, if the encoder has one, its mask [B, L]."""
+    y, mask = text_encoder.encode([preprocess(text) for text in texts])
+    return {"y": y} if mask is None else {"y": y, "mask": mask}
 
 
 class Encoders:
-    """The frozen autoencoder and text encoder, and batches of videos and captions made into examples with them."""
+    """The frozen autoencoder and text encoder of a run.
 
-    def __init__(self, settings: TrainSettings, device: torch.device, layout: Layout) -> None:
+    contents: the hashes of their weights and of the tokenizer, by name, for the fingerprint of the run
+    """
+
+    def __init__(self, settings: TrainSettings, device: torch.device, layout: RankLayout) -> None:
         for name in ("vae", "text_encoder"):
             if getattr(settings, name) is None:
                 raise ConfigError(f"training a diffusion model needs a section {name}")
         self.settings, self.device = settings, device
         self.dtype = inference_dtype(device, settings.dtype)
-        how = (device, self.dtype, settings.offline)
-        self.vae, vae = builder.load_component(settings.vae, "vae", *how)
+        self.vae, vae = builder.load_component(settings.vae, "vae", device, self.dtype, settings.offline)
         self.contents = {"weights of the vae": vae.sha256}
-        self.text = self._text_encoder(settings.text_encoder, how, layout)
+        self.text = self._load_text_encoder(settings.text_encoder, layout)
 
-    def _text_encoder(self, section: dict[str, Any], how: tuple[Any, ...], layout: Layout) -> Any:
+    def _load_text_encoder(self, section: dict[str, Any], layout: RankLayout) -> Any:
         if section["type"] in builder.WITHOUT_WEIGHTS:
             return builder.build_text_encoder(section, None, self.dtype)
-        encoder, summary = builder.load_component(section, "text_encoder", *how, layout)
+        offline = self.settings.offline
+        encoder, summary = builder.load_component(section, "text_encoder", self.device, self.dtype, offline, layout)
         self.contents["weights of the text encoder"] = summary.sha256
         self.contents |= builder.tokenizer_sha256(summary.path)
         return encoder
 
-    def keywords(self, sizes: list[tuple[int, int, int]]) -> dict[str, Any]:
-        """The keywords of a model that fits these encoders, with `input_size` if all clips have one size (T, H, W)."""
+    def model_kwargs(self, sizes: list[Size]) -> dict[str, Any]:
+        """Keyword arguments of a model that fits these encoders, with `input_size` if all clips have one size."""
         fitting: dict[str, Any] = {"in_channels": self.vae.out_channels}
         if len(set(sizes)) == 1:
             fitting["input_size"] = tuple(self.vae.get_latent_size(sizes[0]))
@@ -89,14 +114,11 @@ class Encoders:
         return {**fitting, "caption_channels": self.text.output_dim, "model_max_length": self.text.model_max_length}
 
     @torch.no_grad()
-    def __call__(self, batch: dict[str, Any], generator: torch.Generator) -> Examples:
-        """Examples of a batch of clips as `sources.TableSource` reads them; latents are the posterior's means."""
-        video, (frames, height, width) = batch["video"], batch["size"]
+    def encode(self, batch: dict[str, Any]) -> TrainingBatch:
+        """Encodes a batch of clips as `sources.TableSource` reads it; latents are the means of the posterior."""
+        video, size = batch["video"], tuple(batch["size"])
         with training_context(self.device, self.settings.dtype):
-            levels = to_levels(video.to(self.device, non_blocking=True)).to(self.dtype)
-            latents = self.vae.encode(levels, sample=False).float()
-            y, mask = self.text.encode([preprocess(text) for text in batch["text"]])
-        told = told_of(self.settings.model["type"], len(video), (frames, height, width), batch["fps"])
-        cond = {"y": y, **({} if mask is None else {"mask": mask}), **told}
-        size = (frames, height, width)
-        return Examples(latents, cond, size, batch["names"], weight=batch["weight"]).to(self.device)
+            latents = encode_videos(self.vae, video, self.device, self.dtype)
+            text = encode_texts(self.text, batch["text"])
+        cond = {**text, **clip_conditioning(self.settings.model["type"], len(video), size, batch["fps"])}
+        return TrainingBatch(latents, cond, size, batch["names"], weight=batch["weight"]).to(self.device)

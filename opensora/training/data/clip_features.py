@@ -1,4 +1,4 @@
-"""Rendered clips as training data: their latents and text are encoded once and kept, then batches are drawn of them."""
+"""Rendered clips as training data: encoded once, stored, then drawn in batches."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora.acceleration.device import training_context
+from opensora.acceleration.precision import training_context
 from opensora.config.settings import TrainSettings
 from opensora.datasets.synthetic.dataset import MixedClips, ShapeClips, to_model
 from opensora.errors import ConfigError
 from opensora.models.text_encoder.cleaning import preprocess
-from opensora.training.data.batch import Encoders, Examples, told_of
+from opensora.training.data.batch import Encoders, TrainingBatch, clip_conditioning
 from opensora.training.data.loader import Read
 from opensora.training.feature_extraction.clips import Features, encode_once
 
@@ -23,7 +23,7 @@ FPS = 24  # where the data set does not say
 
 
 class ClipSource:
-    """Batch n of clips that are encoded already: of one size, drawn in the sizes' shares as a function of n."""
+    """Batches of encoded clips, each of one size; sizes are drawn by their shares as a function of the batch number."""
 
     def __init__(self, clips: MixedClips, features: list[Features], settings: TrainSettings) -> None:
         self.clips, self.per_epoch, self.settings = clips, clips.period or 1, settings
@@ -37,10 +37,10 @@ class ClipSource:
     def reader(self, epoch: int, index: int) -> Read:
         return partial(self.read, epoch * self.per_epoch + index)
 
-    def read(self, number: int) -> Examples:
+    def read(self, number: int) -> TrainingBatch:
         """Batch `number` of the run, on the CPU."""
         which = self.clips.pick(number)
-        return examples_of(self.clips.sets[which], self.batches[which](number), self.settings, f"batch {number}")
+        return to_batch(self.clips.sets[which], self.batches[which](number), self.settings, f"batch {number}")
 
 
 class Batches:
@@ -61,13 +61,13 @@ class Batches:
         return Features(*(tensor[rows] for tensor in self.features))
 
 
-def examples_of(one: ShapeClips, batch: Features, settings: TrainSettings, name: str) -> Examples:
-    """Encoded clips as a model takes them, on the CPU."""
+def to_batch(one: ShapeClips, batch: Features, settings: TrainSettings, name: str) -> TrainingBatch:
+    """Encoded clips as a batch, on the CPU."""
     size, count = (one.num_frames, *one.image_size), len(batch.latents)
-    told = told_of(settings.model["type"], count, size, (settings.dataset or {}).get("fps", FPS))
-    cond = {"y": batch.text.float()[:, None], "mask": batch.mask, **told}
+    sizes = clip_conditioning(settings.model["type"], count, size, (settings.dataset or {}).get("fps", FPS))
+    cond = {"y": batch.text.float()[:, None], "mask": batch.mask, **sizes}
     names = [f"{one}, {name}, clip {row}" for row in range(count)]
-    return Examples(batch.latents.float(), cond, size, names, batch.last.float(), continued=one.continued)
+    return TrainingBatch(batch.latents.float(), cond, size, names, batch.last.float(), continued=one.continued)
 
 
 def encode_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoders) -> list[Features]:
@@ -96,8 +96,8 @@ def encode_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoders)
     return [features(one) for one in clips.sets]
 
 
-def held_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoders) -> list[tuple[str, Examples]]:
-    """Clips that training never sees, those after the last one of each set, with its name; none without validation."""
+def held_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoders) -> list[tuple[str, TrainingBatch]]:
+    """Held-out batches with the name of their set: the clips after its last one; none without validation."""
     held = []
     for one in clips.sets if settings.validate_every else ():
         first = one.num_clips or settings.dataset["num_clips"]
@@ -105,7 +105,7 @@ def held_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoders) -
         for start in range(0, settings.validation_samples, one.batch_size):
             rows = range(first + start, first + min(start + one.batch_size, settings.validation_samples))
             features = Features(**_encode(more, encoders, settings.dtype, rows))
-            held.append((str(one), examples_of(one, features, settings, f"held out from {rows.start}")))
+            held.append((str(one), to_batch(one, features, settings, f"held out from {rows.start}")))
     return held
 
 

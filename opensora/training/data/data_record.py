@@ -1,7 +1,7 @@
-"""What a run learns from, item by item: compared when it is resumed, so that a changed item can be named.
+"""The items of a run's data, recorded so that a resumed run can name the items that have changed.
 
-An item is a row of a table with its file, or a shard of features. Its key is made of contents alone, not of names and
-places: what is moved or renamed has not changed.
+An item is a row of a table with its file, or a shard of features. Its key hashes contents alone, so moving or renaming
+files changes nothing.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from opensora.datasets.table import NUMBERS, Table, Texts
 from opensora.errors import WeightsError
 
 FILE = "data.safetensors"
-SHOWN = 3  # names in a message
+MAX_NAMES = 3  # in a message
 
 
 @dataclass(frozen=True)
 class DataRecord:
-    """Items [N] by name. `cells` uint8 [N, 16] tell what a table says of them apart, `files` what is in their files."""
+    """Items [N] by name, with hashes uint8 [N, 16] of their table cells (`cells`) and of their files (`files`)."""
 
-    kind: str  # in words: "row" or "shard"
+    kind: str  # "row" or "shard"
     names: Sequence[str]
     cells: np.ndarray
     files: np.ndarray
@@ -40,17 +40,17 @@ class DataRecord:
 
     @property
     def digest(self) -> str:
-        """Of all items in their order."""
+        """A hash of all items in order."""
         return hashlib.sha256(b"".join(part.tobytes() for part in (self.cells, self.files))).hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Writes the record into a run's folder."""
+        """Writes the record into the folder of a run."""
         texts = self.names if isinstance(self.names, Texts) else Texts(self.names)
         columns = {"ends": texts.ends, "names": texts.data, "cells": self.cells, "files": self.files}
         save_file({name: torch.from_numpy(column.copy()) for name, column in columns.items()}, folder / FILE)
 
     def changes_since(self, other: DataRecord) -> str:
-        """What differs from an earlier record, with the first names; empty where nothing does."""
+        """The differences to an earlier record, in words with the first names; empty if there are none."""
         if self.digest == other.digest:
             return ""
         before, now = other._keys(), self._keys()
@@ -62,14 +62,14 @@ class DataRecord:
         added = [self.names[one] for one in new if one not in pairs]
         removed = [other.names[one] for one in gone if one not in paired]
         parts = {"changed": changed, "added": added, "removed": removed}
-        told = [f"{len(names)} {self.kind}s {what}: {_some(names)}" for what, names in parts.items() if names]
-        return ", ".join(told) or f"the {self.kind}s are in another order"
+        changes = [f"{len(names)} {self.kind}s {what}: {_some(names)}" for what, names in parts.items() if names]
+        return ", ".join(changes) or f"the {self.kind}s are in another order"
 
     def _keys(self) -> list[bytes]:
         return [cells.tobytes() + file.tobytes() for cells, file in zip(self.cells, self.files, strict=True)]
 
     def _what(self, number: int, other: DataRecord, old: int) -> str:
-        """What of an item has changed."""
+        """What has changed in an item, in words."""
         parts = []
         if not np.array_equal(self.cells[number], other.cells[old]):
             parts.append("its cells")
@@ -80,24 +80,24 @@ class DataRecord:
 
 
 def cells_of(table: Table) -> np.ndarray:
-    """What tells the texts and sizes of rows apart, uint8 [N, 16]."""
+    """Hashes uint8 [N, 16] of the texts and sizes of all rows."""
     columns = [getattr(table, name) for name in NUMBERS]
     cells = np.empty((len(table), KEY_BYTES), np.uint8)
     for row in range(len(table)):
         text = "" if table.text is None else table.text[row]
-        told = [None if column is None else float(column[row]) for column in columns]
-        key = hashlib.blake2b(repr((text, told)).encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES).digest()
+        numbers = [None if column is None else float(column[row]) for column in columns]
+        key = hashlib.blake2b(repr((text, numbers)).encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES).digest()
         cells[row] = np.frombuffer(key, np.uint8)
     return cells
 
 
 def record_of_table(table: Table, cells: np.ndarray) -> DataRecord:
-    """The rows of a table: what `cells_of` tells of them, and their files as `content_key` tells them."""
+    """The record of a table: hashes of its rows (`cells_of`) and of their files (`content_key`)."""
     return DataRecord("row", table.path, cells, content_keys([table.file(row) for row in range(len(table))]))
 
 
 def record_of_features(dataset: EncodedDataset) -> DataRecord:
-    """The shards of a features folder: which rows they hold, of which videos and captions, and their own content."""
+    """The record of a features folder: hashes of the rows and sources of each shard, and of its content."""
     names, cells, files = dataset.shards.files, [], []
     for name in names:
         digest = hashlib.blake2b(digest_size=KEY_BYTES)
@@ -109,7 +109,7 @@ def record_of_features(dataset: EncodedDataset) -> DataRecord:
 
 
 def read_record(folder: Path, kind: str) -> DataRecord | None:
-    """The record in a run's folder; None where there is none that can be read."""
+    """The record in the folder of a run; None if there is none or it cannot be read."""
     path = folder / FILE
     if not path.is_file():
         return None
@@ -121,7 +121,7 @@ def read_record(folder: Path, kind: str) -> DataRecord | None:
 
 
 def _checked(kind: str, ends: np.ndarray, names: np.ndarray, cells: np.ndarray, files: np.ndarray) -> DataRecord:
-    """The record of these columns. Raises ValueError where they do not fit one another."""
+    """The record of these columns. Raises ValueError if they are inconsistent."""
     shaped = cells.shape == files.shape == (len(ends), KEY_BYTES) and names.ndim == 1 and len(ends)
     typed = ends.dtype == np.int64 and names.dtype == cells.dtype == files.dtype == np.uint8
     if not (shaped and typed and (np.diff(ends, prepend=0) >= 0).all() and ends[-1] == len(names)):
@@ -132,7 +132,7 @@ def _checked(kind: str, ends: np.ndarray, names: np.ndarray, cells: np.ndarray, 
 
 
 def _only(ones: Sequence[bytes], others: Sequence[bytes]) -> list[int]:
-    """The numbers of those that the others lack, each as often as they lack it."""
+    """The indices of the elements of the multiset `ones` that `others` lacks."""
     left, found = Counter(others), []
     for number, one in enumerate(ones):
         left[one] -= 1
@@ -142,4 +142,4 @@ def _only(ones: Sequence[bytes], others: Sequence[bytes]) -> list[int]:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return ", ".join(names[:MAX_NAMES]) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")

@@ -1,4 +1,4 @@
-"""Training on latents and texts that `scripts/misc/extract_feat.py` encoded."""
+"""Batches of encoded features, written by `opensora extract`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from opensora.datasets.feature_files import COMMAND, IDENTITY
 from opensora.datasets.table import read_table
 from opensora.errors import ConfigError, WeightsError
 from opensora.training.checkpoint.fingerprint import content_of
-from opensora.training.data.batch import Examples, told_of
+from opensora.training.data.batch import TrainingBatch, clip_conditioning
 from opensora.training.data.loader import Read
 from opensora.training.feature_extraction.shards import LatentShard, TextShard, missing
 
@@ -28,7 +28,7 @@ TYPES = ("EncodedDataset", "BatchFeatureDataset")
 
 
 def refuse_other_encoders(dataset: EncodedDataset, settings: TrainSettings) -> None:
-    """Raises ConfigError where the settings name encoders that are here and are not those of the features."""
+    """Raises ConfigError if the settings name other encoders, available here, than those of the features."""
     for name in ("vae", "text_encoder"):
         section = getattr(settings, name) or {}
         if not section.get("from_pretrained") or dataset.identity.get(name) is None:
@@ -41,7 +41,7 @@ def refuse_other_encoders(dataset: EncodedDataset, settings: TrainSettings) -> N
 
 
 class EncodedSource:
-    """The batches of a folder of features, each of one size. Raises ConfigError where there would be no step."""
+    """The batches of a features folder, each of one size. Raises ConfigError if there would be no step."""
 
     def __init__(self, settings: TrainSettings, ranks: int) -> None:
         folder = settings.dataset.get("data_path")
@@ -64,35 +64,35 @@ class EncodedSource:
     def reader(self, epoch: int, index: int) -> Read:
         return partial(self.read, self.batches(epoch)[index])
 
-    def read(self, items: list[int]) -> Examples:
-        """The examples of one batch, on the CPU."""
+    def read(self, items: list[int]) -> TrainingBatch:
+        """One batch, on the CPU."""
         batch, size = collate_encoded(self.dataset[item] for item in items), self.size_of(items[0])
-        told = told_of(self.settings.model["type"], len(items), size, batch["fps"])
-        cond = {"y": batch["text"].float()[:, None], "mask": batch["mask"], **told}
+        sizes = clip_conditioning(self.settings.model["type"], len(items), size, batch["fps"])
+        cond = {"y": batch["text"].float()[:, None], "mask": batch["mask"], **sizes}
         last = batch["last"].float() if "last" in batch else None
-        return Examples(batch["latents"].float(), cond, size, [f"row {row}" for row in batch["id"].tolist()], last)
+        return TrainingBatch(batch["latents"].float(), cond, size, [f"row {row}" for row in batch["id"].tolist()], last)
 
     def size_of(self, item: int) -> tuple[int, int, int]:
         """(T, H, W) of a sample in frames and pixels."""
         return tuple(self.dataset.sizes[self.dataset.group[item]])
 
-    def keywords(self) -> dict[str, Any]:
-        """Of a model that fits the features."""
+    def model_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of a model that fits the features."""
         sample = self.dataset[0]
         fitting = {"in_channels": sample["latents"].shape[0], "caption_channels": sample["text"].shape[-1]}
         return fitting | ({"input_size": tuple(sample["latents"].shape[1:])} if len(self.dataset.sizes) == 1 else {})
 
     def contents(self) -> dict[str, str]:
-        """What identifies how the features were made, and how they are divided; see `data_record` for what they are."""
+        """What identifies how the features were made and sharded; `data_record` identifies their content."""
         plan = self.dataset.shards.plan.model_dump(exclude={"table"})
         divided = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
         return {f"the features' {IDENTITY}": content_of(self.dataset.folder / IDENTITY), "the features' plan": divided}
 
 
 def refuse_stale(dataset: EncodedDataset) -> None:
-    """Raises ConfigError where the table that was encoded is there and its captions, or videos, have changed since.
+    """Raises ConfigError if the encoded table exists and its captions or videos have changed since.
 
-    The folder names that table, so nothing of what is found there is told.
+    The features folder names that table, so messages show nothing of its content.
     """
     shards, folder, planned = dataset.shards, dataset.folder, []
     if shards.plan.table is None or not Path(shards.plan.table).is_file():

@@ -1,8 +1,8 @@
-"""The data of a run: batches in numbered epochs, dealt to the ranks in turn and read ahead by threads.
+"""The batches of a run: numbered epochs, distributed round-robin over the ranks and prefetched by threads.
 
-All ranks share one endless order: the batches of epoch 0, then those of epoch 1, and so on. Each takes every
-`ranks`-th of it. What a batch holds is a function of its place, and the place of a run is one (epoch, index): any
-number of ranks goes on from there, and every batch of an epoch is served once.
+All ranks share one endless sequence: the batches of epoch 0, then those of epoch 1, and so on; each rank takes every
+`ranks`-th one. A batch is a function of its position, and the position of a run is one (epoch, index), so a run resumes
+on any number of ranks and sees every batch of an epoch once.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from typing import Any, NamedTuple, Protocol
 Read = Callable[[], Any]
 
 
-class Place(NamedTuple):
+class DataPosition(NamedTuple):
     """Batch number `index` of an epoch."""
 
     epoch: int = 0
     index: int = 0
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """Batches in epochs."""
 
     def count(self, epoch: int) -> int:
-        """How many batches an epoch has."""
+        """The number of batches of an epoch."""
 
     def reader(self, epoch: int, index: int) -> Read:
-        """What reads that batch; it is called in any thread, and depends on nothing but its place."""
+        """A function that reads a batch; it runs in any thread and depends on the position alone."""
 
 
-class Numbered:
-    """Batches that are nothing but their number, counted on from epoch to epoch."""
+class StepIndices:
+    """Batches that are just their index, counted through all epochs."""
 
     def __init__(self, per_epoch: int) -> None:
         self.per_epoch = max(per_epoch, 1)
@@ -47,60 +47,64 @@ class Numbered:
         return partial(int, epoch * self.per_epoch + index)
 
 
-class Feed:
-    """The batches of one rank, one after another; `place` is that of the next batch of all ranks.
+class PrefetchLoader:
+    """Iterates over the batches of one rank; `position` is that of the next batch of all ranks.
 
-    `workers` threads read that many batches ahead; with 0 they are read when they are asked for. `placed(batch)` is
-    what they do with a batch in the end. `waited` adds up the seconds that training waited for them.
+    `workers` threads prefetch that many batches; with 0, batches are read on demand. `finalize(batch)` runs last, in
+    the thread that reads, such as pinning memory. `waited` counts the seconds that training waited for data.
     """
 
-    def __init__(self, source: Source, rank: int = 0, ranks: int = 1, workers: int = 0) -> None:
-        self.source, self.rank, self.ranks = source, rank, ranks
-        self.waited, self.placed = 0.0, lambda batch: batch
+    def __init__(
+        self, source: BatchSource, rank: int = 0, ranks: int = 1, workers: int = 0,
+        finalize: Callable[[Any], Any] = lambda batch: batch,
+    ) -> None:  # fmt: skip
+        self.source, self.rank, self.ranks, self.finalize = source, rank, ranks, finalize
+        self.waited = 0.0
         self._pool = ThreadPoolExecutor(workers, "reading") if workers else None
-        self._ahead = workers + 1 if workers else 1
-        self.go_to(Place())
+        self._num_ahead = workers + 1 if workers else 1
+        self._prefetched: deque[tuple[Future[Any], DataPosition]] = deque()
+        self.go_to(DataPosition())
 
-    def go_to(self, place: Place) -> None:
-        """Goes on from a saved place."""
-        for future, _ in getattr(self, "_coming", ()):
+    def go_to(self, position: DataPosition) -> None:
+        """Continues at a position; drops what was prefetched."""
+        for future, _ in self._prefetched:
             future.cancel()
-        self.place = place
-        self._coming: deque[tuple[Future, Place]] = deque()
-        self._places = self._walk(place)
+        self.position = position
+        self._prefetched = deque()
+        self._positions = self._walk(position)
 
     def __next__(self) -> Any:
         began = time.perf_counter()
-        while len(self._coming) < self._ahead:
-            self._coming.append(self._start(next(self._places)))
-        future, self.place = self._coming.popleft()
+        while len(self._prefetched) < self._num_ahead:
+            self._prefetched.append(self._submit(*next(self._positions)))
+        future, self.position = self._prefetched.popleft()
         batch = future.result()
         self.waited += time.perf_counter() - began
         return batch
 
     def close(self) -> None:
-        """Reads no further."""
+        """Stops prefetching."""
         if self._pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _start(self, places: tuple[Place, Place]) -> tuple[Future, Place]:
-        """The batch at the first of two places, being read, and the second one."""
-        read = self.source.reader(*places[0])
+    def _submit(self, own: DataPosition, following: DataPosition) -> tuple[Future[Any], DataPosition]:
+        """Starts reading the batch at `own`; returns its future and the position after it."""
+        read = self.source.reader(*own)
         if self._pool:
-            return self._pool.submit(lambda: self.placed(read())), places[1]
-        future: Future = Future()
-        future.set_result(self.placed(read()))
-        return future, places[1]
+            return self._pool.submit(lambda: self.finalize(read())), following
+        future: Future[Any] = Future()
+        future.set_result(self.finalize(read()))
+        return future, following
 
-    def _walk(self, place: Place) -> Iterator[tuple[Place, Place]]:
-        """For each turn the place of this rank's batch, and that of the next turn's first batch."""
+    def _walk(self, position: DataPosition) -> Iterator[tuple[DataPosition, DataPosition]]:
+        """For each round the position of this rank's batch, and of the first batch of the next round."""
         while True:
-            following = self._forward(place, self.ranks)
-            yield self._forward(place, self.rank), following
-            place = following
+            following = self._advance(position, self.ranks)
+            yield self._advance(position, self.rank), following
+            position = following
 
-    def _forward(self, place: Place, count: int) -> Place:
-        epoch, index = place.epoch, place.index + count
-        while index >= (here := self.source.count(epoch)):
-            epoch, index = epoch + 1, index - here
-        return Place(epoch, index)
+    def _advance(self, position: DataPosition, count: int) -> DataPosition:
+        epoch, index = position.epoch, position.index + count
+        while index >= (size := self.source.count(epoch)):
+            epoch, index = epoch + 1, index - size
+        return DataPosition(epoch, index)

@@ -1,4 +1,4 @@
-"""Where the batches of a diffusion model come from: tables of videos, or clips that are encoded already."""
+"""Batches of a table of videos: at one size or in buckets, with some clips held out for validation."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from opensora.training.data.loader import Read
 from opensora.training.data.table_checks import missing_files
 
 logger = logging.getLogger("opensora")
-TENTH = 10  # no more than one in so many rows is held out
-MOST_NAMED = 8  # buckets in a message
-HELD_OUT = 5  # the stream of random numbers; other modules number theirs from 0
+MAX_HELD_OUT = 10  # at most one row in 10 is held out
+MAX_NAMES = 8  # buckets in a message
+HELD_OUT_STREAM = 5  # of random numbers; other modules number theirs from 0
 Key = int | str
 Size = tuple[int, int, int]
-Plan = Callable[[int], Sequence[tuple[list[Key], Size]]]  # epoch -> batches
+BatchesOfEpoch = Callable[[int], Sequence[tuple[list[Key], Size]]]
 
 
-class Held(NamedTuple):
-    """A batch that is never trained on."""
+class HeldOutBatch(NamedTuple):
+    """A batch of a bucket that is never trained on."""
 
     name: str
     keys: list[Key]
@@ -39,14 +39,17 @@ class Held(NamedTuple):
 
 
 class TableSource:
-    """Batches of a table; `batches(epoch)` lists them as keys of `dataset`, and the size (T, H, W) of each.
+    """Batches of a table; `batches(epoch)` lists the keys in `dataset` and the size (T, H, W) of each batch.
 
-    `held` are those kept for validation, `broken` the rows that are left out because their files are not there.
+    `held_out` batches are for validation; `broken` rows are left out because their files do not exist.
     """
 
-    def __init__(self, dataset: Any, batches: Plan, held: Sequence[Held] = (), broken: Sequence[Broken] = ()) -> None:
-        self.dataset, self.held, self.broken = dataset, held, broken
-        self.batches = lru_cache(2)(batches)  # reading ahead comes to the next epoch before training does
+    def __init__(
+        self, dataset: Any, batches: BatchesOfEpoch, held_out: Sequence[HeldOutBatch] = (),
+        broken: Sequence[Broken] = (),
+    ) -> None:  # fmt: skip
+        self.dataset, self.held_out, self.broken = dataset, held_out, broken
+        self.batches = lru_cache(2)(batches)  # prefetching reaches the next epoch before training does
 
     def count(self, epoch: int) -> int:
         return len(self.batches(epoch))
@@ -57,9 +60,9 @@ class TableSource:
 
 
 def read_batch(dataset: Any, keys: Sequence[Key], size: Size) -> dict[str, Any]:
-    """The clips that can be read: video uint8 [B, 3, T, H, W], text [B], fps [B] and names [B]; and the `broken` ones.
+    """The readable clips: video uint8 [B, 3, T, H, W], text [B], fps [B] and names [B]; and the `broken` ones.
 
-    Where none can be read there is one black clip, of weight 0: all ranks have to take the same number of steps.
+    If none is readable, one black clip of weight 0: all ranks take the same number of steps.
     """
     samples = [dataset[key] for key in keys]
     names = [dataset.name(key) for key, one in zip(keys, samples, strict=True) if not isinstance(one, Broken)]
@@ -71,8 +74,8 @@ def read_batch(dataset: Any, keys: Sequence[Key], size: Size) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Chunks(Sequence):
-    """An order of rows [N] in whole batches."""
+class FixedSizeBatches(Sequence):
+    """Full batches of the rows in `order` [N], all of one size."""
 
     order: np.ndarray
     batch_size: int
@@ -89,8 +92,8 @@ class Chunks(Sequence):
 
 
 @dataclass(frozen=True)
-class Bucketed(Sequence):
-    """The batches of a bucket plan."""
+class BucketBatches(Sequence):
+    """The batches of an epoch in buckets."""
 
     plan: Epoch
 
@@ -103,7 +106,7 @@ class Bucketed(Sequence):
 
 
 def open_table(settings: TrainSettings) -> VideoTextDataset | VariableVideoTextDataset:
-    """The data set of a `dataset` section with a table, in 8 bits. Raises ConfigError."""
+    """The data set of a `dataset` section with a table; frames are uint8. Raises ConfigError."""
     if settings.dataset["type"] == "VariableVideoTextDataset":
         if not settings.bucket_config:
             raise ConfigError("training on VariableVideoTextDataset needs a bucket_config")
@@ -118,64 +121,66 @@ def open_table(settings: TrainSettings) -> VideoTextDataset | VariableVideoTextD
 def table_source(
     settings: TrainSettings,
     ranks: int,
-    look: Callable[[VideoTextDataset], list[Broken]] = lambda dataset: missing_files(dataset.table),
+    check: Callable[[VideoTextDataset], list[Broken]] = lambda dataset: missing_files(dataset.table),
 ) -> TableSource:
-    """The batches of a `dataset` section with a table; rows that `look` finds broken are none.
+    """The batches of a `dataset` section with a table, without the rows that `check` finds broken.
 
-    Raises ConfigError where there would be no step, with why.
+    Raises ConfigError if there would be no step.
     """
     dataset = open_table(settings)
-    broken = look(dataset)
+    broken = check(dataset)
     rows = np.setdiff1d(np.arange(len(dataset)), np.array([one.row for one in broken], np.int64))
-    make = _bucketed if isinstance(dataset, VariableVideoTextDataset) else _uniform
+    make = _in_buckets if isinstance(dataset, VariableVideoTextDataset) else _of_one_size
     return TableSource(dataset, *make(settings, dataset, rows, ranks), broken)
 
 
-def _uniform(
+def _of_one_size(
     settings: TrainSettings, dataset: VideoTextDataset, rows: np.ndarray, ranks: int
-) -> tuple[Plan, list[Held]]:
+) -> tuple[BatchesOfEpoch, list[HeldOutBatch]]:
     """The batches of `rows` at one size, and those held out."""
     seed, batch_size, size = settings.seed, settings.batch_size, (dataset.num_frames, *dataset.image_size)
     name, kept = "x".join(map(str, size)), hold_out(settings, rows, len(dataset))
-    held = [Held(name, part.tolist(), size) for part in _split(kept, batch_size)]
-    if settings.validate_every and not held:
-        _say_not_validated([(name, len(rows))])
+    held_out = [HeldOutBatch(name, part.tolist(), size) for part in _split(kept, batch_size)]
+    if settings.validate_every and not held_out:
+        _warn_not_validated([(name, len(rows))])
     left = np.setdiff1d(rows, kept)
     if len(left) < batch_size * ranks:
         needed = f"one batch of {batch_size}" + (f" for each of {ranks} ranks" if ranks > 1 else "")
         problem = f"{len(left)} rows of {dataset.table.source} do not fill {needed}"
         raise ConfigError(f"the run would have no steps: {problem}; take smaller batches or more data")
-    return lambda epoch: Chunks(left[shuffled(len(left), seed, epoch, SAMPLES)], batch_size, size), held
+    return lambda epoch: FixedSizeBatches(left[shuffled(len(left), seed, epoch, SAMPLES)], batch_size, size), held_out
 
 
-def _bucketed(
+def _in_buckets(
     settings: TrainSettings, dataset: VariableVideoTextDataset, rows: np.ndarray, ranks: int
-) -> tuple[Plan, list[Held]]:
+) -> tuple[BatchesOfEpoch, list[HeldOutBatch]]:
     """The batches of `rows` in buckets, and those held out."""
     seed, buckets, (lengths, *sides) = settings.seed, Buckets(settings.bucket_config), dataset.table.sizes()
-    interval, num_frames = dataset.frame_interval, np.full(len(lengths), np.nan)  # no bucket takes what has no length
+    interval, num_frames = dataset.frame_interval, np.full(len(lengths), np.nan)  # no bucket takes NaN
     num_frames[rows] = lengths[rows]
 
     def placed(epoch: int) -> BucketAssignment:
         return buckets.assign(num_frames, *sides, seed=seed, epoch=epoch, frame_interval=interval)
 
-    held = []
+    held_out = []
     if settings.validate_every:
-        held = list(_held_of(placed(0), settings))
-        num_frames[[_row(key) for one in held for key in one.keys]] = np.nan
+        held_out = list(_hold_out_of_buckets(placed(0), settings))
+        num_frames[[_row(key) for one in held_out for key in one.keys]] = np.nan
     sampler = BucketBatchSampler(buckets, num_frames, *sides, seed=seed, frame_interval=interval, world_size=ranks)
     sampler.require_steps()
-    _say_not_trained(sampler.plan)
+    _warn_not_trained(sampler.plan)
 
-    def plan(epoch: int) -> Bucketed:
+    def batches(epoch: int) -> BucketBatches:
         first = epoch == 0
-        return Bucketed(sampler.plan if first else make_epoch(placed(epoch), seed, epoch, shuffle=True, drop_last=True))
+        return BucketBatches(
+            sampler.plan if first else make_epoch(placed(epoch), seed, epoch, shuffle=True, drop_last=True)
+        )
 
-    return plan, held
+    return batches, held_out
 
 
-def _held_of(placement: BucketAssignment, settings: TrainSettings) -> Iterator[Held]:
-    """Some clips of each bucket, in batches; says which buckets have none."""
+def _hold_out_of_buckets(placement: BucketAssignment, settings: TrainSettings) -> Iterator[HeldOutBatch]:
+    """Held-out batches of each bucket; warns of buckets without any."""
     buckets, batch_sizes, rows, group = placement.groups()
     without = []
     for number, bucket in enumerate(buckets):
@@ -183,32 +188,34 @@ def _held_of(placement: BucketAssignment, settings: TrainSettings) -> Iterator[H
         kept = hold_out(settings, own, len(placement.entry))
         without += [] if len(kept) else [(str(bucket), len(own))]
         for part in _split(kept, int(batch_sizes[number])):
-            yield Held(str(bucket), _keys(bucket, part), bucket.size)
+            yield HeldOutBatch(str(bucket), _keys(bucket, part), bucket.size)
     if without:
-        _say_not_validated(without)
+        _warn_not_validated(without)
 
 
-def _say_not_validated(buckets: Sequence[tuple[str, int]]) -> None:
-    """`buckets` are names and numbers of rows."""
-    named = ", ".join(f"{name} ({count} rows)" for name, count in buckets[:MOST_NAMED])
-    more = f" and {len(buckets) - MOST_NAMED} more" if len(buckets) > MOST_NAMED else ""
-    logger.warning("no validation of %s%s: one clip in %d is held out, and there are fewer", named, more, TENTH)
+def _warn_not_validated(buckets: Sequence[tuple[str, int]]) -> None:
+    """Warns of buckets, given by name and number of rows, that have too few rows to hold one out."""
+    named = ", ".join(f"{name} ({count} rows)" for name, count in buckets[:MAX_NAMES])
+    more = f" and {len(buckets) - MAX_NAMES} more" if len(buckets) > MAX_NAMES else ""
+    logger.warning("no validation of %s%s: one clip in %d is held out, and there are fewer", named, more, MAX_HELD_OUT)
 
 
-def _say_not_trained(plan: Epoch) -> None:
-    """Names the buckets whose rows do not fill a batch."""
+def _warn_not_trained(plan: Epoch) -> None:
+    """Warns of buckets whose rows do not fill a batch."""
     few = [number for number, count in enumerate(plan.num_batches) if not count]
-    named = [f"{plan.buckets[one]} ({plan.num_rows[one]} of {plan.batch_sizes[one]})" for one in few[:MOST_NAMED]]
-    more = f" and {len(few) - MOST_NAMED} more" if len(few) > MOST_NAMED else ""
+    named = [f"{plan.buckets[one]} ({plan.num_rows[one]} of {plan.batch_sizes[one]})" for one in few[:MAX_NAMES]]
+    more = f" and {len(few) - MAX_NAMES} more" if len(few) > MAX_NAMES else ""
     if few:
         remedy = "take smaller batches there, or give the table more such rows"
         logger.warning("not trained on, with fewer rows than a batch: %s%s; %s", ", ".join(named), more, remedy)
 
 
 def hold_out(settings: TrainSettings, rows: np.ndarray, total: int) -> np.ndarray:
-    """The rows kept for validation: validation_samples of them, but no more than a tenth; none without validation."""
-    count = min(settings.validation_samples, len(rows) // TENTH) if settings.validate_every else 0
-    return np.sort(rows[np.argsort(random_words(total, settings.seed, 0, HELD_OUT)[rows], kind="stable")[:count]])
+    """The rows held out for validation: validation_samples of them, at most a tenth; none without validation."""
+    count = min(settings.validation_samples, len(rows) // MAX_HELD_OUT) if settings.validate_every else 0
+    return np.sort(
+        rows[np.argsort(random_words(total, settings.seed, 0, HELD_OUT_STREAM)[rows], kind="stable")[:count]]
+    )
 
 
 def _split(rows: np.ndarray, size: int) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""What is wrong with a table, told before the first step: files that are not there, texts that are not written."""
+"""Checks of a table before the first step: missing files, missing texts, different tables on different ranks."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from opensora.datasets.table import Table
 from opensora.errors import ConfigError, MediaError
 
 logger = logging.getLogger("opensora")
-Gather = Callable[[Any], list[Any]]  # what one rank knows -> what each knows
+Gather = Callable[[Any], list[Any]]  # value of this rank -> values of all ranks
 
-SHOWN = 3  # names in a message
-LONGEST = 120  # characters of a path in a message
+MAX_NAMES = 3  # in a message
+MAX_PATH = 120  # characters of a path in a message
 NOT_THERE = "no such file"
 
 
 def alone(value: Any) -> list[Any]:
-    """What each rank knows, where there is one."""
+    """`Gather` of a single rank."""
     return [value]
 
 
 def missing_files(table: Table, gather: Gather = alone, rows: np.ndarray | None = None) -> list[Broken]:
-    """The rows (of `rows`, or of all) whose files are not there, for any rank; they are counted and said.
+    """The rows (of `rows`, or of all) whose files do not exist on some rank, with a warning.
 
-    Raises MediaError if that is all of them, or more than may be.
+    Raises MediaError if all are missing, or more than allowed.
     """
     rows = np.arange(len(table)) if rows is None else rows
     missing = table.missing()
@@ -52,9 +52,9 @@ def missing_files(table: Table, gather: Gather = alone, rows: np.ndarray | None 
 
 
 def check_texts(table: Table, captions: str = CAPTIONS[0], rows: np.ndarray | None = None) -> None:
-    """Says how many rows (of `rows`, or of all) have no text.
+    """Warns of rows (of `rows`, or of all) without text.
 
-    Raises ConfigError if that is all of them, more than may be with "mostly", or any with "required".
+    Raises ConfigError if all lack it, more than allowed with "mostly", or any with "required".
     """
     rows = np.arange(len(table)) if rows is None else rows
     if table.text is None:
@@ -77,12 +77,12 @@ def check_texts(table: Table, captions: str = CAPTIONS[0], rows: np.ndarray | No
 
 
 def empty_texts(table: Table, rows: np.ndarray) -> np.ndarray:
-    """Those of `rows` whose texts are empty or blank."""
+    """The `rows` whose texts are empty or blank."""
     return rows[np.fromiter((not table.text[row].strip() for row in rows.tolist()), bool, len(rows))]
 
 
 def same_on_all_ranks(cells: np.ndarray, source: str, gather: Gather = alone) -> None:
-    """Raises ConfigError where the ranks have read other tables under one name; `cells` tell rows apart."""
+    """Raises ConfigError if ranks have read different tables under one name; `cells` are hashes of the rows."""
     digests = gather(hashlib.sha256(cells.tobytes()).digest())
     other = [str(rank) for rank, one in enumerate(digests) if one != digests[0]]
     if other:
@@ -91,19 +91,19 @@ def same_on_all_ranks(cells: np.ndarray, source: str, gather: Gather = alone) ->
 
 
 def _tried(paths: Sequence[str]) -> str:
-    """Where the first of the files was looked for, in words."""
-    if not paths:  # it is another rank that lacks it, or an empty cell
+    """Where the first file was looked for, in words."""
+    if not paths:  # missing on another rank, or an empty cell
         return f"looked for from {os.getcwd()}, the working directory"
     return f"looked for {', '.join(map(_short, paths))} from {os.getcwd()}, the working directory"
 
 
 def _some(table: Table, rows: np.ndarray) -> str:
-    """The first files of some rows, and how many more there are."""
-    names = [_short(table.path[row]) or f"an empty cell in row {row}" for row in rows[:SHOWN].tolist()]
-    return ", ".join(names) + (f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else "")
+    """The first files of some rows, and the number of the others, in words."""
+    names = [_short(table.path[row]) or f"an empty cell in row {row}" for row in rows[:MAX_NAMES].tolist()]
+    return ", ".join(names) + (f" and {len(rows) - MAX_NAMES} more" if len(rows) > MAX_NAMES else "")
 
 
 def _short(path: str) -> str:
     """A path on one line."""
     line = " ".join(path.split())
-    return line if len(line) <= LONGEST else f"...{line[-LONGEST:]}"
+    return line if len(line) <= MAX_PATH else f"...{line[-MAX_PATH:]}"

@@ -6,7 +6,6 @@ Encoding resumes at the first missing shard; a folder made from other clips or w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from opensora.checkpoints.hub import read_json
 from opensora.checkpoints.read import read_state_dict
 from opensora.checkpoints.save import save_file
-from opensora.errors import ConfigError
-from opensora.files import why
-from opensora.training.checkpoint.state import replace_text
+from opensora.training.feature_extraction.identity import claim
 
 SHARD = 500
 
@@ -56,24 +52,3 @@ def encode_once(folder: Path, num_clips: int, identity: dict[str, Any], encode: 
     features = Features(*(torch.cat([shard[name] for shard in shards]) for name in Features._fields))
     length = int(features.mask.sum(dim=1).max())
     return features._replace(text=features.text[:, :length], mask=features.mask[:, :length])
-
-
-def claim(folder: Path, identity: dict[str, Any], write: bool = True) -> None:
-    """Writes what a new folder holds; raises ConfigError if one that is there holds something else.
-
-    Of several ranks one should `write`.
-    """
-    described, text = folder / "features.json", json.dumps(identity, indent=1)
-    if not described.is_file():
-        if not write:
-            return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            replace_text(described, text)
-        except OSError as error:
-            raise ConfigError(f"{described}: cannot be written ({why(error)}); name another folder") from error
-    wanted = json.loads(text)
-    found = {"tokenizer": wanted.get("tokenizer"), **read_json(described)}  # earlier versions did not note it
-    if changed := sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key)):
-        remedy = "remove it or name another features folder"
-        raise ConfigError(f"{folder} was encoded with another {', '.join(changed)}; {remedy}")

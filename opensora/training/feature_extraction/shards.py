@@ -1,8 +1,7 @@
-"""The shards of a features folder: which ones a table asks for, and whether those that are there still fit it.
+"""The shards of a features folder: those a table needs, and whether existing ones are still up to date.
 
-What is planned is a function of (table, settings) alone, so that ranks divide it without a word to one another and
-an interrupted run goes on with what is missing. Rows added at the end of a table change the last shards of a kind
-only.
+The plan is a function of (table, settings) alone: ranks divide it without communication, and an interrupted run resumes
+with the missing shards. Rows appended to a table change only the last shards of a kind.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from opensora.datasets.file_content import content_key, file_stamps
 from opensora.datasets.table import Table
 from opensora.errors import ConfigError
 
-FIXED = "fixed"  # the resolution of samples that have one size, whatever their own
+FIXED = "fixed"  # resolution name of samples that are all resized to one size
 
 
 class LatentShard(NamedTuple):
@@ -34,7 +33,7 @@ class LatentShard(NamedTuple):
 
     @property
     def num_pixels(self) -> int:
-        """Of all frames of all samples."""
+        """Pixels of all frames of all samples."""
         return len(self.rows) * int(np.prod(self.size))
 
 
@@ -62,7 +61,7 @@ def fixed_group(rows: np.ndarray, size: tuple[int, int, int], batch_size: int) -
 def bucket_groups(
     table: Table, rows: np.ndarray, config: dict, *, seed: int, crop: int, frame_interval: int
 ) -> tuple[list[Group], np.ndarray]:
-    """The groups of the rows that epoch `crop` of a training run would serve, and rows that any epoch might."""
+    """The groups of rows that epoch `crop` of a training run would use, and all rows that any epoch may use."""
     placement = Buckets(config).assign(*table.sizes(), seed=seed, epoch=crop, frame_interval=frame_interval)
     buckets, batch_sizes, placed, group = placement.groups()
     chosen = np.isin(placed, rows)
@@ -97,10 +96,10 @@ def missing(
     folder: Path, shards: Sequence[LatentShard | TextShard], table: Table, replace_stale: bool,
     remedy: str = "encode these again with replace_stale=True, or name another --save-dir",
 ) -> list:  # fmt: skip
-    """The shards that have to be encoded: not there, or stale and to be replaced.
+    """The shards to encode: missing ones, and stale ones with `replace_stale`.
 
-    Raises ConfigError for a stale one otherwise: its videos, its captions or its rows are no longer those of the table.
-    A video that is no longer there is none that has changed.
+    A shard is stale if its videos, captions or rows are no longer those of the table; a deleted video is no change.
+    Raises ConfigError for stale shards without `replace_stale`.
     """
     stale: list[tuple[LatentShard | TextShard, str]] = []
     absent = []
@@ -117,7 +116,7 @@ def missing(
 
 
 def _why_stale(path: Path, shard: LatentShard | TextShard, table: Table) -> str | None:
-    """What has changed since a shard was written; empty where rows were added, None where all is as it was."""
+    """What has changed since a shard was written: "" if rows were added, None if nothing has."""
     held = open_shard(path)
     keys = tensor_of(held, "key", path).numpy()
     if isinstance(shard, TextShard):

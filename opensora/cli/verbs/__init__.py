@@ -1,0 +1,27 @@
+"""The verbs of `opensora`, grouped by what they work on. Each module declares arguments and actions side by side."""
+
+from __future__ import annotations
+
+from opensora import __version__
+from opensora.cli.parser import Parser
+from opensora.cli.verbs import checkpoints, datasets, doctor, generation, training
+from opensora.cli.verbs.verb import Verb
+
+VERBS: dict[str, Verb] = {
+    **generation.VERBS, **checkpoints.VERBS, **training.VERBS, **datasets.VERBS, **doctor.VERBS,
+}  # fmt: skip
+
+
+def make_parser() -> Parser:
+    """The command line parser; parsed arguments carry the verb's action as `run`."""
+    example = generation.VERBS["generate"].example
+    parser = Parser(prog="opensora", description="Text, image or video in, video out.", example=example)
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(required=True, metavar="VERB")
+    for name, verb in VERBS.items():
+        description = f"{verb.help[0].upper()}{verb.help[1:]}."
+        subparser = subparsers.add_parser(name, help=verb.help, description=description, example=verb.example)
+        verb.add_arguments(subparser)
+        subparser.set_defaults(run=verb.run, example=verb.example)
+    parser.verbs = list(VERBS)
+    return parser

@@ -1,0 +1,92 @@
+"""What a job is refused for once the models are built, before any weight is read, and warnings and advice."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opensora.acceleration.memory_plan import LOW, MemoryPlan
+from opensora.errors import ConfigError
+from opensora.pipeline.job import Job
+from opensora.pipeline.loaded_models import Components, LoadedModels
+from opensora.pipeline.noise import noise_generator
+from opensora.pipeline.request import Request, Size
+from opensora.pipeline.text_encoding import count_tokens
+from opensora.profiling import cost_model
+
+logger = logging.getLogger("opensora")
+
+
+def check_text_lengths(job: Job, requests: Sequence[Request], components: Components) -> None:
+    """Raises ConfigError for a text of more tokens than the model takes. Does nothing without a text encoder."""
+    encoder, config = components.text_encoder, components.model.config
+    if encoder is None:
+        return
+    for text in job.texts_of(requests):
+        _check_length(count_tokens(encoder, text), config)
+    if job.negative_text is not None:
+        _check_length(count_tokens(encoder, job.negative_text), config, "negative_prompt")
+
+
+def dry_run(job: Job, models: LoadedModels, components: Components) -> None:
+    """Runs the sampler for two steps on a single value, and the model once on the meta device.
+
+    Raises ConfigError where the sampler does not fit the model or the model does not fit the request.
+    """
+    model = components.model
+
+    def stand_in(x: Tensor, timestep: Tensor, **_: Any) -> Tensor:
+        return x.new_zeros(len(x), model.out_channels, *x.shape[2:])
+
+    noise, source = torch.zeros(1, model.in_channels, 1, 1, 1), [noise_generator(job.settings.seed, 0, 0)]
+    try:
+        steps = job.scheduler.steps(stand_in, noise, {}, **job.size._asdict(), source=source, guidance_scale=1.0)
+        list(islice(steps, 2))
+    except ValueError as error:
+        raise _config_error(f"scheduler '{job.settings.scheduler['type']}'", error) from error
+    latent_size = tuple(components.vae.get_latent_size(job.size))
+    inputs = (latent_size, tuple((name, value.shape) for name, value in job.conditioning.items()))
+    if inputs in models.accepted_inputs:
+        return
+    try:
+        cost_model.dry_run(model, latent_size, job.conditioning, 1, models.dtype, models.device)
+    except ValueError as error:
+        raise _config_error(f"model '{job.settings.model['type']}'", error) from error
+    models.accepted_inputs.add(inputs)
+
+
+def _config_error(place: str, error: ValueError) -> ConfigError:
+    return error if isinstance(error, ConfigError) else ConfigError(f"{place}: {error}")
+
+
+def _check_length(tokens: int, config: dict[str, Any], what: str = "a prompt") -> None:
+    longest = config["model_max_length"]
+    if tokens > longest:
+        remedy = f"shorten it, or cut it with --cfg-options text_encoder.model_max_length={longest}"
+        raise ConfigError(f"{what} has {tokens} tokens, but the model takes {longest}; {remedy}")
+
+
+def warn_untrained(size: Size, trained: list[list[int]]) -> None:
+    """Warns where the checkpoint lists the sizes that it was trained on, and this one is not among them."""
+    known = list(dict.fromkeys(Size(*one).made for one in trained))
+    if known and size.made not in known:
+        listed = ", ".join(map(str, known))
+        logger.warning("this model was trained on %s: expect noise at %s", listed, size.made)
+
+
+@contextmanager
+def memory_advice(size: Size, plan: MemoryPlan) -> Iterator[None]:
+    """Turns an out-of-memory error in the block into a ConfigError with a remedy."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        remedy = "ask for a smaller size or fewer frames" + ("" if plan == LOW else ", but first try --memory low")
+        raise ConfigError(f"memory does not suffice for {size}; {remedy}") from error

@@ -1,0 +1,52 @@
+"""Prompts as the conditioning of a model: token counts, encoding, and portions of requests whose texts are held."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from opensora.models.text_encoder.classes import ClassIds
+from opensora.models.text_encoder.t5 import T5Encoder
+from opensora.pipeline.job import Job
+from opensora.pipeline.loaded_models import LoadedModels
+from opensora.pipeline.request import Request
+
+HELD_TEXTS = 256  # encoded texts in memory at once: up to 2.5 MB each of T5-XXL
+
+Texts = dict[str, Tensor]  # text -> features [1, 1, L, C] at its real length, or a class [1]
+
+
+def encode_texts(models: LoadedModels, job: Job, texts: Sequence[str]) -> Texts:
+    """The conditioning of each text and of the job's negative prompt, on the device of the models."""
+    encoder = models.load_text_encoder()
+    encoded: Texts = {}
+    for text in dict.fromkeys(texts if job.negative_text is None else [*texts, job.negative_text]):
+        value = encoder.encode([text])[0].to(models.device)
+        encoded[text] = value.to(models.dtype) if value.is_floating_point() else value
+    return encoded
+
+
+def portions(job: Job, requests: Sequence[Request]) -> list[list[Request]]:
+    """The requests in order, in lists of at most `HELD_TEXTS` texts each, or of one request."""
+    found: list[list[Request]] = []
+    held: set[str] = set()
+    for one in requests:
+        texts = set(job.texts(one))
+        if not found or len(held | texts) > HELD_TEXTS:
+            found.append([])
+            held = set()
+        found[-1].append(one)
+        held |= texts
+    return found
+
+
+def count_tokens(encoder: Any, text: str) -> int:
+    """The number of features of a text; no weights are needed. Raises ConfigError for a text that is no class."""
+    if isinstance(encoder, T5Encoder):
+        found = encoder.tokenizer(text, truncation=False, verbose=False)["input_ids"]
+        return min(len(found), encoder.model_max_length)
+    if isinstance(encoder, ClassIds):
+        encoder.encode([text])
+    return 1

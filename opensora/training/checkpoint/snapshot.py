@@ -1,0 +1,42 @@
+"""A copy of a run's state in host memory, so that training goes on while it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from opensora.distributed.full_state_dict import full_state_dict
+from opensora.distributed.process_group import RankLayout
+from opensora.training.ema import EMA
+
+
+class Snapshot(NamedTuple):
+    """The full state dicts of a checkpoint, in host memory."""
+
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, Any]  # {"optimizer": ..., "scaler": ...}
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(self))
+
+
+def take_snapshot(
+    model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, layout: RankLayout
+) -> Snapshot | None:
+    """Gathers the full state on the main rank; None on the others. All ranks call this together."""
+    rest = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    parts = [full_state_dict(part, layout) for part in (model.state_dict(), ema.state_dict(), rest)]
+    return Snapshot(*parts) if layout.is_main else None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        yield from _tensors(item)

@@ -1,0 +1,56 @@
+"""The loss of a diffusion model: the scheduler's, with text dropout and given frames."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opensora.training.data.batch import TrainingBatch
+from opensora.training.masks import MaskRatios
+
+FIRST_HALF = MaskRatios({"half_head": 1.0})
+
+
+class DiffusionLoss:
+    """The scheduler's loss of each sample of a batch, [B], times the weight of the batch.
+
+    Drops text with the model's `class_dropout_prob`. `ratios` draws which frames are given, unless the clips of the
+    batch continue from their first half.
+    """
+
+    def __init__(self, model: nn.Module, scheduler: Any, ratios: MaskRatios | None) -> None:
+        self.model, self.scheduler, self.ratios = model, scheduler, ratios
+
+    def __call__(self, batch: TrainingBatch, generator: torch.Generator) -> Tensor:
+        latents, y = batch.latents, drop_text(self.model, batch.cond["y"], generator)
+        mask, ratios = None, FIRST_HALF if batch.continued else self.ratios
+        if ratios is not None:
+            mask = ratios.draw(len(latents), latents.shape[2], generator).to(latents.device)
+            latents = latents if batch.last is None else end_in_image(latents, batch.last, mask)
+        frames, height, width = batch.size
+        size = {"height": height, "width": width, "num_frames": frames}
+        cond = {**batch.cond, "y": y}
+        losses = self.scheduler.training_loss(self.model, latents, cond, **size, mask=mask, generator=generator)
+        return losses * batch.weight
+
+
+def drop_text(model: nn.Module, y: Tensor, generator: torch.Generator) -> Tensor:
+    """`y` [B, ...] with some rows replaced by the unconditional text, for classifier-free guidance."""
+    drop = torch.rand(len(y), generator=generator) < model.class_dropout_prob
+    if not drop.any():
+        return y
+    return torch.where(drop.to(y.device).view(-1, *(1,) * (y.ndim - 1)), model.null_caption(y), y)
+
+
+def end_in_image(latents: Tensor, last: Tensor, mask: Tensor) -> Tensor:
+    """Replaces the last frame of `latents` [B, C, T, H, W] by `last` [B, C, H, W] where `mask` [B, T] gives it alone.
+
+    At inference a given last frame is encoded as an image, and its latents differ from those of the end of a video.
+    """
+    if mask.shape[1] == 1:
+        return latents
+    alone = ~mask[:, -1] & mask[:, -2]
+    end = torch.where(alone[:, None, None, None], last, latents[:, :, -1])
+    return torch.cat((latents[:, :, :-1], end[:, :, None]), dim=2)
