@@ -28,7 +28,7 @@ import numpy as np
 from opensora.config import find_config, read_config
 from opensora.datasets.aspect import NUM_PIXELS, SIZES
 from opensora.datasets.bucket import DRAWS, Buckets, random_words
-from opensora.datasets.samplers import lay_out
+from opensora.datasets.samplers import make_epoch
 from opensora.datasets.table import read_table
 
 CONFIG, SEED, LOOP_ROWS = "opensora-v1-2/train/stage1", 1024, 100_000
@@ -58,8 +58,8 @@ def high_water() -> float:
 
 def build(config: dict, columns: tuple[np.ndarray, ...]) -> Any:
     """One epoch of batches."""
-    placement = Buckets(config).place(*columns, seed=SEED)
-    return lay_out(placement, SEED, 0, shuffle=True, drop_last=True)
+    placement = Buckets(config).assign(*columns, seed=SEED)
+    return make_epoch(placement, SEED, 0, shuffle=True, drop_last=True)
 
 
 def loop(config: dict, columns: tuple[list[int], ...], draws: dict[tuple[int, int], list[float]]) -> dict:
@@ -95,7 +95,7 @@ def compare(config: dict, columns: tuple[np.ndarray, ...]) -> dict[str, float]:
     }
     whole = tuple(column.astype(int).tolist() for column in columns)
     found, slow = timed(lambda: loop(config, whole, draws))
-    groups, fast = timed(lambda: Buckets(config).place(*columns, seed=SEED).groups())
+    groups, fast = timed(lambda: Buckets(config).assign(*columns, seed=SEED).groups())
     buckets, _, rows, group = groups
     assert {tuple(bucket): rows[group == number].tolist() for number, bucket in enumerate(buckets)} == dict(found)
     ratio = slow["processor_seconds"] / fast["processor_seconds"]

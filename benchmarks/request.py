@@ -19,7 +19,7 @@ import torch
 from benchmarks import common, plain
 from opensora.acceleration.placement import to_device
 from opensora.acceleration.quantization import KINDS, quantize
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.checkpoints.fit import load_weights
 from opensora.config import read_config
 from opensora.datasets.video import to_uint8
@@ -42,11 +42,10 @@ class Parts(NamedTuple):
 
 def read(config: dict[str, Any]) -> Parts:
     """The parts of a configuration with their weights, as they were built."""
-    paths = {name: components.find(config[name], name) for name in ("text_encoder", "model", "vae")}
-    encoder = components.build_text_encoder(config["text_encoder"], paths["text_encoder"], torch.float32)
-    built = {name: components.build(config[name], paths[name]) for name in ("model", "vae")}
-    rules = components.TEXT_RULES[config["text_encoder"]["type"]]
-    load_weights(encoder.model, paths["text_encoder"], rules=rules)
+    paths = {name: builder.find_weights(config[name], name) for name in ("text_encoder", "model", "vae")}
+    encoder = builder.build_text_encoder(config["text_encoder"], paths["text_encoder"], torch.float32)
+    built = {name: builder.build_model(config[name], paths[name]) for name in ("model", "vae")}
+    load_weights(encoder.model, paths["text_encoder"])
     for name, module in built.items():
         load_weights(module, paths[name])
         module.eval().requires_grad_(False)

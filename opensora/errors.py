@@ -1,4 +1,4 @@
-"""Errors that a user can mend. Each message says what is wrong, where, and the remedy."""
+"""Errors that a user can fix. Each message says what is wrong, where, and the remedy."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import difflib
 import re
 from collections.abc import Iterable
 
-LONGEST_NAME = 200  # characters; comparing longer ones takes seconds and finds nothing
+MAX_NAME = 200  # characters; longer names are not compared
 
 
 class OpenSoraError(Exception):
-    """Base of every error that a user can mend; the command line prints it as one line and exits with 1."""
+    """Base class; the command line prints the message as one line and exits with status 1."""
 
 
 class ConfigError(OpenSoraError, ValueError):
@@ -34,15 +34,15 @@ class MediaError(OpenSoraError):
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest choice, or an empty string when none is near."""
-    if len(str(name)) > LONGEST_NAME:
+    """`; did you mean 'x'?` for the nearest choice, or an empty string."""
+    if len(str(name)) > MAX_NAME:
         return ""
     near = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def printable(text: object) -> str:
-    """A text from outside as a terminal may show it: control, direction and lone surrogate characters as `\\x1b`."""
+    """Escapes control, direction and lone surrogate characters (as `\\x1b`) for output to a terminal."""
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), str(text))
 
 

@@ -1,4 +1,4 @@
-"""Table of contents: the `type` of a configuration section -> what builds it, imported only when it is asked for."""
+"""Registry: the `type` of a configuration section -> the class or function that builds it, imported on demand."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ AUTOENCODERS = {
     "VAE_Temporal": "opensora.models.vae.vae_temporal:VAE_Temporal",
     "VAE_Temporal_SD": "opensora.models.vae.vae_temporal:VAE_Temporal_SD",
 }
-# What the larger models and those with patches of two frames are built with beside their class's own defaults, XL/2.
+# Variants that differ from the XL/2 defaults of their class.
 LARGE, TWO_FRAMES = {"hidden_size": 1872, "num_heads": 26}, {"patch_size": (2, 2, 2)}
 VARIANTS = {
     "STDiT3-3B/2": LARGE, "PixArt-1B/2": LARGE,
@@ -65,7 +65,7 @@ BUILDERS = {**MODELS, **AUTOENCODERS, **SCHEDULERS, **TEXT_ENCODERS, **DATASETS}
 
 
 def resolve(target: str) -> Any:
-    """The object that `module:name` points at."""
+    """Imports the object `module:name`."""
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -76,10 +76,10 @@ def builder(name: str) -> Any:
 
 
 def build(section: Mapping[str, Any]) -> Any:
-    """The object that `dict(type=..., keyword=...)` describes; ConfigError on an unknown type, keyword or value."""
+    """Builds the object of a section. Raises ConfigError for an unknown type, keyword or value."""
     name = check_type("", section.get("type"), TYPES)
     found = arguments({**VARIANTS.get(name, {}), **section})
-    checked({**TYPES[name].defaults(), **found, "type": name}, where=name)  # what has to fit together, all of it there
+    checked({**TYPES[name].defaults(), **found, "type": name}, where=name)  # validates constraints between all keywords
     try:
         return builder(name)(**found)
     except (TypeError, ValueError) as error:
@@ -87,10 +87,10 @@ def build(section: Mapping[str, Any]) -> Any:
 
 
 def arguments(section: Mapping[str, Any]) -> dict[str, Any]:
-    """What the builder of a section is called with; ConfigError on an unknown type or keyword, naming the nearest."""
+    """The keyword arguments that a section gives its builder. Raises ConfigError, naming the nearest keyword."""
     return {key: value for key, value in checked(section).items() if key in keywords(section["type"])}
 
 
 def keywords(name: str) -> set[str]:
-    """The keywords that the builder of a registered `type` takes from a section."""
+    """The keyword arguments of a registered `type`."""
     return TYPES[check_type("", name, TYPES)].arguments()

@@ -1,7 +1,8 @@
-"""Stop signals, handled alike: the first one ends the work as an exception, none disturbs what is put in order then.
+"""Stop signals (SIGINT, SIGTERM, SIGHUP) as exceptions.
 
-A program runs under `stoppable`. What must not be torn apart, such as the renames of a result and its recipe, runs
-under `held`. A part that has its own answer to a signal, such as a checkpoint, sets a handler of its own within.
+A program runs under `handle_stop_signals`, which turns the first signal into `Stopped` and ignores later ones during
+cleanup. Critical sections, such as renaming a result and its recipe, run under `defer_stop_signals`. Training installs
+handlers of its own inside.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 
 
 class Stopped(KeyboardInterrupt):
-    """A stop signal came. `status` is the exit status that tells which."""
+    """A stop signal arrived; `status` is the exit status, 128 + its number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -25,16 +26,16 @@ class Stopped(KeyboardInterrupt):
 
 
 class _State:
-    depth = 0  # of blocks under `held`
-    waiting: int | None = None  # the signal that came meanwhile
+    depth = 0  # nested `defer_stop_signals` blocks
+    deferred: int | None = None  # the deferred signal
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """Raises `Stopped` in the block at a stop signal; more of them are ignored while that is on its way.
+def handle_stop_signals() -> Iterator[None]:
+    """Raises `Stopped` in the block on a stop signal; further signals are ignored while it propagates.
 
-    Signals that were ignored before stay so (nohup). After a `Stopped` all are ignored: the program is about to end.
-    Outside of the main thread nothing changes.
+    Signals that were ignored before stay ignored (nohup). After `Stopped` all are ignored: the program is ending. Does
+    nothing outside of the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -54,9 +55,9 @@ def stoppable() -> Iterator[None]:
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """Keeps a stop signal waiting until the block has ended."""
-    if threading.current_thread() is not threading.main_thread():  # signals never end another thread
+def defer_stop_signals() -> Iterator[None]:
+    """Defers stop signals until the end of the block."""
+    if threading.current_thread() is not threading.main_thread():  # signals only interrupt the main thread
         yield
         return
     _State.depth += 1
@@ -64,9 +65,9 @@ def held() -> Iterator[None]:
         yield
     finally:
         _State.depth -= 1
-        number = None if _State.depth else _State.waiting
+        number = None if _State.depth else _State.deferred
         if number is not None:
-            _State.waiting = None
+            _State.deferred = None
             raise Stopped(number)
 
 
@@ -75,11 +76,11 @@ def _stop(number: int, _: Any) -> None:
         return
     if not _State.depth:
         raise Stopped(number)
-    _State.waiting = _State.waiting or number
+    _State.deferred = _State.deferred or number
 
 
 def _is_stopping(error: BaseException | None) -> bool:
-    """Whether the error that is being handled, or one that was on its way before it, is a `Stopped`."""
+    """Whether the exception being handled, or one in its context, is a `Stopped`."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, Stopped):

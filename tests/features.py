@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.datasets.video import write_image, write_video
 from opensora.training.feature_extraction.extract import ExtractSettings
 
@@ -69,7 +69,7 @@ def use(
     def load(section: Any, what: str, *_: Any) -> tuple[Any, Any]:
         return encoders[what], SimpleNamespace(sha256=(hashes or {}).get(what, what), path=None)
 
-    monkeypatch.setattr(components, "load", load)
+    monkeypatch.setattr(builder, "load_component", load)
 
 
 def write_rows(path: Path, rows: list[tuple]) -> Path:

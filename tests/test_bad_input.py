@@ -41,7 +41,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def explode(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights were touched")
 
-    for name in ("components.locate", "components.load_weights", "components.read_config_json", "components.make_t5"):
+    for name in ("builder.locate", "builder.load_weights", "builder.read_config_json", "builder.make_t5"):
         monkeypatch.setattr(f"opensora.checkpoints.{name}", explode)
 
 
@@ -167,7 +167,7 @@ def test_unknown_model(capsys, no_weights, model, problem):
 
 
 def test_missing_weights_are_noticed_before_any_is_read(capsys, monkeypatch):
-    monkeypatch.setattr("opensora.checkpoints.components.load_weights", None)
+    monkeypatch.setattr("opensora.checkpoints.builder.load_weights", None)
     for flag in ("--ckpt-path", "--vae-path", "--text-encoder-path"):
         assert "no such file or folder 'gone/x.pt'" in refused(capsys, "--prompt", "x", flag, "gone/x.pt")
         assert "not in the hub cache, and the hub cannot be reached" in refused(capsys, "--prompt", "x", flag, "a/gone")

@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 
 from opensora.datasets import video as media
+from opensora.datasets.video import reader
+from opensora.datasets.video.container import SIZE_KEY
 from opensora.errors import MediaError
 from opensora.pipeline.references import References, read_reference
 
@@ -320,7 +322,7 @@ def test_16_bit_levels_are_scaled(tmp_path):
 def test_size_in_the_metadata_is_not_believed_blindly(said, tmp_path):
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w", options={"movflags": "use_metadata_tags"}) as output:
-        output.metadata[media.SIZE_KEY] = said
+        output.metadata[SIZE_KEY] = said
         stream = output.add_stream("libx264", rate=10)
         stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
         output.mux(stream.encode(av.VideoFrame.from_ndarray(clip(1)[0], format="rgb24")))
@@ -334,7 +336,7 @@ def test_frames_are_counted_while_they_are_decoded(tmp_path, monkeypatch):
     for read in (lambda: media.read_video(path, 5), lambda: list(media.iterate_video(path, 5))):
         with pytest.raises(MediaError, match="more than 5 frames"):
             read()
-    monkeypatch.setattr(media, "MAX_PIXELS", 4 * 4096)  # small frames count as 4096 pixels
+    monkeypatch.setattr(reader, "MAX_PIXELS", 4 * 4096)  # small frames count as 4096 pixels
     with pytest.raises(MediaError, match="more than 4 frames"):
         media.read_video(path)
 

@@ -14,8 +14,8 @@ import pytest
 
 from opensora.cli import main
 from opensora.datasets import bucket_report
-from opensora.datasets.bucket import REASONS, Bucket, Buckets, Fate, random_words
-from opensora.datasets.samplers import BucketBatchSampler, FeatureBufferSampler, SampleSampler, deal, shuffled
+from opensora.datasets.bucket import REASONS, Bucket, Buckets, RowOutcome, random_words
+from opensora.datasets.samplers import BucketBatchSampler, FeatureBufferSampler, SampleSampler, rank_indices, shuffled
 from opensora.errors import ConfigError
 
 CONFIG: dict[str, Any] = {"144p": {1: (1.0, 4), 17: (0.5, 2)}, "480p": {17: (0.5, 3), 51: ((0.5, 0.5), 2)}}
@@ -38,14 +38,14 @@ def rows_of(batches: Any) -> list[int]:
 
 
 def test_a_clip_of_exactly_the_frames_is_enough():
-    place = Buckets({"144p": {17: (1.0, 1)}}).place
-    assert place([16, 17, 18], [144] * 3, [256] * 3, seed=0).entry.tolist() == [-1, 0, 0]
-    assert place([33, 34, 50], [144] * 3, [256] * 3, seed=0, frame_interval=2).entry.tolist() == [-1, 0, 0]
+    assign = Buckets({"144p": {17: (1.0, 1)}}).assign
+    assert assign([16, 17, 18], [144] * 3, [256] * 3, seed=0).entry.tolist() == [-1, 0, 0]
+    assert assign([33, 34, 50], [144] * 3, [256] * 3, seed=0, frame_interval=2).entry.tolist() == [-1, 0, 0]
 
 
 def test_exactly_four_fifths_of_the_pixels_are_enough():
-    place = Buckets({"240p": {1: (1.0, 1)}}).place  # 102240 pixels, of which 81792 = 284 x 288
-    assert place([1, 1], [284, 284], [288, 287], seed=0).entry.tolist() == [0, -1]
+    assign = Buckets({"240p": {1: (1.0, 1)}}).assign  # 102240 pixels, of which 81792 = 284 x 288
+    assert assign([1, 1], [284, 284], [288, 287], seed=0).entry.tolist() == [0, -1]
 
 
 def test_every_row_has_its_fate():
@@ -54,12 +54,19 @@ def test_every_row_has_its_fate():
         (1, 144, 256), (0, 144, 256), (float("nan"), 144, 256), (17, 90, 160), (5, 144, 256), (60, 144, 256),
         (1, 480, 854),
     ]  # fmt: skip
-    placement = Buckets(config).place(*zip(*rows, strict=True), seed=3)
-    expected = [Fate.PLACED, Fate.UNKNOWN_SIZE, Fate.UNKNOWN_SIZE, Fate.TOO_SMALL, Fate.TOO_SHORT, Fate.KEEP_IS_ZERO]
-    assert placement.fate.tolist() == [*expected, Fate.PLACED]
+    placement = Buckets(config).assign(*zip(*rows, strict=True), seed=3)
+    expected = [
+        RowOutcome.PLACED,
+        RowOutcome.UNKNOWN_SIZE,
+        RowOutcome.UNKNOWN_SIZE,
+        RowOutcome.TOO_SMALL,
+        RowOutcome.TOO_SHORT,
+        RowOutcome.KEEP_IS_ZERO,
+    ]
+    assert placement.outcome.tolist() == [*expected, RowOutcome.PLACED]
     assert placement[0] == placement[6] == Bucket("144p", 1, "0.56") and placement[1] is None
-    videos_only = Buckets({"480p": {17: (0.0001, 2)}}).place([1, 17], [480] * 2, [854] * 2, seed=3)
-    assert videos_only.fate.tolist() == [Fate.NO_IMAGES, Fate.NOT_DRAWN]
+    videos_only = Buckets({"480p": {17: (0.0001, 2)}}).assign([1, 17], [480] * 2, [854] * 2, seed=3)
+    assert videos_only.outcome.tolist() == [RowOutcome.NO_IMAGES, RowOutcome.NOT_DRAWN]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +101,7 @@ def test_draws_of_epochs_and_entries_are_independent():
     assert np.abs(correlations).max() < 5 / np.sqrt(count)
     buckets = Buckets({"480p": {17: (0.5, 1)}, "360p": {17: (0.5, 1)}, "144p": {17: (1.0, 1)}})
     columns = np.tile([[20], [480], [854]], count)
-    first, second = (buckets.place(*columns, seed=1, epoch=epoch).entry for epoch in (0, 1))
+    first, second = (buckets.assign(*columns, seed=1, epoch=epoch).entry for epoch in (0, 1))
     together = np.histogram2d(first, second, bins=3)[0] / count
     assert np.abs(together - np.outer([0.5, 0.25, 0.25], [0.5, 0.25, 0.25])).max() < 5 * 0.5 / np.sqrt(count)
 
@@ -102,11 +109,11 @@ def test_draws_of_epochs_and_entries_are_independent():
 def test_draws_belong_to_rows():
     """More rows at the end of a table, or another number of them, change nothing for the others."""
     buckets, columns = Buckets(CONFIG), table()
-    whole, part = buckets.place(*columns, seed=7), buckets.place(*columns[:, :100], seed=7)
+    whole, part = buckets.assign(*columns, seed=7), buckets.assign(*columns[:, :100], seed=7)
     assert np.array_equal(whole.entry[:100], part.entry)
-    assert not np.array_equal(whole.entry, buckets.place(*columns, seed=8).entry)
-    assert not np.array_equal(whole.entry, buckets.place(*columns, seed=7 + 2**32).entry)
-    assert not np.array_equal(whole.entry, buckets.place(*columns, seed=6, epoch=1).entry)
+    assert not np.array_equal(whole.entry, buckets.assign(*columns, seed=8).entry)
+    assert not np.array_equal(whole.entry, buckets.assign(*columns, seed=7 + 2**32).entry)
+    assert not np.array_equal(whole.entry, buckets.assign(*columns, seed=6, epoch=1).entry)
 
 
 def test_order_is_a_function_of_seed_and_epoch():
@@ -156,7 +163,7 @@ def test_changing_the_number_of_ranks_serves_everything_once(drop_last: bool):
 @pytest.mark.parametrize(("total", "world_size"), [(0, 3), (1, 8), (7, 2), (8, 2)])
 def test_deal(total: int, world_size: int):
     for drop_last in (True, False):
-        dealt = np.array([deal(total, 0, rank, world_size, drop_last) for rank in range(world_size)])
+        dealt = np.array([rank_indices(total, 0, rank, world_size, drop_last) for rank in range(world_size)])
         common = dealt.T.ravel().tolist()
         assert common[:total] == list(range(total))[: len(common)]
         assert len(common) % world_size == 0 and abs(len(common) - total) < world_size
@@ -258,7 +265,7 @@ def test_report(tmp_path):
         assert line[4:7] == [str(rows), str(size), str(batches)]
         assert line[8:] == [str(rows - size * batches), "0"]
     (reason,) = (line for line in text.splitlines() if "fewer pixels" in line)
-    assert int(reason.split(":")[0]) == (plan.placement.fate == Fate.TOO_SMALL).sum()
+    assert int(reason.split(":")[0]) == (plan.placement.outcome == RowOutcome.TOO_SMALL).sum()
     padded = bucket_report.describe(sampler(columns, world_size=50, drop_last=False))
     assert "batches are repeated at the end" in padded
 
@@ -277,14 +284,16 @@ def test_rows_and_picture(tmp_path):
     assert [row["path"] for row in rows] == paths
     for number, row in enumerate(rows):
         bucket = placement[number]
-        assert row["reason"] == ("" if bucket else REASONS[placement.fate[number]])
+        assert row["reason"] == ("" if bucket else REASONS[placement.outcome[number]])
         if bucket:
             assert (row["resolution"], int(row["num_frames"]), row["aspect_ratio"]) == bucket
             assert (int(row["height"]), int(row["width"])) == bucket.size[1:]
     picture = picture.read_text()
     assert all(f">{bucket}</text>" in picture for bucket in made.plan.buckets)
     ElementTree.fromstring(picture)
-    assert picture.count("<rect") == 1 + 2 * (len(made.plan.buckets) + len(set(placement.fate) - {Fate.PLACED}))
+    assert picture.count("<rect") == 1 + 2 * (
+        len(made.plan.buckets) + len(set(placement.outcome) - {RowOutcome.PLACED})
+    )
 
 
 @pytest.fixture
@@ -359,10 +368,10 @@ def test_command_refuses_what_it_cannot_use(
 
 def test_rows_are_placed_together_as_they_are_one_by_one(monkeypatch: pytest.MonkeyPatch):
     columns = table(1000)
-    whole = Buckets(CONFIG).place(*columns, seed=5, epoch=2)
+    whole = Buckets(CONFIG).assign(*columns, seed=5, epoch=2)
     monkeypatch.setattr("opensora.datasets.bucket.CHUNK", 7)
-    parts = Buckets(CONFIG).place(*columns, seed=5, epoch=2)
-    for name in ("entry", "ratio", "fate"):
+    parts = Buckets(CONFIG).assign(*columns, seed=5, epoch=2)
+    for name in ("entry", "ratio", "outcome"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(parts, name))
     assert len(np.unique(whole.entry)) > 3
     np.testing.assert_array_equal(random_words(20, 5, 2, 0)[13:], random_words(7, 5, 2, 0, start=13))

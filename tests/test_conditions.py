@@ -13,7 +13,7 @@ import torch
 
 import opensora
 from opensora import registry
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.cli import main
 from opensora.config import read_config
 from opensora.config.settings import InferenceSettings
@@ -55,7 +55,7 @@ def refused(capsys: pytest.CaptureFixture, *argv: object) -> str:
 def test_frames_that_are_all_given_come_out_as_the_autoencoder_sees_them(hub_cache: Path) -> None:
     argv = ("--num-frames", "34", "--reference-path", "clip.mp4", "--mask-strategy", "0,0,0,0,10")
     assert run_script(SAMPLE, *SMALL, "--prompt", "x", *argv) == 0
-    vae, _ = components.load(
+    vae, _ = builder.load_component(
         {"type": "OpenSoraVAE_V1_2", "from_pretrained": str(snapshot(hub_cache, "vae"))}, "vae", CPU, torch.float32
     )
     with torch.no_grad():
@@ -116,7 +116,7 @@ BAD = [
 def test_what_cannot_be_followed_is_refused_before_any_weight_is_read(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, argv: tuple, problem: str
 ) -> None:
-    monkeypatch.setattr("opensora.checkpoints.components.load_weights", None)
+    monkeypatch.setattr("opensora.checkpoints.builder.load_weights", None)
     assert problem in refused(capsys, *argv)
 
 
@@ -152,7 +152,7 @@ def test_words_become_tuples(capsys, argv: tuple, reference_path: str, mask_stra
 def test_an_extended_clip_begins_with_what_was_kept(hub_cache: Path) -> None:
     with_words("--extend", "clip.mp4")
     where = {"type": "OpenSoraVAE_V1_2", "from_pretrained": str(snapshot(hub_cache, "vae"))}
-    vae, _ = components.load(where, "vae", CPU, torch.float32)
+    vae, _ = builder.load_component(where, "vae", CPU, torch.float32)
     with torch.no_grad():
         kept = read_reference("clip.mp4", SIZE)[None, :, -17:]
         expected = to_uint8(vae.decode(vae.encode(kept, sample=False), num_frames=17)[0])
@@ -177,7 +177,7 @@ WORDS = [
 
 @pytest.mark.parametrize(("argv", "problem"), WORDS)
 def test_words_that_make_no_sense(capsys, monkeypatch, argv: tuple, problem: str) -> None:
-    monkeypatch.setattr("opensora.checkpoints.components.load_weights", None)
+    monkeypatch.setattr("opensora.checkpoints.builder.load_weights", None)
     assert problem in refused(capsys, "--num-frames", "34", *argv)
 
 
@@ -198,7 +198,7 @@ def test_mask_strategies_have_bounds(text: str) -> None:
 @pytest.mark.parametrize("flag", ["--image", "--last-frame", "--extend", "--edit", "--reference-path"])
 @pytest.mark.parametrize("kind", ["folder", "fifo", "device", "several"])
 def test_given_files_are_regular_files(capsys, monkeypatch, flag: str, kind: str) -> None:
-    monkeypatch.setattr("opensora.checkpoints.components.load_weights", None)
+    monkeypatch.setattr("opensora.checkpoints.builder.load_weights", None)
     name = {"device": "/dev/zero", "several": "image.png;;clip.mp4"}.get(kind, "given.png")
     if kind == "folder":
         Path(name).mkdir()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from opensora.config import document, find_config, read_config
-from opensora.config.fields import kinds
+from opensora.config.fields import field_types
 from opensora.config.legacy import LEGACY, OF_NO_EFFECT
 from opensora.config.schema import check
 from opensora.config.settings import ExtractSettings, InferenceSettings, SearchSettings, TrainSettings
@@ -31,10 +31,10 @@ def test_every_setting_has_a_meaning_and_an_example(name):
     kind, field = FIELDS[name]
     if name == "ExtractSettings.model":
         return  # of training; here it may be left out
-    assert field.metadata["help"] or field.metadata["about"]
+    assert field.metadata["help"] or field.metadata["doc"]
     example = field.default if field.metadata["example"] is None else field.metadata["example"]
     assert example is not None and example is not dataclasses.MISSING
-    check(kinds(kind)[field.name], example)
+    check(field_types(kind)[field.name], example)
     assert field.name in EXPLAINED
 
 
@@ -60,6 +60,7 @@ def test_it_is_linked(name):
 
 
 def test_the_words_for_types():
-    assert document.type_text(int) == "whole number"
-    assert document.type_text(bool | None) == "True or False or None"
-    assert "from 1 to 10000" in TEXT and "number above 0 to 1000000" in TEXT and "(height, width) in pixels" in TEXT
+    assert document.type_text(int) == "int"
+    assert document.type_text(bool | None) == "bool or None"
+    assert document.type_text(int | float) == "float"
+    assert "int in [1, 10000]" in TEXT and "float in (0, 1000000]" in TEXT and "(height, width) in pixels" in TEXT

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from opensora.acceleration.model_parts import kept_in_float32
-from opensora.checkpoints import components, save
-from opensora.checkpoints.convert import convert
+from opensora.checkpoints import builder, convert, save
 from opensora.checkpoints.fit import load_weights
 from opensora.checkpoints.key_mapping import POSITIONS
 from opensora.checkpoints.read import read_state_dict
@@ -131,7 +130,7 @@ class TestLayouts:
         summary = convert(str(source), str(tmp_path / "ours"), "hf", config_of(tmp_path, **section))
         size = {"input_size": (1, 8, 8)}
         for path, known in ((source, section), (tmp_path / "ours", {"type": section["type"]})):
-            path_model = components.build(known, path, size, size)
+            path_model = builder.build_model(known, path, size, size)
             loaded = load_weights(path_model, path)
             if path == source:
                 expected = path_model.state_dict()
@@ -287,7 +286,7 @@ def test_damaged_files_are_refused(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and DAMAGE[kind] in error
     assert not Path("out.safetensors").exists() and not Path("ran").exists()
-    model = components.build(dict(type="PixArt", **SMALL, **TEXT), None)
+    model = builder.build_model(dict(type="PixArt", **SMALL, **TEXT), None)
     with pytest.raises(WeightsError) as caught:
         load_weights(model, source)
     assert DAMAGE[kind].strip() in str(caught.value)

@@ -13,7 +13,8 @@ from PIL import Image
 
 from opensora.datasets import video as media
 from opensora.datasets.datasets import VideoTextDataset
-from opensora.datasets.make_table import make_table, read_row
+from opensora.datasets.folder_table import make_table, read_row
+from opensora.datasets.video import reader
 from opensora.errors import MediaError
 from opensora.pipeline.references import References, read_reference
 
@@ -284,7 +285,7 @@ def test_the_pixels_of_animated_images_are_counted_before_they_are_decoded(make,
 
 def test_the_pixels_of_a_video_for_reference_are_counted_before_they_are_decoded(tmp_path, monkeypatch):
     path = encoded(tmp_path / "a.mp4", "h264")
-    monkeypatch.setattr(media, "MAX_DECODED", LENGTH * 48 * 64 - 1)
+    monkeypatch.setattr(reader, "MAX_DECODED", LENGTH * 48 * 64 - 1)
     with pytest.raises(MediaError, match="36 frames of 48x64, 110,592 pixels in all, over the limit of 110,591"):
         next(media.iterate_video(path, 4096))
 

@@ -23,6 +23,7 @@ from opensora.datasets.datasets import (
 from opensora.datasets.quarantine import Broken
 from opensora.datasets.table import Texts, read_table
 from opensora.datasets.transforms import resize_crop
+from opensora.datasets.video import reader
 from opensora.errors import ConfigError, MediaError
 
 LENGTH = 40
@@ -189,21 +190,21 @@ def test_span_is_what_a_full_decode_gives(name, codec, options, uneven, tmp_path
 
 def test_only_the_span_is_decoded(clip, monkeypatch):
     decoded = []
-    frames = media._frames
+    frames = reader.decode_frames
 
     def counted(*args, **options):
         for frame in frames(*args, **options):
             decoded.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(media, "_frames", counted)
+    monkeypatch.setattr(reader, "decode_frames", counted)
     media.read_span(clip, lambda total: [30, 31, 32])
     assert 3 <= len(decoded) <= 12  # a group of pictures has 12
 
 
 def test_span_where_seeking_leads_astray(clip, monkeypatch):
     full, _ = media.read_video(clip)
-    monkeypatch.setattr(media, "_span_from_key", lambda *_: None)
+    monkeypatch.setattr(reader, "_span_from_key", lambda *_: None)
     frames, _ = media.read_span(clip, lambda total: [30, 32], lambda frame: frame[:2])
     np.testing.assert_array_equal(frames, full[[30, 32], :2])
 

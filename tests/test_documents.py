@@ -25,7 +25,7 @@ from typing import NamedTuple
 import pytest
 
 from opensora import cli, registry
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.cli.verbs import make_parser
 from opensora.config import model_zoo, read_config
 from opensora.config.settings import InferenceSettings, TrainSettings, check_trainable
@@ -369,7 +369,7 @@ def check_request(settings: InferenceSettings) -> int:
     """All that can be said about a request without reading a weight: sizes, prompts, references, masks, loops."""
     job = Job(settings, LoadedModels(settings))
     assert job.requests
-    vae = components.build(settings.vae, components.find(settings.vae, "vae"))
+    vae = builder.build_model(settings.vae, builder.find_weights(settings.vae, "vae"))
     model = SimpleNamespace(patch_size=(1, 2, 2))  # its checkpoint may be what a command before this one writes
     place_media(job, job.requests, model, vae)
     return 0

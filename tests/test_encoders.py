@@ -13,14 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.checkpoints.fit import load_weights
-from opensora.checkpoints.key_mapping import Drop, Rename
 from opensora.checkpoints.save import save_pretrained
 from opensora.errors import ConfigError, WeightsError
 from opensora.models.text_encoder.classes import ClassIds
-from opensora.models.text_encoder.clip import CLIP_DROPPED, CLIP_RENAMED, CLIPEncoder, load_clip_tokenizer, make_clip
-from opensora.models.vae.vae import FRAMES_RENAMED, FrameAutoencoder, VideoAutoencoderKL, VideoAutoencoderPipeline
+from opensora.models.text_encoder.clip import CLIPEncoder, load_clip_tokenizer, make_clip
+from opensora.models.vae.vae import FrameAutoencoder, VideoAutoencoderKL, VideoAutoencoderPipeline
 from opensora.models.vae.vae_svd import VideoAutoencoderKLTemporalDecoder
 
 SCALE = 0.18215
@@ -63,7 +62,7 @@ def load_frames(cls: type[FrameAutoencoder], folder: Path, **options: Any) -> Fr
     config = cls.keywords(json.loads((folder / "config.json").read_text()))
     with torch.device("meta"):
         model = cls(**{**config, **options})
-    load_weights(model, folder, rules=[Rename(*names) for names in FRAMES_RENAMED])
+    load_weights(model, folder)
     return model.eval().requires_grad_(False)
 
 
@@ -213,8 +212,7 @@ def make_clip_folder(folder: Path, **text_settings: Any) -> tuple[Path, nn.Modul
 
 def load_clip(folder: Path, **options: Any) -> CLIPEncoder:
     encoder = make_clip(json.loads((folder / "config.json").read_text()), folder, **options)
-    rules = [*(Drop(pattern) for pattern in CLIP_DROPPED), *(Rename(*names) for names in CLIP_RENAMED)]
-    load_weights(encoder.model, folder, rules=rules)
+    load_weights(encoder.model, folder)
     return encoder
 
 
@@ -298,7 +296,7 @@ def test_damaged_files_of_clip_are_named(
     shutil.copytree(clip[0], tmp_path, dirs_exist_ok=True)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(WeightsError, match=rf"{name}: ") as caught:
-        components.build_text_encoder({"type": "clip"}, tmp_path, torch.float32)
+        builder.build_text_encoder({"type": "clip"}, tmp_path, torch.float32)
     assert "\n" not in str(caught.value)
 
 
@@ -313,7 +311,7 @@ def test_clip_errors_name_what_is_missing(clip: tuple[Path, nn.Module], tmp_path
     save_file(state, tmp_path / "model.safetensors")
     encoder = make_clip(json.loads((clip[0] / "config.json").read_text()), clip[0])
     with pytest.raises(WeightsError, match=r"missing text_model\.final_layer_norm\.bias"):
-        load_weights(encoder.model, tmp_path, rules=[Drop(pattern) for pattern in CLIP_DROPPED])
+        load_weights(encoder.model, tmp_path)
 
 
 def test_class_numbers() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from opensora.cli.program import run_program
 from opensora.files import replacing
-from opensora.signals import STOPPING, Stopped, held, stoppable
+from opensora.signals import STOPPING, Stopped, defer_stop_signals, handle_stop_signals
 
 ROOT = Path(__file__).parents[1]
 SAID = "interrupted; nothing half-written was left\n"
@@ -109,9 +109,9 @@ def test_what_is_ignored_stays_so(number: int) -> None:
 @pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
 def test_a_signal_waits_for_what_must_not_be_torn_apart(number: int) -> None:
     done = []
-    with pytest.raises(Stopped) as stop, stoppable():
-        with held():
-            with held():
+    with pytest.raises(Stopped) as stop, handle_stop_signals():
+        with defer_stop_signals():
+            with defer_stop_signals():
                 os.kill(os.getpid(), number)
             done.append("inner")
         done.append("after")
@@ -155,7 +155,7 @@ def test_other_threads_are_left_alone() -> None:
     found: list[int] = []
 
     def program() -> None:
-        with held(), stoppable():
+        with defer_stop_signals(), handle_stop_signals():
             found.append(run_program(lambda: 5))
 
     thread = threading.Thread(target=program)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.config.settings import TrainSettings
 from opensora.errors import WeightsError
 from opensora.models.stdit.stdit3 import STDiT3
@@ -63,7 +63,7 @@ def test_training_checkpoint(tmp_path: Path, run: Trainer, ema: bool, whole_expe
     assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "STDiT3"
     section = dict(type="STDiT3", from_pretrained=str(tmp_path / "out"))
-    model, loaded = components.load(section, "model", CPU, torch.float32)
+    model, loaded = builder.load_component(section, "model", CPU, torch.float32)
     assert loaded.sha256 == summary.sha256 and model.config == run.model.config
 
 
@@ -80,7 +80,7 @@ def test_precision(tmp_path: Path, name: str | None, dtype: torch.dtype) -> None
 def test_tokenizer_comes_along(tmp_path: Path) -> None:
     export(make_tiny_t5(tmp_path / "t5"), tmp_path / "out", dtype=torch.float16)
     section = dict(type="t5", from_pretrained=str(tmp_path / "out"))
-    encoder, summary = components.load(section, "text_encoder", CPU, torch.float32)
+    encoder, summary = builder.load_component(section, "text_encoder", CPU, torch.float32)
     features, mask = encoder.encode(["waves of the sea"])
     assert summary.dtypes == ("fp16",) and features.shape == (1, 1, mask.shape[1], 32)
 
@@ -154,7 +154,9 @@ class TestReproduce:
         ]
         vae = load_file(embedded / "vae" / "model.safetensors")
         assert vae["shift"].dtype == torch.float32 and vae["shift"].shape == (1, 4, 1, 1, 1)
-        components.load(dict(type="STDiT3", from_pretrained=str(embedded / "stdit3")), "model", CPU, torch.float32)
+        builder.load_component(
+            dict(type="STDiT3", from_pretrained=str(embedded / "stdit3")), "model", CPU, torch.float32
+        )
         ran.clear()
         assert reproduce.main(["--outputs", str(outputs)]) == 0
         assert ran == ["scripts/misc/export.py"] * 3

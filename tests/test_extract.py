@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.datasets.datasets import VariableVideoTextDataset, VideoTextDataset, to_levels
 from opensora.errors import ConfigError, MediaError
 from opensora.training.feature_extraction import extract as module
@@ -385,8 +385,8 @@ def test_published_configuration(tmp_path: Path, table: Path, monkeypatch: pytes
 
     use(monkeypatch)
     asked: list[Any] = []
-    load = components.load
-    monkeypatch.setattr(components, "load", lambda *args: (asked.append(args), load(*args))[1])
+    load = builder.load_component
+    monkeypatch.setattr(builder, "load_component", lambda *args: (asked.append(args), load(*args))[1])
     script = Path(__file__).parents[1] / "scripts" / "misc" / "extract_feat.py"
     flags = ["--data-path", str(table), "--save-dir", str(tmp_path / "f"), "--device", "cpu"]
     options = ["--cfg-options", "num_workers=2", "crops=1"]

@@ -24,7 +24,7 @@ from opensora.acceleration.kernels.upsample import UpsampleConv2d
 from opensora.acceleration.placement import to_device
 from opensora.acceleration.quantization import KINDS, EightBitLinear, quantize
 from opensora.acceleration.replace_modules import replace_modules
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.checkpoints.fit import load_weights
 from opensora.datasets.video import read_video
 from opensora.errors import ConfigError
@@ -420,7 +420,7 @@ def test_an_autoencoder_lets_go_of_its_file(tmp_path):
         return str(tmp_path) in Path("/proc/self/maps").read_text()
 
     section = {"type": "VideoAutoencoderPipeline", "from_pretrained": str(tmp_path / "vae")}
-    built = components.build(section, tmp_path / "vae")
+    built = builder.build_model(section, tmp_path / "vae")
     load_weights(built, tmp_path / "vae", dtype=torch.float32)
     assert mapped(), "else this test says nothing"
     before = {name: tensor.clone() for name, tensor in built.state_dict().items()}

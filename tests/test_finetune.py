@@ -10,7 +10,7 @@ import torch
 from opensora import registry
 from opensora.config import find_config, read_config
 from opensora.config.settings import TrainSettings
-from opensora.datasets.make_table import make_table
+from opensora.datasets import make_table
 from opensora.datasets.synthetic.render import make_clip
 from opensora.datasets.video import write_video
 from opensora.distributed.process_group import RankLayout

@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from opensora.checkpoints import components
-from opensora.checkpoints.convert import convert
+from opensora.checkpoints import builder, convert, inspect
 from opensora.checkpoints.hub import EMBEDDED, locate
-from opensora.checkpoints.published import PUBLISHED, published
+from opensora.checkpoints.published_files import PUBLISHED, published
 from opensora.checkpoints.read import read_state_dict
 from opensora.checkpoints.save import save_file
-from opensora.checkpoints.summary import inspect
 from opensora.cli import main
 from opensora.config import read_config
 from opensora.config.settings import TrainSettings
@@ -70,16 +68,19 @@ def test_sections_say_where_and_whether(hub: StandIn, tmp_path: Path, what: str,
     types = {"model": "STDiT3", "vae": "VideoAutoencoderKL", "text_encoder": "t5"}
     section = {"type": types[what], "from_pretrained": REPO, key: True if key == "local_files_only" else "~/here"}
     if key == "local_files_only":
-        for act in (lambda: components.find(section, what), lambda: components.load(section, what, CPU, FP32)):
+        for act in (
+            lambda: builder.find_weights(section, what),
+            lambda: builder.load_component(section, what, CPU, FP32),
+        ):
             with pytest.raises(WeightsError, match=rf"^{what}: 'org/name' .*\(local_files_only\)"):
                 act()
         assert not hub.asked
         return
     section[key] = str(tmp_path / "here")
-    found = components.find(section, what)
+    found = builder.find_weights(section, what)
     assert found.is_relative_to(tmp_path / "here") and not (tmp_path / "cache").exists()
     hub.asked.clear()
-    assert components.find({**section, "local_files_only": True}, what) == found and not hub.asked
+    assert builder.find_weights({**section, "local_files_only": True}, what) == found and not hub.asked
 
 
 def test_parts_of_an_autoencoder_say_where_and_whether(hub: StandIn, tmp_path: Path) -> None:
@@ -263,7 +264,7 @@ def test_shipped_configurations_name_weights_that_can_be_had(hub: StandIn, confi
 def test_the_cache_that_a_section_names_is_used_for_converting(hub: StandIn, tmp_path: Path) -> None:
     model = make_tiny_stdit3(tmp_path / "model")
     hub.repositories[REPO] = {path.name: path.read_bytes() for path in model.iterdir()}
-    assert inspect(REPO).splitlines()[1] == "config.json: STDiT3"
+    assert inspect(REPO).model_type == "STDiT3"
     convert(REPO, str(tmp_path / "b"), "hf")
     assert json.loads((tmp_path / "b" / "config.json").read_text())["model_type"] == "STDiT3"
     assert COMMIT in str(locate(REPO))

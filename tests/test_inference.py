@@ -216,7 +216,7 @@ def test_prompt_as_path_keeps_what_exists(here, capsys, monkeypatch):
     assert capsys.readouterr().out == "out/b.mp4\n"
     assert (here / "out/a.mp4").read_bytes() == b"kept"
 
-    monkeypatch.setattr("opensora.checkpoints.components.build_text_encoder", None)
+    monkeypatch.setattr("opensora.checkpoints.builder.build_text_encoder", None)
     assert run_script(*argv, "a", "b") == 0
     assert capsys.readouterr().out == ""
 

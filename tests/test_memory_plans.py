@@ -24,7 +24,7 @@ from opensora.acceleration.offload import OffloadedModule, Offloader, offload_bl
 from opensora.acceleration.placement import to_device
 from opensora.acceleration.quantization import quantize
 from opensora.acceleration.replace_modules import copy_structure, unwrap
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.cli.verbs.generation import request_settings
 from opensora.config import find_config, read_config
 from opensora.config.settings import InferenceSettings
@@ -257,7 +257,7 @@ def test_what_a_process_takes_falls_plan_by_plan(monkeypatch):
 def test_decoding_holds_one_piece_at_a_time(parts, monkeypatch):
     """However long the clip is, the device has the frames of one piece."""
     path = parts["VideoAutoencoderKL"]
-    vae = components.build({"type": "VideoAutoencoderKL", "from_pretrained": str(path)}, path)
+    vae = builder.build_model({"type": "VideoAutoencoderKL", "from_pretrained": str(path)}, path)
     whole, pieces = (
         [cost_model.decoding_cost(vae, (frames, 512, 512), torch.float32, META, streamed).peak for frames in (4, 16)]
         for streamed in (False, True)
@@ -280,7 +280,9 @@ def test_weights_of_a_guest_are_there_while_they_are_needed():
 
 def test_a_text_encoder_comes_layer_by_layer(tmp_path):
     path = make_tiny_t5(tmp_path / "t5")
-    encoder, _ = components.load({"type": "t5", "from_pretrained": str(path)}, "text_encoder", CPU, torch.float32)
+    encoder, _ = builder.load_component(
+        {"type": "t5", "from_pretrained": str(path)}, "text_encoder", CPU, torch.float32
+    )
     model, seen = encoder.model, []
     expected = {name: value.clone() for name, value in model.state_dict().items()}
     layers = list(model.encoder.block)
@@ -399,7 +401,9 @@ def test_linear_layers_in_8_bits_count_as_such():
         make_plan(InferenceSettings.from_config({**config, "linear": linear}, file.name)).estimate.stages(FAST)[2]
         for linear in ("exact", "int8")
     )
-    model, _ = components.load({"type": "STDiT3", "from_pretrained": "embedded:stdit3"}, "model", CPU, torch.float32)
+    model, _ = builder.load_component(
+        {"type": "STDiT3", "from_pretrained": "embedded:stdit3"}, "model", CPU, torch.float32
+    )
     before = sum(parameter.numel() for parameter in model.parameters())
     quantize(model)
     values = before - sum(parameter.numel() for parameter in model.parameters())

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opensora import files
 from opensora.config.settings import InferenceSettings
 from opensora.datasets.video import read_image
 from opensora.errors import ConfigError, MediaError, WeightsError
 from opensora.files import adding, replacing
+from opensora.files import atomic as files
 from opensora.pipeline import outputs
 from opensora.pipeline.output_names import save_path_name
 from opensora.pipeline.outputs import Outputs
@@ -209,7 +209,7 @@ def test_a_named_file() -> None:
 
 
 def interrupted(work: Any, at: int) -> bool:
-    """Whether `work` ended before a KeyboardInterrupt could be raised at the line number `at` of opensora/files.py.
+    """Whether `work` ended before a KeyboardInterrupt could be raised at the line `at` of opensora/files/atomic.py.
 
     Lines that put things in order are not interrupted: there is one handling of signals, which waits for them.
     """

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.config.settings import InferenceSettings
 from opensora.datasets import video
 from opensora.datasets.video import read_video
@@ -78,8 +78,8 @@ def on_two_ranks(weights: Path) -> dict[str, Any]:
         "mean": all_reduce_mean(torch.tensor([1.0, 2.0]) * layout.rank, layout),
     }
     found |= average_and_clip(layout)
-    encoder = components.build_text_encoder(T5, weights / "text_encoder", torch.float32)
-    components.fill_text_encoder(encoder, T5, weights / "text_encoder", CPU, layout)
+    encoder = builder.build_text_encoder(T5, weights / "text_encoder", torch.float32)
+    builder.load_text_encoder_weights(encoder, T5, weights / "text_encoder", CPU, layout)
     found["text"] = encoder.encode(["a red circle", "waves of the sea at dawn"])[0]
     found["held"] = sum(local_shard(p).numel() for p in encoder.model.parameters()) / sum(
         p.numel() for p in encoder.model.parameters()
@@ -104,8 +104,8 @@ def average_and_clip(layout: RankLayout) -> dict[str, Any]:
 
 def test_two_ranks(weights):
     layout, expected = RankLayout(), average_and_clip(RankLayout())
-    encoder = components.build_text_encoder(T5, weights / "text_encoder", torch.float32)
-    components.fill_text_encoder(encoder, T5, weights / "text_encoder", CPU, layout)
+    encoder = builder.build_text_encoder(T5, weights / "text_encoder", torch.float32)
+    builder.load_text_encoder_weights(encoder, T5, weights / "text_encoder", CPU, layout)
     expected["text"] = encoder.encode(["a red circle", "waves of the sea at dawn"])[0]
     for found in run(2, on_two_ranks, weights):
         assert found["shared"] == "of 0" and found["gathered"] == [0, 1]

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from opensora import registry
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.checkpoints.save import save_pretrained
 from opensora.cli import main
 from opensora.cli.verbs.generation import request_settings
@@ -170,10 +170,10 @@ def test_what_is_planned_is_done_and_what_is_refused_is_refused_at_once(
     parts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng, accepted, refusals, kinds = random.Random(0), 0, set(), set()
-    monkeypatch.setattr(components, "build_text_encoder", cached(components.build_text_encoder))
-    monkeypatch.setattr(components, "build", cached_autoencoders(components.build))
+    monkeypatch.setattr(builder, "build_text_encoder", cached(builder.build_text_encoder))
+    monkeypatch.setattr(builder, "build_model", cached_autoencoders(builder.build_model))
     monkeypatch.setattr(cost_model, "step_cost", cached_steps(cost_model.step_cost))
-    monkeypatch.setattr("opensora.checkpoints.components.load_weights", None)
+    monkeypatch.setattr("opensora.checkpoints.builder.load_weights", None)
     for number in range(REQUESTS):
         settings = random_request(rng, parts)
         try:
@@ -296,7 +296,7 @@ LATE: list[tuple[dict[str, Any], str]] = [
 def test_both_refuse_before_any_weight_is_read(
     parts: dict[str, Path], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], problem: str
 ) -> None:
-    monkeypatch.setattr("opensora.checkpoints.components.load_weights", None)
+    monkeypatch.setattr("opensora.checkpoints.builder.load_weights", None)
     settings = settings_for(parts, **changes)
     for job in (make_plan, lambda one: list(VideoPipeline(one).generate())):
         with pytest.raises(OpenSoraError, match=problem):
@@ -339,7 +339,7 @@ def test_the_nearest_setting_that_fits(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], room: float, part: str
 ) -> None:
     frames = 68 if part == "--num-frames" else 17
-    embedded = Path(components.__file__).parents[2] / "configs/embedded/inference/sample.py"
+    embedded = Path(builder.__file__).parents[2] / "configs/embedded/inference/sample.py"
     argv = ["x", "--image-size", *map(str, size), "--num-frames", str(frames), "--memory", "low"]
     plan = make_plan(settings_of_command(embedded, argv))
     needed = plan.memory - plan.base
@@ -470,7 +470,7 @@ def test_counting_is_exact_where_it_can_be() -> None:
 def test_memory_grows_with_the_length_to_its_end(parts: dict[str, Path]) -> None:
     """Work in one part of the decoder peaks for short clips, what is held of the result for long ones."""
     path = parts["OpenSoraVAE_V1_2"]
-    vae = components.build({"type": "OpenSoraVAE_V1_2", "from_pretrained": str(path)}, path)
+    vae = builder.build_model({"type": "OpenSoraVAE_V1_2", "from_pretrained": str(path)}, path)
     costs = [cost_model.decoding_cost(vae, (17 * count, 32, 48), torch.float32, CPU) for count in (1, 2, 6)]
     assert costs[2].convolutions == pytest.approx(6 * costs[0].convolutions, rel=0.05)
     assert costs[2].peak - costs[1].peak > 4 * 17 * 4 * 3 * 32 * 48  # 4 chunks of frames in float32 at the least
@@ -537,7 +537,7 @@ def test_memory_of_large_models(
     vae = "OpenSoraVAE_V1_2" if kind.startswith("STDiT3") else "VideoAutoencoderKL"
     section = {"type": kind, "caption_channels": 32, "input_size": (size[0], size[1] // 8, size[2] // 8)}
     with torch.device("meta"):
-        model = components.registry.build(section)
+        model = builder.registry.build(section)
     state = {name: torch.zeros(tensor.shape, dtype=dtype) for name, tensor in model.state_dict().items()}
     save_pretrained(state, here / "weights", {"model_type": kind, **model.config}, 2**40)
     del state

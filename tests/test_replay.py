@@ -192,8 +192,8 @@ def damaged(recipe: dict, *path: str, value: object = None) -> dict:
     ],
 )
 def test_damaged_recipes(here, own_weights, capsys, monkeypatch, path, value, problem):
-    for loader in ("fill_text_encoder", "fill"):
-        monkeypatch.setattr(f"opensora.checkpoints.components.{loader}", None)
+    for loader in ("load_text_encoder_weights", "load_model_weights"):
+        monkeypatch.setattr(f"opensora.checkpoints.builder.{loader}", None)
     sidecar = here / "made/sample_0000.json"
     sidecar.write_text(json.dumps(damaged(json.loads(sidecar.read_text()), *path, value=value)))
     before = tree(here)

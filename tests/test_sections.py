@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from opensora import registry
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.config.sections import DATASETS, SECTIONS, TYPES, checked
 from opensora.config.settings import InferenceSettings, TrainSettings
 from opensora.errors import ConfigError, OpenSoraError, WeightsError
@@ -186,8 +186,8 @@ def test_wrong_values_in_sections(section, value, problem):
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ({"bucket_config": {"144p": {1: (0.5,)}}}, "bucket_config.144p[1] must be (keep, batch size)"),
-        ({"bucket_config": {"144p": {1: (0.5, 1.5)}}}, "bucket_config.144p[1] must be (keep, batch size)"),
+        ({"bucket_config": {"144p": {1: (0.5,)}}}, "bucket_config.144p[1] must be (keep probability, batch size)"),
+        ({"bucket_config": {"144p": {1: (0.5, 1.5)}}}, "bucket_config.144p[1] must be (keep probability, batch size)"),
         ({"bucket_config": {"144p": {"x": (0.5, 1)}}}, "bucket_config.144p.x must be a whole number; it is 'x'"),
         ({"bucket_config": {"144p": {10**9: (0.5, 1)}}}, "bucket_config.144p[1000000000] must be at most 100000"),
         ({"bucket_config": {"144p": (0.5, 1)}}, "bucket_config.144p must be a dict"),
@@ -295,7 +295,7 @@ def test_a_wrong_value_is_refused_without_torch(tmp_path):
 def test_wrong_config_json_of_a_model(tmp_path, stated, problem):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "STDiT3", "other": 1, **TINY_STDIT3, **stated}))
     with pytest.raises(WeightsError) as failure:
-        components.build({"type": "STDiT3"}, tmp_path)
+        builder.build_model({"type": "STDiT3"}, tmp_path)
     assert str(failure.value).startswith(f"{tmp_path}/config.json: ") and problem in str(failure.value)
 
 
@@ -305,7 +305,7 @@ def test_wrong_config_json_of_a_model(tmp_path, stated, problem):
 def test_wrong_trained_sizes(tmp_path, sizes):
     (tmp_path / "config.json").write_text(json.dumps({**TINY_STDIT3, "trained_sizes": sizes}))
     with pytest.raises(WeightsError, match=rf"^{tmp_path}/config\.json: trained_sizes[^\n]* must be [^\n]*$"):
-        components.trained_sizes(tmp_path)
+        builder.trained_sizes(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_wrong_config_json_of_a_text_encoder(tmp_path, file, changes, problem):
     path = folder / file
     path.write_text(json.dumps({**(json.loads(path.read_text()) if path.is_file() else {}), **changes, "unknown": [1]}))
     with pytest.raises(WeightsError) as failure:
-        components.build_text_encoder({"type": "t5"}, folder, None)
+        builder.build_text_encoder({"type": "t5"}, folder, None)
     assert str(failure.value).startswith(f"{path}: ") and problem in str(failure.value)
 
 
@@ -343,7 +343,7 @@ def test_wrong_config_json_of_a_text_encoder(tmp_path, file, changes, problem):
 def test_wrong_config_json_of_clip(tmp_path, stated, problem):
     (tmp_path / "config.json").write_text(json.dumps(stated))
     with pytest.raises(WeightsError) as failure:
-        components.build_text_encoder({"type": "clip"}, tmp_path, None)
+        builder.build_text_encoder({"type": "clip"}, tmp_path, None)
     assert str(failure.value) == f"{tmp_path}/config.json: {problem}" or problem in str(failure.value)
 
 
@@ -374,9 +374,9 @@ def test_what_does_not_fit_together_is_one_line(section):
 def test_a_model_beyond_the_memory_is_refused_before_it_is_made(monkeypatch, changes):
     """Where training gives initial values; also a small one, when little is free."""
     for free, sizes in ((2**34, changes), (2**10, {"hidden_size": 32, "num_heads": 2})):
-        monkeypatch.setattr(components, "free_on_host", lambda free=free: free)
+        monkeypatch.setattr(builder, "free_on_host", lambda free=free: free)
         with pytest.raises(ConfigError, match=r"^STDiT3 of these sizes takes [\d,]+ GiB, and \d+ GiB are free; "):
-            components.build({"type": "STDiT3", "strict": False, "depth": 1, **sizes}, None)
+            builder.build_model({"type": "STDiT3", "strict": False, "depth": 1, **sizes}, None)
 
 
 @pytest.mark.parametrize(

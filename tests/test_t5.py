@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import opensora
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.checkpoints.fit import load_weights
-from opensora.checkpoints.key_mapping import Drop
 from opensora.errors import WeightsError
-from opensora.models.text_encoder.t5 import T5_DROPPED, T5Encoder, load_t5_tokenizer, make_t5
+from opensora.models.text_encoder.t5 import T5Encoder, load_t5_tokenizer, make_t5
 from tests.tiny import TINY_SENTENCES, make_tiny_t5
 
 SHIPPED = Path(opensora.__file__).parent / "embedded" / "text_encoder"
@@ -24,7 +23,7 @@ needs_shipped = pytest.mark.skipif(not SHIPPED.is_dir(), reason="the embedded te
 
 def load(folder: Path, **options) -> T5Encoder:
     encoder = make_t5(json.loads((folder / "config.json").read_text()), folder, **options)
-    load_weights(encoder.model, folder, rules=[Drop(pattern) for pattern in T5_DROPPED])
+    load_weights(encoder.model, folder)
     return encoder
 
 
@@ -87,7 +86,7 @@ def test_damaged_files_of_a_tokenizer_are_named(folder: Path, tmp_path: Path, na
     else:
         (tmp_path / name).mkdir()
     with pytest.raises(WeightsError, match=rf"{name}: ") as caught:
-        components.build_text_encoder({"type": "t5"}, tmp_path, torch.float32)
+        builder.build_text_encoder({"type": "t5"}, tmp_path, torch.float32)
     message = str(caught.value)
     assert "tiktoken" not in message and "\n" not in message
     assert damage != "a pointer" or "run `git lfs pull`" in message
@@ -99,7 +98,7 @@ def test_a_tokenizer_of_another_model_is_refused(folder: Path, tmp_path: Path) -
         config = json.loads((folder / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": vocab_size}))
         with pytest.raises(WeightsError, match=rf"its tokenizer has .* tokens, its model {vocab_size}"):
-            components.build_text_encoder({"type": "t5"}, tmp_path, torch.float32)
+            builder.build_text_encoder({"type": "t5"}, tmp_path, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -107,13 +106,13 @@ def test_a_tokenizer_of_another_model_is_refused(folder: Path, tmp_path: Path) -
 )
 def test_the_hash_of_a_tokenizer_is_of_all_its_files(folder: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    sha = components.tokenizer_sha256(folder)
-    assert components.tokenizer_sha256(tmp_path) == components.tokenizer_sha256(tmp_path / "model.safetensors") == sha
+    sha = builder.tokenizer_sha256(folder)
+    assert builder.tokenizer_sha256(tmp_path) == builder.tokenizer_sha256(tmp_path / "model.safetensors") == sha
     (tmp_path / "notes.txt").write_text("decides nothing")
-    assert components.tokenizer_sha256(tmp_path) == sha
+    assert builder.tokenizer_sha256(tmp_path) == sha
     with (tmp_path / name).open("a") as file:
         file.write(" ")
-    assert components.tokenizer_sha256(tmp_path) != sha and components.tokenizer_sha256(None) == {}
+    assert builder.tokenizer_sha256(tmp_path) != sha and builder.tokenizer_sha256(None) == {}
 
 
 def test_padding_takes_part_in_nothing(tiny: T5Encoder) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.config.settings import TrainSettings
 from opensora.datasets.quarantine import Broken, Quarantine
 from opensora.datasets.video import write_image
@@ -121,7 +121,7 @@ def encoded(folder: Path, sharded: bool) -> dict[str, list[torch.Tensor]]:
     layout = start(cpu) if sharded else RankLayout()
     for name, (kind, _, dtype) in ENCODERS.items():
         section = {"type": kind, "from_pretrained": str(folder / name), "model_max_length": 16, "shardformer": sharded}
-        encoder, _ = components.load(section, "text_encoder", cpu, dtype, layout=layout)
+        encoder, _ = builder.load_component(section, "text_encoder", cpu, dtype, layout=layout)
         with torch.no_grad():
             found[name] = list(encoder.encode(["a red circle", "a boat on a lake, at dawn"]))
     return found

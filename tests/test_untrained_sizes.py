@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError
 from opensora.pipeline.checks import warn_untrained
@@ -14,9 +14,9 @@ from opensora.pipeline.request import Size, make_size
 
 
 def test_a_checkpoint_says_what_it_was_trained_on(tmp_path):
-    assert components.trained_sizes(tmp_path) == []
+    assert builder.trained_sizes(tmp_path) == []
     (tmp_path / "config.json").write_text(json.dumps({"trained_sizes": [[17, 64, 64]]}))
-    assert components.trained_sizes(tmp_path) == [[17, 64, 64]]
+    assert builder.trained_sizes(tmp_path) == [[17, 64, 64]]
 
 
 @pytest.mark.parametrize(("size", "warned"), [(Size(17, 64, 64), False), (Size(1, 64, 64), True)])

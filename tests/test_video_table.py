@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from opensora import cli
-from opensora.datasets.make_table import find_media, make_table, read_row
+from opensora.datasets.folder_table import find_media, make_table, read_row
 from opensora.datasets.synthetic.render import make_clip
 from opensora.datasets.table import read_table
 from opensora.datasets.video import write_image, write_video
@@ -121,7 +121,7 @@ def test_only_the_first_frame_is_decoded(folder: Path, monkeypatch: pytest.Monke
     def counting(path: Path, choose: object, convert: object) -> object:
         return own(path, choose, lambda frame: (seen.append(1), convert(frame))[1])
 
-    monkeypatch.setattr("opensora.datasets.make_table.read_span", counting)
+    monkeypatch.setattr("opensora.datasets.folder_table.read_span", counting)
     assert read_row(folder / "boat_on_a_lake.mp4").num_frames == 9
     assert len(seen) == 1
 

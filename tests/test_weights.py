@@ -6,19 +6,21 @@ import json
 import os
 import struct
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_type_hints
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from opensora import registry
 from opensora.checkpoints import save
 from opensora.checkpoints.fit import load_weights
 from opensora.checkpoints.hub import checkpoint_files, read_config_json
-from opensora.checkpoints.key_mapping import Drop, Rename
+from opensora.checkpoints.inspection import family, inspect
+from opensora.checkpoints.key_mapping import KEY_MAPPINGS, TRANSFORMER, Drop, Rename
 from opensora.checkpoints.read import read_state_dict
 from opensora.checkpoints.save import save_file, save_pretrained
-from opensora.checkpoints.summary import content_hash, family, inspect, summarize
+from opensora.checkpoints.summary import content_hash, summarize
 from opensora.errors import WeightsError
 from opensora.models.stdit.stdit import STDiT
 from opensora.models.vae.vae import FrameAutoencoder, VideoAutoencoderKL
@@ -252,7 +254,7 @@ class TestRules:
     ) -> None:
         save_file(state, tmp_path / "x.pt")
         model = on_meta(Small, rows) if meta else Small(rows)
-        summary = load_weights(model, tmp_path / "x.pt")
+        summary = load_weights(model, tmp_path / "x.pt", mapping=TRANSFORMER)
         table = state["y_embedder.y_embedding"]
         wanted = torch.stack([table[min(row, 3)] for row in range(rows)])
         assert torch.equal(model.y_embedder.y_embedding, wanted)
@@ -265,7 +267,7 @@ class TestRules:
 
     def test_position_buffers_are_dropped(self, tmp_path: Path, state: dict[str, Tensor]) -> None:
         save_file({**state, "pos_embed": torch.zeros(9), "pos_embed_temporal": torch.zeros(9)}, tmp_path / "x.pt")
-        summary = load_weights(on_meta(Small), tmp_path / "x.pt")
+        summary = load_weights(on_meta(Small), tmp_path / "x.pt", mapping=TRANSFORMER)
         assert summary.dropped == ("pos_embed", "pos_embed_temporal")
         assert "dropped pos_embed, pos_embed_temporal" in str(summary)
 
@@ -274,7 +276,7 @@ class TestRules:
         model = Small()
         model.register_buffer("pos_embed", torch.ones(3))
         model.register_buffer("pos_embed_temporal", torch.ones(3))
-        load_weights(model, tmp_path / "x.pt")
+        load_weights(model, tmp_path / "x.pt", mapping=TRANSFORMER)
         assert model.pos_embed.sum() == 3
 
     def test_rename_and_drop(self, tmp_path: Path, state: dict[str, Tensor]) -> None:
@@ -282,9 +284,15 @@ class TestRules:
         save_file({**theirs, "head.a": torch.zeros(1)}, tmp_path / "x.pt")
         rules = (Rename("layers.first_*", "first.*"), Drop("head.*"))
         model = Small()
-        summary = load_weights(model, tmp_path / "x.pt", rules=rules)
+        summary = load_weights(model, tmp_path / "x.pt", mapping=rules)
         assert summary.dropped == ("head.a",)
         assert_same(model.state_dict(), state)
+
+    @pytest.mark.parametrize("target", sorted({*registry.MODELS.values(), *registry.AUTOENCODERS.values()}))
+    def test_every_model_class_has_a_mapping(self, target: str) -> None:
+        built = registry.resolve(target)
+        cls = built if isinstance(built, type) else get_type_hints(built)["return"]
+        assert cls.__name__ in KEY_MAPPINGS
 
     def test_rename_keeps_each_star(self) -> None:
         rule = Rename("blocks.*.attn.*", "spatial_blocks.*.self.*")
@@ -304,7 +312,7 @@ class TestRules:
     def test_renames_are_told(self, tmp_path: Path, state: dict[str, Tensor]) -> None:
         save_file({f"old.{name}": tensor for name, tensor in state.items()}, tmp_path / "x.pt")
         model = nn.ModuleDict({"new": Small()})
-        summary = load_weights(model, tmp_path / "x.pt", rules=[Rename("old.*", "new.*")])
+        summary = load_weights(model, tmp_path / "x.pt", mapping=(Rename("old.*", "new.*"),))
         assert sorted(summary.renamed) == sorted((f"old.{name}", f"new.{name}") for name in state)
         assert "renamed old." in str(summary) and "and 2 more" in str(summary)
 
@@ -329,12 +337,12 @@ class TestRules:
         model.x_embedder.proj.weight = nn.Parameter(torch.zeros(wanted))
         save_file({"x_embedder.proj.weight": kernel}, tmp_path / "x.pt")
         if fits:
-            summary = load_weights(model, tmp_path / "x.pt")
+            summary = load_weights(model, tmp_path / "x.pt", mapping=TRANSFORMER)
             assert torch.equal(model.x_embedder.proj.weight.flatten(), kernel.flatten())
             assert bool(summary.resized) == (found != wanted)
         else:
             with pytest.raises(WeightsError, match=r"x_embedder\.proj\.weight: expected float32 .*, found float32"):
-                load_weights(model, tmp_path / "x.pt")
+                load_weights(model, tmp_path / "x.pt", mapping=TRANSFORMER)
 
     @pytest.mark.parametrize("kind", [VideoAutoencoderKL, VideoAutoencoderKLTemporalDecoder])
     @pytest.mark.parametrize("age", ["new", "old names", "old names and convolutions"])
@@ -472,7 +480,8 @@ class TestSummary:
 
     def test_hash_is_of_the_file_before_casts_and_rules(self, tmp_path: Path, state: dict[str, Tensor]) -> None:
         save_file(state, tmp_path / "x.pt")
-        assert load_weights(Small(2), tmp_path / "x.pt", dtype=torch.float16).sha256 == content_hash(state)
+        summary = load_weights(Small(2), tmp_path / "x.pt", mapping=TRANSFORMER, dtype=torch.float16)
+        assert summary.sha256 == content_hash(state)
 
     @pytest.mark.parametrize(
         ("names", "title"),
@@ -505,7 +514,7 @@ class TestSummary:
 
     def test_inspect(self, tmp_path: Path) -> None:
         save_pretrained({"encoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(2)}, tmp_path, {"type": "t5"})
-        lines = inspect(tmp_path).splitlines()
+        lines = str(inspect(tmp_path)).splitlines()
         assert lines[0].startswith(f"{tmp_path}: 1 tensors, 2 parameters, fp32, sha256 ")
         assert lines[1:] == ["config.json: t5", "family: T5 text encoder"]
 

@@ -1,4 +1,4 @@
-"""What to do when a checkpoint does not fit a model."""
+"""Hints for the error message when a checkpoint does not fit a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opensora.checkpoints.prefixes import common_prefix
 
-# What tells a size of a model: the tensor, and the axis of it.
+# Size of a model -> (tensor, axis) pairs that determine it.
 SIZES = {
     "hidden_size": (("x_embedder.proj.weight", 0),),
     "in_channels": (("x_embedder.proj.weight", 1),),
@@ -23,8 +23,8 @@ SIZES = {
 BLOCKS = re.compile(r"(?:^|\.)(?:spatial_blocks|blocks|block|layers)\.(\d+)\.")
 
 
-def advice(file: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> str:
-    """The end of a message, or an empty text: a prefix of all names, or sizes that a config.json would state."""
+def mismatch_hint(file: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> str:
+    """The end of the error message: a common prefix of all names, or sizes that differ; empty if there is no hint."""
     prefix = common_prefix(file)
     if prefix and not any(name.startswith(prefix) for name in own):
         rest = {name.removeprefix(prefix) for name in file}
@@ -35,8 +35,8 @@ def advice(file: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) ->
             return f"; all names begin with `{prefix}`, the model's do not"
     there, here = _sizes(file), _sizes(own)
     differ = [name for name in there if there[name] != here.get(name, there[name])]
-    told = [f"{name} {there[name]} in the file and {here[name]} in the model" for name in differ]
-    return f"; {_config_json(path)}: {', '.join(told)}" if told else ""
+    sizes = [f"{name} {there[name]} in the file and {here[name]} in the model" for name in differ]
+    return f"; {_config_json(path)}: {', '.join(sizes)}" if sizes else ""
 
 
 def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -51,7 +51,7 @@ def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _depth(names: Collection[str]) -> int:
-    """The number of whole blocks."""
+    """The number of complete blocks."""
     sizes = Counter(match[1] for name in names if (match := BLOCKS.search(name)))
     return sum(size == max(sizes.values()) for size in sizes.values())
 

@@ -1,10 +1,10 @@
-"""What a file is that is not what its name says, told by its first bytes."""
+"""Recognizes files by their first bytes, to say what a file is that is not weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-HEAD = 4096  # bytes that are looked at
+HEAD = 4096  # bytes that are read
 
 LFS = b"version https://git-lfs.github.com/spec/"
 ARCHIVE = "is a compressed archive; unpack it, and give the file inside"
@@ -25,7 +25,7 @@ ZIP = b"PK\x03\x04"
 
 
 def other_kind(path: Path) -> str | None:
-    """What a file is, as the rest of a sentence with the remedy, if it is certainly no file of weights; else None."""
+    """What a file that cannot be weights is, as the rest of a sentence with the remedy; else None."""
     with path.open("rb") as file:
         head = file.read(HEAD)
     if not head:
@@ -46,7 +46,7 @@ def other_kind(path: Path) -> str | None:
 
 
 def weights_by_content(path: Path) -> str | None:
-    """The suffix that a file of weights should have by its content; None where it is nothing known."""
+    """The suffix of a weight file by its content; None if unknown."""
     with path.open("rb") as file:
         head = file.read(9)
     if head.startswith((ZIP, *PICKLES)):
@@ -57,7 +57,7 @@ def weights_by_content(path: Path) -> str | None:
 def _is_text(head: bytes) -> bool:
     try:
         text = head.decode("utf-8")
-    except UnicodeDecodeError as error:  # the end may lie within a character
+    except UnicodeDecodeError as error:  # the end may split a character
         if error.start < len(head) - 3:
             return False
         text = head[: error.start].decode("utf-8")
@@ -65,6 +65,6 @@ def _is_text(head: bytes) -> bool:
 
 
 def wrong_text(path: Path) -> str | None:
-    """What a file is that should be JSON or another text, as `other_kind` says it; None where it may be one."""
+    """As `other_kind`, for a file that should be text such as JSON."""
     kind = other_kind(path)
     return None if kind == TEXT else kind

@@ -1,4 +1,4 @@
-"""Weights that are no numbers, found by one pass over them."""
+"""Finds NaN and infinity in weights, in one pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _COMPARED = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # oth
 
 
 def largest(tensor: Tensor) -> float:
-    """The largest magnitude in a tensor; NaN if one of its values is."""
+    """The largest absolute value of a tensor; NaN if it contains NaN."""
     if not tensor.is_floating_point() or not tensor.numel():
         return 0.0
     low, high = torch.aminmax(tensor if tensor.dtype in _COMPARED else tensor.float())
@@ -21,11 +21,11 @@ def largest(tensor: Tensor) -> float:
 
 
 def magnitudes(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """The largest magnitude in each tensor."""
+    """The largest absolute value of each tensor."""
     with ThreadPoolExecutor() as pool:
         return dict(zip(tensors, pool.map(largest, tensors.values()), strict=True))
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of tensors with values that are NaN or infinite."""
+    """The names of tensors that contain NaN or infinity."""
     return [name for name, value in magnitudes(tensors).items() if not math.isfinite(value)]

@@ -1,51 +1,51 @@
-"""Checkpoints into models: names and shapes fitted by rules, values checked and filled in."""
+"""Loads a checkpoint into a model: maps keys, checks shapes and values, fills in the tensors."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from opensora.acceleration.model_parts import kept_in_float32
-from opensora.checkpoints.advice import advice
+from opensora.checkpoints.advice import mismatch_hint
 from opensora.checkpoints.finite import magnitudes
+from opensora.checkpoints.formatting import first, shape
 from opensora.checkpoints.hub import locate
-from opensora.checkpoints.key_mapping import DEFAULT_RULES, Drop, Rule, TensorDict
+from opensora.checkpoints.key_mapping import Drop, KeyMapping, TensorDict, mapping_for
 from opensora.checkpoints.prefixes import check_no_adapter, strip_wrappers
 from opensora.checkpoints.read import read_state_dict
 from opensora.checkpoints.summary import Summary, summarize
-from opensora.checkpoints.text import first, shape
 from opensora.errors import WeightsError
 
 logger = logging.getLogger("opensora")
 
 
 def load_weights(
-    model: nn.Module, source: str | os.PathLike[str], *, rules: Sequence[Rule] = (), dtype: torch.dtype | None = None,
-    strict: bool = True,
+    model: nn.Module, source: str | os.PathLike[str], *, mapping: KeyMapping | None = None,
+    dtype: torch.dtype | None = None, strict: bool = True,
 ) -> Summary:  # fmt: skip
-    """Fills every tensor of `model` from a file, folder or hub id, and returns what was read.
+    """Loads a file, folder or hub id into `model` and returns a summary of the checkpoint.
 
-    `rules` apply before DEFAULT_RULES. Floating tensors become `dtype`, or the model's own dtype when None, save those
-    `kept_in_float32`. Tensors on the meta device are replaced by the file's (non-persistent buffers stay as they
-    are), any others have their values overwritten in place; fixed positions are the model's own `positions()`.
-    Nothing is changed before everything fits. Unless `strict`, tensors that the file lacks stay as they are (the model
-    must not be on the meta device) and those that the model lacks are ignored; summary and log tell of both.
-    Raises WeightsError naming each tensor that is missing, unexpected, of another shape, or not finite as `dtype`.
+    `mapping` replaces the key mapping of the model's class. Floating tensors become `dtype` (None: the model's own),
+    except those `kept_in_float32`. Tensors on the meta device are replaced, others are overwritten in place; fixed
+    positions come from the model's `positions()`. The model changes only after everything fits. With `strict=False`,
+    tensors missing from the file keep their values (not possible on the meta device) and unexpected ones are ignored;
+    summary and log name both. Raises WeightsError naming each tensor that is missing, unexpected, of another shape, or
+    not finite as `dtype`.
     """
     path = locate(source, what=f"{type(model).__name__} weights")
     found = read_state_dict(path)
-    tensors, changes = fit(model, found, path, rules, strict)
+    tensors, changes = fit(model, found, path, mapping, strict)
     own = model.state_dict(keep_vars=True)
     if nowhere := [name for name in changes["initial"] if own[name].is_meta]:
         raise RuntimeError(f"strict=False needs a model with initial values, not on the meta device: {first(nowhere)}")
     check_finite(
-        path, {name: (tensor, _wanted(name, own[name], dtype)) for name, tensor in tensors.items() if name in own}
+        path, {name: (tensor, _target_dtype(name, own[name], dtype)) for name, tensor in tensors.items() if name in own}
     )
     _fill(model, own, tensors, dtype)
     summary = summarize(path, found)._replace(**changes)
@@ -55,16 +55,16 @@ def load_weights(
 
 
 def fit(
-    model: nn.Module, file: TensorDict, path: Path, rules: Sequence[Rule] = (), strict: bool = True
+    model: nn.Module, file: TensorDict, path: Path, mapping: KeyMapping | None = None, strict: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, tuple]]:
-    """What a file and its own fixed positions give `model`, by the model's names; and what a Summary says of it.
+    """The tensors for `model` from a file and its own positions, by the model's names; and the changes, as in Summary.
 
-    The model may lie on the meta device, and is not changed. Arguments and errors as in `load_weights`.
+    The model may be on the meta device and is not changed. Arguments and errors as in `load_weights`.
     """
     own = model.state_dict(keep_vars=True)
     check_no_adapter(file, path)
     file, stripped = strip_wrappers(file, own, path)
-    rules = (*rules, *DEFAULT_RULES)
+    rules = mapping_for(model) if mapping is None else mapping
     active = [rule for rule in rules if rule.applies(file, own)]
     tensors: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
@@ -76,7 +76,9 @@ def fit(
             tensors[entry[0]], origin[entry[0]] = entry[1], old
     placed = {name: tensor for name, tensor in tensors.items() if name in own}
     by_holder = {id(own[name]): tensor for name, tensor in placed.items()}
-    tied = {name: by_holder[id(mine)] for name, mine in own.items() if id(mine) in by_holder}  # stored under any name
+    tied = {
+        name: by_holder[id(mine)] for name, mine in own.items() if id(mine) in by_holder
+    }  # tied weights may be stored under either name
     with torch.device("cpu"):  # wherever the model is
         filled = {**getattr(model, "positions", dict)(), **tied, **placed}
     kept = [
@@ -90,8 +92,8 @@ def fit(
         problems += [f"missing {name} {shape(own[name])}" for name in missing]
         problems += [f"unexpected {name} {shape(tensors[name])}" for name in unexpected]
     if problems:
-        told = f"{first(problems, separator='; ')}{advice(file, own, path)}"
-        raise WeightsError(f"{path} does not fit {type(model).__name__}: {told}")
+        listed = f"{first(problems, separator='; ')}{mismatch_hint(file, own, path)}"
+        raise WeightsError(f"{path} does not fit {type(model).__name__}: {listed}")
     return filled, {
         "dropped": tuple(sorted({*file}.difference(origin.values()))),
         "resized": tuple(name for name, old in origin.items() if tensors[name].shape != file[old].shape),
@@ -103,29 +105,29 @@ def fit(
 
 def _fill(model: nn.Module, own: TensorDict, tensors: TensorDict, dtype: torch.dtype | None) -> None:
     replaced: dict[str, Tensor] = {}
-    made: dict[int, nn.Parameter] = {}  # so that tied parameters stay one
+    loaded: dict[int, nn.Parameter] = {}  # by id, so that tied parameters stay tied
     for name, mine in own.items():
-        wanted = _wanted(name, mine, dtype)
+        wanted = _target_dtype(name, mine, dtype)
         if not mine.is_meta:
             mine.data = mine.data.to(wanted)
             if name in tensors:
                 mine.data.copy_(tensors[name])
         elif isinstance(mine, nn.Parameter):
-            replaced[name] = made.setdefault(id(mine), nn.Parameter(tensors[name].to(wanted), mine.requires_grad))
+            replaced[name] = loaded.setdefault(id(mine), nn.Parameter(tensors[name].to(wanted), mine.requires_grad))
         else:
             replaced[name] = tensors[name].to(wanted)
     model.load_state_dict(replaced, strict=False, assign=True)
 
 
-def _wanted(name: str, mine: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The type that a tensor of a model takes."""
+def _target_dtype(name: str, mine: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype that a tensor of the model gets."""
     if not mine.is_floating_point():
         return mine.dtype
     return torch.float32 if kept_in_float32(name) else dtype or mine.dtype
 
 
 def check_finite(path: Path, tensors: Mapping[str, tuple[Tensor, torch.dtype]]) -> None:
-    """Raises WeightsError for tensors with values that are not finite, or would not be as the type beside them."""
+    """Raises WeightsError for tensors that are not finite, or would overflow in the given dtype."""
     found = magnitudes({name: tensor for name, (tensor, _) in tensors.items()})
     if broken := [name for name, value in found.items() if not math.isfinite(value)]:
         raise WeightsError(

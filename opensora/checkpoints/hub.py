@@ -1,4 +1,4 @@
-"""Finds checkpoint files: a local file or folder, the local hub cache, or a download, in this order."""
+"""Locates checkpoint files: a local path, the hub cache, or a download, in this order."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from typing import Any, NamedTuple
 
 from opensora import files
 from opensora.checkpoints.file_kinds import wrong_text
-from opensora.checkpoints.published import HUB, PUBLISHED, published
+from opensora.checkpoints.published_files import HUB, PUBLISHED, published
 from opensora.errors import WeightsError, did_you_mean
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2")
 STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 INDEX = ".index.json"
-EMBEDDED = "embedded:"  # a part of the model that ships with the package
+EMBEDDED = "embedded:"  # prefix of a part of the model shipped with the package
 
 _SMALL = ("*.json", "*.txt", "*.model")
 _ROUNDS = ((*_SMALL, "*.safetensors"), (*_SMALL, "*.bin", "*.pt", "*.pth"))
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _TIMEOUT = 5.0
-_WAYS_OUT = "give a local path, fill the hub cache beforehand (HF_HOME), or use --model embedded"
+_ALTERNATIVES = "give a local path, fill the hub cache beforehand (HF_HOME), or use --model embedded"
 
 
 def locate(
     source: str | os.PathLike[str], *, what: str = "weights", subfolder: str | None = None, offline: bool = False,
     cache_dir: str | None = None, local_files_only: bool = False,
 ) -> Path:  # fmt: skip
-    """The local file or folder that `source` stands for.
+    """The local file or folder of `source`.
 
     `source` is a file, a folder, "embedded:PART", a hub id ("org/name") or the bare name of a published file. The last
-    two are looked up in the local cache (`cache_dir`, or HF_HOME, HF_HUB_CACHE) and downloaded only when they are not
-    there and neither `offline`, `local_files_only` nor HF_HUB_OFFLINE forbids. `subfolder` picks a part of a
-    repository; a local folder without it is taken to be that part itself. Raises WeightsError, which calls the thing
-    `what`, within seconds even when the hub cannot be reached.
+    two come from the local cache (`cache_dir`, HF_HOME, HF_HUB_CACHE), or are downloaded unless `offline`,
+    `local_files_only` or HF_HUB_OFFLINE forbids it. `subfolder` selects a part of a repository; a local folder without
+    that subfolder is taken as the part itself. Raises WeightsError, which calls the weights `what`, within seconds even
+    if the hub is unreachable.
     """
     text = os.fspath(source)
     if not text:
@@ -63,16 +63,16 @@ def _exists(path: Path) -> bool:
 
 
 class _Remote(NamedTuple):
-    """What is asked of the hub: the weights under `prefix` in a repository, or one file of it."""
+    """A request to the hub: the weights under `prefix` in a repository, or one file."""
 
     repository: str
     prefix: str = ""
     file: str = ""
-    address: str | None = None  # where a person finds that file
+    address: str | None = None  # URL for a manual download
 
     @classmethod
     def of(cls, text: str, subfolder: str | None) -> _Remote | None:
-        """What a name stands for on the hub. None for what is no name of anything there."""
+        """The request for a hub id or a published file name; None for other names."""
         known = published(text)
         if known and known.repository:
             return cls(known.repository, file=known.file, address=known.address)
@@ -84,13 +84,13 @@ class _Remote(NamedTuple):
         return f"'{self.file}' of '{self.repository}'" if self.file else f"'{self.repository}'"
 
     @property
-    def ways_out(self) -> str:
-        """What a user can do instead."""
+    def alternatives(self) -> str:
+        """Remedies for the error message."""
         by_hand = f"download it from {self.address} and name it with --ckpt-path, or " if self.file else ""
-        return f"{by_hand}{_WAYS_OUT}"
+        return f"{by_hand}{_ALTERNATIVES}"
 
     def cached(self, cache_dir: str | None) -> Path | None:
-        """What is in the local cache, whole, or None. Asks nobody."""
+        """The complete files in the local cache, or None. Does not access the network."""
         if not self.file:
             return _snapshot(self.repository, self.prefix, cache_dir, cached=True)
         from huggingface_hub import try_to_load_from_cache
@@ -99,7 +99,7 @@ class _Remote(NamedTuple):
         return Path(found) if isinstance(found, str) else None
 
     def download(self, cache_dir: str | None) -> Path | None:
-        """What the hub gives; None if it has no such weights."""
+        """Downloads the files; None if the repository has no such weights."""
         if not self.file:
             return _snapshot(self.repository, self.prefix, cache_dir, cached=False)
         from huggingface_hub import hf_hub_download
@@ -108,7 +108,7 @@ class _Remote(NamedTuple):
 
 
 def _no_such(text: str, what: str) -> str:
-    """The message for a name that is neither here nor on the hub."""
+    """The error message for a name that is neither local nor on the hub."""
     if os.path.lexists(Path(text).expanduser()):
         return f"{what}: '{text}' is a link to something that is missing; copy or download it again"
     known, name = published(text), os.path.basename(text)
@@ -134,14 +134,14 @@ def _from_hub(remote: _Remote, what: str, cache_dir: str | None, forbidden: str)
         return found
     absent = f"{what}: {remote} is no local path and not in the hub cache{(cache_dir and f' {cache_dir}') or ''}"
     if forbidden:
-        raise WeightsError(f"{absent} ({forbidden}); {remote.ways_out}")
+        raise WeightsError(f"{absent} ({forbidden}); {remote.alternatives}")
     if reason := _unreachable(remote.repository):
-        raise WeightsError(f"{absent}, and the hub {reason}; {remote.ways_out}")
+        raise WeightsError(f"{absent}, and the hub {reason}; {remote.alternatives}")
     try:
         found = remote.download(cache_dir)
     except Exception as error:  # the client raises anything
         reason = _refusal(error, remote.repository) or one_line(error)
-        raise WeightsError(f"{what}: download of {remote} failed ({reason}); {remote.ways_out}") from error
+        raise WeightsError(f"{what}: download of {remote} failed ({reason}); {remote.alternatives}") from error
     if found is None:
         under = f" under {remote.prefix}" if remote.prefix else ""
         raise WeightsError(f"{what}: hub repository '{remote.repository}' holds none{under}")
@@ -149,7 +149,7 @@ def _from_hub(remote: _Remote, what: str, cache_dir: str | None, forbidden: str)
 
 
 def _snapshot(repo: str, prefix: str, cache_dir: str | None, cached: bool) -> Path | None:
-    """The folder `prefix` of a repository in the cache once it is complete; only `cached=False` uses the network."""
+    """The folder `prefix` of a complete snapshot; accesses the network only with `cached=False`."""
     from huggingface_hub import snapshot_download
 
     options = {"etag_timeout": _TIMEOUT, "local_files_only": cached, "ignore_patterns": [f"{prefix}*/*"]}
@@ -164,9 +164,9 @@ def _snapshot(repo: str, prefix: str, cache_dir: str | None, cached: bool) -> Pa
 
 
 def _unreachable(repo: str) -> str | None:
-    """Why the hub does not answer for `repo`, or None when it does. Asks once, and waits no longer than twice 5 s.
+    """Why the hub does not answer for `repo`, or None if it does. One request, at most 10 s.
 
-    The thread bounds what no timeout of the client covers: a name look-up that hangs.
+    The thread bounds what the client's timeout does not cover, such as a hanging DNS lookup.
     """
     from huggingface_hub import HfApi
 
@@ -186,7 +186,7 @@ def _unreachable(repo: str) -> str | None:
 
 
 def _refusal(error: BaseException, repo: str) -> str | None:
-    """What the status of an answer means; None where the error is no answer."""
+    """The meaning of an HTTP status; None if the error has none."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     match status:
         case None:
@@ -203,11 +203,11 @@ def _refusal(error: BaseException, repo: str) -> str | None:
 
 
 def checkpoint_files(path: Path) -> dict[Path, list[str]]:
-    """The weight files of a checkpoint, each with the tensor names its index promises (none without an index).
+    """The weight files of a checkpoint, each with the tensor names that the index lists for it (none without an index).
 
-    `path` is a weight file, an index or a folder. A folder is searched for an index or file of a usual name, then for
-    `model/` (a training checkpoint), then for a single file of any name. Raises WeightsError when there is none, when
-    several could be meant, and when an index names a file that is missing or lies elsewhere.
+    `path` is a weight file, an index or a folder. A folder is searched for an index or file with a standard name, then
+    for `model/` (a training checkpoint), then for a single file with any name. Raises WeightsError if there is none or
+    more than one, or if an index lists a file that is missing or outside of the folder.
     """
     if path.is_file():
         return _shards(path) if path.name.endswith(INDEX) else {path: []}
@@ -251,14 +251,14 @@ def _shards(index: Path) -> dict[Path, list[str]]:
 
 
 def read_config_json(path: Path) -> dict[str, Any]:
-    """The config.json of a checkpoint folder, or beside a weight file of a usual name; empty when there is none."""
+    """The config.json of a checkpoint folder, or beside a weight file with a standard name; empty if there is none."""
     usual = path.is_dir() or path.name.split(".")[0] in STEMS
     config = (path if path.is_dir() else path.parent) / "config.json"
     return read_json(config) if usual and config.is_file() else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object of a file; anything else raises WeightsError naming it."""
+    """The JSON object in a file. Raises WeightsError for anything else."""
     content = files.read_bytes(path, files.MAX_JSON_BYTES, WeightsError)
     if kind := wrong_text(path):
         raise WeightsError(f"{path}: {kind}")
@@ -269,6 +269,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception in a few words."""
+    """An exception as one short line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:150]}" if text else type(error).__name__

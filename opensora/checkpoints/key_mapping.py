@@ -1,4 +1,8 @@
-"""Rules from published files to models (`load`) and back (`save`), chosen by names and shapes, not by file names."""
+"""Key mappings between published checkpoints and models: one list of rules per model class, see `KEY_MAPPINGS`.
+
+A rule maps tensors of a checkpoint to the model (`load`) and back to the authors' layout (`save`). A rule that does not
+concern a checkpoint changes nothing, so that every mapping also loads checkpoints in our own layout.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from opensora.models.text_encoder.clip import CLIP_DROPPED, CLIP_RENAMED
+from opensora.models.text_encoder.t5 import T5_DROPPED
 from opensora.models.vae.vae import FRAMES_RENAMED
 
 TensorDict = Mapping[str, Tensor]
@@ -18,7 +24,7 @@ Entry = tuple[str, Tensor]
 
 @dataclass(frozen=True)
 class Rule:
-    """What happens to tensors named like `pattern` (`*` for any text); this one changes nothing."""
+    """Base class: a rule for tensors whose names match `pattern` (`*` matches any text). Changes nothing."""
 
     pattern: str
 
@@ -26,20 +32,20 @@ class Rule:
         return fnmatchcase(name, self.pattern)
 
     def applies(self, file: TensorDict, model: TensorDict) -> bool:
-        """Whether the rule has a meaning between this file and this model."""
+        """Whether the rule is needed between this file and this model."""
         return True
 
     def load(self, name: str, tensor: Tensor, model: TensorDict) -> Entry | None:
-        """What takes the place of a tensor of the file; None when nothing does."""
+        """Maps a tensor of the file to the model; None drops it."""
         return name, tensor
 
     def save(self, name: str, tensor: Tensor) -> Entry | None:
-        """The way back."""
+        """Maps a tensor of the model to the authors' layout; None drops it."""
         return name, tensor
 
 
 class Drop(Rule):
-    """Not loaded; where the model has tensors of these names it keeps its own."""
+    """Drops matching tensors; the model keeps its own."""
 
     def load(self, name: str, tensor: Tensor, model: TensorDict | None = None) -> Entry | None:
         return None if self.matches(name) else (name, tensor)
@@ -49,7 +55,7 @@ class Drop(Rule):
 
 @dataclass(frozen=True)
 class Rename(Rule):
-    """Names become `replacement`, `*` by `*`, if the model has names of that kind alone, and the file none of it."""
+    """Renames `pattern` to `replacement`, if the model has names like `replacement` and the file has not."""
 
     replacement: str
 
@@ -70,7 +76,7 @@ class Rename(Rule):
 
 @dataclass(frozen=True)
 class Squeeze(Rule):
-    """A tensor of `ndim` axes, those at `axes` of size 1: the model's, of which the file lacks them, or the reverse."""
+    """Adds or removes `axes` of size 1 that only the file or only the model has, in a tensor of `ndim` dimensions."""
 
     ndim: int
     axes: tuple[int, ...]
@@ -86,13 +92,13 @@ class Squeeze(Rule):
         return name, tensor if short is None else tensor.reshape(short)
 
     def _short(self, tensor: Tensor) -> tuple[int, ...] | None:
-        """The shape without the axes; None unless they are there."""
+        """The shape without the axes; None if they are absent or not of size 1."""
         there = tensor.ndim == self.ndim and all(tensor.shape[axis] == 1 for axis in self.axes)
         return tuple(size for axis, size in enumerate(tensor.shape) if axis not in self.axes) if there else None
 
 
 class ResizeRows(Rule):
-    """A table is cut to the model's number of rows, or extended by repeating its last row. Nothing leads back."""
+    """Truncates a table to the model's rows, or extends it by repeating the last row. One way only."""
 
     def load(self, name: str, tensor: Tensor, model: TensorDict) -> Entry:
         mine = model.get(name) if self.matches(name) else None
@@ -108,22 +114,50 @@ def _renamed(name: str, pattern: str, replacement: str) -> str:
 
 
 POSITIONS = ("pos_embed", "pos_embed_temporal", "pos_embed_spatial", "temp_embed")
-_DROPPED = tuple(map(Drop, POSITIONS))
-_OLD_FRAMES = tuple(Rename(*names) for names in FRAMES_RENAMED if ".attentions." in names[0])
-# Image models have patches without time and one kind of blocks; the oldest autoencoders no linear layers.
-_UNDONE = (
-    Squeeze("x_embedder.proj.weight", 5, (2,)),
-    Rename("blocks.*", "spatial_blocks.*"),
-    *(Rename(*names) for names in FRAMES_RENAMED if ".attentions." not in names[0]),
+KeyMapping = tuple[Rule, ...]
+
+_DROP_POSITIONS = tuple(map(Drop, POSITIONS))  # computed for the requested size, never loaded
+_NO_TIME_IN_PATCHES = Squeeze("x_embedder.proj.weight", 5, (2,))  # image models embed patches with a Conv2d
+_ONE_KIND_OF_BLOCKS = Rename("blocks.*", "spatial_blocks.*")  # image models have no temporal blocks
+_MODULE_PREFIX = tuple(Rename(*pair) for pair in FRAMES_RENAMED if ".attentions." not in pair[0])
+_OLD_ATTENTION_NAMES = tuple(Rename(*pair) for pair in FRAMES_RENAMED if ".attentions." in pair[0])
+_OLD_ATTENTION_CONVS = tuple(  # diffusers once stored these linear layers as 1x1 convolutions
+    Squeeze(f"*.attentions.*.{name}.weight", 4, (2, 3)) for name in ("to_q", "to_k", "to_v", "to_out.0")
 )
-_LINEAR = tuple(Squeeze(f"*.attentions.*.{name}.weight", 4, (2, 3)) for name in ("to_q", "to_k", "to_v", "to_out.0"))
-DEFAULT_RULES = (*_DROPPED, *_OLD_FRAMES, *_UNDONE, *_LINEAR, ResizeRows("y_embedder.y_embedding"))
-OUR_OWN = (Rule("blocks.*.attn_temp.*"), Rule("temporal_blocks.*"))  # of models published in our layout
+
+TRANSFORMER: KeyMapping = (*_DROP_POSITIONS, _NO_TIME_IN_PATCHES, ResizeRows("y_embedder.y_embedding"))
+STDIT3: KeyMapping = (
+    *_DROP_POSITIONS, _NO_TIME_IN_PATCHES, _ONE_KIND_OF_BLOCKS, ResizeRows("y_embedder.y_embedding"),
+)  # fmt: skip
+FRAME_AUTOENCODER: KeyMapping = (*_OLD_ATTENTION_NAMES, *_MODULE_PREFIX, *_OLD_ATTENTION_CONVS)
+VIDEO_AUTOENCODER: KeyMapping = (*_OLD_ATTENTION_NAMES, *_OLD_ATTENTION_CONVS)
+T5: KeyMapping = tuple(map(Drop, T5_DROPPED))
+CLIP: KeyMapping = (*map(Drop, CLIP_DROPPED), *(Rename(*pair) for pair in CLIP_RENAMED))
+
+# Class name of a model -> its mapping. A class without a row takes that of its base class, or loads names as they are.
+KEY_MAPPINGS: dict[str, KeyMapping] = {
+    "STDiT": TRANSFORMER, "STDiT2": TRANSFORMER, "STDiT3": STDIT3,
+    "DiT": TRANSFORMER, "Latte": TRANSFORMER,
+    "PixArt": TRANSFORMER, "PixArtMS": TRANSFORMER, "PixArt_Sigma": TRANSFORMER,
+    "VideoAutoencoderKL": FRAME_AUTOENCODER, "VideoAutoencoderKLTemporalDecoder": FRAME_AUTOENCODER,
+    "VideoAutoencoderPipeline": VIDEO_AUTOENCODER, "VAE_Temporal": (),
+    "T5EncoderModel": T5, "CLIPText": CLIP,
+}  # fmt: skip
+
+# Tensors that only video models have, which are published in our layout.
+_VIDEO_ONLY = (Rule("blocks.*.attn_temp.*"), Rule("temporal_blocks.*"))
+
+
+def mapping_for(model: nn.Module) -> KeyMapping:
+    """The key mapping of a model's class."""
+    return next((KEY_MAPPINGS[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in KEY_MAPPINGS), ())
 
 
 def to_original(tensors: TensorDict) -> dict[str, Tensor]:
-    """Tensors of our layout in the one their model's authors publish, without positions."""
-    rules = _DROPPED if any(rule.matches(name) for rule in OUR_OWN for name in tensors) else (*_DROPPED, *_UNDONE)
+    """Maps tensors in our layout to the layout that the model's authors publish, without positions."""
+    rules: KeyMapping = _DROP_POSITIONS
+    if not any(rule.matches(name) for rule in _VIDEO_ONLY for name in tensors):
+        rules = (*rules, _NO_TIME_IN_PATCHES, _ONE_KIND_OF_BLOCKS, *_MODULE_PREFIX)
     entries: Iterable[Entry | None] = tensors.items()
     for rule in rules:
         entries = [rule.save(*entry) for entry in entries if entry]

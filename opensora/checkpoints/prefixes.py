@@ -1,4 +1,4 @@
-"""What wrappers put into the names of all tensors, and what tells an adapter from a model."""
+"""Wrapper prefixes in tensor names, and detection of adapters such as LoRA."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from opensora.checkpoints.text import first
+from opensora.checkpoints.formatting import first
 from opensora.errors import WeightsError
 
-# Put before all names by torch.nn.DataParallel, torch.compile, Lightning and others.
+# Prefixes of all names, added by torch.nn.DataParallel, torch.compile, Lightning and others.
 PREFIXES = ("_orig_mod.", "module.", "model.diffusion_model.", "diffusion_model.")
-# Put before the names inside of wrapped parts by torch.compile, FSDP and activation checkpointing.
+# Infixes in names of wrapped submodules, added by torch.compile, FSDP and activation checkpointing.
 INFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 ADAPTER = re.compile(r"(^|[._])(lora|lokr|loha|hada|oft|dora|ia3)_\w+(\.|$)|_lora\.(up|down)\.")
 
@@ -21,9 +21,9 @@ ADAPTER = re.compile(r"(^|[._])(lora|lokr|loha|hada|oft|dora|ia3)_\w+(\.|$)|_lor
 def strip_wrappers(
     tensors: Mapping[str, Tensor], own: Collection[str], path: Path
 ) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
-    """Tensors under names without what known wrappers have put into them, as the names `own` lack it; and that.
+    """Removes wrapper prefixes that the model's names `own` lack; returns the tensors and the removed prefixes.
 
-    Raises WeightsError if some names begin with such a prefix and others do not.
+    Raises WeightsError if only some of the names have such a prefix.
     """
     stripped = []
     while prefix := next((one for one in PREFIXES if _wraps(one, tensors, own)), None):
@@ -45,7 +45,7 @@ def strip_wrappers(
 
 
 def _wraps(prefix: str, names: Collection[str], own: Collection[str]) -> bool:
-    """Whether a prefix stands before all names and is none of the model's own."""
+    """Whether all names begin with a prefix that the model's own names lack."""
     if not names or not all(name.startswith(prefix) for name in names):
         return False
     if not any(name.startswith(prefix) for name in own):
@@ -55,7 +55,7 @@ def _wraps(prefix: str, names: Collection[str], own: Collection[str]) -> bool:
 
 
 def common_prefix(names: Collection[str]) -> str:
-    """What all of several names begin with, up to a dot; an empty text if nothing."""
+    """The longest common prefix of several names that ends with a dot, or an empty text."""
     if len(names) < 2:
         return ""
     one, other = min(names), max(names)
@@ -64,13 +64,13 @@ def common_prefix(names: Collection[str]) -> str:
 
 
 def adapter_names(names: Collection[str]) -> list[str]:
-    """Those of some names that are of an adapter, such as LoRA."""
+    """The names that belong to an adapter such as LoRA."""
     return [name for name in names if ADAPTER.search(name)]
 
 
 def check_no_adapter(names: Collection[str], path: Path) -> None:
-    """Raises WeightsError for the weights of an adapter, alone or within a model."""
-    found = adapter_names(names) or (list(names) if _stated_adapter(path) else [])
+    """Raises WeightsError for adapter weights, alone or inside a model."""
+    found = adapter_names(names) or (list(names) if _is_adapter_folder(path) else [])
     if not found:
         return
     if any(".base_layer." in name for name in names):
@@ -79,7 +79,7 @@ def check_no_adapter(names: Collection[str], path: Path) -> None:
     raise WeightsError(f"{path}: is an adapter ({first(found, 2)}), not a model; {remedy}")
 
 
-def _stated_adapter(path: Path) -> bool:
+def _is_adapter_folder(path: Path) -> bool:
     folder = path if path.is_dir() else path.parent
     stated = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
     return stated and (path.is_dir() or path.stem.startswith("adapter"))

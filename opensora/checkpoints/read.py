@@ -1,4 +1,4 @@
-"""Checkpoints in: named tensors out of files, indices and folders."""
+"""Reads checkpoints: tensors by name from files, indices and folders."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from safetensors.torch import load_file as load_safetensors
 from torch import Tensor
 
 from opensora.checkpoints.file_kinds import other_kind, weights_by_content
-from opensora.checkpoints.headers import read_header
+from opensora.checkpoints.formatting import first
 from opensora.checkpoints.hub import SUFFIXES, UNFINISHED, checkpoint_files, one_line
-from opensora.checkpoints.pickle_machine import Odd, View
+from opensora.checkpoints.pickle_interpreter import TensorView, Unsupported
 from opensora.checkpoints.pickles import read_pickled
-from opensora.checkpoints.text import first
+from opensora.checkpoints.safetensors_header import read_header
 from opensora.errors import WeightsError
 
 WRAPPERS = ("state_dict", "ema", "model", "module")
 MAX_WRAPPERS = 8
 KNOWN, SAFE = ", ".join(SUFFIXES), ".safetensors"
-OF_TRAINING = {"optimizer", "optimizer_state_dict", "optimizer_states", "param_groups", "lr_schedulers", "scaler"}
+TRAINING_STATE = {"optimizer", "optimizer_state_dict", "optimizer_states", "param_groups", "lr_schedulers", "scaler"}
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Tensor name -> tensor on the CPU, read lazily where the format allows, of a file, an index or a folder.
+    """Tensors on the CPU by name from a file, an index or a folder, memory-mapped where the format allows.
 
-    Reads .safetensors, and .pt, .pth, .bin without running any code they hold; a state dict that lies under
-    `state_dict`, `ema`, `model` or `module` is unwrapped. Of shards with an index each gives what the index promises of
-    it, and nothing else. Raises WeightsError naming the file, and what it is if it holds no weights.
+    Reads .safetensors, and .pt, .pth, .bin without running code in them; unwraps a state dict under `state_dict`,
+    `ema`, `model` or `module`. Each shard must hold exactly the tensors that the index lists for it. Raises
+    WeightsError naming the file, and what it is if it holds no weights.
     """
     tensors: dict[str, Tensor] = {}
     for file, promised in checkpoint_files(Path(path)).items():
@@ -55,13 +55,13 @@ def _read_file(file: Path) -> dict[str, Tensor]:
 
 
 def _check_kind(file: Path) -> None:
-    """Raises WeightsError for what is told by its name or first bytes not to be such a file."""
+    """Raises WeightsError for a file that is not weights by its suffix or first bytes."""
     if file.suffix in UNFINISHED:
         raise WeightsError(f"{file}: is an unfinished download; get it again")
     kind, suffix = other_kind(file), weights_by_content(file)
     if file.suffix not in SUFFIXES:
-        told = f"it {kind}" if kind else f"its content is that of a {suffix} file: rename it" if suffix else ""
-        raise WeightsError(f"{file}: not a weight file; {told or f'known are {KNOWN} and index files'}")
+        found = f"it {kind}" if kind else f"its content is that of a {suffix} file: rename it" if suffix else ""
+        raise WeightsError(f"{file}: not a weight file; {found or f'known are {KNOWN} and index files'}")
     if kind:
         raise WeightsError(f"{file}: {kind}")
     if suffix and (suffix == SAFE) != (file.suffix == SAFE):
@@ -78,15 +78,15 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def _read_pickled(file: Path) -> dict[str, Tensor]:
     pickled = read_pickled(file)
-    found = _unwrapped(file, pickled.value)
+    found = _unwrap(file, pickled.value)
     for name, value in found.items():
-        if not isinstance(name, str) or not isinstance(value, View):
-            raise WeightsError(f"{file}: not a state dict: {_told(name, value)}")
+        if not isinstance(name, str) or not isinstance(value, TensorView):
+            raise WeightsError(f"{file}: not a state dict: {_describe_entry(name, value)}")
     return dict(zip(found, pickled.tensors(found.values()), strict=True))
 
 
-def _unwrapped(file: Path, value: Any) -> Mapping[str, Any]:
-    """The state dict in the value of a file. Raises WeightsError where there is none."""
+def _unwrap(file: Path, value: Any) -> Mapping[str, Any]:
+    """The state dict inside the value of a file. Raises WeightsError if there is none."""
     for _ in range(MAX_WRAPPERS):
         key = next((k for k in WRAPPERS if isinstance(value, dict) and isinstance(value.get(k), dict)), None)
         if key is None:
@@ -98,26 +98,26 @@ def _unwrapped(file: Path, value: Any) -> Mapping[str, Any]:
         raise WeightsError(f"{file}: holds {_kind(value)}, not a state dict (tensors by name)")
     if all(isinstance(name, int) for name in value):
         raise WeightsError(f"{file}: not a state dict: its names are whole numbers, those of a model are texts")
-    if OF_TRAINING & value.keys() and not any(isinstance(one, View) for one in value.values()):
+    if TRAINING_STATE & value.keys() and not any(isinstance(one, TensorView) for one in value.values()):
         remedy = "give the weights saved beside it, such as model/ or ema.pt"
         raise WeightsError(f"{file}: holds the state of a training run, not a state dict; {remedy}")
     return value
 
 
-def _told(name: Any, value: Any) -> str:
+def _describe_entry(name: Any, value: Any) -> str:
     if not isinstance(name, str):
         return f"the name {str(name)[:20]!r} is no text"
     return f"entry '{first([name])}' is {_kind(value)}, not a plain tensor"
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, View):
+    if isinstance(value, TensorView):
         return "a tensor"
-    return value.what if isinstance(value, Odd) else "None" if value is None else f"a {type(value).__name__}"
+    return value.what if isinstance(value, Unsupported) else "None" if value is None else f"a {type(value).__name__}"
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The texts that a .safetensors file holds beside its tensors. Raises WeightsError naming the file."""
+    """The metadata of a .safetensors file. Raises WeightsError naming the file."""
     path = Path(path)
     try:
         _check_kind(path)

@@ -1,4 +1,4 @@
-"""Checkpoints out: one file, or a folder of config.json and shards, that appear whole or not at all."""
+"""Writes checkpoints atomically: one file, or a folder with config.json and shards."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _replacing = partial(replacing, make_folders=True, error=WeightsError, failures=
 
 
 def save_file(state_dict: TensorDict, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes tensors to one .safetensors, .pt, .pth or .bin file; the file appears whole or not at all.
+    """Writes tensors atomically to one .safetensors, .pt, .pth or .bin file.
 
-    A .safetensors file also takes texts as `metadata`.
+    `metadata` is stored in .safetensors files only.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -40,7 +40,7 @@ def save_pretrained(
 ) -> None:
     """Writes config.json and model.safetensors, or an index and shards of at most `max_shard_bytes` (or one tensor).
 
-    Files appear under their names only once all of them are written. Weights saved there before are replaced.
+    All files appear at once, after all of them are written. Existing weights in the folder are replaced.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -53,8 +53,8 @@ def save_pretrained(
         for name, document in documents.items():
             text = json.dumps(dict(document), indent=2) + "\n"
             files.enter_context(_replacing(folder / name))[0].write_text(text, encoding="utf-8")
-        for name, held in plan.filename_to_tensors.items():
-            _write({tensor: state_dict[tensor] for tensor in held}, files.enter_context(_replacing(folder / name))[0])
+        for name, names in plan.filename_to_tensors.items():
+            _write({tensor: state_dict[tensor] for tensor in names}, files.enter_context(_replacing(folder / name))[0])
     for file in folder.glob("model*.safetensors*"):
         ours = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", file.name)
         if ours and file.name not in documents and file.name not in plan.filename_to_tensors:
@@ -62,7 +62,7 @@ def save_pretrained(
 
 
 def _write(tensors: TensorDict, file: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes copies, of which no two share memory and none drags a larger storage along."""
+    """Writes contiguous copies: tied tensors and views of larger storages become plain tensors."""
     options: dict[str, Any] = {"copy": True, "memory_format": torch.contiguous_format}
     copies = {name: tensor.detach().to("cpu", **options) for name, tensor in tensors.items()}
     if file.suffix == ".safetensors":

@@ -1,4 +1,4 @@
-"""The files of a tokenizer: checked before its library reads them, and hashed, as they decide an output."""
+"""Tokenizer files: checked before a library reads them, and hashed for the recipe."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from opensora.errors import WeightsError
 
 PIECES, MERGES = "spiece.model", "merges.txt"
 JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
-MAX_BYTES = 64 * 2**20  # of one file
+MAX_BYTES = 64 * 2**20  # per file
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raises WeightsError for a file of a tokenizer that is damaged, or is something else; none has to be there."""
+    """Raises WeightsError for a tokenizer file that is damaged or something else. Missing files are fine."""
     for name in JSON:
         if (folder / name).exists():
             read_json(folder / name)
@@ -35,14 +35,14 @@ def _check_pieces(path: Path) -> None:
     processor = sentencepiece.SentencePieceProcessor()
     try:
         pieces = processor.get_piece_size() if processor.LoadFromSerializedProto(content) else 0
-    except RuntimeError:  # which names lines of its own source
+    except RuntimeError:  # its message refers to source lines
         pieces = 0
     if not pieces:
         raise WeightsError(f"{path}: truncated, damaged or no SentencePiece model; copy or download it again")
 
 
 def tokenizer_hash(folder: Path) -> str:
-    """sha256 over the names and contents of the files of a tokenizer, by name."""
+    """SHA-256 over names and contents of the tokenizer files, sorted by name."""
     there = [name for name in sorted((PIECES, MERGES, *JSON)) if (folder / name).is_file()]
     contents = [files.read_bytes(folder / name, MAX_BYTES, WeightsError) for name in there]
     parts = (f"{n}\0{hashlib.sha256(c).hexdigest()}\n" for n, c in zip(there, contents, strict=True))

@@ -16,7 +16,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from typing import Any, TextIO
 
 from opensora.errors import OpenSoraError, printable
-from opensora.signals import Stopped, stoppable
+from opensora.signals import Stopped, handle_stop_signals
 
 BROKEN_PIPE = 141  # the status that shells report for SIGPIPE
 QUIET_LIBRARIES = ("httpx", "httpx2", "transformers", "diffusers", "huggingface_hub")
@@ -31,7 +31,7 @@ def run_program(program: Callable[[], Any]) -> int:
     """
     with _safe_streams(), _logging():
         try:
-            with stoppable():
+            with handle_stop_signals():
                 result = program()
         except OpenSoraError as error:
             sys.stderr.write(f"error: {shortened(one_line(error))}\n")  # in one write: ranks share the stream

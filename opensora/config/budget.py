@@ -1,4 +1,4 @@
-"""How much one read of a configuration may take, with all the files that it is based on."""
+"""Size limits of one configuration read, over all inherited files."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from opensora.errors import ConfigError
 from opensora.files import read_bytes
 
 MAX_BYTES = 1_000_000  # of all files together
-MAX_VALUES = 1_000_000  # values and characters, counted as often as they are referred to
+MAX_VALUES = 1_000_000  # values and characters, counted once per reference
 MAX_FILES = 100
-MAX_BASES_DEPTH = 20  # files that lead from one to the next
+MAX_BASES_DEPTH = 20  # levels of _base_
 MAX_DEPTH = 50  # of nested values
 
 
 @dataclass
 class Budget:
-    """What is left for one read. `spend` raises ConfigError, which `where` opens, when nothing is."""
+    """What is left of the limits. Methods raise ConfigError, beginning with `where`, when a limit is exceeded."""
 
     bytes: int = MAX_BYTES
     values: int = MAX_VALUES
     files: list[Path] = field(default_factory=list)
 
     def read(self, path: Path, most: int = MAX_BYTES) -> str:
-        """The text of one more file of at most `most` bytes."""
+        """Reads another file of at most `most` bytes."""
         if len(self.files) == MAX_FILES:
             raise ConfigError(f"{self.files[0]}: is based on more than {MAX_FILES} files; write them into fewer")
         content = read_bytes(path, min(most, self.bytes), ConfigError)
@@ -41,7 +41,7 @@ class Budget:
             raise ConfigError(f"{where}: the configuration holds more than {MAX_VALUES:,} values")
 
     def count(self, value: object, where: str, depth: int = 0) -> None:
-        """Spends the size of `value`, referred values included, so that nested repetition cannot grow without end."""
+        """Spends the size of `value` including shared values, so that nested repetition cannot grow without limit."""
         if depth > MAX_DEPTH:
             raise ConfigError(f"{where}: nested more than {MAX_DEPTH} levels deep")
         self.spend(len(value) if isinstance(value, str) else 1, where)

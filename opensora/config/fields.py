@@ -1,4 +1,4 @@
-"""Settings as dataclasses whose fields declare default, flag, bounds and meaning, and the check that these make."""
+"""Settings as dataclasses: each field declares its default, bounds, flag and documentation."""
 
 from __future__ import annotations
 
@@ -15,75 +15,76 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from opensora.config import sections
-from opensora.config.legacy import OF_NO_EFFECT, modernised
+from opensora.config.legacy import OF_NO_EFFECT, upgrade
 from opensora.config.schema import Int, Number, Schema, Text, check, shown
 from opensora.errors import ConfigError, did_you_mean
 
 logger = logging.getLogger("opensora")
-Settings = TypeVar("Settings", bound="Checked")
+Settings = TypeVar("Settings", bound="SettingsBase")
 
 
 def _as_list(value: Any) -> Any:
     if not isinstance(value, list | tuple):
-        raise PydanticCustomError("worded", "a list of texts")
+        raise PydanticCustomError("described", "a list of texts")
     return list(value)
 
 
-Texts = Annotated[list[Text], Field(max_length=100_000), BeforeValidator(_as_list)]
+TextList = Annotated[list[Text], Field(max_length=100_000), BeforeValidator(_as_list)]
 SECTIONS = ("model", "vae", "text_encoder", "scheduler", "dataset", "discriminator")
-MOST = {int: 2**63 - 1, float: 1e12}  # where a field has no bound of its own
+DEFAULT_MAXIMUM: dict[Any, float] = {int: 2**63 - 1, float: 1e12}
 
 
 def setting(
-    default: Any = MISSING, help: str = "", *, least: float | None = None, most: float | None = None,
-    nargs: Any = None, kind: Any = None, about: str = "", example: Any = None,
+    default: Any = MISSING, help: str = "", *, minimum: float | None = None, maximum: float | None = None,
+    nargs: Any = None, schema: Any = None, doc: str = "", example: Any = None,
 ) -> Any:  # fmt: skip
-    """A dataclass field, required without a default; its number must be `least` to `most`.
+    """A dataclass field, required if it has no default; a number lies between `minimum` and `maximum`.
 
-    `help` gives it a command line flag, whose values are of the first kind annotated; `nargs` 0 makes that a switch.
-    `kind` is what its values are checked against, else the annotation is. The document says `about` where there is no
-    `help`, and `example` where the default shows nothing.
+    `help` adds a command line flag of the first annotated type; `nargs=0` makes it a switch. Values are validated
+    against `schema`, or else the annotation. docs/config.md shows `help` or `doc`, and `example` or the default.
     """
     metadata = {
-        "help": help, "least": least, "most": most, "nargs": nargs, "kind": kind, "about": about, "example": example,
+        "help": help, "minimum": minimum, "maximum": maximum, "nargs": nargs, "schema": schema, "doc": doc,
+        "example": example,
     }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def one_of(*names: str) -> Any:
-    """The kind of a text that is one of `names`."""
+    """The type of a text that is one of `names`."""
     return Literal[names]
 
 
 @lru_cache
-def kinds(settings: type) -> dict[str, Any]:
-    """Field -> what its value is checked against."""
+def field_types(settings: type) -> dict[str, Any]:
+    """Field name -> the type that its value is validated against."""
     hints = typing.get_type_hints(settings, include_extras=True)
-    return {field.name: _kind(hints[field.name], field.metadata) for field in dataclasses.fields(settings)}
+    return {field.name: _field_type(hints[field.name], field.metadata) for field in dataclasses.fields(settings)}
 
 
-def _kind(hint: Any, metadata: Any) -> Any:
-    if metadata.get("kind") is not None:
-        return metadata["kind"] | None if _takes_none(hint) else metadata["kind"]
+def _field_type(hint: Any, metadata: Any) -> Any:
+    if metadata.get("schema") is not None:
+        return metadata["schema"] | None if _allows_none(hint) else metadata["schema"]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return typing.Union[tuple(_kind(one, metadata) for one in typing.get_args(hint))]  # noqa: UP007
-    if hint in MOST:
-        least, most = metadata.get("least"), metadata.get("most")
-        return Annotated[{int: Int, float: Number}[hint], Field(ge=least, le=MOST[hint] if most is None else most)]
-    return {str: Text, Sequence[str]: Texts}.get(hint, hint)
+        return typing.Union[tuple(_field_type(one, metadata) for one in typing.get_args(hint))]  # noqa: UP007
+    if hint in DEFAULT_MAXIMUM:
+        minimum, maximum = metadata.get("minimum"), metadata.get("maximum")
+        maximum = DEFAULT_MAXIMUM[hint] if maximum is None else maximum
+        return Annotated[{int: Int, float: Number}[hint], Field(ge=minimum, le=maximum)]
+    return {str: Text, Sequence[str]: TextList}.get(hint, hint)
 
 
-def _takes_none(hint: Any) -> bool:
+def _allows_none(hint: Any) -> bool:
     return type(None) in typing.get_args(hint)
 
 
-class Checked:
-    """A frozen dataclass of settings; a wrong value raises ConfigError on construction."""
+class SettingsBase:
+    """Base of the frozen settings dataclasses. Construction raises ConfigError for an invalid value."""
 
-    without_effect: ClassVar[tuple[str, ...]] = ()  # fields that this kind of run does not read
+    without_effect: ClassVar[tuple[str, ...]] = ()  # fields that this kind of run ignores
 
     def __post_init__(self) -> None:
-        for name, kind in kinds(type(self)).items():
+        for name, kind in field_types(type(self)).items():
             value = check(kind, getattr(self, name), key=name)
             if name in SECTIONS and value is not None:
                 value = _section(name, value)
@@ -91,13 +92,13 @@ class Checked:
 
     @classmethod
     def from_config(cls: type[Settings], config: dict[str, Any], source: str) -> Settings:
-        """The settings of a configuration dict; `source` (its file) opens every ConfigError."""
+        """Settings from a configuration dict. Every ConfigError begins with `source`, the file."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
         try:
-            config = modernised(config)
+            config = upgrade(config)
         except RecursionError:
             raise ConfigError(f"{source}: is nested too deep") from None
-        cls._tell_what_is_dropped(config, source)
+        cls._warn_of_ignored(config, source)
         config = {n: value for n, value in config.items() if n in fields or n not in OF_NO_EFFECT}
         try:
             for name in config:
@@ -114,25 +115,25 @@ class Checked:
             raise ConfigError(f"{source}: {error}") from error
 
     @classmethod
-    def _tell_what_is_dropped(cls, config: dict[str, Any], source: str) -> None:
-        """Warns of settings that ask for something and have no effect."""
+    def _warn_of_ignored(cls, config: dict[str, Any], source: str) -> None:
+        """Warns of settings that have a value and no effect."""
         fields = {field.name: field.default for field in dataclasses.fields(cls)}
         unread = {name: value for name, value in OF_NO_EFFECT.items() if name not in fields}
         unread |= {name: fields[name] for name in cls.without_effect if name in fields}
-        dropped = [name for name, value in config.items() if name in unread and value not in (None, unread[name])]
-        if dropped:
-            logger.warning("%s: no effect here: %s", source, ", ".join(dropped))
+        ignored = [name for name, value in config.items() if name in unread and value not in (None, unread[name])]
+        if ignored:
+            logger.warning("%s: no effect here: %s", source, ", ".join(ignored))
 
 
 def _section(name: str, value: dict[str, Any]) -> dict[str, Any]:
-    """A section of a known type, checked; one of another type is refused where it is built."""
+    """Validates a section of a known type; an unknown type is refused when the section is built."""
     if not isinstance(value.get("type"), str):
         raise ConfigError(f"{name} needs a type, like {name} = dict(type='...')")
     return sections.checked(value, name) if value["type"] in sections.TYPES else value
 
 
 def _shaped(value: Any, annotation: str) -> Any:
-    """A tuple of a list where one is annotated; a list of texts of one text, or of one with None for empty texts."""
+    """Converts a list to an annotated tuple, and one text or None entries to a list of texts."""
     if annotation.startswith("tuple") and isinstance(value, list):
         return tuple(value)
     if annotation.startswith("Sequence") and isinstance(value, str | list | tuple):

@@ -1,4 +1,4 @@
-"""Settings and spellings of older documents and versions."""
+"""Settings and spellings of older versions, translated to the current ones."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 
 from opensora.errors import ConfigError
 
-# Settings of the documents' other programs, and such as only matter beside one that training cannot follow: accepted,
-# and said to have no effect unless they are as here.
+# Published settings that this code does not read, with the value that asks for nothing: others cause a warning.
 OF_NO_EFFECT: dict[str, Any] = {
     "base": None, "base_step_time": None, "bin_size": None, "cal_stats": False, "discriminator_factor": 1,
     "discriminator_loss_type": "hinge", "discriminator_start": -1, "end_index": None, "generator_factor": 0.5,
@@ -18,7 +17,7 @@ OF_NO_EFFECT: dict[str, Any] = {
     "save_compressed_text_features": False, "save_dir": None, "save_text_features": False, "start_index": 0,
     "text_encoder_model_max_length": 300, "text_encoder_output_dim": 4096, "vae_out_channels": 4,
 }  # fmt: skip
-# Spellings of older documents and versions: `section.key` or `key` -> key, `section.key=value` -> value.
+# `section.key` or `key` -> key, `section.key=value` -> value.
 LEGACY = {
     "model.enable_flashattn": "enable_flash_attn",
     "scheduler.type=dmp-solver": "dpm-solver",
@@ -29,26 +28,26 @@ LEGACY = {
 }  # fmt: skip
 
 
-def modernised(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`config` with the spellings of `LEGACY` replaced and whole numbers of frames as numbers, in its sections too."""
-    modern: dict[str, Any] = {}
+def upgrade(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Replaces the spellings of `LEGACY`, and numbers of frames written as text, in all sections."""
+    upgraded: dict[str, Any] = {}
     for key, value in config.items():
         path = f"{prefix}{key}"
         if isinstance(value, dict):
-            value = modernised(value, f"{path}.")
+            value = upgrade(value, f"{path}.")
         elif isinstance(value, str | bool):
             value = LEGACY.get(f"{path}={value}", value)
         if key == "num_frames" and isinstance(value, str):
             with suppress(ValueError):
                 value = int(value)
-        modern[LEGACY.get(path, key)] = value
-    return modern
+        upgraded[LEGACY.get(path, key)] = value
+    return upgraded
 
 
-def gathered(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """A training's configuration with the data settings that 1.0 kept at the top level in a section `dataset`.
+def move_data_settings(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """Moves the top-level data settings of Open-Sora 1.0 into a section `dataset`.
 
-    Raises ConfigError, which `source` opens, for what is no longer supported.
+    Raises ConfigError, beginning with `source`, for settings that are no longer supported.
     """
     config = dict(config)
     if "data_path" not in config or "dataset" in config:

@@ -1,4 +1,4 @@
-"""Names of configurations: files, names below configs/, and the models that `opensora models` prints."""
+"""Resolves the name of a configuration: a file, a name below configs/, or a model of `opensora models`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ MODELS = {entry.name: entry.config for entry in model_zoo.MODELS}
 
 
 def find_config(name: str | Path) -> Path:
-    """The file for a path, a name below `configs/` (with or without `configs/` and `.py`), or the name of a model.
+    """The configuration file of a path, a name below `configs/` (with or without `.py`), or a model name.
 
-    Raises ConfigError, which names the nearest one.
+    Raises ConfigError with the nearest name.
     """
     given = check(FilePath, name, key="the name of a configuration")
     wanted = given.replace("\\", "/").removeprefix("./").removeprefix("configs/")
@@ -36,9 +36,9 @@ def find_config(name: str | Path) -> Path:
 
 
 def load_config(name: str | Path, trust: bool = False) -> tuple[dict[str, Any], Path]:
-    """The settings of the configuration of a name, and its file. Raises ConfigError.
+    """The settings of a named configuration, and its file. Raises ConfigError.
 
-    The name of a model whose configuration builds another one has no published weights: the section says its type only.
+    For a model name without a configuration of its own, the model section is reduced to that `type`, without weights.
     """
     path = find_config(name)
     config = read_config(path, trust)
@@ -55,7 +55,7 @@ def _folder() -> Path:
 
 
 def _nearest(wanted: str, files: Sequence[str]) -> str | None:
-    """The name that a mistyped one most likely means; of a folder, what it generates with first."""
+    """The most likely name for a mistyped one; for a folder, its first inference configuration."""
     names = {name.lower(): name for name in (*files, *(file.removesuffix(".py") for file in files), *MODELS)}
     folders = {name.split("/")[0].lower() for name in files}
     lower = wanted.lower().rstrip("/")

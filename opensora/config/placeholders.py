@@ -1,4 +1,4 @@
-"""MMEngine's placeholders in the texts of a configuration: `{{ fileDirname }}` and its like."""
+"""MMEngine's placeholders in configuration strings, such as `{{ fileDirname }}`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _PLACEHOLDER = re.compile(r"\{\{\s*(\w[\w.]*)\s*\}\}")
 _ENVIRONMENT = re.compile(r"\{\{\s*['\"]?\s*\$\s*(\w+)")
 
 
-def replaced(text: str, path: Path) -> str:
-    """`text` with the placeholders of the configuration at `path` replaced. Raises ValueError for one that cannot be.
+def expand_placeholders(text: str, path: Path) -> str:
+    """Replaces the placeholders of the configuration at `path`. Raises ValueError for an unsupported placeholder.
 
-    Texts in double braces that look like no placeholder of MMEngine stay as they are.
+    Other text in double braces stays unchanged.
     """
-    if (variable := environment_in(text)) is not None:
+    if (variable := find_environment_variable(text)) is not None:
         raise ValueError(f"'{{{{${variable}}}}}' reads the environment, which is done with --trust-config only")
     known = _values(path)
 
@@ -31,8 +31,8 @@ def replaced(text: str, path: Path) -> str:
     return _PLACEHOLDER.sub(value, text)
 
 
-def environment_in(text: str) -> str | None:
-    """The variable of the first `{{$VAR:default}}` in a text."""
+def find_environment_variable(text: str) -> str | None:
+    """The variable of the first `{{$VAR:default}}` in a text, or None."""
     found = _ENVIRONMENT.search(text)
     return found[1] if found else None
 

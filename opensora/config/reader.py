@@ -1,7 +1,7 @@
-"""Reader of configuration files: MMEngine-style `.py`, `.json` and `.yaml` files as plain data.
+"""Reads configuration files as data: MMEngine-style `.py`, `.json` and `.yaml`.
 
-A file may be based on others (`_base_`), which are merged below it. Names that start with `_` stay private to the
-file. One `Budget` bounds the whole read.
+A file may inherit from others (`_base_`). Names that start with `_` are private to the file. A `Budget` bounds the
+whole read.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from opensora.config.budget import MAX_BASES_DEPTH, MAX_FILES, Budget
-from opensora.config.placeholders import replaced
-from opensora.config.program import Program
+from opensora.config.evaluator import Evaluator
+from opensora.config.placeholders import expand_placeholders
 from opensora.config.schema import FilePath, check
 from opensora.errors import ConfigError
 from opensora.files import parse_json, why
@@ -23,15 +23,15 @@ _Bases = FilePath | Annotated[list[FilePath], Field(max_length=MAX_FILES)]
 
 
 def read_config(path: str | Path, trust: bool = False) -> dict[str, Any]:
-    """The settings of a configuration file as nested dicts, with its `_base_` files merged in.
+    """The settings of a configuration file as nested dicts, merged over those of its `_base_` files.
 
-    With `trust` the file is run as a program by mmengine-lite instead. Raises ConfigError naming file and line.
+    With `trust`, mmengine-lite executes the file instead. Raises ConfigError with file and line.
     """
     return _run(path) if trust else _read(Path(path), Budget(), ())
 
 
 def merge_configs(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
-    """`child` over `base`, dicts recursively; a child dict with `_delete_=True` replaces the base's one whole."""
+    """Merges `child` over `base` recursively; a child dict with `_delete_=True` replaces the inherited one."""
     merged = {} if child.get("_delete_") else dict(base)
     for key, value in child.items():
         if isinstance(value, dict):
@@ -73,7 +73,7 @@ def _names(path: Path, budget: Budget) -> dict[str, Any]:
     """What one file assigns."""
     suffix = path.suffix.lower()
     if suffix not in (".json", ".yaml", ".yml"):
-        return Program(path, budget.read(path), budget).names
+        return Evaluator(path, budget.read(path), budget).names
     if suffix == ".json":
         values = parse_json(budget.read(path), str(path), ConfigError)
     else:
@@ -109,7 +109,7 @@ def _filled(value: Any, path: Path) -> Any:
     """`value` with the placeholders in its texts replaced."""
     if isinstance(value, str):
         try:
-            return replaced(value, path)
+            return expand_placeholders(value, path)
         except ValueError as error:
             raise ConfigError(f"{path}: {error}") from None
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
 """Values from outside (files, flags, JSON), checked against declared types; a mistake becomes one line.
 
-A schema is a class of fields: a wrong type, a value out of range and an unknown key are refused by name. Nothing is
-guessed from text: `"3"` is no number, `True` is no count. Whole numbers may be written `3.0`, tuples as lists.
+A schema is a class of typed fields; a wrong type, a value out of range or an unknown key raises an error that names it.
+Validation is strict: `"3"` is not a number, `True` is not a count. Whole numbers may be written `3.0`, tuples as lists.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from pydantic_core import PydanticCustomError
 
 from opensora.errors import ConfigError, OpenSoraError, did_you_mean, printable
 
-SHOWN = 80  # characters of a value in a message
-MAX_TEXT = 100_000  # characters of any text from outside
+MAX_SHOWN = 80  # characters of a value in a message
+MAX_TEXT = 100_000  # characters of any text from a file or flag
 MAX_PATH = 4096  # characters of a path
 T = TypeVar("T")
 
 
 def _as_whole(value: Any) -> Any:
-    """3.0 as 3."""
+    """Converts 3.0 to 3."""
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
 
 
@@ -42,15 +42,15 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _as_given(value: Any, handler: Any) -> Any:
-    """The number itself: 4 does not become 4.0, which files would then show."""
+def _keep_int(value: Any, handler: Any) -> Any:
+    """Keeps an int an int: 4 does not become 4.0."""
     checked = handler(value)
     return value if type(value) is int else checked
 
 
 def _without_nul(text: str) -> str:
     if "\0" in text:
-        raise PydanticCustomError("worded", "a text without NUL")
+        raise PydanticCustomError("described", "a text without NUL")
     return text
 
 
@@ -59,29 +59,29 @@ def _as_path(value: Any) -> Any:
 
 
 def _openable(path: str) -> str:
-    """Raises for a path that no file system takes, or whose parts are too long for one."""
+    """Rejects a path with a component that is too long for a file system."""
     if any(len(part.encode()) > 255 for part in path.split("/")):
-        raise PydanticCustomError("worded", "a path whose parts are at most 255 bytes long")
+        raise PydanticCustomError("described", "a path whose parts are at most 255 bytes long")
     return path
 
 
-def worded(words: str) -> WrapValidator:
-    """In an annotation: any mistake below is told as `must be {words}`."""
+def described_as(description: str) -> WrapValidator:
+    """Annotation: any validation error below reads `must be {description}`."""
 
-    def within(value: Any, handler: Any) -> Any:
+    def validate(value: Any, handler: Any) -> Any:
         try:
             return handler(value)
         except (ValidationError, ValueError):
-            raise PydanticCustomError("worded", words) from None
+            raise PydanticCustomError("described", description) from None
 
-    within.words = words  # for documents
-    return WrapValidator(within)
+    validate.description = description  # for docs/config.md
+    return WrapValidator(validate)
 
 
 Int = Annotated[int, BeforeValidator(_as_whole), Field(ge=-(2**63), lt=2**63)]
-Count = Annotated[Int, Field(ge=0)]  # from 0 on
-Positive = Annotated[Int, Field(ge=1)]  # from 1 on
-Number = Annotated[float, Field(allow_inf_nan=False), WrapValidator(_as_given)]  # whole ones stay int
+Count = Annotated[Int, Field(ge=0)]  # >= 0
+Positive = Annotated[Int, Field(ge=1)]  # >= 1
+Number = Annotated[float, Field(allow_inf_nan=False), WrapValidator(_keep_int)]  # an int stays an int
 NonNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(_without_nul)]
@@ -89,7 +89,7 @@ Name = Annotated[str, Field(max_length=1024), AfterValidator(_without_nul)]
 FilePath = Annotated[
     str, Field(max_length=MAX_PATH), AfterValidator(_without_nul), AfterValidator(_openable), BeforeValidator(_as_path)
 ]
-as_tuple = BeforeValidator(_as_tuple)  # in an annotation of a tuple: a list will do
+as_tuple = BeforeValidator(_as_tuple)  # annotation of a tuple: accepts a list
 Pair = Annotated[tuple[T, T], as_tuple]
 Triple = Annotated[tuple[T, T, T], as_tuple]
 Many = Annotated[tuple[T, ...], as_tuple]
@@ -97,7 +97,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Schema(BaseModel):
-    """Declared fields of a mapping. Frozen; unknown keys are refused."""
+    """Typed fields of a mapping. Frozen; unknown keys raise an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -106,10 +106,10 @@ def check(
     kind: type[T] | Any, value: Any, where: str = "", error: type[OpenSoraError] = ConfigError, remedy: str = "",
     key: str = "",
 ) -> T:  # fmt: skip
-    """`value` as `kind`, a `Schema` or any annotation, with whole numbers and tuples put right.
+    """Validates `value` against `kind`, a `Schema` or any annotation, and returns it with ints and tuples normalized.
 
-    Raises `error` with one line: `where`, the key (below that of `value` itself, if it has one), what it must be, what
-    it is, and `remedy`.
+    Raises `error` with one line: `where`, the key (prefixed with `key`, the name of `value`), what is expected, what
+    was found, and `remedy`.
     """
     try:
         return adapter(kind).validate_python(value)
@@ -121,17 +121,17 @@ def check(
 
 @lru_cache(256)
 def adapter(kind: Any) -> TypeAdapter:
-    """What checks values of a kind."""
+    """The validator of a type."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return TypeAdapter(kind)
     return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 def explain(failure: ValidationError, kind: Any, value: Any, root: str = "") -> str:
-    """The mistake of a failed check of `value` in one line: `key must be ...; it is ...`; `root` is its own key."""
+    """One line for a failed validation of `value`: `key must be ...; it is ...`; `root` is the name of `value`."""
     mistakes = failure.errors(include_url=False, include_context=True)
-    mistakes.sort(key=lambda one: -len(_keys(one["loc"], value)))  # of the alternative that was meant
-    first = next((one for one in mistakes if one["type"] == "extra_forbidden"), mistakes[0])  # maybe a key misspelt
+    mistakes.sort(key=lambda one: -len(_keys(one["loc"], value)))  # the closest alternative of a union first
+    first = next((one for one in mistakes if one["type"] == "extra_forbidden"), mistakes[0])  # often a misspelt key
     above = (root,) if root else ()
     key = _dotted((*above, *_keys(first["loc"], value)))
     match first["type"]:
@@ -152,19 +152,19 @@ def explain(failure: ValidationError, kind: Any, value: Any, root: str = "") -> 
             near = did_you_mean(first["input"], choices.split(", ")) if isinstance(first["input"], str) else ""
             return f"{key or 'the value'} {shown(first['input'])} is not known{near or ';'} choose one of {choices}"
     same = [one for one in mistakes if _keys(one["loc"], value) == _keys(first["loc"], value)]
-    same = [one for one in same if not one["type"].endswith("_type")] or same  # of the kind that was meant
+    same = [one for one in same if not one["type"].endswith("_type")] or same  # prefer errors other than a wrong type
     expected = list(dict.fromkeys(_expected(one) for one in same))
     return f"{key or 'the value'} must be {' or '.join(expected)}; it is {shown(same[0]['input'])}"
 
 
 def shown(value: Any) -> str:
-    """A value as Python writes it, cut to one short line."""
+    """The repr of a value, truncated to one short line."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # numbers of thousands of digits, nests
+    except (ValueError, RecursionError):  # huge integers, deep nesting
         text = f"a very large {type(value).__name__}"
-    text = " ".join(text[: 2 * SHOWN].splitlines())  # of objects that are no plain values
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    text = " ".join(text[: 2 * MAX_SHOWN].splitlines())
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 _EXPECTED = {
@@ -185,7 +185,7 @@ _WITH_CONTEXT = {
 
 def _expected(mistake: Mapping[str, Any]) -> str:
     kind, context = mistake["type"], mistake.get("ctx", {})
-    if kind == "worded":
+    if kind == "described":
         return mistake["msg"]
     if kind in _EXPECTED:
         return _EXPECTED[kind]
@@ -196,7 +196,7 @@ def _expected(mistake: Mapping[str, Any]) -> str:
 
 
 def _keys(location: Sequence[int | str], value: Any) -> tuple[int | str, ...]:
-    """Those parts of a location that lead into `value`; pydantic adds the names of a union's alternatives."""
+    """The keys of a pydantic location that exist in `value`, without the names of union alternatives."""
     found: list[int | str] = []
     for part in location:
         item = isinstance(part, int) and isinstance(value, list | tuple) and part < len(value)
@@ -214,11 +214,11 @@ def _dotted(location: Iterable[int | str]) -> str:
 
 
 def _shown_key(key: str) -> str:
-    return printable(key if len(key) <= SHOWN else f"{key[:SHOWN]}...")
+    return printable(key if len(key) <= MAX_SHOWN else f"{key[:MAX_SHOWN]}...")
 
 
 def _known(kind: Any, location: Sequence[int | str]) -> list[str]:
-    """The fields of the schema that lacks a key."""
+    """The field names of the schema at a location."""
     kind = _inner(kind)
     for part in location[:-1]:
         fields = getattr(kind, "model_fields", {})

@@ -1,7 +1,7 @@
-"""Resolutions, aspect ratios and durations: the names a user may type, and the sizes and frame counts they stand for.
+"""Named resolutions, aspect ratios and durations, and the sizes and frame counts they stand for.
 
-Sizes are (height, width) in pixels and ratios are height:width, so 9:16 is a landscape picture. The tables are those
-of Open-Sora 1.2. Each is what a rule gives, plus the listed exceptions; the order of its keys decides ties.
+Sizes are (height, width) in pixels, ratios are height:width, so 9:16 is landscape. The tables are those of Open-Sora
+1.2, written as a formula plus exceptions; the order of keys decides ties.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _unknown(what: str, value: object, choices: Collection[str]) -> ConfigError:
 
 
 def resolution_name(value: str | int) -> str:
-    """The table name for what a user typed, in any case and spacing (`4K`, `480P`, 512); ConfigError if unknown."""
+    """The canonical name of a resolution, ignoring case and blanks (`4K`, 512). Raises ConfigError if unknown."""
     name = _plain(value)
     if name not in NUM_PIXELS:
         raise _unknown("resolution", value, NUM_PIXELS)
@@ -97,14 +97,14 @@ def resolution_name(value: str | int) -> str:
 
 
 def get_num_pixels(resolution: str | int) -> int:
-    """The nominal number of pixels of a resolution; ConfigError if it is unknown."""
+    """The nominal number of pixels of a resolution. Raises ConfigError if unknown."""
     return NUM_PIXELS[resolution_name(resolution)]
 
 
 def get_num_frames(value: str | float) -> int:
-    """The number of frames of a duration name ("2s", "4x", "image") or of a number; ConfigError for anything else.
+    """The number of frames of a duration ("2s", "4x", "image") or a number. Raises ConfigError for anything else.
 
-    Numbers are cut to integers (51.9 gives 51); text must be a whole number.
+    Numbers are truncated (51.9 gives 51); text must be an integer.
     """
     try:
         return NUM_FRAMES.get(_plain(value)) or int(value)
@@ -113,7 +113,7 @@ def get_num_frames(value: str | float) -> int:
 
 
 def parse_ratio(value: str | float) -> Fraction:
-    """The exact height / width of `9:16`, `18:32`, `9x16`, `9/16`, `0.5625`; ConfigError if it is no positive ratio."""
+    """The exact height / width of `9:16`, `18:32`, `9x16`, `9/16` or `0.5625`. Raises ConfigError for other text."""
     try:
         parts = [Fraction(_decimal(part)) for part in re.split("[:x×/]", str(value).lower())]
         ratio = parts[0] if len(parts) == 1 else parts[0] / parts[1]
@@ -125,7 +125,7 @@ def parse_ratio(value: str | float) -> Fraction:
 
 
 def get_image_size(resolution: str | int, aspect_ratio: str | float) -> tuple[int, int]:
-    """(H, W) of a resolution at the nearest aspect ratio its table has; ConfigError if a name is not understood."""
+    """(H, W) of a resolution at the nearest aspect ratio in its table. Raises ConfigError for unknown names."""
     sizes = SIZES[resolution_name(resolution)]
     ratio = parse_ratio(aspect_ratio)
     key = _KEYS.get(ratio, "")
@@ -137,14 +137,14 @@ def get_image_size(resolution: str | int, aspect_ratio: str | float) -> tuple[in
 
 
 def _decimal(text: str) -> str:
-    """A number as people write it; an exponent could make one of any size. Raises ValueError otherwise."""
+    """Checks a plain decimal number; exponents are rejected, as they could be huge. Raises ValueError."""
     if not re.fullmatch(r"\s*(\d{1,12}(\.\d{0,20})?|\.\d{1,20})\s*", text):
         raise ValueError(text)
     return text
 
 
 def closest_ratio(height: float, width: float, resolution: str | int) -> str:
-    """The key of the resolution's ratio nearest to height / width; the first one wins a tie."""
+    """The key of the ratio nearest to height / width at a resolution; the first one wins a tie."""
     sizes = SIZES[resolution_name(resolution)]
     if height <= 0 or width <= 0:
         raise ConfigError(f"a picture of {height} x {width} pixels has no aspect ratio; sizes must be positive")

@@ -1,6 +1,6 @@
-"""What a bucket configuration makes of a table: which rows go where, why the others do not, and how many steps remain.
+"""Reports how a bucket configuration divides a table: rows and batches per bucket, rows without one, steps per epoch.
 
-Counts are those of one epoch: rows that are drawn, not only admitted, differ from epoch to epoch.
+Counts are those of one epoch; with keep probabilities below 1 they vary between epochs.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ BAR, LINE, LABEL, NUMBER = 420, 20, 330, 170  # pixels of the picture: widest ba
 def load(
     table: str | Path, settings: TrainSettings, *, world_size: int = 1, epoch: int = 0, pad: bool = False
 ) -> tuple[Sequence[str], BucketBatchSampler]:
-    """The paths of a table and the sampler of its rows in an epoch of the settings' training.
+    """The paths of a table, and the bucket sampler of an epoch under the training settings.
 
-    `pad` completes batches and steps by repeating rows instead of dropping what is left over. Raises ConfigError for a
-    table or configuration that cannot be used.
+    `pad` completes batches and steps by repeating rows instead of dropping the rest. Raises ConfigError for an invalid
+    table or configuration.
     """
     if not settings.bucket_config:
         raise ConfigError("the configuration has no bucket_config; name one for training with buckets")
@@ -53,12 +53,12 @@ def load(
 
 
 def describe(sampler: BucketBatchSampler) -> str:
-    """The report in words: a table of the buckets, the reasons of the rows without one, and the steps of the epoch."""
+    """The report as text: table of buckets, reasons of rows without one, steps of the epoch."""
     plan, world_size = sampler.plan, sampler.world_size
     lines = [f"epoch {sampler.epoch}, seed {sampler.seed}, {world_size} rank(s)", "", *_bucket_lines(sampler)]
-    num_placed, num_rows = int(plan.num_rows.sum()), len(plan.placement.fate)
+    num_placed, num_rows = int(plan.num_rows.sum()), len(plan.placement.outcome)
     lines += ["", f"{num_placed} of {num_rows} rows have a bucket, {num_rows - num_placed} have none", *_reasons(plan)]
-    used = np.concatenate([sampler.dealt(rank) for rank in range(world_size)])
+    used = np.concatenate([sampler.rank_batches(rank) for rank in range(world_size)])
     served = np.unique(np.concatenate([plan[index][1] for index in used])).size if used.size else 0
     over = len(plan) - len(np.unique(used))
     starved = plan.num_rows[plan.num_batches == 0]
@@ -75,7 +75,7 @@ def describe(sampler: BucketBatchSampler) -> str:
 
 
 def write(sampler: BucketBatchSampler, paths: Sequence[str], folder: str | Path, table: str | Path) -> list[Path]:
-    """Writes the list of all rows and the picture, named after the table; returns their paths. Raises MediaError."""
+    """Writes the rows (CSV) and the histogram (SVG), named after the table; returns the paths. Raises MediaError."""
     targets = [Path(folder) / f"{Path(table).absolute().stem}.buckets.{suffix}" for suffix in ("csv", "svg")]
     with replacing(*targets, make_folders=True) as [rows, picture]:
         write_rows(sampler, paths, rows)
@@ -84,11 +84,11 @@ def write(sampler: BucketBatchSampler, paths: Sequence[str], folder: str | Path,
 
 
 def write_rows(sampler: BucketBatchSampler, paths: Sequence[str], target: Path) -> None:
-    """Writes a CSV with one line a row: its bucket and size, or the reason for having none."""
+    """Writes a CSV with one line per row: its bucket and size, or the reason for having none."""
     placement = sampler.plan.placement
     buckets, _, rows, group = placement.groups()
     cells = [(*bucket, *bucket.size[1:], "") for bucket in buckets] + [("",) * 5 + (text,) for text in REASONS.values()]
-    kind = len(buckets) + placement.fate.astype(int)  # REASONS has the order of Fate, which counts from 0
+    kind = len(buckets) + placement.outcome.astype(int)  # REASONS has the order of RowOutcome
     kind[rows] = group
     with open(target, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
@@ -97,17 +97,17 @@ def write_rows(sampler: BucketBatchSampler, paths: Sequence[str], target: Path) 
 
 
 def picture_of(sampler: BucketBatchSampler) -> str:
-    """A histogram as SVG: the rows of each bucket, and of each reason for having none."""
+    """A histogram as SVG: rows per bucket, and per reason for having none."""
     plan = sampler.plan
     bars = []
     for group in _order(plan):
         used = min(plan.num_batches[group] * plan.batch_sizes[group], plan.num_rows[group])
         bars.append((str(plan.buckets[group]), int(used), int(plan.num_rows[group] - used)))
-    return _svg(bars + [(REASONS[fate], 0, len(rows)) for fate, rows in _without(plan)])
+    return _svg(bars + [(REASONS[outcome], 0, len(rows)) for outcome, rows in _without(plan)])
 
 
 def _svg(bars: Sequence[tuple[str, int, int]]) -> str:
-    """Bars of (label, rows served, rows not served), one below the other."""
+    """Horizontal bars of (label, rows used, rows not used)."""
     most = max((used + rest for _, used, rest in bars), default=1)
     width, height = LABEL + BAR + NUMBER, LINE * (len(bars) + 2)
     parts = [
@@ -134,7 +134,8 @@ def _shortened(label: str) -> str:
 def _bucket_lines(sampler: BucketBatchSampler) -> list[str]:
     plan = sampler.plan
     ranks = [
-        np.bincount(plan.group[sampler.dealt(rank)], minlength=len(plan.buckets)) for rank in range(sampler.world_size)
+        np.bincount(plan.group[sampler.rank_batches(rank)], minlength=len(plan.buckets))
+        for rank in range(sampler.world_size)
     ]
     least, most = np.min(ranks, 0), np.max(ranks, 0)
     rows = [HEADS]
@@ -150,20 +151,20 @@ def _bucket_lines(sampler: BucketBatchSampler) -> list[str]:
 
 
 def _order(plan: Epoch) -> list[int]:
-    """The buckets as they are tried: the largest first, then by ratio."""
+    """Bucket indices in the order of the configuration, then by ratio."""
     order = {(entry.resolution, entry.num_frames): index for index, entry in enumerate(plan.placement.entries)}
     return sorted(range(len(plan.buckets)), key=lambda g: (order[plan.buckets[g][:2]], float(plan.buckets[g].ratio)))
 
 
 def _without(plan: Epoch) -> list[tuple[int, np.ndarray]]:
-    """(fate, rows) of the rows that have no bucket."""
-    found = [(fate, np.flatnonzero(plan.placement.fate == fate)) for fate in REASONS]
-    return [(fate, rows) for fate, rows in found if len(rows)]
+    """(outcome, rows) of the rows without a bucket."""
+    found = [(outcome, np.flatnonzero(plan.placement.outcome == outcome)) for outcome in REASONS]
+    return [(outcome, rows) for outcome, rows in found if len(rows)]
 
 
 def _reasons(plan: Epoch) -> list[str]:
     lines = []
-    for fate, rows in _without(plan):
+    for outcome, rows in _without(plan):
         examples = ", ".join(map(str, rows[:MOST_EXAMPLES])) + (", ..." if len(rows) > MOST_EXAMPLES else "")
-        lines.append(f"  {len(rows)}: {REASONS[fate]} (rows {examples})")
+        lines.append(f"  {len(rows)}: {REASONS[outcome]} (rows {examples})")
     return lines

@@ -1,4 +1,4 @@
-"""The columns of a table: which is which, and what their cells may hold."""
+"""The columns of a table: accepted names, and validation of cells."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from opensora.config.schema import MAX_TEXT, SHOWN, Number, Text, check
+from opensora.config.schema import MAX_SHOWN, MAX_TEXT, Number, Text, check
 from opensora.errors import ConfigError, did_you_mean
 
 log = logging.getLogger("opensora")
@@ -20,14 +20,14 @@ SPELLINGS = {
     "path": ("path", "video_path", "image_path", "file_path", "filepath", "file_name", "filename", "video", "image"),
     "text": ("text", "caption", "captions", "prompt", "description"),
     **{name: (name,) for name in NUMBERS},
-}  # the first is the documented one
-Where = Callable[[int], str]  # where a row of a part stands, such as "line 3"
+}  # the first name is the documented one
+Where = Callable[[int], str]  # location of a row within a part, such as "line 3"
 
 
 def find(names: Sequence[str], source: str) -> dict[str, int]:
-    """The position of each column that a table has a use for, by its documented name.
+    """The index of each known column, by its documented name. Case and blanks do not matter.
 
-    Names in capitals or with blanks count too. Raises ConfigError for two columns that may be meant.
+    Raises ConfigError if two columns could be the same one.
     """
     plain = [name.strip().lower().replace(" ", "_").replace("-", "_") for name in names]
     found = {}
@@ -46,19 +46,19 @@ def find(names: Sequence[str], source: str) -> dict[str, int]:
 
 
 def no_path(names: Sequence[str], source: str) -> ConfigError:
-    """What to raise for a table without a column `path`."""
+    """The error for a table without a column `path`."""
     near = [name for name in names if did_you_mean("path", [name])]
     problem = f"has no column 'path', only {', '.join(shortened(name) for name in names)[:200]}"
     return ConfigError(f"{source}: {problem}; {f'rename {shortened(near[0])!r}' if near else 'name one so'}")
 
 
 def shortened(text: str) -> str:
-    """A text from outside, cut to what a message shows."""
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    """A text truncated for a message."""
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 class Notes:
-    """What a reader of a table has to tell: its columns, and rows it took with a remark, as a count and the first."""
+    """Notes of a table reader: the columns found, and warnings with the number of rows and the first location."""
 
     def __init__(self, source: str) -> None:
         self.source, self.columns = source, set()
@@ -70,16 +70,16 @@ class Notes:
             self.counts[problem] = self.counts.get(problem, 0) + len(rows)
             self.first.setdefault(problem, where(rows[0]))
 
-    def tell(self) -> None:
+    def log(self) -> None:
         for problem, count in self.counts.items():
             log.warning("%s: %d rows, the first in %s, %s", self.source, count, self.first[problem], problem)
 
 
 def texts(column: str, cells: Sequence[Any], where: Where, source: str) -> Sequence[str]:
-    """The texts of cells: bytes are decoded, whole numbers written out, missing ones empty.
+    """Converts cells to texts: bytes are decoded, integers formatted, missing cells empty.
 
-    Raises ConfigError that names the row for anything else: numbers with a fraction, NaN, lists, bytes that are not
-    UTF-8, over 100,000 characters. Paths may hold bytes that are not UTF-8, as file names do.
+    Raises ConfigError naming the row for other values: fractions, NaN, lists, invalid UTF-8, over 100,000 characters.
+    Paths may contain bytes that are not UTF-8, as file names do.
     """
     if not set(map(type, cells)) <= {str}:
         cells = [_text(column, cell, where, row, source) for row, cell in enumerate(cells)]
@@ -112,7 +112,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def numbers(column: str, cells: Sequence[Any], where: Where, source: str, notes: Notes) -> np.ndarray:
-    """float64 [N], NaN for what is no finite number. Raises ConfigError for cells that cannot be one, as True."""
+    """Converts cells to float64 [N], NaN for non-numbers. Raises ConfigError for values such as True."""
     if not set(map(type, cells)) <= {str, int, float, Decimal, type(None)}:
         allowed = str | Number | None
         for row, cell in enumerate(cells):
@@ -131,7 +131,7 @@ def numbers(column: str, cells: Sequence[Any], where: Where, source: str, notes:
 
 
 def _number(cell: object) -> float:
-    """NaN for what is no number."""
+    """A cell as float, or NaN."""
     try:
         return float(cell)
     except (TypeError, ValueError, OverflowError):
@@ -139,5 +139,5 @@ def _number(cell: object) -> float:
 
 
 def refused(source: str, where: str, column: str, problem: str, remedy: str = "correct the cell") -> ConfigError:
-    """What to raise for a cell that is no use."""
+    """The error for an invalid cell."""
     return ConfigError(f"{source}: {where}, column '{column}': {problem}; {remedy}")

@@ -1,7 +1,7 @@
-"""Videos and images of a table as training samples: a crop in time, at a size, with its caption.
+"""Videos and images of a table as training samples: a temporal crop at a size, with its caption.
 
-Which crop is a function of (seed, epoch, row). What cannot be read is skipped, never replaced: the sample is a
-`Broken`, `collate` sets it apart, and a `Quarantine` counts it, names it in a list, and stops a run of too many.
+The crop is a function of (seed, epoch, row). Unreadable files are skipped, never replaced: the sample is a `Broken`,
+`collate` separates it, and a `Quarantine` counts and lists it, and stops a run with too many.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ from opensora.errors import ConfigError, MediaError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-IMAGE_FPS = 120  # what models are told for an image
-CAPTIONS = ("mostly", "required", "optional")  # how many rows must have a text: nearly all, all, or none
-CROPS = 4  # the stream of random numbers; bucket.py and samplers.py number theirs from 0
+IMAGE_FPS = 120  # size conditioning of images
+CAPTIONS = ("mostly", "required", "optional")  # rows that must have a caption: nearly all, all, none
+CROPS = 4  # id of this random stream; bucket.py and samplers.py use 0 to 3
 
 
 def num_starts(total: int, num_frames: int, interval: int) -> int:
-    """At how many frames a crop may start in a video of `total` frames; 0 where it has fewer than `num_frames`."""
+    """The number of start frames of a crop in a video of `total` frames; 0 if it has fewer than `num_frames`."""
     return 0 if total < num_frames else max(total - num_frames * interval, 0) + 1
 
 
 def frame_indices(total: int, num_frames: int, interval: int, start: int) -> list[int]:
-    """`num_frames` indices, evenly spread over the `num_frames * interval` frames (or all) from `start` on.
+    """`num_frames` evenly spaced indices over the `num_frames * interval` frames (or all) from `start` on.
 
-    The first and the last frame of that crop are among them, so that they lie a little more than `interval` apart.
+    They include the first and the last frame of that span, so that the spacing is slightly more than `interval`.
     """
     length = min(num_frames * interval, total)
     return [start + step * (length - 1) // max(num_frames - 1, 1) for step in range(num_frames)]
 
 
 def to_levels(video: Tensor) -> Tensor:
-    """float32 in [-1, 1] of uint8; float32 stays as it is. For use on the device."""
+    """Converts uint8 to float32 in [-1, 1], on the tensor's device; float32 stays unchanged."""
     return video if video.is_floating_point() else video.float().div(127.5).sub(1)
 
 
 class _TableDataset(Dataset):
-    """What both data sets share. `as_uint8` rounds to 8 bits, which are a quarter to move and to keep in memory."""
+    """Base of both data sets. `as_uint8` returns 8-bit frames, a quarter of the memory."""
 
     def __init__(
         self, data_path: str | Path | None, interval: int, transform: str, captions: str, seed: int, as_uint8: bool
@@ -65,14 +65,14 @@ class _TableDataset(Dataset):
         self.frame_interval, self.transform, self.seed, self.as_uint8 = interval, transform, seed, as_uint8
         self.captions = captions
         self.to_size = get_transform(transform)
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # worker processes that stay see it too
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # visible to persistent workers
 
     def set_epoch(self, epoch: int) -> None:
-        """Crops of the samples read from now on are those of this epoch."""
+        """Sets the epoch that determines the crops."""
         self._epoch.fill_(epoch)
 
     def at(self, epoch: int) -> Self:
-        """The same data set with the crops of an epoch, for threads that read several epochs at once."""
+        """A shallow copy with the crops of an epoch, for threads that read several epochs at once."""
         other = copy.copy(self)
         other._epoch = torch.tensor(epoch)
         return other
@@ -96,7 +96,7 @@ class _TableDataset(Dataset):
         return int(index)
 
     def _clip(self, row: int, num_frames: int, size: tuple[int, int], start: int | None) -> tuple[Tensor, float]:
-        """A video's crop [3, num_frames, H, W] or an image [3, 1, H, W], and frames per second."""
+        """A crop [3, num_frames, H, W] of a video or an image [3, 1, H, W], and frames per second."""
         path = self.table.file(row)
         self._check(size)
         if _is_image(path):
@@ -113,7 +113,7 @@ class _TableDataset(Dataset):
         return torch.cat(frames, dim=1), fps
 
     def _random(self, row: int, count: int) -> int:
-        """A number from 0 to below `count`."""
+        """A random integer in [0, count)."""
         return int(random_words(1, self.seed, int(self._epoch), CROPS, row)[0] % np.uint64(count))
 
     def _check(self, size: tuple[int, int]) -> None:
@@ -130,9 +130,9 @@ class _TableDataset(Dataset):
 
 
 class VideoTextDataset(_TableDataset):
-    """Samples of one size: `video` float32 [3, T, H, W] in [-1, 1], `fps` of the file, and `text` if there is any.
+    """Samples of one size: `video` float32 [3, T, H, W] in [-1, 1], `fps` of the file, and `text` if the table has it.
 
-    An image is repeated `num_frames` times. `image_size` is (H, W). Raises ConfigError for wrong settings or tables.
+    An image is repeated `num_frames` times. `image_size` is (H, W). Raises ConfigError for invalid settings or tables.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class VideoTextDataset(_TableDataset):
         self._check(self.image_size)
 
     def read(self, index: int, start: int | None = None) -> dict[str, Any]:
-        """The sample of a row, from frame `start` on if given; MediaError if it cannot be read."""
+        """Reads the sample of a row, from frame `start` if given. Raises MediaError if it cannot be read."""
         row = self._row(index)
         video, fps = self._clip(row, self.num_frames, self.image_size, start)
         video = video.expand(-1, self.num_frames, -1, -1).contiguous()
@@ -162,11 +162,11 @@ class VideoTextDataset(_TableDataset):
 
 
 class VariableVideoTextDataset(_TableDataset):
-    """Samples of the sizes that a bucket sampler asks for, by index `row-T-H-W`.
+    """Samples of the sizes that a bucket sampler requests, by index `row-T-H-W`.
 
-    `video` is float32 [3, T, H, W] in [-1, 1]; `num_frames`, `height`, `width`, `ar` (H / W) and `fps` (divided by the
-    interval, rounded down; 120 for images) are what a model is told; `text` is there if the table has it. `num_frames`
-    and `image_size` have no effect, `dummy_text_feature` leaves texts out. Raises ConfigError for wrong settings.
+    `video` is float32 [3, T, H, W] in [-1, 1]; `num_frames`, `height`, `width`, `ar` (H / W) and `fps` (floor-divided
+    by the interval; 120 for images) are the size conditioning; `text` is present if the table has it. The arguments
+    `num_frames` and `image_size` have no effect, `dummy_text_feature` omits texts. Raises ConfigError.
     """
 
     def __init__(
@@ -189,22 +189,22 @@ class VariableVideoTextDataset(_TableDataset):
         return _parsed(index)[0]
 
     def read(self, index: str, start: int | None = None) -> dict[str, Any]:
-        """The sample of an index, from frame `start` on if given; MediaError if it cannot be read."""
+        """Reads the sample of an index, from frame `start` if given. Raises MediaError if it cannot be read."""
         row, num_frames, height, width = _parsed(index)
         video, fps = self._clip(row, num_frames, (height, width), start)
         if video.shape[1] != num_frames:
             problem = f"is an image where the table says {num_frames} frames or more"
             raise MediaError(f"{self.table.path[row]}: {problem}; write 1 in its column num_frames")
         fps = fps if _is_image(self.table.file(row)) else fps // self.frame_interval
-        told = {"num_frames": num_frames, "height": height, "width": width, "ar": height / width, "fps": fps}
-        sample = {"video": video, **told}
+        conditioning = {"num_frames": num_frames, "height": height, "width": width, "ar": height / width, "fps": fps}
+        sample = {"video": video, **conditioning}
         return self._captioned(row, sample) if self.with_text else sample
 
 
 def collate(samples: Iterable[dict[str, Any] | Broken]) -> dict[str, Any]:
-    """A batch: tensors stacked, numbers as tensors [B], texts as a list, and the `broken` ones set apart.
+    """Batches samples: tensors stacked, numbers as tensors [B], texts as a list; unreadable ones in `broken`.
 
-    If all samples are broken there is nothing else in it.
+    A batch of only unreadable samples has no other key.
     """
     samples = list(samples)
     whole = [sample for sample in samples if not isinstance(sample, Broken)]

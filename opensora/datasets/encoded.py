@@ -1,23 +1,22 @@
-"""Latents and texts that were encoded beforehand by `scripts/misc/extract_feat.py`, as a data set for training.
+"""Features encoded by `opensora extract`, as a data set for training.
 
     dataset = EncodedDataset(folder)
     sampler = EncodedBatchSampler(dataset, seed=seed, rank=rank, world_size=world_size)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_encoded)
 
-or, for the batch at a place (epoch, index), `encoded_batches(dataset, epoch, seed=seed)[index]`: a list of indices.
+or, for the batch at a position (epoch, index), `encoded_batches(dataset, epoch, seed=seed)[index]`: a list of indices.
 
-A batch has one size. Epoch `e` serves crop `e % num_crops` of every row, in the batches and the order that the bucket
-sampler makes of the table itself with the same seed, batch sizes and columns; only broken rows are missing. The place
-in an epoch is one integer: `sampler.state_dict(steps)`, `load_state_dict`, `set_epoch` as of the bucket sampler.
-`dataset.require(vae=..., text_encoder=...)` refuses features of other weights. `TextFeatures(folder)[row]` gives the
-texts alone, for videos that are read from their files.
+A batch has one size. Epoch `e` uses crop `e % num_crops` of every row, in the same batches and order as the bucket
+sampler of the table with the same seed, batch sizes and columns, except for unreadable rows. The position is one
+integer: `sampler.state_dict(steps)`, `load_state_dict`, `set_epoch`, as in the bucket sampler. `dataset.require(...)`
+raises for features of other weights. `TextFeatures(folder)[row]` gives only texts, for videos that are read from files.
 
-The folder holds `features.json` (what was encoded, and how), `plan.json` (the shards there should be), and the shards:
+The folder holds `features.json` (what was encoded, and how), `plan.json` (the list of shards), and the shards:
 
     latents/crop0/240p_51f_0.56/ROW-ROW.safetensors   latents [M, C, T, h, w], last [M, C, h, w], row [M], fps [M]
     text/ROW.safetensors                              text [sum of L, C], length [N], row [N]
 
-Shards are mapped into memory, and only the samples that are asked for are read.
+Shards are memory-mapped; only the requested samples are read.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ from torch.utils.data import Dataset
 
 from opensora.datasets.bucket import Bucket, Buckets
 from opensora.datasets.feature_files import COMMAND, Shards, caption_key
-from opensora.datasets.samplers import BucketBatchSampler, Epoch, lay_out
+from opensora.datasets.samplers import BucketBatchSampler, Epoch, make_epoch
 from opensora.errors import ConfigError
 
 
 class TextFeatures:
-    """Texts by the row of the table: (features [L, C], mask [L] of ones) without padding. `rows` has them all."""
+    """Text features by table row: (features [L, C], mask [L] of ones), without padding. `rows` lists all rows."""
 
     def __init__(self, folder: str | Path, shards: Shards | None = None) -> None:
         self.shards = shards or Shards(folder)
@@ -68,7 +67,7 @@ class TextFeatures:
         return text, torch.ones(length, dtype=torch.int64)
 
     def check(self, captions: Sequence[str]) -> None:
-        """Raises ConfigError if the captions of a table are not those that were encoded."""
+        """Raises ConfigError if the captions of a table differ from the encoded ones."""
         for name in self._names:
             rows, keys = self.shards.column(name, "row", np.int64), self.shards.column(name, "key", np.uint8)
             for row, key in zip(rows, keys, strict=True):
@@ -78,12 +77,12 @@ class TextFeatures:
 
 
 class EncodedDataset(Dataset):
-    """Encoded clips: `latents` [C, T', h, w], `last` [C, h, w], `text` [L, C], `mask` [L], and what a model is told.
+    """Encoded clips: `latents` [C, T', h, w], `last` [C, h, w], `text` [L, C], `mask` [L], and size conditioning.
 
-    The latter: `num_frames`, `height`, `width` in frames and pixels, `ar` (height / width), `fps`; `id` is the row of
-    the table. `last` is the last frame, encoded as an image, where there is one. `sizes` are the (T, H, W) of all
-    groups, `group` [N] the group of each sample, `crop` and `row` [N] where it comes from. `with_text` False leaves
-    texts out. Raises ConfigError for a folder that is no whole set of features.
+    The latter is `num_frames`, `height`, `width` in frames and pixels, `ar` (height / width), `fps`. `id` is the table
+    row; `last` is the last frame encoded as an image, if stored. `sizes` are the (T, H, W) of all groups, `group` [N]
+    the group, `crop` and `row` [N] the origin of each sample. `with_text=False` omits texts. Raises ConfigError for an
+    incomplete folder.
     """
 
     def __init__(self, folder: str | Path, with_text: bool = True) -> None:
@@ -117,7 +116,7 @@ class EncodedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         shard, place = self.shards[self._names[self._shard[index]]], int(self._place[index])
-        latents = shard.get_slice("latents")[place].clone()  # no view of the whole file
+        latents = shard.get_slice("latents")[place].clone()  # not a view of the whole file
         num_frames, height, width = self.sizes[self.group[index]]
         sample: dict[str, Any] = {"latents": latents}
         if num_frames == 1:
@@ -126,12 +125,12 @@ class EncodedDataset(Dataset):
             sample["last"] = shard.get_slice("last")[place].clone()
         if self.texts is not None:
             sample["text"], sample["mask"] = self.texts[int(self.row[index])]
-        told = {"num_frames": num_frames, "height": height, "width": width, "ar": height / width}
-        return {**sample, **told, "fps": float(self.fps[index]), "id": int(self.row[index])}
+        conditioning = {"num_frames": num_frames, "height": height, "width": width, "ar": height / width}
+        return {**sample, **conditioning, "fps": float(self.fps[index]), "id": int(self.row[index])}
 
 
 def collate_encoded(samples: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch of samples of one size: tensors stacked, numbers as tensors [B], text padded with zeros to the longest.
+    """Batches samples of one size: tensors stacked, numbers as tensors [B], text zero-padded to the longest.
 
     `text` is [B, L, C] and `mask` [B, L], 1 for a real token.
     """
@@ -146,15 +145,15 @@ def collate_encoded(samples: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Placed:
-    """What was encoded of one crop, as `lay_out` asks for it; `entry` [rows of the table] is -1 for a row without."""
+class _CropAssignment:
+    """The encoded rows of one crop, as `make_epoch` takes them; `entry` [table rows] is -1 for a missing row."""
 
     entry: np.ndarray
     buckets: Sequence[Bucket]
     batch_sizes: Sequence[int]
 
     def groups(self) -> tuple[list[Bucket], np.ndarray, np.ndarray, np.ndarray]:
-        """As of a Placement: (buckets by their first row, batch sizes, rows ascending, the bucket of each)."""
+        """As `BucketAssignment.groups`."""
         rows = np.flatnonzero(self.entry >= 0)
         found, first, group = np.unique(self.entry[rows], return_index=True, return_inverse=True)
         order = np.argsort(first)
@@ -163,7 +162,7 @@ class _Placed:
 
 
 class EncodedBatches(Sequence[list[int]]):
-    """The batches of one epoch, each as indices into the data set; `plan` has them in rows of the table."""
+    """The batches of one epoch as indices into the data set; `plan` holds them as table rows."""
 
     def __init__(self, plan: Epoch, item_of: np.ndarray) -> None:
         self.plan, self._item_of = plan, item_of
@@ -181,19 +180,19 @@ def encoded_batches(
 ) -> EncodedBatches:  # fmt: skip
     """The batches of an epoch in the order that all ranks share, a function of (seed, epoch).
 
-    `batch_size` is one for all sizes, or a bucket_config, or None: the batch sizes of the extraction. Rows of the
-    table that are in `without` are left out.
+    `batch_size` is a number for all sizes, a bucket_config, or None for the batch sizes of the extraction. Table rows
+    in `without` are left out.
     """
     items = np.flatnonzero(dataset.crop == epoch % dataset.num_crops)
     entry, item_of = np.full(dataset.num_rows, -1, np.int64), np.zeros(dataset.num_rows, np.int64)
     entry[dataset.row[items]], item_of[dataset.row[items]] = dataset.group[items], items
     entry[np.asarray(without, np.int64)] = -1
-    placed = _Placed(entry, dataset.buckets, _batch_sizes(dataset, batch_size))
-    return EncodedBatches(lay_out(placed, seed, epoch, shuffle=shuffle, drop_last=drop_last), item_of)
+    placed = _CropAssignment(entry, dataset.buckets, _batch_sizes(dataset, batch_size))
+    return EncodedBatches(make_epoch(placed, seed, epoch, shuffle=shuffle, drop_last=drop_last), item_of)
 
 
 class EncodedBatchSampler(BucketBatchSampler):
-    """`encoded_batches` for one rank, with a place in the epoch that is one integer."""
+    """`encoded_batches` for one rank, with an integer position in the epoch."""
 
     def __init__(
         self, dataset: EncodedDataset, batch_size: int | Mapping[str, Any] | None = None, *, seed: int = 1024,
@@ -206,7 +205,7 @@ class EncodedBatchSampler(BucketBatchSampler):
 
     @property
     def batches(self) -> EncodedBatches:
-        """Those of the whole epoch."""
+        """The batches of the whole epoch."""
         key = (self.seed, self.epoch)
         if self._batches is None or self._batches[0] != key:
             how = {"seed": self.seed, "shuffle": self.shuffle, "drop_last": self.drop_last}
@@ -215,17 +214,17 @@ class EncodedBatchSampler(BucketBatchSampler):
 
     @property
     def plan(self) -> Epoch:
-        """The whole epoch in rows of the table, the same on all ranks and for all numbers of ranks."""
+        """The whole epoch as table rows, independent of the number of ranks."""
         return self.batches.plan
 
     def __iter__(self) -> Iterator[list[int]]:
         batches = self.batches
-        for index in self.dealt().tolist():
+        for index in self.rank_batches().tolist():
             yield batches[index]
 
 
 def _batch_sizes(dataset: EncodedDataset, batch_size: int | Mapping[str, Any] | None) -> list[int]:
-    """One for each group of the data set."""
+    """The batch size of each group."""
     if batch_size is None:
         return dataset.batch_sizes
     if isinstance(batch_size, int):

@@ -1,6 +1,6 @@
-"""The files of a features folder: what they are, checked before anything is made of them.
+"""The files of a features folder, validated on reading.
 
-`features.json` says what was encoded, and how; `plan.json` which shards there should be. See `encoded.py` for those.
+`features.json` describes what was encoded and how; `plan.json` lists the shards. `encoded.py` documents their content.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from opensora.files import read_json
 
 IDENTITY, PLAN = "features.json", "plan.json"
 COMMAND = "scripts/misc/extract_feat.py"
-MOST_OPEN = 128  # shards mapped at a time
+MOST_OPEN = 128  # memory-mapped shards
 MAX_PLAN_BYTES = 2**26
 MAX_ROWS = 2**28
 
-# A file below the folder; no name leads out of it.
+# Relative paths that stay inside the folder.
 LatentFile = Annotated[str, Field(pattern=r"^latents/crop\d+/[\w.-]*\w[\w.-]*/\d+-\d+\.safetensors$", max_length=200)]
 TextFile = Annotated[str, Field(pattern=r"^text/\d+\.safetensors$", max_length=200)]
 
 
 class PlannedLatents(Schema):
-    """A shard of latents: of one crop and one size (T, H, W)."""
+    """A shard of latents of one crop and one size (T, H, W)."""
 
     file: LatentFile
     crop: Count
@@ -46,8 +46,8 @@ class PlannedTexts(Schema):
     file: TextFile
 
 
-class Plan(Schema):
-    """The shards there should be, and the table that they were made of."""
+class FeaturePlan(Schema):
+    """The expected shards, and the table they were encoded from."""
 
     num_rows: Annotated[Count, Field(le=MAX_ROWS)]
     num_crops: Positive
@@ -57,45 +57,47 @@ class Plan(Schema):
 
 
 def caption_key(text: str) -> np.ndarray:
-    """16 bytes that tell captions apart."""
+    """A 16-byte hash of a caption."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
     return np.frombuffer(digest, np.uint8)
 
 
 class Shards:
-    """The files of a features folder: checked to be complete, opened when they are needed, `MOST_OPEN` at a time."""
+    """The shards of a features folder: checked to be complete, opened on demand, `MOST_OPEN` at a time."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.identity, plan = (_read(self.folder / name) for name in (IDENTITY, PLAN))
-        self.plan = check(Plan, plan, str(self.folder / PLAN), remedy=f"run {COMMAND} again, which writes it anew")
+        self.plan = check(
+            FeaturePlan, plan, str(self.folder / PLAN), remedy=f"run {COMMAND} again, which writes it anew"
+        )
         planned = self.files = [part.file for part in (*self.plan.latents, *self.plan.text)]
         missing = [name for name in planned if not (self.folder / name).is_file()]
         if missing:
             problem = f"{len(missing)} of {len(planned)} shards are not there yet (the first is {missing[0]})"
             raise ConfigError(f"{self.folder}: {problem}; run {COMMAND} again, which encodes those alone")
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._open: OrderedDict[str, Any] = OrderedDict()
-        self._turn = Lock()  # threads that read ahead share the open shards
+        self._lock = Lock()  # prefetching threads share the open shards
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_turn")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget()
+        self._reset()
 
     def require(self, **expected: Any) -> None:
-        """Raises ConfigError unless the folder was made with these; `vae`, `text_encoder`: SHA-256 of their weights."""
+        """Raises ConfigError unless features.json has these values; `vae`, `text_encoder`: SHA-256 of their weights."""
         for name, value in expected.items():
             if self.identity.get(name) != value:
                 problem = f"was encoded with {name} {self.identity.get(name)}, and the run has {value}"
                 raise ConfigError(f"{self.folder} {problem}; encode it anew with {COMMAND}, into another folder")
 
     def column(self, name: str, key: str, kind: type[np.generic]) -> np.ndarray:
-        """A column of a shard. Raises ConfigError where it is not there, or not of numbers of this kind."""
+        """A column of a shard. Raises ConfigError if it is missing or of another dtype."""
         column = tensor_of(self[name], key, self.folder / name).numpy()
         if column.dtype != kind:
             raise _damaged(self.folder / name, f"its column {key} is of another type")
@@ -105,7 +107,7 @@ class Shards:
 
     def __getitem__(self, name: str) -> Any:
         """The opened shard."""
-        with self._turn:
+        with self._lock:
             if name not in self._open:
                 if len(self._open) >= MOST_OPEN:
                     self._open.popitem(last=False)
@@ -115,7 +117,7 @@ class Shards:
 
 
 def open_shard(path: Path) -> Any:
-    """A shard mapped into memory; ConfigError if it is damaged."""
+    """Memory-maps a shard. Raises ConfigError if it is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -125,7 +127,7 @@ def open_shard(path: Path) -> Any:
 
 
 def tensor_of(shard: Any, key: str, path: Path) -> Tensor:
-    """A tensor of an opened shard; ConfigError if it has no such tensor."""
+    """A tensor of an open shard. Raises ConfigError if it is missing."""
     from safetensors import SafetensorError
 
     try:

@@ -1,4 +1,4 @@
-"""What tells the contents of files apart, read cheaply: their sizes, and parts of their bytes."""
+"""Cheap fingerprints of files: size, modification time, and a hash of parts of the content."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-SAMPLE, PARTS = 2**16, 3  # bytes of each of the parts of a file that tell its content
+SAMPLE, PARTS = 2**16, 3  # bytes per part, and parts that are hashed
 KEY_BYTES = 16
-READERS = 16  # threads; a disk across the network is mostly waited for
+READERS = 16  # threads; network disks are slow to answer
 
 
 def file_stamps(paths: Sequence[str]) -> np.ndarray:
-    """(bytes, time of the last change in ns) of files [N, 2]; -1 for what is not there."""
+    """(size in bytes, mtime in ns) of files, int64 [N, 2]; -1 if missing."""
     stamps = np.full((len(paths), 2), -1, np.int64)
     for number, path in enumerate(paths):
         try:
@@ -29,9 +29,9 @@ def file_stamps(paths: Sequence[str]) -> np.ndarray:
 
 
 def content_key(path: str) -> np.ndarray:
-    """16 bytes that tell contents of files apart: of its length, its beginning, middle and end; zeros if unreadable.
+    """A 16-byte hash of the length, beginning, middle and end of a file; zeros if unreadable.
 
-    A video's index of frames lies in its beginning or end, so that a file made anew differs there.
+    The frame index of a video is at its beginning or end, so a re-encoded file differs there.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block

@@ -1,4 +1,4 @@
-"""Parquet files as tables: types and sizes are checked before anything is unpacked."""
+"""Reads Parquet tables; types and sizes are checked before decompression."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from opensora.datasets.columns import TEXTS
 from opensora.errors import ConfigError
 from opensora.files import open_regular, why
 
-CHUNK = 2**11  # rows read together
-FEW = 2**4  # where a few bytes may become many texts
-ROW_BYTES = 40  # what a row takes besides its texts
-# What a file may become: a few bytes can stand for gigabytes.
+CHUNK = 2**11  # rows per chunk
+FEW = 2**4  # rows per chunk for encodings that expand strongly
+ROW_BYTES = 40  # memory per row besides its texts
+# Limits on the decompressed size: a few bytes can expand to gigabytes.
 LEAST_BYTES, MOST_TIMES = 2**26, 200
 
 
 def parts(source: str) -> Iterator[tuple[int, dict[str, Sequence[Any]]]]:
-    """The number of the first row, and cells by column, of some rows at a time. ConfigError for what is no table."""
+    """Yields (index of the first row, cells by column) per chunk. Raises ConfigError for an invalid table."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -53,7 +53,7 @@ def parts(source: str) -> Iterator[tuple[int, dict[str, Sequence[Any]]]]:
 
 
 def _check_type(types: Any, column: str, name: str, kind: Any, source: str) -> None:
-    """Raises ConfigError for a column that holds other things than texts or numbers."""
+    """Raises ConfigError for a column of another type than texts or numbers."""
     values = kind.value_type if types.is_dictionary(kind) else kind
     texts = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_null)
     views = [getattr(types, check) for check in ("is_string_view", "is_binary_view") if hasattr(types, check)]
@@ -66,7 +66,7 @@ def _check_type(types: Any, column: str, name: str, kind: Any, source: str) -> N
 
 
 def _check_sizes(content: Any, names: Sequence[str], budget: int, source: str) -> int:
-    """How many rows may be read together. ConfigError for columns that are much larger than the file."""
+    """The rows per chunk. Raises ConfigError for columns that are much larger than the file."""
     size, few = 0, False
     for group in range(content.metadata.num_row_groups):
         of_group = content.metadata.row_group(group)
@@ -86,7 +86,7 @@ def _too_large(source: str) -> ConfigError:
 
 
 def _cells(column: str, array: Any, first: int, source: str) -> list[Any]:
-    """Python values of an Arrow array. ConfigError for texts that are too long, before they are unpacked."""
+    """The Python values of an Arrow array. Raises ConfigError for too long texts before converting them."""
     if column in TEXTS:
         from pyarrow import compute, types
 

@@ -1,4 +1,4 @@
-"""Files that cannot be read: what is known of each, and how many of them a run bears."""
+"""Unreadable files of a run: listed with reasons, counted, and limited in number."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from opensora.files import parse_json
 
 log = logging.getLogger("opensora")
 
-MOST_BROKEN = 0.05  # of the rows of a table
-LEAST_BROKEN = 1  # so many broken files never stop a run that has others
-MAX_LIST_BYTES = 2**28  # of a list of broken files
+MOST_BROKEN = 0.05  # share of the rows of a table
+LEAST_BROKEN = 1  # this many unreadable files never stop a run that has others
+MAX_LIST_BYTES = 2**28  # size of a list
 
 
 class Broken(NamedTuple):
-    """A row that gives no sample, and why."""
+    """An unreadable row and the reason."""
 
     row: int
     path: str
@@ -31,12 +31,12 @@ class Broken(NamedTuple):
 
 
 def most_broken(num_rows: int, share: float = MOST_BROKEN) -> int:
-    """How many of the rows of a table may be unusable; never all of them."""
+    """The number of rows that may be unreadable; never all of them."""
     return max(min(max(LEAST_BROKEN, int(share * num_rows)), num_rows - 1), 0)
 
 
 class _Entry(Schema):
-    """A line of a list."""
+    """A line of the list."""
 
     row: Count
     path: Text
@@ -45,12 +45,12 @@ class _Entry(Schema):
 
 
 class Quarantine:
-    """The broken rows of a run, over its ranks and resumes: counted, each file named once in a list.
+    """The unreadable rows of a run, over all ranks and resumes; each file is listed once.
 
-    The list is `path`, a JSON object a line: row, path, reason, and the key of the file's content. Those of other
-    ranks lie beside it, under names that begin as its own; `former` folders have those of the run it goes on from. What
-    they name counts as long as row `row` of `table` is that file with that content. `most` is the share of the table's
-    rows that may be broken. Only the rank that `writes` has the list.
+    The list `path` has one JSON object per line: row, path, reason, and the content key of the file. Lists of other
+    ranks are beside it, with the same name prefix; `former` folders hold those of the run being resumed. A listed row
+    counts while row `row` of `table` is still that file with that content. `most` is the share of rows that may be
+    unreadable. Only the rank that `writes` writes the list.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Quarantine:
         self.rows: set[int] = set()
         content = _content(self.path)
         self.named = {one.path: key for one, key in _listed(content)}
-        self.mended = "" if content.endswith(b"\n") or not content else "\n"  # a crash may have cut off its last line
+        self.mended = "" if content.endswith(b"\n") or not content else "\n"  # a crash may have truncated the last line
         self._count(self.path.parent)
         for folder in former:
             for one in self._count(folder):
@@ -72,7 +72,7 @@ class Quarantine:
         return len(self.rows)
 
     def add(self, broken: Iterable[Broken]) -> None:
-        """Takes up what `collate` set apart; MediaError once more files are broken than may be, on all ranks."""
+        """Adds the unreadable samples of a batch. Raises MediaError if all ranks together exceed the limit."""
         new = [one for one in broken if one.row not in self.rows]
         for one in new:
             self.rows.add(one.row)
@@ -82,7 +82,7 @@ class Quarantine:
         self.check()
 
     def check(self) -> None:
-        """Raises MediaError when more files are broken than may be."""
+        """Raises MediaError if more files are unreadable than allowed."""
         if len(self.rows) > self.limit:
             problem = f"{len(self.rows)} of {self.num_rows} files cannot be read, over the limit of {self.limit}"
             raise MediaError(
@@ -90,7 +90,7 @@ class Quarantine:
             )
 
     def _count(self, folder: Path) -> list[Broken]:
-        """Counts what the lists in a folder name, if that is still so; returns what is new of it."""
+        """Counts the rows listed in a folder that are still unreadable; returns the new ones."""
         found = []
         for path in sorted(folder.glob(f"{self.path.name.partition('.')[0]}*{self.path.suffix}")):
             for one, key in _listed(_content(path)):
@@ -103,18 +103,18 @@ class Quarantine:
         if self.table is not None and (
             one.row >= len(self.table) or Path(self.table.path[one.row]).name != Path(one.path).name
         ):
-            return False  # a row of another table
+            return False  # the list is of another table
         now = self._key(one)
         return key in (None, now) or not int(now, 16)
 
     def _key(self, one: Broken) -> str:
-        """Of the content of the file."""
+        """The content key of the file, as hex."""
         path = one.path if self.table is None else self.table.file(one.row)
         return content_key(path).tobytes().hex()
 
     def _list(self, one: Broken) -> None:
         key = self._key(one)
-        if self.named.get(one.path, "") in (None, key):  # earlier versions listed no keys
+        if self.named.get(one.path, "") in (None, key):  # lists of earlier versions have no keys
             return
         self.named[one.path] = key
         log.warning("%s is skipped: %s", _name(one), one.reason)
@@ -134,7 +134,7 @@ def _name(one: Broken) -> str:
 
 
 def _content(path: Path) -> bytes:
-    """Of a list; nothing where there is none."""
+    """The bytes of a list; empty if there is none."""
     with suppress(OSError):
         if path.is_file():
             with path.open("rb") as file:
@@ -143,7 +143,7 @@ def _content(path: Path) -> bytes:
 
 
 def _listed(content: bytes) -> Iterator[tuple[Broken, str | None]]:
-    """The entries of a list, and the keys of their files; a line cut off by a crash has none."""
+    """Yields the entries of a list with their content keys; skips a truncated line."""
     for line in content.splitlines():
         with suppress(MediaError):
             entry = check(_Entry, parse_json(line, "a list of broken files"), error=MediaError)

@@ -1,8 +1,8 @@
-"""Samplers: which samples each rank sees, in which order, as a function of (seed, epoch).
+"""Distributed samplers: the order of samples on each rank, as a function of (seed, epoch).
 
-All ranks share one order; step `i` gives rank `r` of `world_size` the item `position + i * world_size + r` of it.
-The place in an epoch is therefore one integer, and may be taken up by another number of ranks without repeating or
-losing anything but the last few items that do not suffice for a step. `world_size` counts data-parallel ranks only.
+All ranks share one order; at step `i`, rank `r` of `world_size` gets item `position + i * world_size + r`. The position
+in an epoch is therefore one integer, and a run may resume with another number of ranks; only items at the end that do
+not fill a step are lost. `world_size` counts data-parallel ranks only.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from opensora.datasets.bucket import Bucket, Buckets, Column, Placement, random_words
+from opensora.datasets.bucket import Bucket, BucketAssignment, Buckets, Column, random_words
 from opensora.errors import ConfigError
 
-ROWS, BATCHES, SAMPLES = 1, 2, 3  # what a stream of random numbers orders
+ROWS, BATCHES, SAMPLES = 1, 2, 3  # ids of random streams
 
 
-def deal(total: int, position: int, rank: int, world_size: int, drop_last: bool) -> np.ndarray:
-    """The items of an order of `total` that a rank gets from `position` on; every rank gets as many.
+def rank_indices(total: int, position: int, rank: int, world_size: int, drop_last: bool) -> np.ndarray:
+    """The indices into an order of `total` items that a rank gets from `position` on; equally many on every rank.
 
-    What is left over at the end is dropped, or the order starts over to complete the last step.
+    The remainder is dropped, or completed from the beginning of the order.
     """
     left = max(total - position, 0)
     steps = left // world_size if drop_last else -(-left // world_size)
@@ -36,7 +36,7 @@ def shuffled(count: int, seed: int, epoch: int, purpose: int) -> np.ndarray:
 
 
 def check_position(position: int, total: int, world_size: int) -> int:
-    """`position`, at most `total`; ConfigError when it lies further than the step that completes the order."""
+    """Clamps `position` to `total`. Raises ConfigError if it is beyond the last, completed step."""
     if not 0 <= position < total + world_size:
         problem = f"the position {position} lies beyond the {total} items of this epoch"
         raise ConfigError(f"{problem}; the table or its settings are not those of the checkpoint")
@@ -45,15 +45,15 @@ def check_position(position: int, total: int, world_size: int) -> int:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The batches of one epoch in their common order.
+    """The batches of one epoch in the order that all ranks share.
 
-    placement: what became of each row
-    buckets, batch_sizes, num_rows: [G], what was found
-    rows: [S], the rows of all batches, one batch after another
-    start: [M], where each batch begins; group: [M], its bucket
+    placement: the bucket of each row
+    buckets, batch_sizes, num_rows: [G], the buckets with rows
+    rows: [S], the rows of all batches, concatenated
+    start: [M], the offset of each batch in `rows`; group: [M], its bucket
     """
 
-    placement: Placement
+    placement: BucketAssignment
     buckets: list[Bucket]
     batch_sizes: np.ndarray
     num_rows: np.ndarray
@@ -75,11 +75,11 @@ class Epoch:
         return np.bincount(self.group, minlength=len(self.buckets))
 
 
-def lay_out(placement: Placement, seed: int, epoch: int, *, shuffle: bool, drop_last: bool) -> Epoch:
-    """Whole batches of one bucket each.
+def make_epoch(placement: BucketAssignment, seed: int, epoch: int, *, shuffle: bool, drop_last: bool) -> Epoch:
+    """Groups assigned rows into full batches of one bucket each.
 
-    Rows that do not fill a batch are left out, or completed by starting over with the bucket's first rows. Without
-    `shuffle`, buckets come in the order of their first rows.
+    Rows that do not fill a batch are dropped, or completed with the bucket's first rows. Without `shuffle`, buckets
+    are ordered by their first row.
     """
     buckets, batch_sizes, rows, group = placement.groups()
     if shuffle:
@@ -100,19 +100,19 @@ def lay_out(placement: Placement, seed: int, epoch: int, *, shuffle: bool, drop_
 
 
 class _EpochSampler(Sampler):
-    """A position in an epoch; an iteration runs from there to the end, `set_epoch` starts another epoch."""
+    """A sampler with a position in an epoch; iterates from the position to the end."""
 
     epoch: int = 0
     position: int = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Goes to the beginning of an epoch, or stays where it is if that epoch is under way."""
+        """Moves to the beginning of an epoch; keeps the position if the epoch is the current one."""
         if epoch != self.epoch:
             self.epoch, self.position = epoch, 0
 
 
 class BucketBatchSampler(_EpochSampler):
-    """Batches of one bucket each, as lists of `row-T-H-W`, for one rank; num_frames, height, width: columns [N]."""
+    """Batches of one bucket each for one rank, as lists of `row-T-H-W`. num_frames, height, width: columns [N]."""
 
     def __init__(
         self,
@@ -135,47 +135,47 @@ class BucketBatchSampler(_EpochSampler):
 
     @property
     def plan(self) -> Epoch:
-        """The whole epoch, the same on all ranks and for all numbers of ranks."""
+        """The whole epoch, independent of the number of ranks."""
         key = (self.seed, self.epoch)
         if self._plan is None or self._plan[0] != key:
             seed, epoch = key
-            placed = self.buckets.place(*self.columns, seed=seed, epoch=epoch, frame_interval=self.frame_interval)
-            self._plan = key, lay_out(placed, seed, epoch, shuffle=self.shuffle, drop_last=self.drop_last)
+            placed = self.buckets.assign(*self.columns, seed=seed, epoch=epoch, frame_interval=self.frame_interval)
+            self._plan = key, make_epoch(placed, seed, epoch, shuffle=self.shuffle, drop_last=self.drop_last)
         return self._plan[1]
 
-    def dealt(self, rank: int | None = None) -> np.ndarray:
-        """The batches of `plan` that a rank (default: its own) gets from the position on."""
+    def rank_batches(self, rank: int | None = None) -> np.ndarray:
+        """The batches of `plan` for a rank (default: its own), from the position on."""
         total = len(self.plan)
         position = check_position(self.position, total, self.world_size)
-        return deal(total, position, self.rank if rank is None else rank, self.world_size, self.drop_last)
+        return rank_indices(total, position, self.rank if rank is None else rank, self.world_size, self.drop_last)
 
     def __iter__(self) -> Iterator[list[str]]:
         plan = self.plan
-        for index in self.dealt():
+        for index in self.rank_batches():
             bucket, rows = plan[index]
             size = "-".join(map(str, bucket.size))
             yield [f"{row}-{size}" for row in rows]
 
     def __len__(self) -> int:
-        """The steps from the position to the end of the epoch, on every rank."""
-        return len(self.dealt())
+        """The number of steps from the position to the end of the epoch."""
+        return len(self.rank_batches())
 
     def state_dict(self, steps: int = 0) -> dict[str, int]:
-        """The place in the data after `steps` more steps than when it was last set."""
+        """The position in the data, `steps` steps after the position was last set."""
         position = self.position + steps * self.world_size
         if not self.drop_last:
-            position = min(position, len(self.plan))  # what completed the last step counts as served
+            position = min(position, len(self.plan))  # items that complete the last step count as used
         return {"seed": self.seed, "epoch": self.epoch, "last_micro_batch_access_index": position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a saved place; the number of ranks may be another one."""
+        """Restores a saved position; the number of ranks may differ."""
         self.seed, self.epoch = state["seed"], state["epoch"]
         self.position = state["last_micro_batch_access_index"]
 
     def require_steps(self) -> None:
-        """Raises ConfigError, with the reason, when the epoch has no step."""
+        """Raises ConfigError with the reason if the epoch has no step."""
         plan = self.plan
-        if len(deal(len(plan), 0, 0, self.world_size, self.drop_last)):
+        if len(rank_indices(len(plan), 0, 0, self.world_size, self.drop_last)):
             return
         if not plan.buckets:
             reason = f"none of the {len(plan.placement.entry)} rows has a bucket"
@@ -192,7 +192,7 @@ class BucketBatchSampler(_EpochSampler):
 
 
 class SampleSampler(_EpochSampler):
-    """Single samples of `count`, for one rank; the batches are made of them afterwards."""
+    """Single samples out of `count` for one rank, to be batched afterwards."""
 
     def __init__(
         self,
@@ -207,32 +207,32 @@ class SampleSampler(_EpochSampler):
         self.count, self.seed, self.shuffle, self.drop_last = count, seed, shuffle, drop_last
         self.rank, self.world_size = rank, world_size
 
-    def _dealt(self) -> np.ndarray:
+    def _rank_samples(self) -> np.ndarray:
         position = check_position(self.position, self.count, self.world_size)
-        return deal(self.count, position, self.rank, self.world_size, self.drop_last)
+        return rank_indices(self.count, position, self.rank, self.world_size, self.drop_last)
 
     def __iter__(self) -> Iterator[int]:
         order = shuffled(self.count, self.seed, self.epoch, SAMPLES) if self.shuffle else np.arange(self.count)
-        yield from order[self._dealt()].tolist()
+        yield from order[self._rank_samples()].tolist()
 
     def __len__(self) -> int:
-        return len(self._dealt())
+        return len(self._rank_samples())
 
     def state_dict(self, samples: int = 0) -> dict[str, int]:
-        """The place after each rank had `samples` more (steps times batch size) than when it was last set."""
+        """The position after `samples` more samples on each rank (steps times batch size)."""
         position = min(self.position + samples * self.world_size, self.count)
         return {"epoch": self.epoch, "start_index": position // self.world_size, "position": position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes to a saved place; a state without `position` is taken to be of the same number of ranks."""
+        """Restores a saved position; a state without `position` must be of the same number of ranks."""
         self.epoch = state.get("epoch", self.epoch)
         self.position = state.get("position", state["start_index"] * self.world_size)
 
 
 class FeatureBufferSampler(Sampler[int]):
-    """Samples of files that hold `buffer_length` each, file by file, so that each is opened once.
+    """Samples file by file, where each file holds `buffer_length` samples, so that each is opened once.
 
-    Every rank has the same number of files; those left over are not used.
+    Every rank gets the same number of files; remaining files are not used.
     """
 
     def __init__(self, buffer_length: int, num_buffers: int, *, rank: int = 0, world_size: int = 1) -> None:
@@ -246,9 +246,9 @@ class FeatureBufferSampler(Sampler[int]):
         return self.count - self.position
 
     def state_dict(self, samples: int = 0) -> dict[str, int]:
-        """The place after `samples` more than when it was last set."""
+        """The position after `samples` more samples."""
         return {"start_index": self.position + samples}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes to a saved place: the first sample that was not served."""
+        """Restores a saved position, the first unused sample."""
         self.position = check_position(state["start_index"], self.count, 1)

@@ -1,7 +1,7 @@
-"""Tables of images and videos: CSV, JSON lines, or Parquet where pyarrow is installed.
+"""Tables of images and videos: CSV, JSON lines, or Parquet if pyarrow is installed.
 
-A table has a column `path`, `text` for captions, and `num_frames`, `height`, `width` where samples go into buckets;
-others are ignored. A CSV file of version 1.0 has no header: its columns are path and text.
+Columns: `path`, `text` for captions, and `num_frames`, `height`, `width` for buckets; others are ignored. CSV files of
+Open-Sora 1.0 have no header: their columns are path and text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from opensora.files import why
 
 
 class Texts(Sequence[str]):
-    """Texts in two arrays: processes that are forked share them, while lists of objects get copied by and by."""
+    """A sequence of texts in two arrays, which forked workers share; lists of str would be copied page by page."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         data, lengths, texts = bytearray(), array("q"), iter(texts)
@@ -44,14 +44,14 @@ class Texts(Sequence[str]):
         return self.data[first : self.ends[index]].tobytes().decode("utf-8", "surrogatepass")
 
     def count_empty(self) -> int:
-        """How many are empty or blank."""
+        """The number of empty or blank texts."""
         lengths = np.diff(self.ends, prepend=0)
         blank = sum(not self[row].strip() for row in np.flatnonzero((lengths > 0) & (lengths <= 16)).tolist())
         return int(np.count_nonzero(lengths == 0)) + blank
 
 
 class Missing(NamedTuple):
-    """Rows [N] whose files are not there, and the paths that were tried for the first of them."""
+    """Rows [N] with missing files, and the paths tried for the first of them."""
 
     rows: np.ndarray
     tried: list[str]
@@ -59,9 +59,9 @@ class Missing(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of N rows. `num_frames`, `height`, `width` are float64 [N] with NaN for cells that hold no number.
+    """Columns of N rows. `num_frames`, `height`, `width` are float64 [N] with NaN for cells without a number.
 
-    `path` is what the cells hold; `file` is where that leads.
+    `path` holds the cells as written; `file` resolves them.
     """
 
     source: str
@@ -77,22 +77,22 @@ class Table:
         return len(self.path)
 
     def sizes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The columns num_frames, height, width that buckets need; ConfigError if one is missing."""
+        """The columns num_frames, height, width. Raises ConfigError if one is missing."""
         for name in NUMBERS:
             if getattr(self, name) is None:
                 raise ConfigError(f"{self.source}: has no column {name}, which bucket_config needs; add it")
         return self.num_frames, self.height, self.width
 
     def file(self, row: int) -> str:
-        """The file of a row: the first of `places` that is there, or else the path as it is written."""
+        """The file of a row: the first existing one of `candidate_paths`, or else the path as written."""
         path = self.path[row]
-        return next((place for place in self.places(path) if os.path.isfile(place)), path)
+        return next((candidate for candidate in self.candidate_paths(path) if os.path.isfile(candidate)), path)
 
-    def places(self, path: str) -> Iterator[str]:
-        """Where a path may lead: as it is written, without blanks around it, with `~` and backslashes replaced.
+    def candidate_paths(self, path: str) -> Iterator[str]:
+        """Candidates for a path: as written, stripped, with `\\` replaced, with `~` expanded.
 
-        Each of these from the working directory, then from the folder of the table; the other way round for the table
-        of a folder that is laid out as on the hub.
+        Each is relative to the working directory, then to the folder of the table; in the reverse order for a folder
+        with metadata.csv, as on the hub.
         """
         stripped = path.strip()
         slashed = stripped.replace("\\", "/")
@@ -101,23 +101,23 @@ class Table:
             yield from (os.path.join(base, spelling) for spelling in spellings if spelling and base is not None)
 
     def missing(self) -> Missing:
-        """The rows whose files are not there. It lists each folder once, rather than to look for each file."""
-        there = _Listings()
+        """The rows with missing files. Lists each folder once instead of checking each file."""
+        there = _FolderListings()
         rows = [
             row
             for row, path in enumerate(self.path)
-            if path not in there and not any(map(there.holds, self.places(path)))
+            if path not in there and not any(map(there.holds, self.candidate_paths(path)))
         ]
-        tried = list(dict.fromkeys(self.places(self.path[rows[0]]))) if rows else []
+        tried = list(dict.fromkeys(self.candidate_paths(self.path[rows[0]]))) if rows else []
         return Missing(np.array(rows, np.int64), tried)
 
     def empty_texts(self) -> int:
-        """How many rows have no caption."""
+        """The number of rows without a caption."""
         return len(self) if self.text is None else self.text.count_empty()
 
 
-class _Listings:
-    """The names of files in folders, each of which is read once."""
+class _FolderListings:
+    """Cached listings of folders."""
 
     def __init__(self) -> None:
         self.names: dict[str, frozenset[str] | None] = {}
@@ -130,12 +130,12 @@ class _Listings:
         return names is not None and name in names
 
     def holds(self, path: str) -> bool:
-        """Whether there is such a file, also where a disk finds names in other spellings."""
+        """Whether a file exists, also on case-insensitive file systems."""
         return path in self or (self.names[path.rpartition(os.sep)[0]] is not None and os.path.isfile(path))
 
 
 def _listed(folder: str) -> frozenset[str] | None:
-    """The names of the files in a folder; None where there is no such folder, empty where it cannot be listed."""
+    """The file names in a folder; None if it does not exist, empty if it cannot be listed."""
     try:
         with os.scandir(folder) as entries:
             return frozenset(entry.name for entry in entries if entry.is_file())
@@ -146,9 +146,9 @@ def _listed(folder: str) -> frozenset[str] | None:
 
 
 def read_table(path: str | Path | None) -> Table:
-    """The table in a .csv, .jsonl or .parquet file, or in a folder with metadata.csv or metadata.jsonl.
+    """Reads a .csv, .jsonl or .parquet file, or a folder with metadata.csv or metadata.jsonl.
 
-    ConfigError if it cannot be read, has no column `path`, or no rows.
+    Raises ConfigError if it cannot be read, or has no column `path` or no rows.
     """
     if not path:
         raise ConfigError("data_path is not set; give a table of videos with --data-path")
@@ -171,13 +171,13 @@ def read_table(path: str | Path | None) -> Table:
         raise ConfigError(f"{source}: cannot be read ({why(error)}); check data_path") from error
     if not parts:
         raise ConfigError(f"{source}: has no rows; give a table with at least one")
-    notes.tell()
+    notes.log()
     whole = {name: (_joined if name in TEXTS else np.concatenate)(parts.pop(name)) for name in notes.columns}
     return Table(source, **whole, folder=os.path.dirname(source), folder_first=laid_out)
 
 
 def _joined(parts: Sequence[Texts]) -> Texts:
-    """Texts one after another."""
+    """Concatenates texts."""
     whole = Texts(())
     lengths = np.concatenate([np.diff(part.ends, prepend=0) for part in parts])
     whole.ends, whole.data = np.cumsum(lengths), np.concatenate([part.data for part in parts])

@@ -1,4 +1,4 @@
-"""Tables as files: CSV with any common separator, JSON lines, Parquet; read in parts of some thousand rows."""
+"""Reads table files in chunks: CSV with any common separator, JSON lines, Parquet."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from opensora.datasets.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from opensora.errors import ConfigError
 from opensora.files import open_regular, parse_json
 
-CHUNK = 2**11  # rows read together: their texts take many times the memory of the arrays they become, and fit a cache
+CHUNK = 2**11  # rows per chunk; Python strings take many times the memory of the final arrays
 MAX_LINE = 2**20  # characters
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _SEPARATOR_LINE = re.compile(r'"?sep=([^"\w\r\n])"?(?:\1|[,;\t|\s])*', re.IGNORECASE)  # as spreadsheets write it
@@ -31,14 +31,14 @@ _MARKS = {
 
 
 class Part(NamedTuple):
-    """Some rows: their cells by column, and where each of them stands."""
+    """A chunk of rows: cells by column, and the location of each row."""
 
     cells: dict[str, Sequence[Any]]
     where: Where
 
 
 def read_csv(source: str, notes: Notes) -> Iterator[Part]:
-    """The rows of a CSV file. ConfigError if it is none, or a row has more cells than there are columns."""
+    """Reads a CSV file. Raises ConfigError if it is invalid, or a row has more cells than there are columns."""
     try:
         with _Csv(source) as table:
             number = 0
@@ -59,7 +59,7 @@ def read_csv(source: str, notes: Notes) -> Iterator[Part]:
 
 
 class _Csv:
-    """The rows of a CSV file behind its header. `names` are its columns, `places` those of use."""
+    """The rows of a CSV file after its header; `names` are all columns, `places` the indices of the known ones."""
 
     def __init__(self, source: str) -> None:
         self.source, self.file = source, open_regular(source, ConfigError)
@@ -79,7 +79,7 @@ class _Csv:
 
     @property
     def line(self) -> int:
-        """The number of the last line that was read."""
+        """The number of the last line read."""
         return self.before + (self.reader.line_num if self.reader else 0)
 
     def _begin(self) -> None:
@@ -93,7 +93,7 @@ class _Csv:
         else:
             line = ""
         choices = [separator] if separator else list(SEPARATORS)
-        self.separator, self.names, self.places, header = _understood(line, choices, self.source)
+        self.separator, self.names, self.places, header = _detect_format(line, choices, self.source)
         blanks = header and any(name.startswith(" ") for name in self.names)  # `path, text`
         self.reader = csv.reader(
             chain([line], self.lines), delimiter=self.separator, strict=True, skipinitialspace=blanks
@@ -103,20 +103,20 @@ class _Csv:
         self.rows = islice((row for row in self.reader if row), int(header), None)
 
     def counts(self, row: Sequence[str]) -> bool:
-        """Whether a row is one: no comment, not blank."""
+        """Whether a row is neither a comment nor blank."""
         comment = row[0].startswith("#") and len(row) < len(self.names) and not _names_media(row[0])
         return not comment and any(map(str.strip, row))
 
 
-def _understood(line: str, separators: Sequence[str], source: str) -> tuple[str, list[str], dict[str, int], bool]:
-    """The separator, the names of columns, the places of those of use, and whether the first line has the names."""
+def _detect_format(line: str, separators: Sequence[str], source: str) -> tuple[str, list[str], dict[str, int], bool]:
+    """(separator, column names, indices of known columns, whether the first line is a header)."""
     if not line:
         return ",", ["path"], {"path": 0}, False
     readings = []
     for separator in separators:
         try:
             names = next(csv.reader([line], delimiter=separator), [])
-        except csv.Error:  # of its length
+        except csv.Error:  # field too long
             names = line[:200].split(separator)
         places = columns.find(names, source)
         readings.append(
@@ -125,19 +125,19 @@ def _understood(line: str, separators: Sequence[str], source: str) -> tuple[str,
     header, media, _, separator, names, places = max(readings, key=lambda reading: reading[:3])
     if header:
         return separator, names, places, True
-    if media:  # a table of 1.0
+    if media:  # a table of Open-Sora 1.0, without header
         return separator, list(TEXTS), {name: place for place, name in enumerate(TEXTS)}, False
     raise columns.no_path([name.strip() for name in names], source)
 
 
 def _names_media(text: str) -> bool:
-    """Whether a text may be the path of an image or video."""
+    """Whether a text looks like the path of an image or video."""
     path = text.strip().strip('"')
     return Path(path).suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) or os.path.isfile(path)
 
 
 def _even(part: list[list[str]], table: _Csv, where: Where, notes: Notes) -> list[list[str]]:
-    """Rows without the empty cells that they have too many. ConfigError for cells too many with something in them."""
+    """Removes surplus empty cells. Raises ConfigError for surplus cells that are not empty."""
     lengths, width = list(map(len, part)), len(table.names)
     if max(lengths) > width:
         for row, cells in enumerate(part):
@@ -157,7 +157,7 @@ def _even(part: list[list[str]], table: _Csv, where: Where, notes: Notes) -> lis
 
 
 def _line_of(source: str, first: int) -> Where:
-    """Where rows stand; the file is read again for that, since it is asked for once, in a message."""
+    """A function row -> "line N". It reads the file again, as it is only called for a message."""
 
     def where(row: int) -> str:
         with _Csv(source) as table:
@@ -177,14 +177,14 @@ def _csv_problem(error: csv.Error, source: str, table: _Csv) -> str:
 
 
 def _lines(file: Any, source: str) -> Iterator[str]:
-    """The lines of a text file in UTF-8, or as its byte order mark says. ConfigError for other files."""
+    """Yields the lines of a text file, in UTF-8 or by its byte order mark. Raises ConfigError for other files."""
     head = file.read(4096)
     mark = next((mark for mark in _MARKS if head.startswith(mark)), b"")
     encoding = _MARKS.get(mark, "utf-8")
     if encoding == "utf-8" and b"\0" in head:
         raise ConfigError(f"{source}: is no text, or UTF-16 without a mark; save it as UTF-8")
     file.seek(len(mark) if encoding == "utf-8" else 0)
-    errors = "surrogateescape" if encoding == "utf-8" else "strict"  # names of files need not be UTF-8
+    errors = "surrogateescape" if encoding == "utf-8" else "strict"  # file names need not be UTF-8
     text = io.TextIOWrapper(file, encoding, errors, newline="")
     try:
         while line := text.readline(MAX_LINE + 1):
@@ -196,7 +196,7 @@ def _lines(file: Any, source: str) -> Iterator[str]:
 
 
 def read_jsonl(source: str, notes: Notes) -> Iterator[Part]:
-    """The rows of a file with one JSON object a line. ConfigError for a line that is none, or lacks a path."""
+    """Reads JSON lines. Raises ConfigError for a line that is not an object or lacks a path."""
     with open_regular(source, ConfigError) as file:
         numbered = ((number, line) for number, line in enumerate(_lines(file, source), start=1) if line.strip())
         places: dict[tuple[str, ...], dict[str, int]] = {}
@@ -233,7 +233,7 @@ def _numbered(numbers: Sequence[int]) -> Where:
 
 
 def read_parquet(source: str, notes: Notes) -> Iterator[Part]:
-    """The rows of a Parquet file. ConfigError if it is none, or a column holds other things than it should."""
+    """Reads a Parquet file. Raises ConfigError if it is invalid or a column has the wrong type."""
     from opensora.datasets.parquet import parts
 
     for first, cells in parts(source):
@@ -245,13 +245,13 @@ READERS = {".csv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
 
 
 def kinds() -> str:
-    """The suffixes of tables, in words."""
+    """The suffixes of tables, as a list in words."""
     *others, last = READERS
     return f"{', '.join(others)} or {last}"
 
 
 def metadata_of(folder: str | Path) -> str:
-    """The table in a folder that is laid out as on the hub. ConfigError unless there is one."""
+    """The metadata file of a folder, as on the hub. Raises ConfigError unless there is exactly one."""
     found = [name for name in (f"metadata{suffix}" for suffix in READERS) if Path(folder, name).exists()]
     if len(found) == 1:
         return str(Path(folder, found[0]))

@@ -1,7 +1,7 @@
-"""Frames to the size that a model takes: scaled, cut to it at the centre, and mapped to [-1, 1].
+"""Resizes frames to a size with a center crop, and maps them to [-1, 1].
 
-Videos are scaled bilinearly without antialiasing, images by Pillow's bicubic filter, and the two round scaled sizes
-and offsets in their own ways: these are the numbers that the published models were trained on.
+Videos are resized bilinearly without antialiasing, images with Pillow's bicubic filter, with different rounding of
+sizes and offsets, exactly as in the training of the published models.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch.nn.functional import interpolate
 
 from opensora.errors import ConfigError, MediaError, did_you_mean
 
-MAX_EXCESS = 64  # so many times the pixels of the size, most of them cut off, may a picture have that is to cover it
+MAX_EXCESS = 64  # largest ratio of resized pixels to cropped pixels
 
 
 def resize_crop(frames: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """float32 [3, T, H, W] in [-1, 1] of uint8 frames [T, h, w, 3], or of an image [h, w, 3] with T = 1.
+    """Resizes uint8 frames [T, h, w, 3] or an image [h, w, 3] to cover `size` (H, W), and crops the center.
 
-    The picture is scaled until it just covers `size` (H, W). Raises MediaError for one too long and thin for that.
+    Returns float32 [3, T, H, W] in [-1, 1], T = 1 for an image. Raises MediaError for an extreme aspect ratio.
     """
     height, width = _check(frames, size)
     by_height, by_width = size[0] / height, size[1] / width
@@ -31,12 +31,12 @@ def resize_crop(frames: np.ndarray, size: tuple[int, int]) -> Tensor:
     if frames.ndim == 3:
         return _crop(_levels(_resize_image(frames, scaled, "BICUBIC")), size, round)
     if 2 * size[0] * size[1] <= height * width:
-        return torch.stack([_resized_middle(frame, scaled, size) for frame in frames], dim=1)
+        return torch.stack([_resized_center(frame, scaled, size) for frame in frames], dim=1)
     return _crop(interpolate(_levels(frames), scaled, mode="bilinear"), size, math.floor)
 
 
 def center(frames: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """As `resize_crop`, with other rounding and large images halved first by averaging; ConfigError unless square."""
+    """As `resize_crop`, with other rounding, and images halved by a box filter first. ConfigError unless square."""
     (height, width), side = _check(frames, size), size[0]
     if side != size[1]:
         raise ConfigError(f"transform 'center' makes squares, not {size[0]}x{size[1]}; use 'resize_crop'")
@@ -57,7 +57,7 @@ TRANSFORMS = {"resize_crop": resize_crop, "center": center}
 
 
 def get_transform(name: str) -> Callable[[np.ndarray, tuple[int, int]], Tensor]:
-    """The transform of this name; ConfigError if there is none."""
+    """The transform of a name. Raises ConfigError if unknown."""
     if name not in TRANSFORMS:
         hint = did_you_mean(name, TRANSFORMS) or f"; choose one of {', '.join(TRANSFORMS)}"
         raise ConfigError(f"transform {name!r} is not known{hint}")
@@ -81,10 +81,10 @@ def _resize_image(image: np.ndarray, size: tuple[int, int], filter_name: str) ->
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling[filter_name]))
 
 
-def _resized_middle(frame: np.ndarray, scaled: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """float32 [3, H, W]: the middle of `size` of a frame scaled to `scaled`, as `interpolate` and `_crop` make it.
+def _resized_center(frame: np.ndarray, scaled: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """float32 [3, H, W]: the center crop of a frame resized to `scaled`, equal to `interpolate` and `_crop`.
 
-    Only the pixels that have a part in it are touched: faster where that is not most of them.
+    Reads only the source pixels that contribute, which is faster for strong downscaling.
     """
     rows, down = _taps(frame.shape[0], scaled[0], size[0])
     columns, right = _taps(frame.shape[1], scaled[1], size[1])
@@ -98,9 +98,9 @@ def _resized_middle(frame: np.ndarray, scaled: tuple[int, int], size: tuple[int,
 
 @lru_cache(maxsize=256)
 def _taps(have: int, scaled: int, want: int) -> tuple[np.ndarray, Tensor]:
-    """What the middle `want` of `scaled` pixels are made of: two of `have` each, [2 * want], and the second's weight.
+    """Bilinear taps of the center `want` of `scaled` pixels: two source indices [2 * want], and the second's weight.
 
-    Places are rounded to float32 where `interpolate` rounds them.
+    Positions are rounded to float32 where `interpolate` rounds them.
     """
     first = (scaled - want) // 2
     step = np.float64(np.float32(have) / np.float32(scaled))
@@ -110,13 +110,13 @@ def _taps(have: int, scaled: int, want: int) -> tuple[np.ndarray, Tensor]:
 
 
 def _levels(frames: np.ndarray) -> Tensor:
-    """float32 [T, 3, H, W] in [0, 1] of uint8 [T, H, W, 3] or [H, W, 3]."""
-    frames = frames.reshape(-1, *frames.shape[-3:]).copy()  # may be read-only, or turned
+    """Converts uint8 [T, H, W, 3] or [H, W, 3] to float32 [T, 3, H, W] in [0, 1]."""
+    frames = frames.reshape(-1, *frames.shape[-3:]).copy()  # may be read-only or have negative strides
     return torch.from_numpy(frames).permute(0, 3, 1, 2).float().contiguous() / 255
 
 
 def _crop(levels: Tensor, size: tuple[int, int], rounding: Callable[[float], int]) -> Tensor:
-    """The middle [3, T, H, W] in [-1, 1] of [T, 3, h, w] in [0, 1]."""
+    """The center crop [3, T, H, W] in [-1, 1] of [T, 3, h, w] in [0, 1]."""
     top, left = (rounding((have - want) / 2) for have, want in zip(levels.shape[2:], size, strict=True))
     middle = levels[..., top : top + size[0], left : left + size[1]]
     return middle.sub(0.5).div(0.5).transpose(0, 1).contiguous()

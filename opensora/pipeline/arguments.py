@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from opensora.checkpoints.components import config_json
+from opensora.checkpoints.builder import config_json
 from opensora.checkpoints.hub import locate
 from opensora.config import find_config, load_config
 from opensora.config.model_zoo import MODELS

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from opensora.acceleration.device import synchronize
 from opensora.acceleration.memory_plan import PLANS
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.distributed.collectives import broadcast_object
 from opensora.pipeline import draft, prompt_refiner, step_cache
 from opensora.pipeline.batching import batches
@@ -78,7 +78,7 @@ def generate(
     if not keeps_text_encoder:
         models.drop_text_encoder()
     models.load(job.size)
-    warn_untrained(job.size, components.trained_sizes(models.paths["model"]))
+    warn_untrained(job.size, builder.trained_sizes(models.paths["model"]))
     latent_shape = (models.vae.out_channels, *models.vae.get_latent_size(job.size))
     _check_drafts(models, job, requests, latent_shape)
     job.cache = calibrated_cache(models, job, latent_shape, texts)

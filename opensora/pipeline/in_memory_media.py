@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opensora.datasets.decoding import check_pixels, check_side
-from opensora.datasets.video import MAX_PIXELS, image_levels, to_uint8
+from opensora.datasets.video import MAX_PIXELS, check_pixels, check_side, image_levels, to_uint8
 from opensora.errors import MediaError
 from opensora.files import why
 

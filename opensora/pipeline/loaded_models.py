@@ -22,7 +22,7 @@ from opensora.acceleration.device import pick_device
 from opensora.acceleration.memory_plan import BY_NAME, FAST, MemoryPlan
 from opensora.acceleration.offload import Offloader
 from opensora.acceleration.precision import inference_dtype
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.checkpoints.summary import Summary
 from opensora.config.settings import InferenceSettings
 from opensora.distributed.failures import report_first_failure
@@ -64,7 +64,7 @@ class LoadedModels:
     def __init__(self, settings: InferenceSettings) -> None:
         """Checks what needs no file. Raises ConfigError."""
         for part in PARTS:
-            components.check(getattr(settings, part), part)
+            builder.check_section(getattr(settings, part), part)
         self.settings = settings
         self.device = pick_device(settings.device)
         self.layout = start(self.device, world_size())
@@ -95,17 +95,17 @@ class LoadedModels:
         """Finds the files of all weights, downloading them where allowed. Raises WeightsError."""
         absent = [part for part in PARTS if part not in self.paths]
         for part in absent:
-            self.paths[part] = components.find(getattr(self.settings, part), part, self.settings.offline)
+            self.paths[part] = builder.find_weights(getattr(self.settings, part), part, self.settings.offline)
         if absent:  # what was built before did not know the files
             self._unloaded.clear()
-        self.tokenizer = self.tokenizer or components.tokenizer_sha256(self.paths["text_encoder"])
+        self.tokenizer = self.tokenizer or builder.tokenizer_sha256(self.paths["text_encoder"])
 
     def locate_without_downloads(self) -> list[str]:
         """Finds the files that are here; returns the parts that would be downloaded."""
         absent = []
         for part in PARTS:
             try:
-                path = components.find(getattr(self.settings, part), part, offline=True)
+                path = builder.find_weights(getattr(self.settings, part), part, offline=True)
             except WeightsError as error:
                 if self.settings.offline or os.environ.get("HF_HUB_OFFLINE") or "(offline)" not in str(error):
                     raise  # not a hub id, or downloads are disabled
@@ -122,7 +122,7 @@ class LoadedModels:
         if self.text_encoder is None and "text_encoder" not in unloaded:
             unloaded["text_encoder"] = self._build_text_encoder()
         if "vae" not in unloaded:
-            unloaded["vae"] = components.build(settings.vae, self.paths.get("vae"))
+            unloaded["vae"] = builder.build_model(settings.vae, self.paths.get("vae"))
         text_encoder, vae = self.text_encoder or unloaded["text_encoder"], unloaded["vae"]
         latent_size = tuple(vae.get_latent_size(size))
         if "model" not in unloaded or self._is_rebuilt_for(latent_size, self._latent_size):
@@ -131,7 +131,7 @@ class LoadedModels:
                 defaults["caption_channels"] = text_encoder.output_dim
                 defaults["model_max_length"] = text_encoder.model_max_length
             forced = {"input_size": latent_size}
-            unloaded["model"] = components.build(settings.model, self.paths.get("model"), defaults, forced)
+            unloaded["model"] = builder.build_model(settings.model, self.paths.get("model"), defaults, forced)
             self._latent_size = latent_size
         model = unloaded["model"]
         if text_encoder is not None:
@@ -142,7 +142,7 @@ class LoadedModels:
     def _build_text_encoder(self) -> Any:
         if "text_encoder" not in self.paths:
             return None
-        return components.build_text_encoder(self.settings.text_encoder, self.paths["text_encoder"], self.dtype)
+        return builder.build_text_encoder(self.settings.text_encoder, self.paths["text_encoder"], self.dtype)
 
     def _is_rebuilt_for(self, latent_size: tuple[int, ...], built_for: tuple[int, ...] | None) -> bool:
         """Whether a model that was built for another latent size cannot take this one."""
@@ -172,7 +172,7 @@ class LoadedModels:
         if path := self.paths["text_encoder"]:
             where = (self.device, self.layout, self._offloader.place_text_encoder)
             before = self.summaries.get("text_encoder")
-            summary = components.fill_text_encoder(encoder, self.settings.text_encoder, path, *where)
+            summary = builder.load_text_encoder_weights(encoder, self.settings.text_encoder, path, *where)
             self._note_loaded("text_encoder", summary)
             if before and summary.sha256 != before.sha256:
                 raise WeightsError(f"{path}: has changed since the first prompts were encoded with it; start again")
@@ -206,7 +206,9 @@ class LoadedModels:
 
     def _fill(self, part: str, built: nn.Module, linear: str = "exact") -> Any:
         section = getattr(self.settings, part)
-        self._note_loaded(part, components.fill(built, section, self.paths[part], self.device, self.dtype, linear))
+        self._note_loaded(
+            part, builder.load_model_weights(built, section, self.paths[part], self.device, self.dtype, linear)
+        )
         return built
 
     def _note_loaded(self, part: str, summary: Summary) -> None:

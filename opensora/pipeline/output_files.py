@@ -16,7 +16,7 @@ from opensora.errors import MediaError
 from opensora.files import replacing
 from opensora.pipeline.output_names import IMAGE, VIDEO
 from opensora.pipeline.recipe import KEY, Recipe, with_output
-from opensora.signals import held
+from opensora.signals import defer_stop_signals
 
 
 def write_video(path: str | os.PathLike[str], frames: np.ndarray, fps: float, recipe: Recipe) -> Path:
@@ -90,7 +90,7 @@ def output_folder(path: str | Path) -> Iterator[None]:
         check_folder(folder)
         yield
     finally:
-        with held():
+        with defer_stop_signals():
             for part in created:
                 with suppress(OSError):
                     part.rmdir()

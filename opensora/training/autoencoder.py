@@ -12,7 +12,7 @@ from opensora import registry
 from opensora.acceleration.allocator import keep_allocations_in_heap
 from opensora.acceleration.device import pick_device
 from opensora.acceleration.placement import to_device
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.checkpoints.fit import load_weights
 from opensora.checkpoints.hub import read_config_json
 from opensora.checkpoints.save import save_pretrained
@@ -93,7 +93,7 @@ def _freeze(model: VideoAutoencoderPipeline, settings: TrainSettings, temporal: 
 
 def _build(section: dict[str, Any], offline: bool) -> VideoAutoencoderPipeline:
     """The autoencoder with the weights, shift and scale of its checkpoint, or the weights of its parts' checkpoints."""
-    path = components.located(section, "model", offline) if section.get("from_pretrained") else None
+    path = builder.locate_weights(section, "model", offline) if section.get("from_pretrained") else None
     parts = {} if path else _parts(section, offline)
     stated = read_config_json(path) if path else {}
     model = registry.build({**{name: stated[name] for name in ("shift", "scale") if name in stated}, **section})
@@ -108,7 +108,7 @@ def _parts(section: dict[str, Any], offline: bool) -> dict[str, Path]:
     """The checkpoints that the sections of the parts name."""
     own = {name: section.get(name) for name in ("vae_2d", "vae_temporal")}
     named = {name: one for name, one in own.items() if isinstance(one, dict) and one.get("from_pretrained")}
-    return {name: components.located(one, name, offline) for name, one in named.items()}
+    return {name: builder.locate_weights(one, name, offline) for name, one in named.items()}
 
 
 def _mixed(settings: TrainSettings, data: MixedClips, device: torch.device) -> Videos:

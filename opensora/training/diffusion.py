@@ -16,7 +16,7 @@ from opensora.acceleration.device import pick_device
 from opensora.acceleration.placement import to_device
 from opensora.acceleration.precision import DTYPES
 from opensora.acceleration.streams import pin_memory_for
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.checkpoints.fit import load_weights
 from opensora.checkpoints.save import save_pretrained
 from opensora.config.settings import TrainSettings, check_trainable
@@ -101,9 +101,9 @@ def build_model(settings: TrainSettings, data: DiffusionData, device: torch.devi
     keywords.pop("input_size", None)
     if data.encoders is None:
         forced["skip_y_embedder"] = False  # features are those of the text encoder
-    path = components.located(section, "model", settings.offline) if section.get("from_pretrained") else None
+    path = builder.locate_weights(section, "model", settings.offline) if section.get("from_pretrained") else None
     torch.manual_seed(settings.seed)
-    model = components.build({**section, "strict": False}, path, keywords, forced)
+    model = builder.build_model({**section, "strict": False}, path, keywords, forced)
     if path:
         logger.info("%s", load_weights(model, path, strict=section.get("strict", False)))
     if data.sizes:

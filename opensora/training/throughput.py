@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora.acceleration.device import HOST
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.distributed.collectives import all_reduce_mean
 from opensora.distributed.process_group import RankLayout
 from opensora.profiling import cost_model
@@ -30,7 +30,7 @@ class StepCost:
     """
 
     def __init__(self, model: nn.Module, model_type: str) -> None:
-        self.model = components.build({"type": model_type}, None, model.config)
+        self.model = builder.build_model({"type": model_type}, None, model.config)
         matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
         trained = sum(matrix.numel() for matrix in matrices if matrix.requires_grad)
         self.passes = 2 + trained / max(sum(matrix.numel() for matrix in matrices), 1)

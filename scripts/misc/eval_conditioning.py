@@ -20,7 +20,7 @@ from opensora import registry
 from opensora.acceleration.allocator import keep_allocations_in_heap
 from opensora.acceleration.device import pick_device
 from opensora.acceleration.precision import inference_dtype
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.cli.program import run_program
 from opensora.config import find_config, read_config
 from opensora.config.settings import InferenceSettings
@@ -49,9 +49,9 @@ class Maker:
         self.device = pick_device(settings.device)
         self.dtype = inference_dtype(self.device, settings.dtype)
         how = (self.device, self.dtype, settings.offline)
-        self.model, _ = components.load(settings.model, "model", *how)
-        self.vae, _ = components.load(settings.vae, "vae", *how)
-        self.text_encoder, _ = components.load(settings.text_encoder, "text_encoder", *how)
+        self.model, _ = builder.load_component(settings.model, "model", *how)
+        self.vae, _ = builder.load_component(settings.vae, "vae", *how)
+        self.text_encoder, _ = builder.load_component(settings.text_encoder, "text_encoder", *how)
         self.scheduler = registry.build(settings.scheduler)
 
     def clips(self, count: int) -> list[Clip]:

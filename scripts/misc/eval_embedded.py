@@ -19,7 +19,7 @@ import torch
 from opensora import cli
 from opensora.acceleration.device import pick_device
 from opensora.acceleration.precision import inference_dtype
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.cli.program import run_program
 from opensora.config import find_config, read_config
 from opensora.config.settings import InferenceSettings
@@ -125,7 +125,7 @@ def reconstruct(num_clips: int, seed: int, model: str) -> dict[str, float]:
     config = find_config(model)
     settings = InferenceSettings.from_config(read_config(config), config.name)
     device = pick_device(settings.device)
-    vae, _ = components.load(settings.vae, "vae", device, inference_dtype(device, settings.dtype))
+    vae, _ = builder.load_component(settings.vae, "vae", device, inference_dtype(device, settings.dtype))
     ratios = []
     for index in range(num_clips):
         x = to_model([make_clip(seed, index, NUM_FRAMES, SIDE, SIDE, held_out=True).video]).to(next(vae.parameters()))

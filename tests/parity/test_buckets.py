@@ -49,7 +49,7 @@ def placed(config: dict[str, Any], samples: list[list[int]], seed: int = 0) -> l
         by_interval[sample[3]].append(index)
     for interval, indices in by_interval.items():
         columns = zip(*(samples[index][:3] for index in indices), strict=True)
-        placement = Buckets(config).place(*columns, seed=seed, frame_interval=interval)
+        placement = Buckets(config).assign(*columns, seed=seed, frame_interval=interval)
         for row, index in enumerate(indices):
             bucket = placement[row]
             found[index] = bucket and list(bucket)
@@ -92,7 +92,7 @@ def test_shares(name: str):
     buckets = Buckets(bucket_config(recorded["config"]))
     for number, case in enumerate(recorded["classes"]):
         frames, height, width, interval = as_recorded(case["sample"])
-        placement = buckets.place(
+        placement = buckets.assign(
             *([value] * DRAWS for value in (frames, height, width)), seed=number, frame_interval=interval
         )
         found = Counter(placement[row] for row in range(DRAWS))
@@ -113,7 +113,7 @@ def test_seeded_cases_are_possible(name: str):
     for case in recorded["cases"]:
         frames, height, width, interval = as_recorded(case[:4])
         tries = ([value] * 4000 for value in (frames, height, width))
-        placement = buckets.place(*tries, seed=0, frame_interval=interval)
+        placement = buckets.assign(*tries, seed=0, frame_interval=interval)
         assert (case[5] and Bucket(*case[5])) in {placement[row] for row in range(4000)}, case
 
 

@@ -13,7 +13,8 @@ import pytest
 from opensora import registry
 from opensora.cli.merge import merge
 from opensora.config import find_config
-from opensora.config.settings import OF_NO_EFFECT, InferenceSettings, TrainSettings
+from opensora.config.legacy import OF_NO_EFFECT
+from opensora.config.settings import InferenceSettings, TrainSettings
 from opensora.errors import ConfigError
 from opensora.pipeline.prompts import load_prompts
 from opensora.pipeline.request import make_requests

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from opensora import registry
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.checkpoints.summary import Summary
 from opensora.datasets.video import read_image, read_video
 from opensora.errors import OpenSoraError
@@ -114,10 +114,10 @@ def networks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
     made = Networks(chunked=version == "v1.2.0")
     summary = Summary(Path("x"), 1, 1, ("fp32",), "0" * 64)
     text_encoder = SimpleNamespace(encode=made.encode_text, output_dim=8, model_max_length=300)
-    parts = {"find": Path("x"), "build_text_encoder": text_encoder, "build": made, "fill": summary}
-    parts |= {"fill_text_encoder": summary, "trained_sizes": []}
+    parts = {"find_weights": Path("x"), "build_text_encoder": text_encoder, "build_model": made}
+    parts |= {"load_model_weights": summary, "load_text_encoder_weights": summary, "trained_sizes": []}
     for name, value in parts.items():
-        monkeypatch.setattr(components, name, lambda *_, value=value, **__: value)
+        monkeypatch.setattr(builder, name, lambda *_, value=value, **__: value)
     for needs_modules in ("dry_run", "choose_memory_plan", "remember_pace"):
         monkeypatch.setattr(generation, needs_modules, lambda *_, **__: None)
     build = registry.build

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from opensora.checkpoints.fit import fit
-from opensora.checkpoints.summary import count_parameters, family
+from opensora.checkpoints.inspection import family
+from opensora.checkpoints.summary import count_parameters
 from opensora.registry import build
 from tests.parity.cases import ROOT, Case, discover
 

@@ -21,7 +21,7 @@ CPU_SECONDS = 60  # after which a command is killed: it has failed long before
 MODULES = (
     "torch", "torch._dynamo", "av", "PIL.Image", "pyarrow.parquet", "transformers", "diffusers", "ftfy", "bs4",
     "opensora.cli", "opensora.pipeline.pipeline", "opensora.pipeline.replay", "opensora.pipeline.plan",
-    "opensora.datasets.make_table", "opensora.datasets.bucket_report", "opensora.training.diffusion",
+    "opensora.datasets.folder_table", "opensora.datasets.bucket_report", "opensora.training.diffusion",
     "opensora.models.stdit.stdit3",
     "opensora.models.vae.vae", "opensora.models.text_encoder.t5", "opensora.schedulers.rf", "tests.wrong_inputs.resume",
 )  # fmt: skip

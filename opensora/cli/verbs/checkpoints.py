@@ -20,7 +20,7 @@ def _inspect(args: argparse.Namespace) -> int:
     if is_output(args.path):
         print(describe_output(args.path))
         return 0
-    from opensora.checkpoints.summary import inspect
+    from opensora.checkpoints import inspect
 
     print(inspect(args.path, args.offline))
     return 0
@@ -28,7 +28,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     locate(args.source, offline=args.offline)
-    from opensora.checkpoints.convert import convert
+    from opensora.checkpoints import convert
 
     written = convert(
         source=args.source, destination=args.destination, to=args.to, config=args.config, dtype=args.dtype,

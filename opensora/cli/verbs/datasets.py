@@ -14,7 +14,7 @@ from opensora.config.settings import TrainSettings
 
 def _table(args: argparse.Namespace) -> int:
     preflight.check_exists(args.folder)
-    from opensora.datasets.make_table import make_table
+    from opensora.datasets import make_table
 
     written = make_table(args.folder, args.table, args.force, args.captions)
     print(f"{one_line(args.table)}: {written.summary()}")

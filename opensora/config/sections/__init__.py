@@ -1,4 +1,4 @@
-"""The sections of a configuration: one declaration for every component that a section's `type` can name."""
+"""Sections of a configuration: the keywords that each component `type` accepts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ TYPES: dict[str, type[Section]] = {name: kind for table in SECTIONS.values() for
 
 
 def check_type(section: str, name: Any, table: Mapping[str, Any]) -> str:
-    """`name`, when `table` has it. Raises ConfigError with the nearest name otherwise."""
+    """Returns `name` if `table` has it, else raises ConfigError with the nearest name."""
     if not isinstance(name, str) or name not in table:
         hint = (did_you_mean(name, table) if isinstance(name, str) else "") or ";"
         raise ConfigError(f"{section} type {shown(name)} is not known{hint} choose one of {', '.join(table)}".lstrip())
@@ -55,13 +55,13 @@ def check_type(section: str, name: Any, table: Mapping[str, Any]) -> str:
 def checked(
     section: Mapping[str, Any], key: str = "", where: str = "", error: type[OpenSoraError] = ConfigError
 ) -> dict[str, Any]:
-    """The keys of a section that are given, whole numbers and tuples put right; `key` is that of the section.
+    """Validates a section; returns the keywords it gives, with ints and tuples normalized. `key` is its name.
 
-    Raises `error`, which `where` opens.
+    Raises `error`; its message begins with `where`.
     """
     return given(check(TYPES[check_type(key, section.get("type"), TYPES)], dict(section), where, error, key=key))
 
 
 def given(found: Section) -> dict[str, Any]:
-    """The keys that a checked section was given, in its sections too."""
+    """The keywords that were given, also in nested sections."""
     return found.model_dump(exclude_unset=True)

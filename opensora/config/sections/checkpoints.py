@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json may say. Keys of other programs are allowed; the values that decide are bounded."""
+"""Schemas of a checkpoint's config.json. Unknown keys are ignored; sizes are bounded."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from opensora.config.schema import Count, Positive, Schema, Triple
 from opensora.config.sections.common import MAX_PARAMETERS, Depth, Width
 from opensora.config.sections.models import Heads
 
-Words = Annotated[Positive, Field(le=10_000_000)]
+VocabSize = Annotated[Positive, Field(le=10_000_000)]
 Span = Annotated[Positive, Field(le=1_000_000)]
 TrainedSizes = Annotated[list[Triple[Annotated[Positive, Field(le=100_000)]]], Field(max_length=10_000)]
 
 
-class Stated(Schema):
-    """What the config.json of a model states beside its keywords."""
+class ModelMetadata(Schema):
+    """Keys of a model's config.json beside its keyword arguments."""
 
     model_config = ConfigDict(extra="ignore")
 
     trained_sizes: TrainedSizes = Field([])
 
 
-class _Text(Schema):
+class _TextModel(Schema):
     model_config = ConfigDict(extra="ignore")
 
     def parameters(self) -> int:
@@ -36,10 +36,10 @@ class _Text(Schema):
         return self
 
 
-class T5Config(_Text):
+class T5Config(_TextModel):
     """config.json of T5."""
 
-    vocab_size: Words = 32_128
+    vocab_size: VocabSize = 32_128
     d_model: Width = 512
     d_kv: Width = 64
     d_ff: Annotated[Positive, Field(le=1_000_000)] = 2_048
@@ -54,10 +54,10 @@ class T5Config(_Text):
         return self.vocab_size * self.d_model + self.num_layers * layers
 
 
-class CLIPTextConfig(_Text):
+class CLIPTextConfig(_TextModel):
     """config.json of CLIP's text encoder."""
 
-    vocab_size: Words = 49_408
+    vocab_size: VocabSize = 49_408
     hidden_size: Width = 512
     intermediate_size: Annotated[Positive, Field(le=1_000_000)] = 2_048
     num_hidden_layers: Depth = 12
@@ -70,7 +70,7 @@ class CLIPTextConfig(_Text):
 
 
 class CLIPConfig(Schema):
-    """config.json of CLIP, with its text encoder's inside or alone."""
+    """config.json of CLIP; `text_config` holds that of the text encoder."""
 
     model_config = ConfigDict(extra="ignore")
 

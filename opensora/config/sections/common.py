@@ -1,4 +1,4 @@
-"""What the sections of a configuration have in common: kinds of values, keys without arguments, the base class."""
+"""Base classes and value types of the sections."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field
 
 from opensora.config.schema import FilePath, Int, Name, Number, Positive, Schema
 
-# Bounds that no real model, sampler or clip exceeds.
+# Upper bounds beyond any real model, sampler or clip.
 MAX_PARAMETERS = 10**13
 MAX_SIDE = 8192  # pixels
 MAX_FRAMES = 100_000
@@ -25,50 +25,48 @@ Guidance = Annotated[Number, Field(ge=0, le=1e6)]
 Real = Int | Number
 
 
-def arg(default: Any, meaning: str, example: Any = None) -> Any:
-    """A field of a section: its default, what it means, and a value for the document (the default where None)."""
-    return Field(default, description=meaning, examples=[default if example is None else example])
+def arg(default: Any, doc: str, example: Any = None) -> Any:
+    """A field of a section: default, documentation, and an example (None: the default)."""
+    return Field(default, description=doc, examples=[default if example is None else example])
 
 
 class Section(Schema):
-    """A section: `dict(type=..., keyword=...)`. Keywords in `no_arguments` are not given to what `type` names."""
+    """A section: `dict(type=..., keyword=...)`. The component is built without the keywords in `not_passed`."""
 
-    no_arguments: ClassVar[frozenset[str]] = frozenset({"type"})
+    not_passed: ClassVar[frozenset[str]] = frozenset({"type"})
 
-    type: Name = Field(description="what to build", examples=["rflow"])
+    type: Name = Field(description="component to build", examples=["rflow"])
 
     @classmethod
     def arguments(cls) -> set[str]:
-        """The keywords that the builder takes."""
-        return set(cls.model_fields) - cls.no_arguments
+        """The keyword arguments of the component."""
+        return set(cls.model_fields) - cls.not_passed
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """The builder's own values of its keywords."""
+        """The default keyword arguments of the component."""
         return {name: cls.model_fields[name].default for name in cls.arguments()}
 
-    def together(self, *names: str) -> bool:
-        """Whether the section gives all of these: what it leaves out, a checkpoint may say, until it is built."""
+    def gives(self, *names: str) -> bool:
+        """Whether the section gives all these keywords; omitted ones may still come from a checkpoint."""
         return self.model_fields_set.issuperset(names)
 
 
 class Loaded(Section):
-    """A section of something that has weights."""
+    """A section of a component with weights."""
 
-    no_arguments: ClassVar[frozenset[str]] = frozenset({
+    not_passed: ClassVar[frozenset[str]] = frozenset({
         "type", "from_pretrained", "subfolder", "strict", "local_files_only", "cache_dir", "force_huggingface",
         "enable_flash_attn", "enable_layernorm_kernel", "enable_sequence_parallelism", "shardformer",
     })  # fmt: skip
 
-    from_pretrained: FilePath | None = arg(
-        None, "its weights: a file, a folder or a hub id", "hpcai-tech/OpenSora-STDiT-v3"
-    )
-    subfolder: FilePath | None = arg(None, "folder of the hub repository that holds the weights", "vae")
-    strict: bool = arg(True, "the weights must hold every tensor; without it, missing ones have initial values")
-    local_files_only: bool = arg(False, "use what was downloaded before and never ask the hub")
-    cache_dir: FilePath | None = arg(None, "folder of the hub's downloads in place of the usual one", "~/hub")
-    force_huggingface: bool = arg(False, "accepted from older files; has no effect")
-    enable_flash_attn: bool = arg(False, "accepted from older files; has no effect, the fastest attention is taken")
-    enable_layernorm_kernel: bool = arg(False, "accepted from older files; has no effect")
-    enable_sequence_parallelism: bool = arg(False, "accepted from older files; sp_size divides sequences")
-    shardformer: bool = arg(False, "of t5 and clip: shard the weights over the ranks")
+    from_pretrained: FilePath | None = arg(None, "weights: file, folder or hub id", "hpcai-tech/OpenSora-STDiT-v3")
+    subfolder: FilePath | None = arg(None, "subfolder of the hub repository", "vae")
+    strict: bool = arg(True, "require every tensor; False: missing ones keep their initial values")
+    local_files_only: bool = arg(False, "use the hub cache only")
+    cache_dir: FilePath | None = arg(None, "hub cache folder", "~/hub")
+    force_huggingface: bool = arg(False, "accepted without effect")
+    enable_flash_attn: bool = arg(False, "accepted without effect; the fastest attention is always used")
+    enable_layernorm_kernel: bool = arg(False, "accepted without effect")
+    enable_sequence_parallelism: bool = arg(False, "accepted without effect; sp_size enables sequence parallelism")
+    shardformer: bool = arg(False, "t5 and clip: shard the weights over the ranks")

@@ -11,18 +11,18 @@ from opensora.config.sections.common import Loaded, Section, Tokens, arg
 
 
 class T5(Loaded):
-    """T5: features of every token."""
+    """T5: one embedding per token."""
 
-    model_max_length: Tokens = arg(300, "tokens at which a prompt is cut")
+    model_max_length: Tokens = arg(300, "maximum prompt length in tokens; longer prompts are truncated")
 
 
 class CLIP(Loaded):
-    """CLIP: one feature of the prompt."""
+    """CLIP: one pooled embedding per prompt."""
 
-    model_max_length: Tokens = arg(77, "tokens at which a prompt is cut, 77 at most")
+    model_max_length: Tokens = arg(77, "maximum prompt length in tokens, at most 77")
 
 
 class Classes(Section):
-    """Prompts that are numbers of classes; no weights."""
+    """Class labels: prompts are class numbers; no weights."""
 
-    num_classes: Annotated[Positive, Field(le=1_000_000)] = arg(1000, "how many classes there are")
+    num_classes: Annotated[Positive, Field(le=1_000_000)] = arg(1000, "number of classes")

@@ -1,1 +1,1 @@
-"""Moving shapes with captions: rendered, batched, and read back out of generated frames."""
+"""Moving shapes with captions: rendered, batched, and recognized in generated frames."""

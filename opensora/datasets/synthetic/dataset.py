@@ -1,4 +1,4 @@
-"""Batches of rendered clips: the data of a training step is a function of its number."""
+"""Batches of rendered clips, as a function of the step number."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from opensora.datasets.synthetic.render import Clip, make_clip, make_continued_clip
 from opensora.errors import ConfigError
 
-CHUNK, CHUNK_LATENTS = 17, 5  # frames that the video autoencoder takes at once, and what they become
+CHUNK, CHUNK_LATENTS = 17, 5  # frames per chunk of the video autoencoder, and latent frames per chunk
 
 
 class ShapeClips:
-    """A set of rendered clips, endless unless num_clips is given; batch n holds clips n * batch_size and on.
+    """A set of rendered clips, unlimited unless num_clips is given; batch n starts at clip n * batch_size.
 
-    With `continued` the caption tells the second half of a clip, and the first half is what went before.
+    With `continued` the caption describes the second half of a clip; the first half is given as a condition.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class ShapeClips:
         return "x".join(map(str, (self.num_frames, *self.image_size))) + ("_continued" if self.continued else "")
 
     def clip(self, index: int) -> Clip:
-        """Clip number `index`, counted round where the set has an end."""
+        """Clip `index`, modulo num_clips."""
         index = index % self.num_clips if self.num_clips else index
         make = make_continued_clip if self.continued else make_clip
         return make(self.seed, index, self.num_frames, *self.image_size)
@@ -45,9 +45,9 @@ class ShapeClips:
 
 
 class MixedClips:
-    """Clips of several sizes, a set for each; the clips of one step have one size, drawn in the sizes' shares.
+    """Clips of several sizes, a set for each; the clips of one step have one size, drawn by the sizes' shares.
 
-    Which one is a function of (seed, step). Batches of larger sizes are smaller, so that all take about equally long.
+    The size is a function of (seed, step). Larger sizes have smaller batches, so that all steps take similar time.
     """
 
     def __init__(self, sets: Sequence[ShapeClips], shares: Sequence[float], seed: int) -> None:
@@ -56,11 +56,11 @@ class MixedClips:
 
     @property
     def period(self) -> int | None:
-        """Steps after which `videos` repeats itself; None for endless sets."""
+        """Steps after which `videos` repeats; None for unlimited sets."""
         return sum((one.num_clips or 0) // one.batch_size for one in self.sets) or None
 
     def pick(self, step: int) -> int:
-        """Which of `sets` a step takes its clips from."""
+        """The index in `sets` of a step."""
         if len(self.sets) == 1:
             return 0
         return int(np.random.default_rng((self.seed, step)).choice(len(self.sets), p=self.shares))
@@ -72,12 +72,11 @@ class MixedClips:
 
 
 def shape_clips(section: dict[str, Any] | None, batch_size: int, seed: int, *needed: str) -> MixedClips:
-    """The clips of a `dataset` section; raises ConfigError when it has another type, lacks a setting or is wrong.
+    """The clips of a `dataset` section. Raises ConfigError for another type, a missing setting or a wrong value.
 
-    `sizes` lists (num_frames, height, width, share) for several sizes of clips, each with num_clips of its own, or
-    with as many as a fifth number says; `num_frames` and `image_size` describe a single one. `continued` lists more, of
-    clips that go on after their first half. `batch_size` and `seed` are those of the first size; the others have seeds
-    of their own, so that they show other scenes.
+    `sizes` lists (num_frames, height, width, share[, num_clips]); `num_frames` and `image_size` describe a single size.
+    `continued` lists sizes of clips whose first half is given. `batch_size` and `seed` are those of the first size;
+    other sizes have seeds of their own, so that they show other scenes.
     """
     section = section or {}
     if section.get("type") != "ShapeClips":
@@ -113,15 +112,15 @@ def _check_size(size: Any) -> None:
 
 
 def _scaled(batch_size: int, size: Sequence[float], first: Sequence[float]) -> int:
-    """How many clips of `size` have about as many latent pixels as `batch_size` clips of the `first` size."""
+    """The batch size of `size` with about as many latent pixels as `batch_size` clips of the `first` size."""
     return max(1, round(batch_size * _latent_pixels(first) / _latent_pixels(size)))
 
 
 def _latent_pixels(size: Sequence[float]) -> float:
-    """In proportion: a single frame is a latent frame, more frames are grouped."""
+    """Relative number of latent pixels: one frame is one latent frame, longer clips are chunked."""
     return (1 if size[0] == 1 else size[0] * CHUNK_LATENTS / CHUNK) * size[1] * size[2]
 
 
 def to_model(videos: list[np.ndarray]) -> Tensor:
-    """uint8 clips [T, H, W, 3] as one batch [B, 3, T, H, W] float32 in [-1, 1]."""
+    """Stacks uint8 clips [T, H, W, 3] into float32 [B, 3, T, H, W] in [-1, 1]."""
     return torch.from_numpy(np.stack(videos)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0

@@ -1,6 +1,6 @@
-"""What a clip of a moving shape shows, found by plain image processing and named as in `clips.py`.
+"""Recognizes shape, color, motion and background of a clip by image processing; the names are those of `render.py`.
 
-Checks the embedded model: generate from a caption, measure the pixels, compare. Nothing here is learnt.
+Evaluates the embedded model: generate from a caption, measure the pixels, compare. Nothing is learned.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FIT = 0.55  # least overlap (intersection over union) with a perfect shape, belo
 
 
 class Measured(NamedTuple):
-    """Names as in the tables of `clips.py`; None where nothing fits, or nothing was found."""
+    """Names as in the tables of `render.py`; None if nothing was recognized."""
 
     shape: str | None
     colour: str | None

@@ -1,7 +1,7 @@
-"""Clips of moving shapes, rendered from a seed, with captions: the training data of the embedded model.
+"""Renders clips of moving shapes with captions from a seed: the training data of the embedded model.
 
-Every clip is a function of (seed, index), so nothing is stored and nothing is downloaded. One in ten
-(shape, colour, motion) combinations is held out of training, to measure whether the model composes.
+A clip is a function of (seed, index), so nothing is stored or downloaded. One in ten (shape, color, motion)
+combinations is held out of training, to measure compositional generalization.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TRAINED = [combination for combination in product(SHAPES, COLOURS, MOTIONS) if c
 
 
 class Scene(NamedTuple):
-    """What a clip shows: names as in the tables above, sizes in pixels of the short side / 64."""
+    """The scene of a clip: names as in the tables above, sizes in pixels."""
 
     shape: str
     colour: str
@@ -56,12 +56,12 @@ class Scene(NamedTuple):
 
 
 def caption(scene: Scene, phrasing: str, motion_phrase: str) -> str:
-    """The scene in words."""
+    """The caption of a scene."""
     return phrasing.format(**scene._replace(motion=motion_phrase)._asdict()).replace("a orange", "an orange")
 
 
 def draw_scene(rng: np.random.Generator, height: int, width: int, held_out: bool = False) -> Scene:
-    """A random scene whose object stays inside the frame, of the combinations for training or of those held out."""
+    """A random scene whose object stays inside the frame, from the training or the held-out combinations."""
     combinations = HELD_OUT if held_out else TRAINED
     shape, colour, motion = combinations[rng.integers(len(combinations))]
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
@@ -71,7 +71,7 @@ def draw_scene(rng: np.random.Generator, height: int, width: int, held_out: bool
     steady = rng.uniform(9.5, 13.5) * unit
     radius, end_radius = {0: (steady, steady), 1: (small, large), -1: (large, small)}[growth]
     size = np.array([width, height], dtype=float)
-    room = np.maximum(size - 2 * (max(radius, end_radius) + unit), 0)  # where the centre may go
+    room = np.maximum(size - 2 * (max(radius, end_radius) + unit), 0)  # range of the centre
     travel = np.array(direction) * room * rng.uniform(0.65, 1.0)
     low = (size - room) / 2 + np.maximum(-travel, 0)
     high = (size + room) / 2 - np.maximum(travel, 0)
@@ -79,10 +79,10 @@ def draw_scene(rng: np.random.Generator, height: int, width: int, held_out: bool
     return Scene(shape, colour, motion, background, radius, end_radius, (start[0], start[1]), (travel[0], travel[1]))
 
 
-def go_on(rng: np.random.Generator, scene: Scene, height: int, width: int, held_out: bool = False) -> Scene:
-    """What the object of `scene` does next, from where it ends: another motion, at half a clip's speed.
+def continue_scene(rng: np.random.Generator, scene: Scene, height: int, width: int, held_out: bool = False) -> Scene:
+    """The next motion of the object of `scene`, starting where it ends, at half speed.
 
-    It goes no farther than the edge of the frame, so an object that has reached an edge may have to rest there.
+    It stays inside the frame, so an object at an edge may have to stand still.
     """
     unit = min(height, width) / 64
     combinations = HELD_OUT if held_out else TRAINED
@@ -138,7 +138,7 @@ class Clip(NamedTuple):
 
 
 def make_clip(seed: int, index: int, num_frames: int, height: int, width: int, held_out: bool = False) -> Clip:
-    """Clip number `index` of the endless set `seed`; `held_out` draws only the combinations kept out of training."""
+    """Clip `index` of the unlimited set `seed`; `held_out` uses only the combinations held out of training."""
     rng = np.random.default_rng((seed, index, int(held_out)))
     scene = draw_scene(rng, height, width, held_out)
     return Clip(render(scene, num_frames, height, width), _describe(rng, scene), scene)
@@ -147,10 +147,10 @@ def make_clip(seed: int, index: int, num_frames: int, height: int, width: int, h
 def make_continued_clip(
     seed: int, index: int, num_frames: int, height: int, width: int, held_out: bool = False
 ) -> Clip:
-    """Clip number `index` of a set whose clips go on: the scene and the caption are those of the second half.
+    """Clip `index` of a set of continued clips: scene and caption are those of the second half.
 
-    In the first half the object moves as in a clip of that length or of twice the length; then, in half of the clips,
-    it goes on as it did, or it changes to another motion.
+    In the first half the object moves as in a clip of that length or of twice the length; then it keeps its motion
+    (half of the clips) or changes to another one.
     """
     rng = np.random.default_rng((seed, index, int(held_out), 2))
     half = num_frames // 2
@@ -167,7 +167,7 @@ def make_continued_clip(
         travel=(scene.travel[0] * end, scene.travel[1] * end),
         end_radius=scene.radius + end * (scene.end_radius - scene.radius),
     )
-    after = go_on(rng, seen, height, width, held_out)
+    after = continue_scene(rng, seen, height, width, held_out)
     progress = np.arange(1, num_frames - half + 1)[:, None, None] / (num_frames - half)
     return Clip(np.concatenate([before, _render(after, progress, height, width)]), _describe(rng, after), after)
 

@@ -19,7 +19,7 @@ from opensora import registry
 from opensora.acceleration.device import pick_device
 from opensora.acceleration.placement import to_device
 from opensora.acceleration.precision import DTYPES, inference_dtype, training_context
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.config.settings import SearchSettings
 from opensora.datasets.aspect import SIZES
 from opensora.datasets.bucket import Buckets
@@ -88,9 +88,9 @@ class TrainingProbe:
     def _encoder(self, what: str, has_features: bool) -> Any:
         """The frozen encoder that training runs, or None if its features are loaded or random."""
         section = getattr(self.settings, what)
-        if section is None or has_features or section["type"] in components.WITHOUT_WEIGHTS:
+        if section is None or has_features or section["type"] in builder.WITHOUT_WEIGHTS:
             return None
-        return components.load(section, what, self.device, self.dtype, self.settings.offline)[0]
+        return builder.load_component(section, what, self.device, self.dtype, self.settings.offline)[0]
 
     def _build_model(self) -> nn.Module:
         """The model as training builds it, with random weights."""
@@ -102,7 +102,7 @@ class TrainingProbe:
             fitting |= {"model_max_length": self.text_encoder.model_max_length}
         else:
             forced["skip_y_embedder"] = False  # features are those of the text encoder
-        model = components.build({**settings.model, "strict": False}, None, fitting, forced)
+        model = builder.build_model({**settings.model, "strict": False}, None, fitting, forced)
         model = to_device(model, self.device).train()
         parallelize(model, RankLayout(), DTYPES[settings.dtype], settings.grad_checkpoint, settings.compile)
         return model
@@ -175,7 +175,7 @@ def latent_size(size: Size) -> Size:
 def rows_of(table: Table, span: Span, frame_interval: int = 1) -> int:
     """The largest batch of the bucket that the table has rows for, all of one aspect ratio."""
     buckets = Buckets({span.resolution: {span.num_frames: (1.0, 1)}})
-    _, _, _, group = buckets.place(*table.sizes(), seed=0, frame_interval=frame_interval).groups()
+    _, _, _, group = buckets.assign(*table.sizes(), seed=0, frame_interval=frame_interval).groups()
     return int(np.bincount(group).max()) if len(group) else 0
 
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from opensora.checkpoints.pickle_machine import View
+from opensora.checkpoints.pickle_interpreter import TensorView
 from opensora.checkpoints.pickles import Pickled, read_pickled
 from opensora.checkpoints.read import read_state_dict
 from opensora.config.schema import Count, NonNegative, Positive, Schema, check
@@ -103,7 +103,11 @@ def _moments(optimizer: Any, pickled: Pickled) -> tuple[dict[int, dict[str, Tens
 
 
 def _are_moments(own: Any) -> bool:
-    if not isinstance(own, dict) or own.keys() != MOMENTS or not all(isinstance(one, View) for one in own.values()):
+    if (
+        not isinstance(own, dict)
+        or own.keys() != MOMENTS
+        or not all(isinstance(one, TensorView) for one in own.values())
+    ):
         return False
     return math.prod(own["step"].size) == 1 and tuple(own["exp_avg"].size) == tuple(own["exp_avg_sq"].size)
 

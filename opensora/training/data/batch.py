@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opensora.acceleration.precision import inference_dtype, training_context
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.config.settings import TrainSettings
 from opensora.datasets.datasets import to_levels
 from opensora.distributed.process_group import RankLayout
@@ -91,17 +91,17 @@ class Encoders:
                 raise ConfigError(f"training a diffusion model needs a section {name}")
         self.settings, self.device = settings, device
         self.dtype = inference_dtype(device, settings.dtype)
-        self.vae, vae = components.load(settings.vae, "vae", device, self.dtype, settings.offline)
+        self.vae, vae = builder.load_component(settings.vae, "vae", device, self.dtype, settings.offline)
         self.contents = {"weights of the vae": vae.sha256}
         self.text = self._load_text_encoder(settings.text_encoder, layout)
 
     def _load_text_encoder(self, section: dict[str, Any], layout: RankLayout) -> Any:
-        if section["type"] in components.WITHOUT_WEIGHTS:
-            return components.build_text_encoder(section, None, self.dtype)
+        if section["type"] in builder.WITHOUT_WEIGHTS:
+            return builder.build_text_encoder(section, None, self.dtype)
         offline = self.settings.offline
-        encoder, summary = components.load(section, "text_encoder", self.device, self.dtype, offline, layout)
+        encoder, summary = builder.load_component(section, "text_encoder", self.device, self.dtype, offline, layout)
         self.contents["weights of the text encoder"] = summary.sha256
-        self.contents |= components.tokenizer_sha256(summary.path)
+        self.contents |= builder.tokenizer_sha256(summary.path)
         return encoder
 
     def model_kwargs(self, sizes: list[Size]) -> dict[str, Any]:

@@ -13,10 +13,10 @@ import torch
 
 from opensora import registry
 from opensora.config.settings import TrainSettings
-from opensora.datasets.bucket import Bucket, Buckets, Placement, random_words
+from opensora.datasets.bucket import Bucket, BucketAssignment, Buckets, random_words
 from opensora.datasets.datasets import VariableVideoTextDataset, VideoTextDataset, collate
 from opensora.datasets.quarantine import Broken
-from opensora.datasets.samplers import SAMPLES, BucketBatchSampler, Epoch, lay_out, shuffled
+from opensora.datasets.samplers import SAMPLES, BucketBatchSampler, Epoch, make_epoch, shuffled
 from opensora.errors import ConfigError
 from opensora.training.data.loader import Read
 from opensora.training.data.table_checks import missing_files
@@ -159,8 +159,8 @@ def _in_buckets(
     interval, num_frames = dataset.frame_interval, np.full(len(lengths), np.nan)  # no bucket takes NaN
     num_frames[rows] = lengths[rows]
 
-    def placed(epoch: int) -> Placement:
-        return buckets.place(num_frames, *sides, seed=seed, epoch=epoch, frame_interval=interval)
+    def placed(epoch: int) -> BucketAssignment:
+        return buckets.assign(num_frames, *sides, seed=seed, epoch=epoch, frame_interval=interval)
 
     held_out = []
     if settings.validate_every:
@@ -173,13 +173,13 @@ def _in_buckets(
     def batches(epoch: int) -> BucketBatches:
         first = epoch == 0
         return BucketBatches(
-            sampler.plan if first else lay_out(placed(epoch), seed, epoch, shuffle=True, drop_last=True)
+            sampler.plan if first else make_epoch(placed(epoch), seed, epoch, shuffle=True, drop_last=True)
         )
 
     return batches, held_out
 
 
-def _hold_out_of_buckets(placement: Placement, settings: TrainSettings) -> Iterator[HeldOutBatch]:
+def _hold_out_of_buckets(placement: BucketAssignment, settings: TrainSettings) -> Iterator[HeldOutBatch]:
     """Held-out batches of each bucket; warns of buckets without any."""
     buckets, batch_sizes, rows, group = placement.groups()
     without = []

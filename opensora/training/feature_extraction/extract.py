@@ -19,7 +19,7 @@ from opensora import registry
 from opensora.acceleration.allocator import keep_allocations_in_heap
 from opensora.acceleration.device import pick_device, set_device
 from opensora.acceleration.precision import DTYPES, inference_dtype
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.config.settings import ExtractSettings
 from opensora.datasets.bucket import Buckets
 from opensora.datasets.datasets import VariableVideoTextDataset, VideoTextDataset
@@ -139,8 +139,8 @@ class Extraction:
             return None, None
         if section is None:
             raise ConfigError(f"encoding needs a section {what}; add it to the configuration")
-        encoder, summary = components.load(section, what, self.device, self.dtype, self.settings.offline)
-        self.tokenizer = components.tokenizer_sha256(summary.path) if what == "text_encoder" else {}
+        encoder, summary = builder.load_component(section, what, self.device, self.dtype, self.settings.offline)
+        self.tokenizer = builder.tokenizer_sha256(summary.path) if what == "text_encoder" else {}
         return encoder, summary.sha256
 
     def _write_plan(self, latents: Sequence[LatentShard], texts: Sequence[TextShard]) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from opensora.datasets.bucket import Bucket, Buckets, Fate
+from opensora.datasets.bucket import Bucket, Buckets, RowOutcome
 from opensora.datasets.feature_files import caption_key, open_shard, tensor_of
 from opensora.datasets.file_content import content_key, file_stamps
 from opensora.datasets.table import Table
@@ -62,14 +62,14 @@ def bucket_groups(
     table: Table, rows: np.ndarray, config: dict, *, seed: int, crop: int, frame_interval: int
 ) -> tuple[list[Group], np.ndarray]:
     """The groups of rows that epoch `crop` of a training run would use, and all rows that any epoch may use."""
-    placement = Buckets(config).place(*table.sizes(), seed=seed, epoch=crop, frame_interval=frame_interval)
+    placement = Buckets(config).assign(*table.sizes(), seed=seed, epoch=crop, frame_interval=frame_interval)
     buckets, batch_sizes, placed, group = placement.groups()
     chosen = np.isin(placed, rows)
     groups = [
         Group(bucket, bucket.size, int(batch_size), placed[chosen & (group == number)])
         for number, (bucket, batch_size) in enumerate(zip(buckets, batch_sizes, strict=True))
     ]
-    possible = rows[placement.fate[rows] >= Fate.NOT_DRAWN]
+    possible = rows[placement.outcome[rows] >= RowOutcome.NOT_DRAWN]
     return [one for one in groups if len(one.rows)], possible
 
 

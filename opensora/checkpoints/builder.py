@@ -1,4 +1,4 @@
-"""Models of a request or a training run, built from a configuration's sections and filled with their weights."""
+"""Builds the components of a configuration (model, vae, text_encoder) and loads their weights."""
 
 from __future__ import annotations
 
@@ -14,65 +14,63 @@ from opensora.acceleration.placement import to_device
 from opensora.acceleration.quantization import quantize
 from opensora.checkpoints.fit import load_weights
 from opensora.checkpoints.hub import locate, one_line, read_config_json
-from opensora.checkpoints.key_mapping import Drop, Rename
 from opensora.checkpoints.summary import Summary
 from opensora.checkpoints.tokenizer import check_tokenizer, tokenizer_hash
-from opensora.config.schema import check as check_value
+from opensora.config.schema import check
 from opensora.config.sections import check_type, checked
-from opensora.config.sections.checkpoints import CLIPConfig, CLIPTextConfig, Stated, T5Config, TokenizerConfig
+from opensora.config.sections.checkpoints import CLIPConfig, CLIPTextConfig, ModelMetadata, T5Config, TokenizerConfig
 from opensora.distributed.fsdp import shard
 from opensora.distributed.process_group import RankLayout
 from opensora.errors import ConfigError, OpenSoraError, WeightsError
 from opensora.files import read_json
-from opensora.models.text_encoder.clip import CLIP_DROPPED, CLIP_RENAMED, make_clip
-from opensora.models.text_encoder.t5 import T5_DROPPED, make_t5
+from opensora.models.text_encoder.clip import make_clip
+from opensora.models.text_encoder.t5 import make_t5
 from opensora.profiling.memory_meter import free_on_host
 
 TRAINING_ONLY = ("freeze", "freeze_y_embedder", "only_train_temporal", "drop_path", "freeze_vae_2d", "cal_loss")
 TABLES = {"model": registry.MODELS, "vae": registry.AUTOENCODERS, "text_encoder": registry.TEXT_ENCODERS}
 TEXT_CONFIGS = {"t5": T5Config, "clip": CLIPConfig, "clip_text": CLIPTextConfig}
 WITHOUT_WEIGHTS = ("classes",)
-TEXT_RULES = {
-    "t5": [Drop(pattern) for pattern in T5_DROPPED],
-    "clip": [*(Drop(pattern) for pattern in CLIP_DROPPED), *(Rename(*pair) for pair in CLIP_RENAMED)],
-}
 MAX_LENGTHS = {"t5": 300, "clip": 77}  # tokens, where a section does not say
 Section = Mapping[str, Any]
-ALONE = RankLayout()  # one rank
+SINGLE_RANK = RankLayout()
 
 
-def check(section: Section, what: str) -> None:
-    """Raises ConfigError unless a "model", "vae" or "text_encoder" section can be built and names its weights."""
+def check_section(section: Section, what: str) -> None:
+    """Raises ConfigError unless a "model", "vae" or "text_encoder" section is valid and names its weights."""
     check_type(what, section.get("type"), TABLES[what])
     checked(section, what)
     if not section.get("from_pretrained") and section["type"] not in WITHOUT_WEIGHTS:
         raise ConfigError(f"{what} has no weights: set from_pretrained to a folder, a file or a hub id")
 
 
-def find(section: Section, what: str, offline: bool = False) -> Path | None:
-    """The file or folder of a section's weights (None: it has none), downloaded if need be, not read.
+def find_weights(section: Section, what: str, offline: bool = False) -> Path | None:
+    """The local file or folder of a section's weights, downloaded if needed; None if the type has no weights.
 
-    Raises WeightsError if they cannot be had.
+    Raises WeightsError if it cannot be found.
     """
-    check(section, what)
+    check_section(section, what)
     if section["type"] in WITHOUT_WEIGHTS:
         return None
-    return located(section, what, offline)
+    return locate_weights(section, what, offline)
 
 
-def located(section: Section, what: str, offline: bool = False) -> Path:
-    """The file or folder that a section names as `from_pretrained`, as its `subfolder`, `cache_dir` and
-    `local_files_only` say. Raises WeightsError if it cannot be had.
+def locate_weights(section: Section, what: str, offline: bool = False) -> Path:
+    """The local file or folder of a section's `from_pretrained`, with `subfolder`, `cache_dir`, `local_files_only`.
+
+    Raises WeightsError if it cannot be found.
     """
     where = {key: section[key] for key in ("subfolder", "cache_dir", "local_files_only") if section.get(key)}
     return locate(section["from_pretrained"], what=what, offline=offline, **where)
 
 
-def build(section: Section, path: Path | None, defaults: Section | None = None, forced: Section | None = None) -> Any:
-    """The model of a "model" or "vae" section without its weights, on the meta device.
+def build_model(
+    section: Section, path: Path | None, defaults: Section | None = None, forced: Section | None = None
+) -> Any:
+    """Builds a "model" or "vae" section on the meta device, without weights.
 
-    Keywords come from `defaults`, the checkpoint's config.json, the section, and `forced`; the later ones win. With
-    `strict=False` in the section the model has initial values instead, for what the checkpoint may lack.
+    Keywords come from `defaults`, the checkpoint's config.json, the section, and `forced`; later ones override. With
+    `strict=False` in the section the model is initialized instead, for tensors that the checkpoint lacks.
     """
     known = registry.keywords(section["type"]).difference(TRAINING_ONLY)
     stated = stated_keywords(section["type"], path, known) if path else {}
@@ -88,7 +86,7 @@ def build(section: Section, path: Path | None, defaults: Section | None = None, 
 
 
 def _check_room(model: nn.Module, name: str) -> None:
-    """Raises ConfigError unless a model on the meta device would fit into the host's free memory."""
+    """Raises ConfigError unless a model on the meta device would fit into free host memory."""
     need = sum(tensor.nbytes for tensor in model.state_dict().values())
     try:
         free = free_on_host()
@@ -100,18 +98,18 @@ def _check_room(model: nn.Module, name: str) -> None:
 
 
 def stated_keywords(name: str, path: Path, known: Collection[str]) -> dict[str, Any]:
-    """Those of the `known` keywords of a type that the config.json of a checkpoint states. Raises WeightsError."""
+    """The `known` keywords in a checkpoint's config.json, validated for a type. Raises WeightsError."""
     stated = {key: value for key, value in config_json(path).items() if key in known}
     found = checked({"type": name, **stated}, where=str(config_file(path)), error=WeightsError)
     return {key: found[key] for key in stated}
 
 
-def fill(
+def load_model_weights(
     model: Any, section: Section, path: Path, device: torch.device, dtype: torch.dtype, linear: str = "exact"
 ) -> Summary:
-    """Gives a built model its weights and makes it ready for inference; returns what was read.
+    """Loads the weights of a built model and makes it ready for inference; returns a summary of the checkpoint.
 
-    Where `linear` is "int8" or "fp8" the linear layers of its blocks compute in 8 bits, which is an approximation.
+    `linear` "int8" or "fp8" quantizes the linear layers of its blocks, which is approximate.
     """
     summary = load_weights(model, path, dtype=dtype, strict=section.get("strict", True))
     model = model.eval().requires_grad_(False)
@@ -120,16 +118,16 @@ def fill(
 
 
 def build_text_encoder(section: Section, path: Path | None, dtype: torch.dtype) -> Any:
-    """The text encoder of a section with its tokenizer, but without its weights."""
+    """Builds the text encoder of a section with its tokenizer, without weights."""
     if path is None:
         return registry.build(section)
     folder, kind = _folder(path), section["type"]
     make, config = {"t5": make_t5, "clip": make_clip}[kind], config_json(path)
-    check_value(TEXT_CONFIGS["clip_text" if kind == "clip" and "text_config" not in config else kind], config,
+    check(TEXT_CONFIGS["clip_text" if kind == "clip" and "text_config" not in config else kind], config,
                 str(config_file(path)), WeightsError)  # fmt: skip
     check_tokenizer(folder)
     if (tokenizer := folder / "tokenizer_config.json").is_file():
-        check_value(TokenizerConfig, read_json(tokenizer, WeightsError), str(tokenizer), WeightsError)
+        check(TokenizerConfig, read_json(tokenizer, WeightsError), str(tokenizer), WeightsError)
     try:
         encoder = make(config, folder, section.get("model_max_length", MAX_LENGTHS[kind]), dtype)
         _check_vocabulary(encoder, folder)
@@ -142,7 +140,7 @@ def build_text_encoder(section: Section, path: Path | None, dtype: torch.dtype) 
 
 
 def tokenizer_sha256(path: Path | None) -> dict[str, str]:
-    """The hash of the tokenizer beside a text encoder's weights as `tokenizer`; empty where there are no weights."""
+    """{"tokenizer": SHA-256} of the tokenizer beside a text encoder's weights; empty if there are no weights."""
     return {"tokenizer": tokenizer_hash(_folder(path))} if path else {}
 
 
@@ -151,7 +149,7 @@ def _folder(path: Path) -> Path:
 
 
 def _check_vocabulary(encoder: Any, folder: Path) -> None:
-    """Raises WeightsError for a tokenizer that knows more tokens than its model, or none to pad with."""
+    """Raises WeightsError for a tokenizer with more tokens than its model, or without a padding token."""
     config = getattr(encoder.model, "text_model", encoder.model).config
     known, tokens = config.vocab_size, encoder.tokenizer.vocab_size
     if tokens > known:
@@ -162,15 +160,15 @@ def _check_vocabulary(encoder: Any, folder: Path) -> None:
         raise WeightsError(f"{folder}: its tokenizer has no padding token; get tokenizer_config.json again")
 
 
-def fill_text_encoder(
-    encoder: Any, section: Section, path: Path, device: torch.device, layout: RankLayout = ALONE,
+def load_text_encoder_weights(
+    encoder: Any, section: Section, path: Path, device: torch.device, layout: RankLayout = SINGLE_RANK,
     put: Callable[[nn.Module, torch.device], Any] = to_device,
 ) -> Summary:  # fmt: skip
-    """Gives a built text encoder its weights, which `put` then brings to the device; returns what was read.
+    """Loads the weights of a built text encoder, which `put` then moves to the device; returns a summary.
 
-    With `shardformer=True` in the section they are sharded over the ranks, which then have to encode at the same time.
+    `shardformer=True` in the section shards them over the ranks, which must then encode in step.
     """
-    summary = load_weights(encoder.model, path, rules=TEXT_RULES[section["type"]])
+    summary = load_weights(encoder.model, path)
     if section.get("shardformer"):
         shard(encoder.model, layout)
         put = to_device
@@ -178,36 +176,32 @@ def fill_text_encoder(
     return summary
 
 
-def load(
+def load_component(
     section: Section, what: str, device: torch.device, dtype: torch.dtype, offline: bool = False,
-    layout: RankLayout = ALONE,
+    layout: RankLayout = SINGLE_RANK,
 ) -> tuple[Any, Summary]:  # fmt: skip
-    """A "model", "vae" or "text_encoder" that stands for itself, ready for inference, and what was read."""
-    path = find(section, what, offline)
+    """Builds and loads a "model", "vae" or "text_encoder" for inference; returns it and a summary of the checkpoint."""
+    path = find_weights(section, what, offline)
     if path is None:
         raise ConfigError(f"{what} of type '{section['type']}' has no weights")
     if what == "text_encoder":
         encoder = build_text_encoder(section, path, dtype)
-        return encoder, fill_text_encoder(encoder, section, path, device, layout)
-    built = build(section, path)
-    return built, fill(built, section, path, device, dtype)
+        return encoder, load_text_encoder_weights(encoder, section, path, device, layout)
+    built = build_model(section, path)
+    return built, load_model_weights(built, section, path, device, dtype)
 
 
 def trained_sizes(path: Path) -> list[list[int]]:
-    """The (frames, height, width) that a checkpoint says it was trained on; empty when it does not say."""
-    found = check_value(Stated, config_json(path), str(config_file(path)), WeightsError).trained_sizes
+    """The sizes (frames, height, width) a checkpoint was trained on, as stated in config.json; may be empty."""
+    found = check(ModelMetadata, config_json(path), str(config_file(path)), WeightsError).trained_sizes
     return [list(size) for size in found]
 
 
 def config_json(path: Path) -> dict[str, Any]:
-    """What config.json states about the weights at `path`; a training checkpoint and its ema.pt have it in model/."""
+    """The config.json of the weights at `path`; that of a training checkpoint or its ema.pt is in model/."""
     return read_config_json(path) or read_config_json(_folder(path) / "model")
 
 
 def config_file(path: Path) -> Path:
-    """The config.json that `config_json` reads."""
+    """The path of the config.json that `config_json` reads."""
     return (_folder(path) if read_config_json(path) else _folder(path) / "model") / "config.json"
-
-
-def _folder(path: Path) -> Path:
-    return path if path.is_dir() else path.parent

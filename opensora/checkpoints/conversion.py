@@ -1,4 +1,4 @@
-"""Checkpoints from one container, number format or layout to another: published ones to ours, and back."""
+"""Converts checkpoints between file formats, dtypes and layouts: published ones to ours, and back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from opensora import registry
 from opensora.acceleration.model_parts import kept_in_float32
 from opensora.acceleration.precision import DTYPES
-from opensora.checkpoints import components
+from opensora.checkpoints import builder
 from opensora.checkpoints.fit import check_finite, fit
 from opensora.checkpoints.hub import locate
 from opensora.checkpoints.key_mapping import POSITIONS, TensorDict, to_original
@@ -29,19 +29,19 @@ def convert(
     source: str, destination: str, to: str, config: str | None = None, dtype: str | None = None,
     layout: str = "ours", force: bool = False, offline: bool = False,
 ) -> Summary:  # fmt: skip
-    """Writes a checkpoint (file, folder or hub id) as "safetensors", "pt" or "hf", a folder with config.json.
+    """Writes a checkpoint (file, folder or hub id) as "safetensors", "pt", or "hf" (a folder with config.json).
 
-    With a configuration file the tensors must fit its `model` section and take our names and shapes, without fixed
-    positions; layout "original" gives those of the model's authors. Floating tensors become `dtype`, save those kept
-    in float32. Only `force` replaces what exists. Raises ConfigError or WeightsError, and then has written nothing.
+    With `config` the tensors must fit its `model` section and are written in our layout, without fixed positions;
+    `layout="original"` writes the layout of the model's authors. Floating tensors become `dtype`, except those kept in
+    float32. An existing destination needs `force`. Raises ConfigError or WeightsError without writing anything.
     """
     target, path = Path(destination), locate(source, offline=offline)
     _check_target(target, to, force)
-    tensors, stated, changes = read_state_dict(path), components.config_json(path), {}
+    tensors, stated, changes = read_state_dict(path), builder.config_json(path), {}
     if config:
         tensors, stated, changes = _fit(config, path, tensors, stated)
     tensors = to_original(tensors) if layout == "original" else tensors
-    types = {name: _wanted(name, tensor, dtype) for name, tensor in tensors.items()}
+    types = {name: _target_dtype(name, tensor, dtype) for name, tensor in tensors.items()}
     check_finite(path, {name: (tensor, types[name]) for name, tensor in tensors.items()})
     tensors = {name: tensor.to(types[name]) for name, tensor in tensors.items()}
     if to == "hf":
@@ -51,8 +51,8 @@ def convert(
     return summarize(target, tensors)._replace(**changes)
 
 
-def _wanted(name: str, tensor: torch.Tensor, dtype: str | None) -> torch.dtype:
-    """The type of a tensor in what is written."""
+def _target_dtype(name: str, tensor: torch.Tensor, dtype: str | None) -> torch.dtype:
+    """The dtype in which a tensor is written."""
     if dtype is None or not tensor.is_floating_point():
         return tensor.dtype
     return torch.float32 if kept_in_float32(name) else DTYPES[dtype]
@@ -65,24 +65,24 @@ def _check_target(target: Path, to: str, force: bool) -> None:
         raise ConfigError(f"{target} exists; name another place{'' if force else ', or replace it with --force'}")
 
 
-def _fit(config: str, path: Path, tensors: TensorDict, told: dict[str, Any]) -> tuple[dict, dict, dict]:
-    """Tensors as a configuration's model has them, a config.json made of that of the file, and what was changed."""
+def _fit(config: str, path: Path, tensors: TensorDict, stated: dict[str, Any]) -> tuple[dict, dict, dict]:
+    """The tensors in the layout of a configuration's model, the new config.json, and the changes, as in Summary."""
     section = load_config(config)[0].get("model")
     if not isinstance(section, dict) or not isinstance(section.get("type"), str):
         raise ConfigError(f"{config}: has no model = dict(type=...) that the weights could fit")
     registry.check_type("model", section["type"], {**registry.MODELS, **registry.AUTOENCODERS})
-    defaults: dict[str, Any] = {"input_size": (16, 32, 32)}  # any will do, only positions depend on it
+    defaults: dict[str, Any] = {"input_size": (16, 32, 32)}  # arbitrary: only positions depend on it
     if (text := tensors.get("y_embedder.y_embedding")) is not None and text.ndim == 2:
         defaults |= {"caption_channels": text.shape[1], "model_max_length": text.shape[0]}
-    model = components.build({k: v for k, v in section.items() if k != "strict"}, path, defaults)
+    model = builder.build_model({k: v for k, v in section.items() if k != "strict"}, path, defaults)
     fitted, changes = fit(model, tensors, path, strict=section.get("strict", True))
-    made = {key: value for key, value in model.config.items() if key != "input_size" or key in {*told, *section}}
-    stated = {**told, "model_type": section["type"], **made}
+    keywords = {key: value for key, value in model.config.items() if key != "input_size" or key in {*stated, *section}}
+    stated = {**stated, "model_type": section["type"], **keywords}
     return {name: tensor for name, tensor in fitted.items() if name not in POSITIONS}, stated, changes
 
 
 def _write_folder(tensors: TensorDict, target: Path, config: dict[str, Any]) -> None:
-    """Writes a new folder, or the weights and config.json of one that exists."""
+    """Writes a new folder atomically, or replaces weights and config.json in an existing one."""
     if target.exists():
         return save_pretrained(tensors, target, config)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")

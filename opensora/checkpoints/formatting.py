@@ -1,4 +1,4 @@
-"""Tensors in words."""
+"""Tensors and lists of names in messages."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from torch import Tensor
 
 from opensora.errors import printable
 
-LONGEST = 120  # characters of a name
+MAX_NAME = 120  # characters of a name
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """Such as "float32"."""
+    """The dtype, such as "float32"."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def shape(tensor: Tensor) -> str:
-    """Such as "float32 [2, 3]"."""
+    """Dtype and shape, such as "float32 [2, 3]"."""
     return f"{dtype_name(tensor)} [{', '.join(map(str, tensor.shape))}]"
 
 
 def first(words: Sequence[str], limit: int = 10, separator: str = ", ") -> str:
-    """The first of some names or sentences on one line, and how many more there are."""
+    """The first `limit` items on one line, and how many more there are."""
     more = f"{separator}and {len(words) - limit:,} more" if len(words) > limit else ""
     return separator.join(map(_short, words[:limit])) + more
 
 
 def _short(word: str) -> str:
-    word = " ".join(printable(word[: 2 * LONGEST]).split()) if not word.isprintable() else word
-    return word if len(word) <= 2 * LONGEST else f"{word[:LONGEST]}..."
+    word = " ".join(printable(word[: 2 * MAX_NAME]).split()) if not word.isprintable() else word
+    return word if len(word) <= 2 * MAX_NAME else f"{word[:MAX_NAME]}..."

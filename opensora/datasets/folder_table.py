@@ -1,4 +1,4 @@
-"""A table of the videos and images in a folder, as training reads it."""
+"""Makes a table of the videos and images in a folder, ready for training."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ log = logging.getLogger("opensora")
 
 OTHER_SUFFIXES = {
     ".3gp", ".apng", ".asf", ".flv", ".gif", ".m2ts", ".m4v", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv",
-    ".avif", ".heic", ".heif", ".jxl",  # photos that are not read, which is said of each
+    ".avif", ".heic", ".heif", ".jxl",  # photo formats that are not supported; each is reported
 }  # fmt: skip
 SUFFIXES = {*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, *OTHER_SUFFIXES}
 CAPTION = ".txt"
-CAPTIONS = ("names", "required")  # what becomes of files without a text: one made of their names, or a refusal
+CAPTIONS = ("names", "required")  # files without a caption: use their names, or raise an error
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-READERS = 4  # threads; a file is mostly waited for
+THREADS = 4  # reading is mostly I/O
 DECIMALS = 4
 
 
 class Row(NamedTuple):
-    """One file. Sizes are in pixels, `aspect_ratio` is height / width, `resolution` height x width."""
+    """A row of the table. Sizes are in pixels; `aspect_ratio` is height / width, `resolution` height x width."""
 
     path: str
     text: str
@@ -43,16 +43,16 @@ class Row(NamedTuple):
     fps: float | None  # of videos
 
 
-class Made(NamedTuple):
-    """What became of a folder."""
+class TableReport(NamedTuple):
+    """The result of `make_table`."""
 
     num_rows: int
-    broken: list[str]  # one line each: the file or folder and what is wrong with it
-    num_captions: int  # texts that came out of files
-    num_named: int  # texts made of the names of files
+    broken: list[str]  # one line per file or folder that was left out, with the reason
+    num_captions: int  # rows with a caption from a .txt file
+    num_named: int  # rows with a caption made from the file name
 
     def summary(self) -> str:
-        """The counts in words."""
+        """The counts in one line."""
         num_empty = self.num_rows - self.num_captions - self.num_named
         return (
             f"{self.num_rows} rows, {self.num_captions} of them with a text of their own"
@@ -62,13 +62,13 @@ class Made(NamedTuple):
         )
 
 
-def make_table(folder: str | Path, target: str | Path, force: bool = False, captions: str = "names") -> Made:
-    """Writes a CSV with a `Row` for each video and image below `folder`, in the order of their paths.
+def make_table(folder: str | Path, target: str | Path, force: bool = False, captions: str = "names") -> TableReport:
+    """Writes a CSV with one `Row` per video or image below `folder`, sorted by path.
 
-    Paths begin as `folder` is written. The text is that of the file of the same name that ends in .txt, or else the
-    name itself in words, unless `captions` are "required". Files that cannot be read are left out and named. Raises
-    ConfigError for a folder without videos, a table that is there already, or a file without a text where that is
-    required, and MediaError if no file can be read.
+    Paths start with `folder` as given. The caption of `boat.mp4` is the content of `boat.txt`, or else the words of the
+    file name; `captions="required"` makes a missing .txt an error. Unreadable files are left out and reported. `force`
+    replaces an existing table. Raises ConfigError for a folder without media, an existing table or a missing caption,
+    and MediaError if no file can be read.
     """
     folder, target = Path(folder), Path(target)
     check(Literal[CAPTIONS], captions, "captions")
@@ -80,7 +80,7 @@ def make_table(folder: str | Path, target: str | Path, force: bool = False, capt
     files = find_media(folder, problems)
     if captions == "required":
         _require_captions(files)
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         results = list(pool.map(_row_or_error, files))
     rows = [one for one in results if isinstance(one, Row)]
     broken = [*problems, *(one for one in results if isinstance(one, str))]
@@ -101,13 +101,13 @@ def make_table(folder: str | Path, target: str | Path, force: bool = False, capt
         log.warning(
             "texts made of file names: %d, such as %r of %s; %s", len(named), named[0].text, named[0].path, remedy
         )
-    return Made(len(rows), broken, sum(bool(row.text) for row in rows) - len(named), len(named))
+    return TableReport(len(rows), broken, sum(bool(row.text) for row in rows) - len(named), len(named))
 
 
 def find_media(folder: Path, problems: list[str] | None = None) -> list[Path]:
-    """The videos and images below a folder, by their suffixes; hidden ones do not count. ConfigError without any.
+    """The videos and images below a folder, by suffix, without hidden ones. Raises ConfigError if there are none.
 
-    `problems` gets a line for each folder below that is not looked into, and each link to nothing.
+    Appends a line to `problems` for each folder that is not searched and each broken link.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; name one that holds videos")
@@ -123,7 +123,7 @@ def find_media(folder: Path, problems: list[str] | None = None) -> list[Path]:
 
 
 def read_row(file: Path) -> Row:
-    """The row of one file. Raises MediaError if it or its text cannot be read."""
+    """The row of a file. Raises MediaError if the file or its caption cannot be read."""
     text, fps = caption_of(file), None
     if is_image(file):
         num_frames, (height, width) = 1, read_image(file).shape[:2]
@@ -141,7 +141,7 @@ def read_row(file: Path) -> Row:
 
 
 def caption_of(file: Path) -> str:
-    """The text beside a file, on one line, or else its name in words. MediaError if that text cannot be read."""
+    """The caption of a file on one line: its .txt, or else its name. Raises MediaError if the .txt cannot be read."""
     beside = _caption_file(file)
     text = _text(beside, file) if beside.is_file() else _words(file.stem)
     text = " ".join(text.split())
@@ -152,12 +152,12 @@ def caption_of(file: Path) -> str:
 
 
 def _words(name: str) -> str:
-    """The name of a file as a text, which is UTF-8 even if the name is not."""
+    """The words of a file name, as valid UTF-8."""
     return os.fsencode(name).decode("utf-8", "replace").replace("_", " ")
 
 
 def _text(beside: Path, file: Path) -> str:
-    """The content of a text file in UTF-8 or, with a byte order mark, UTF-16."""
+    """The content of a UTF-8 file, or of a UTF-16 file with a byte order mark."""
     content = read_bytes(beside, 4 * MAX_TEXT)
     try:
         return content.decode("utf-16" if content.startswith(_UTF16) else "utf-8-sig")
@@ -166,7 +166,7 @@ def _text(beside: Path, file: Path) -> str:
 
 
 def _require_captions(files: Sequence[Path]) -> None:
-    """Raises ConfigError unless each file has a text beside it that is not empty."""
+    """Raises ConfigError unless each file has a non-empty caption file."""
     without = [file for file in files if not (_caption_file(file).is_file() and _caption_file(file).stat().st_size)]
     if without:
         problem = f"{len(without)} of {len(files)} files have no text of their own, such as {without[0]}"
@@ -179,7 +179,7 @@ def _caption_file(file: Path) -> Path:
 
 
 def _visible(folder: Path, problems: list[str]) -> Iterator[Path]:
-    """The files below a folder that are not hidden, nor behind a link to a folder."""
+    """The files below a folder, without hidden ones; linked folders are not followed."""
 
     def unreadable(error: OSError) -> None:
         problems.append(f"{error.filename}: the folder cannot be read ({why(error)}); check its permissions")

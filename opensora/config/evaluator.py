@@ -1,6 +1,6 @@
-"""The values that a configuration in Python assigns, without running it.
+"""Evaluates a Python configuration as data, without executing it.
 
-Allowed are literals, `dict(...)`, names assigned earlier, and arithmetic.
+Allowed: literals, `dict(...)`, names assigned earlier, and arithmetic.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora.config.budget import Budget
-from opensora.config.placeholders import environment_in, replaced
+from opensora.config.placeholders import expand_placeholders, find_environment_variable
 from opensora.errors import ConfigError, did_you_mean
 
 MAX_INT_BITS = 1024
@@ -34,8 +34,8 @@ _BINARY = {
 }  # fmt: skip
 
 
-class Program:
-    """Evaluates one file statement by statement; the result is `names`. Raises ConfigError naming file and line."""
+class Evaluator:
+    """Evaluates a file statement by statement into `names`. Raises ConfigError with file and line."""
 
     def __init__(self, path: Path, text: str, budget: Budget) -> None:
         self.path, self.text, self.budget = path, text, budget
@@ -51,10 +51,10 @@ class Program:
     def _parse(self) -> ast.Module:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of spellings that are none of our business
+                warnings.simplefilter("ignore")  # about escapes and the like
                 return ast.parse(self.text)
         except SyntaxError as error:
-            if variable := environment_in(self.text):
+            if variable := find_environment_variable(self.text):
                 problem = f"'{{{{${variable}}}}}' reads the environment, which is done with --trust-config only"
                 raise ConfigError(f"{self.path}: {problem}") from error
             raise ConfigError(f"{self.path}:{error.lineno or 1}: not valid Python: {error.msg}") from error
@@ -106,12 +106,12 @@ class Program:
 
     def _text(self, node: ast.expr, text: str) -> str:
         try:
-            return replaced(text, self.path)
+            return expand_placeholders(text, self.path)
         except ValueError as error:
             raise self._error(node, str(error)) from None
 
     def _binary(self, node: ast.BinOp, left: Any, right: Any) -> Any:
-        """Arithmetic on numbers, `+` of two texts or lists, and their repetition; results are bounded in size."""
+        """Arithmetic on numbers; concatenation and repetition of strings and lists. Results are bounded in size."""
         if isinstance(left, str | list | tuple) and isinstance(node.op, ast.Add) and type(left) is type(right):
             self.budget.spend(len(left) + len(right), self._where(node))
             return left + right

@@ -1,4 +1,4 @@
-"""The header of a .safetensors file, checked before anything is allocated."""
+"""Reads and checks the header of a .safetensors file before anything is allocated."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from opensora.errors import WeightsError
 from opensora.files import MAX_JSON_BYTES, parse_json
 
-# What the tensors of a model can be; the format knows more.
+# Dtypes that a model can have; the format defines more.
 DTYPES = {"BOOL", "U8", "I8", "U16", "I16", "F16", "BF16", "U32", "I32", "F32", "U64", "I64", "F64"}
 DTYPES |= {"F8_E4M3", "F8_E5M2"}
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The JSON object that a .safetensors file begins with. Raises WeightsError if it is damaged."""
+    """The JSON header of a .safetensors file. Raises WeightsError if it is damaged."""
     with path.open("rb") as file:
         length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
         if not 2 <= length <= size - 8:

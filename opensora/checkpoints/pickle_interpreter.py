@@ -1,6 +1,6 @@
-"""Pickles of state dicts, followed within a budget: nothing that they name is imported or called.
+"""A restricted interpreter of pickled state dicts: nothing that they name is imported or called.
 
-The few opcodes that state dicts need are enough to know what each tensor is: a view of a storage.
+It supports the few opcodes that state dicts need, with a limit on steps, and turns each tensor into a `TensorView`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-MAX_STEPS = 300_000  # about 25 a tensor
-MAX_DEPTH = 100  # of marks
+MAX_STEPS = 300_000  # about 25 per tensor
+MAX_DEPTH = 100  # nested marks
 MAX_AXES = 64
 
 _STORAGES = {
@@ -25,8 +25,8 @@ STORAGES = {f"torch.{name}Storage": dtype for name, dtype in _STORAGES.items()}
 UNTYPED = "torch.storage.UntypedStorage"
 OF_TYPE = "torch._tensor._rebuild_from_type_v2"
 DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
-# Calls whose result is no plain tensor, and what it is.
-ODD = {
+# Known calls whose result is not a plain tensor, and what it is.
+UNSUPPORTED = {
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor", "torch._utils._rebuild_qtensor": "a quantized tensor",
     "torch._utils._rebuild_meta_tensor_no_storage": "a meta tensor, which has no values",
     "torch._utils._rebuild_nested_tensor": "a nested tensor",
@@ -41,33 +41,33 @@ NAMED_ONLY = {"torch.Tensor", "torch.nn.parameter.Parameter", UNTYPED, *STORAGES
 NAMED_ONLY |= {f"torch.{kind}Storage" for kind in ("QInt8", "QUInt8", "QInt32")}
 NAMED_ONLY |= {f"torch.per_{kind}" for kind in ("tensor_affine", "channel_affine", "tensor_symmetric")}
 INTEGERS = {getattr(torch, f"{kind}{bits}") for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
-KEYS = (str, int, float, bool, type(None), bytes)  # of dicts: what is hashed at once
+KEYS = (str, int, float, bool, type(None), bytes)  # allowed types of dict keys
 
 
-class DamagedError(Exception):
-    """A file that cannot be read."""
+class CorruptFileError(Exception):
+    """The file is corrupt or unsupported."""
 
 
-class AsksForCodeError(Exception):
-    """A file that names something that would have to be imported."""
+class UnsafePickleError(Exception):
+    """The file refers to something that would have to be imported."""
 
 
 class Global(NamedTuple):
-    """Something that a file names."""
+    """A name that the pickle refers to."""
 
     name: str
 
 
 class Storage(NamedTuple):
-    """Values in a row: the key of their place in the file, how many bytes, and their type unless tensors say it."""
+    """A storage: its key in the file, its size in bytes, and its dtype (None: given by its tensors)."""
 
     key: str
     num_bytes: int
     dtype: torch.dtype | None
 
 
-class View(NamedTuple):
-    """A tensor: values of a storage. All numbers count values, not bytes."""
+class TensorView(NamedTuple):
+    """A tensor as a strided view of a storage. Offset and strides count elements."""
 
     storage: Storage
     dtype: torch.dtype
@@ -80,26 +80,26 @@ class View(NamedTuple):
         return math.prod(self.size) * self.dtype.itemsize
 
 
-class Odd(NamedTuple):
-    """What takes the place of a value that is no number, text, list, dict or plain tensor."""
+class Unsupported(NamedTuple):
+    """Stands for a value that is not a number, text, list, dict or plain tensor."""
 
     what: str
 
 
-class Machine:
-    """Follows pickles; `storages` are those that were named so far, by key."""
+class PickleInterpreter:
+    """Interprets pickles; collects the storages they refer to, by key."""
 
     def __init__(self) -> None:
         self.storages: dict[str, Storage] = {}
         self._spent = 0
 
     def run(self, stream: BinaryIO) -> Any:
-        """The value of the next pickle of a stream, made of numbers, texts, None, lists, tuples, dicts, views and Odd.
+        """The value of the next pickle in a stream, with TensorView and Unsupported for what is not plain data.
 
-        Raises AsksForCodeError or DamagedError.
+        Raises UnsafePickleError or CorruptFileError.
         """
         self._stack: list[Any] = []
-        self._below: list[list[Any]] = []  # the stacks under each mark
+        self._below: list[list[Any]] = []  # the stacks below each mark
         self._memo: dict[int, Any] = {}
         try:
             for opcode, argument, _ in pickletools.genops(stream):
@@ -108,13 +108,13 @@ class Machine:
                 self._spend(1)
                 self._step(opcode.name, argument)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise DamagedError(f"its pickle cannot be read: {error or type(error).__name__}") from error
-        raise DamagedError("its pickle has no end")
+            raise CorruptFileError(f"its pickle cannot be read: {error or type(error).__name__}") from error
+        raise CorruptFileError("its pickle has no end")
 
     def _spend(self, steps: int) -> None:
         self._spent += steps
         if self._spent > MAX_STEPS:
-            raise DamagedError(f"its pickle takes more than {MAX_STEPS:,} steps")
+            raise CorruptFileError(f"its pickle takes more than {MAX_STEPS:,} steps")
 
     def _step(self, name: str, argument: Any) -> None:
         stack = self._stack
@@ -127,14 +127,14 @@ class Machine:
                 stack.append(argument)
             case "MARK":
                 if len(self._below) >= MAX_DEPTH:
-                    raise DamagedError("its pickle is nested too deep")
+                    raise CorruptFileError("its pickle is nested too deep")
                 self._below.append(stack)
                 self._stack = []
             case "TUPLE":
-                items = tuple(self._since_mark())
+                items = tuple(self._pop_to_mark())
                 self._stack.append(items)
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                self._take_as_tuple(int(name[-1]))
+                self._pack_tuple(int(name[-1]))
             case "REDUCE":
                 self._reduce(stack.pop(-2), stack.pop())
             case "BINPERSID":
@@ -144,27 +144,29 @@ class Machine:
             case "NONE" | "NEWTRUE" | "NEWFALSE":
                 stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
             case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET":
-                stack.append({"TUPLE": (), "LIST": [], "DICT": {}, "SET": Odd("a set")}[name.removeprefix("EMPTY_")])
+                stack.append(
+                    {"TUPLE": (), "LIST": [], "DICT": {}, "SET": Unsupported("a set")}[name.removeprefix("EMPTY_")]
+                )
             case "APPEND":
                 self._extend([stack.pop()])
             case "APPENDS":
-                self._extend(self._since_mark())
+                self._extend(self._pop_to_mark())
             case "SETITEM":
                 self._update([stack.pop(-2), stack.pop()])
             case "SETITEMS":
-                self._update(self._since_mark())
-            case "BUILD":  # attributes such as _metadata: no value depends on them
+                self._update(self._pop_to_mark())
+            case "BUILD":  # attributes such as _metadata, which are ignored
                 stack.pop()
             case "PROTO":
                 pass
             case _:
-                raise DamagedError(f"its pickle uses {name}, which state dicts do not need")
+                raise CorruptFileError(f"its pickle uses {name}, which state dicts do not need")
 
-    def _since_mark(self) -> list[Any]:
+    def _pop_to_mark(self) -> list[Any]:
         items, self._stack = self._stack, self._below.pop()
         return items
 
-    def _take_as_tuple(self, count: int) -> None:
+    def _pack_tuple(self, count: int) -> None:
         if len(self._stack) < count:
             raise IndexError("nothing is left on the stack")
         self._stack[-count:] = [tuple(self._stack[-count:])]
@@ -189,48 +191,52 @@ class Machine:
         if kind != "storage" or type(storage) is not Global or not isinstance(key, str) or view is not None:
             raise TypeError("something else than a storage is referred to")
         dtype = STORAGES.get(storage.name)
-        found = Storage(key, _whole(count) * (dtype.itemsize if dtype else 1), dtype)
+        found = Storage(key, _size(count) * (dtype.itemsize if dtype else 1), dtype)
         if self.storages.setdefault(key, found).num_bytes != found.num_bytes:
             raise ValueError("a storage has two sizes")
-        return found if dtype or storage.name == UNTYPED else Odd("a quantized storage")
+        return found if dtype or storage.name == UNTYPED else Unsupported("a quantized storage")
 
 
 def _named(argument: str) -> Global:
     name = argument.replace(" ", ".")
-    if name not in NAMED_ONLY and name not in ODD and name not in _CALLS:
-        raise AsksForCodeError(name)
+    if name not in NAMED_ONLY and name not in UNSUPPORTED and name not in _CALLS:
+        raise UnsafePickleError(name)
     return Global(name)
 
 
 def _called(name: str, arguments: tuple[Any, ...]) -> Any:
-    if name not in ODD and name not in _CALLS:
-        raise AsksForCodeError(name)
-    return Odd(ODD[name]) if name in ODD else _CALLS[name](*arguments)
+    if name not in UNSUPPORTED and name not in _CALLS:
+        raise UnsafePickleError(name)
+    return Unsupported(UNSUPPORTED[name]) if name in UNSUPPORTED else _CALLS[name](*arguments)
 
 
 def _view(
     storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any = False, hooks: Any = None,
     metadata: Any = None,
-) -> View | Odd:  # fmt: skip
+) -> TensorView | Unsupported:  # fmt: skip
     return _typed_view(storage, offset, size, stride, getattr(storage, "dtype", None), metadata)
 
 
 def _view_v3(
     storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, dtype: Any, metadata: Any = None
-) -> View | Odd:
+) -> TensorView | Unsupported:
     return _typed_view(storage, offset, size, stride, DTYPES[dtype.name], metadata)
 
 
-def _typed_view(storage: Any, offset: Any, size: Any, stride: Any, dtype: Any, metadata: Any) -> View | Odd:
-    if isinstance(storage, Odd):
-        return Odd("a quantized tensor")
+def _typed_view(
+    storage: Any, offset: Any, size: Any, stride: Any, dtype: Any, metadata: Any
+) -> TensorView | Unsupported:
+    if isinstance(storage, Unsupported):
+        return Unsupported("a quantized tensor")
     if metadata:
-        return Odd("a conjugate or negative view")
+        return Unsupported("a conjugate or negative view")
     if not isinstance(storage, Storage) or dtype is None:
         raise TypeError("a tensor has no storage")
     if not (dtype.is_floating_point or dtype in INTEGERS or dtype == torch.bool):
-        return Odd("a complex tensor" if dtype.is_complex else f"a tensor of {str(dtype).removeprefix('torch.')}")
-    view = View(storage, dtype, _whole(offset), tuple(map(_whole, size)), tuple(map(_whole, stride)))
+        return Unsupported(
+            "a complex tensor" if dtype.is_complex else f"a tensor of {str(dtype).removeprefix('torch.')}"
+        )
+    view = TensorView(storage, dtype, _size(offset), tuple(map(_size, size)), tuple(map(_size, stride)))
     if len(view.size) != len(view.stride) or len(view.size) > MAX_AXES:
         raise ValueError("a tensor has a shape without strides")
     steps = zip(view.size, view.stride, strict=True)
@@ -241,7 +247,7 @@ def _typed_view(storage: Any, offset: Any, size: Any, stride: Any, dtype: Any, m
 
 
 def _of_type(function: Global, _kind: Any, arguments: Any, _state: Any) -> Any:
-    """A tensor that has attributes, without them."""
+    """A tensor subclass or a tensor with attributes, as a plain tensor."""
     if function.name == OF_TYPE:
         raise TypeError("a tensor is made of itself")
     return _called(function.name, arguments)
@@ -256,7 +262,7 @@ def _ordered(items: Any = ()) -> dict[Any, Any]:
     return found
 
 
-def _whole(value: Any) -> int:
+def _size(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
         raise ValueError("a size is no whole number")
     return value

@@ -1,4 +1,4 @@
-"""Animated WebP images, frame by frame: FFmpeg does not read them."""
+"""Animated WebP images, which FFmpeg does not read."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from opensora.datasets.decoding import DEFAULT_FPS, check_pixels, check_side, opened_image
+from opensora.datasets.video.container import DEFAULT_FPS, check_pixels, check_side, opened_image
 from opensora.errors import MediaError
 
-MAX_CHUNKS = 100_000  # of a file
-UNSAID = 100  # milliseconds that players show a frame without a duration
+MAX_CHUNKS = 100_000
+DEFAULT_DURATION = 100  # milliseconds, as in players
 
 
-class Moving(NamedTuple):
-    """What an animated image holds: frames of a size in pixels, at an average rate."""
+class AnimationInfo(NamedTuple):
+    """Frame count, average frame rate, and size in pixels of an animated image."""
 
     num_frames: int
     fps: float
@@ -26,10 +26,10 @@ class Moving(NamedTuple):
     width: int
 
 
-def find(path: str | Path) -> Moving | None:
-    """What an animated WebP holds, by its chunk headers; None for any other file.
+def probe(path: str | Path) -> AnimationInfo | None:
+    """Reads the chunk headers of an animated WebP; None for any other file.
 
-    MediaError for more than 8192 pixels a side, or 2**29 pixels in all.
+    Raises MediaError for more than 8192 pixels a side or 2**29 pixels in total.
     """
     if not os.path.isfile(path):
         return None
@@ -44,7 +44,7 @@ def find(path: str | Path) -> Moving | None:
             if kind == b"VP8X":
                 size = tuple(int.from_bytes(content[at : at + 3], "little") + 1 for at in (7, 4))
             elif kind == b"ANMF":
-                durations.append(int.from_bytes(content[12:15], "little") or UNSAID)
+                durations.append(int.from_bytes(content[12:15], "little") or DEFAULT_DURATION)
             if len(content) < min(length, 16) or not kind:
                 break
             file.seek(length + length % 2 - len(content), os.SEEK_CUR)
@@ -52,11 +52,11 @@ def find(path: str | Path) -> Moving | None:
         return None
     check_side(path, *size)
     check_pixels(path, len(durations), *size)
-    return Moving(len(durations), 1000 * len(durations) / sum(durations) or DEFAULT_FPS, *size)
+    return AnimationInfo(len(durations), 1000 * len(durations) / sum(durations) or DEFAULT_FPS, *size)
 
 
 def frames(path: str | Path) -> Iterator[np.ndarray]:
-    """The frames uint8 [H, W, 3], without transparency. MediaError if one of them cannot be read."""
+    """Yields the frames uint8 [H, W, 3], without transparency. Raises MediaError if one cannot be read."""
     with opened_image(path) as image:
         for number in range(image.n_frames):
             image.seek(number)

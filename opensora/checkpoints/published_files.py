@@ -1,4 +1,4 @@
-"""Names of published weight files, and where they can be had. Imports nothing heavy."""
+"""Published weight files and where to get them. Light to import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DIT = "https://dl.fbaipublicfiles.com/DiT/models"
 
 
 class Published(NamedTuple):
-    """A file: its repository on the hub and its name there, or its address elsewhere, or neither if it is nowhere."""
+    """A published file: hub repository and file name, or a URL, or neither if it was never published."""
 
     repository: str | None = None
     file: str = ""
@@ -18,7 +18,7 @@ class Published(NamedTuple):
 
     @property
     def address(self) -> str | None:
-        """Where a person can download it."""
+        """URL for a manual download."""
         return f"{HUB}/{self.repository}/blob/main/{self.file}" if self.repository else self.url
 
 
@@ -41,7 +41,7 @@ PUBLISHED: dict[str, Published] = {
 
 
 def published(name: str) -> Published | None:
-    """What a bare file name stands for, however its parts are spelt (`1024MS`, `1024-MS`, `2k_MS`); None if unknown."""
+    """The published file of a bare name, ignoring case, `-` and `_` (`1024MS`, `1024-MS`, `2k_MS`); None if unknown."""
     plain = {_plain(known): found for known, found in PUBLISHED.items()}
     return plain.get(_plain(name))
 
