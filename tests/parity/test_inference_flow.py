@@ -19,7 +19,7 @@ from opensora.checkpoints.summary import Summary
 from opensora.datasets.video import read_image, read_video
 from opensora.errors import OpenSoraError
 from opensora.models.text_encoder.cleaning import preprocess
-from opensora.pipeline import generation
+from opensora.pipeline import batching, generation
 from opensora.pipeline.pipeline import VideoPipeline
 from opensora.pipeline.prompts import prepare
 from opensora.schedulers.common import SamplerState
@@ -120,6 +120,7 @@ def networks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
         monkeypatch.setattr(builder, name, lambda *_, value=value, **__: value)
     for needs_modules in ("dry_run", "choose_memory_plan", "remember_pace"):
         monkeypatch.setattr(generation, needs_modules, lambda *_, **__: None)
+    monkeypatch.setattr(batching, "is_batch_invariant", lambda *_: False)
     build = registry.build
 
     def stand_in(section: dict) -> Any:
