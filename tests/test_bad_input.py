@@ -332,7 +332,7 @@ def test_interrupted_while_writing(here, capsys, monkeypatch):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("opensora.pipeline.recipe.encode_video", encode)
+    monkeypatch.setattr("opensora.pipeline.output_files.encode_video", encode)
     assert run_script(SAMPLE, *SMALL, "--prompt", "x", "--save-dir", OUTPUT) == 130
     assert tree(here) == {}
 
