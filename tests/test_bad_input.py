@@ -18,7 +18,7 @@ import torch
 from opensora.checkpoints.read import read_state_dict
 from opensora.checkpoints.save import save_file
 from opensora.cli import main
-from opensora.pipeline import outputs, pipeline
+from opensora.pipeline import denoise, outputs, pipeline
 from tests.checkpoints import SAMPLE, SCRIPT, run_script, snapshot, tree, use_cache
 from tests.tiny import make_tiny_stdit3, make_tiny_t5
 
@@ -299,7 +299,7 @@ def test_more_than_fits_into_memory(capsys, monkeypatch):
     def allocate(*args: object) -> torch.Tensor:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 123 bytes")
 
-    monkeypatch.setattr(pipeline, "initial_noise", allocate)
+    monkeypatch.setattr(denoise, "initial_noise", allocate)
     error = refused(capsys, *SMALL, "--prompt", "x")
     assert "memory does not suffice for 17 frames of 16x24; ask for a smaller size or fewer frames" in error
 
