@@ -175,7 +175,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
     yield run
     server.stdin.close()
-    server.wait(10)
+    server.wait(60)
 
 
 @pytest.fixture(scope="session")
