@@ -125,16 +125,17 @@ class LoadedModels:
             unloaded["vae"] = builder.build_model(settings.vae, self.paths.get("vae"))
         text_encoder, vae = self.text_encoder or unloaded["text_encoder"], unloaded["vae"]
         latent_size = tuple(vae.get_latent_size(size))
+        located = text_encoder is not None and "model" in self.paths  # else the model is the published one of its type
         if "model" not in unloaded or self._is_rebuilt_for(latent_size, self._latent_size):
             defaults: dict[str, Any] = {"in_channels": vae.out_channels}
-            if text_encoder is not None and not isinstance(text_encoder, ClassIds):
+            if located and not isinstance(text_encoder, ClassIds):
                 defaults["caption_channels"] = text_encoder.output_dim
                 defaults["model_max_length"] = text_encoder.model_max_length
             forced = {"input_size": latent_size}
             unloaded["model"] = builder.build_model(settings.model, self.paths.get("model"), defaults, forced)
             self._latent_size = latent_size
         model = unloaded["model"]
-        if text_encoder is not None:
+        if located:
             check_fit(model, vae, text_encoder)
         check_divisible(model, self.layout)
         return Components(text_encoder, vae, model)
