@@ -59,7 +59,7 @@ def rank_timeout() -> int:
 
 def restart_count() -> int:
     """How often torchrun has restarted this run. Raises ConfigError."""
-    return _number("TORCHELASTIC_RESTART_COUNT", 0)
+    return _number("TORCHELASTIC_RESTART_COUNT", 0, empty_is_unset=False)
 
 
 def started_by_torchrun() -> bool:
@@ -75,8 +75,8 @@ def launch_id() -> str:
     return name if name not in ("", "none") else f"{socket.gethostname()}:{os.getppid()}"
 
 
-def _number(name: str, default: int, least: int = 0, most: int = 2**20) -> int:
-    text = os.environ.get(name) or str(default)
+def _number(name: str, default: int, least: int = 0, most: int = 2**20, empty_is_unset: bool = True) -> int:
+    text = os.environ.get(name, str(default)) or (str(default) if empty_is_unset else "")
     if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
         raise ConfigError(f"{name} is {text[:40]!r}, not a whole number from {least} to {most}; {_REMEDY}")
     return int(text)
