@@ -40,7 +40,7 @@ def mismatch_hint(file: Mapping[str, Tensor], own: Mapping[str, Tensor], path: P
 
 
 def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    found = {}
+    found: dict[str, int] = {}
     for size, places in SIZES.items():
         for name, axis in places:
             if name in tensors and tensors[name].ndim > axis:

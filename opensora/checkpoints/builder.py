@@ -193,8 +193,8 @@ def load_component(
 
 def trained_sizes(path: Path) -> list[list[int]]:
     """The sizes (frames, height, width) a checkpoint was trained on, as stated in config.json; may be empty."""
-    found = check(ModelMetadata, config_json(path), str(config_file(path)), WeightsError).trained_sizes
-    return [list(size) for size in found]
+    stated: ModelMetadata = check(ModelMetadata, config_json(path), str(config_file(path)), WeightsError)
+    return [list(size) for size in stated.trained_sizes]
 
 
 def config_json(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def find_config(name: str | Path) -> Path:
 
     Raises ConfigError with the nearest name.
     """
-    given = check(FilePath, name, key="the name of a configuration")
+    given: str = check(FilePath, name, key="the name of a configuration")
     wanted = given.replace("\\", "/").removeprefix("./").removeprefix("configs/")
     folder = _folder()
     model = MODELS.get(wanted, wanted)

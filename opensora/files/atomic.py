@@ -43,7 +43,8 @@ def adding(
     The final paths are `paths`, or the first of `others` that are all free. Nothing is ever replaced, even if several
     processes write into one folder; all files appear, or none. Raises `error` as `replacing` does, or if none is free.
     """
-    pairs, names = _with_temporaries(paths), []
+    pairs = _with_temporaries(paths)
+    names: list[str] = []
     with _cleared(pairs, error):
         modes = [_create(temporary, False) for temporary, _ in pairs]
         yield [temporary for temporary, _ in pairs], names

@@ -101,7 +101,9 @@ def call_settings(
 
 def _changes(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Setting -> value for the arguments given, over the settings of `config`."""
-    given, changes, owners = dict(given), {}, {}
+    given = dict(given)
+    changes: dict[str, Any] = {}
+    owners: dict[str, str] = {}
     height, width = given.pop("height", None), given.pop("width", None)
     if (height is None) != (width is None):
         raise ArgumentError(f"{'width' if height is None else 'height'} alone is half a size; give height and width")

@@ -183,7 +183,8 @@ class VideoPipeline:
         recipe = job.recipe(result.request, self.models)
         if result.state is not None:
             whole = {**recipe, "settings": {**recipe["settings"], "draft": False, "steps_until": None}}
-            stopped = {"state": result.state, "generator": result.generator, "device": str(self.models.device)}
+            stopped: dict[str, Any] = {"state": result.state, "generator": result.generator}
+            stopped["device"] = str(self.models.device)
             save_state = partial(draft.save, recipe=whole, **stopped)
             recipe["draft"] = {"steps": job.stop, "of": result.state.num_steps}
         return job.outputs.write(result.request.path, frames, recipe, save_state)

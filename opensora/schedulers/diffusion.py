@@ -47,22 +47,23 @@ def space_timesteps(num_timesteps: int, sections: str | Sequence[int]) -> list[i
     if isinstance(sections, str) and sections.startswith("ddim") and sections[4:].isdigit():
         wanted = int(sections[4:])
         for stride in range(1, num_timesteps + 1):
-            if len(kept := range(0, num_timesteps, stride)) == wanted:
-                return list(kept)
+            if len(strided := range(0, num_timesteps, stride)) == wanted:
+                return list(strided)
         raise ConfigError(f"no whole stride takes {wanted} of {num_timesteps} timesteps; choose another number")
     try:
         counts = [int(count) for count in (sections.split(",") if isinstance(sections, str) else sections)]
     except ValueError:
         raise ConfigError(f"timestep_respacing '{sections}' is not a number, '10,15,20' or 'ddim20'") from None
-    kept, start = [], 0
+    kept: list[int] = []
+    start = 0
     for section, count in enumerate(counts):
         size = num_timesteps // len(counts) + (section < num_timesteps % len(counts))
         if not 1 <= count <= size:
             raise ConfigError(f"timestep_respacing '{sections}' takes {count} of {size} timesteps; take 1 to {size}")
-        stride, at = (size - 1) / max(count - 1, 1), 0.0
+        gap, at = (size - 1) / max(count - 1, 1), 0.0
         for _ in range(count):  # summed, not multiplied: a tie then rounds as in the recorded selections
             kept.append(start + round(at))
-            at += stride
+            at += gap
         start += size
     return kept
 
