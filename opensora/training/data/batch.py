@@ -14,7 +14,7 @@ from opensora.config.settings import TrainSettings
 from opensora.datasets.datasets import to_levels
 from opensora.distributed.process_group import RankLayout
 from opensora.errors import ConfigError
-from opensora.models.sizes import size_conditioning
+from opensora.models.sizes import conditioning_kind, size_conditioning
 from opensora.models.text_encoder.classes import ClassIds
 from opensora.models.text_encoder.cleaning import preprocess
 
@@ -60,8 +60,7 @@ def batch_field(batch: Any, name: str, default: Any) -> Any:
 
 def clip_conditioning(model_type: str, batch_size: int, size: Size, fps: float | Tensor) -> dict[str, Tensor]:
     """The size conditioning of a model type for clips of `size` (T, H, W) at `fps` frames per second, on the CPU."""
-    kind = "PixArtMS" if model_type.startswith("PixArtMS") else "STDiT2"
-    cond = size_conditioning(kind, batch_size, size[1:], size[0], 1.0)
+    cond = size_conditioning(conditioning_kind(model_type), batch_size, size[1:], size[0], 1.0)
     if "fps" in cond and size[0] > 1:
         cond["fps"] = torch.as_tensor(fps, dtype=torch.float32).expand(batch_size)
     return cond
