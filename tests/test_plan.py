@@ -418,6 +418,21 @@ def test_the_pace_of_earlier_runs_counts(steady: float, taken: tuple[float, ...]
     )  # of its own kind
 
 
+def test_cards_have_paces_of_their_own(steady: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cards in one machine, and one of the same name with more memory."""
+    cards = {0: ("NVIDIA H100", 80), 1: ("NVIDIA GeForce RTX 4090", 24), 2: ("NVIDIA H100", 96)}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: cards[device.index][0])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, cards[device.index][1] * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    devices = [torch.device("cuda", index) for index in cards]
+    assert speed_history.device_key(devices[0], torch.float32) == "NVIDIA H100, 80 GiB"
+    for device, taken in zip(devices, (20.0, 40.0, 30.0), strict=True):
+        speed_history.remember(device, "sampling", COST, taken, torch.bfloat16)
+    found = [speed_history.seconds(COST, device, "sampling", torch.bfloat16) for device in devices]
+    assert found == pytest.approx([20.0, 40.0, 30.0], rel=0.01)
+    assert speed_history.span(COST, devices[0], "sampling").source == "a moment's trial"  # in float32
+
+
 @pytest.mark.parametrize("share", [2, 3, 30])
 def test_nothing_is_faster_than_the_peak(steady: float, monkeypatch: pytest.MonkeyPatch, share: int) -> None:
     monkeypatch.setattr(speed_history, "known_peak", lambda device, dtype: operation_counter.PRODUCTS / share)

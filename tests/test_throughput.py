@@ -102,7 +102,7 @@ class TestPeak:
         assert peak_flops._stated(name) == (expected and expected * 1e12)
 
     def test_stated_figures_are_for_half_types(self, monkeypatch):
-        monkeypatch.setattr(peak_flops, "_name", lambda _: "NVIDIA H200")
+        monkeypatch.setattr(peak_flops, "device_name", lambda _: "NVIDIA H200")
         monkeypatch.setattr(peak_flops, "_measured", lambda _, dtype: 1.0 if dtype is torch.float32 else 2.0)
         peak_flops.peak_flops.cache_clear()
         try:

@@ -121,7 +121,7 @@ def device_name(device: torch.device) -> str:
     if is_cpu(device):
         return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     get_name = getattr(torch.get_device_module(device), "get_device_name", None)
-    return str(get_name()) if get_name else device.type
+    return str(get_name(device)) if get_name else device.type
 
 
 @cache

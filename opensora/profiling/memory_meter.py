@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 
-from opensora.acceleration.device import is_cpu, synchronize
+from opensora.acceleration.device import device_name, is_cpu, synchronize
 
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 CGROUP = Path("/sys/fs/cgroup")  # of a container, with its own limit
@@ -51,10 +51,8 @@ class MemoryMeter:
 
     def __str__(self) -> str:
         """The device in words."""
-        if self.module is None:
-            return f"{self.device.type.upper()}, {torch.get_num_threads()} thread(s)"
-        name = self.module.get_device_name(self.device) if hasattr(self.module, "get_device_name") else self.device.type
-        return f"{name}, {self.total / 2**30:.0f} GiB"
+        name = device_name(self.device)
+        return name if self.module is None else f"{name}, {self.total / 2**30:.0f} GiB"
 
 
 def _accounts(device: torch.device) -> ModuleType | None:

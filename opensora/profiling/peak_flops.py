@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from opensora.acceleration.device import is_cpu, synchronize
+from opensora.acceleration.device import device_name, is_cpu, synchronize
 from opensora.acceleration.precision import DTYPES
 
 # TFLOP/s of dense bf16 and fp16 products with fp32 accumulation, from the vendors' data sheets.
@@ -23,7 +23,7 @@ SECONDS, ROUNDS = 0.02, 5  # minimum duration of a measurement, number of measur
 @cache
 def peak_flops(device: torch.device, dtype: str) -> float:
     """FLOP/s of products in `dtype` (a key of DTYPES): from the data sheet of a known device, else measured."""
-    stated = _stated(_name(device)) if dtype in ("bf16", "fp16") else None
+    stated = _stated(device_name(device)) if dtype in ("bf16", "fp16") else None
     return stated or _measured(device, DTYPES[dtype])
 
 
@@ -32,12 +32,7 @@ def known_peak(device: torch.device, dtype: torch.dtype) -> float | None:
     name = next(name for name, one in DTYPES.items() if one == dtype)
     if is_cpu(device):
         return peak_flops(device, name)
-    return _stated(_name(device)) if name in ("bf16", "fp16") else None
-
-
-def _name(device: torch.device) -> str:
-    get_name = getattr(torch.get_device_module(device), "get_device_name", None)
-    return get_name(device) if get_name else ""
+    return _stated(device_name(device)) if name in ("bf16", "fp16") else None
 
 
 def _stated(name: str) -> float | None:

@@ -18,6 +18,7 @@ from opensora.acceleration.device import is_cpu, synchronize
 from opensora.config.schema import Name, Number, Schema, check
 from opensora.errors import MediaError
 from opensora.files import read_json, replacing
+from opensora.profiling.memory_meter import MemoryMeter
 from opensora.profiling.operation_counter import Cost, num_bytes
 from opensora.profiling.peak_flops import known_peak
 
@@ -94,10 +95,8 @@ def _file() -> Path:
 
 
 def device_key(device: torch.device, dtype: torch.dtype) -> str:
-    """A device in the record: its kind; for a CPU also the number of threads, and the dtype unless float32."""
-    if not is_cpu(device):
-        return device.type
-    key = f"{device.type}-{torch.get_num_threads()}"
+    """A device in the record: a CPU's threads, or a card's name and memory; and the dtype unless float32."""
+    key = f"{device.type}-{torch.get_num_threads()}" if is_cpu(device) else str(MemoryMeter(device))
     return key if dtype == torch.float32 else f"{key}-{str(dtype).removeprefix('torch.')}"
 
 
