@@ -60,7 +60,6 @@ EXCEPTIONS = {
     ("'cpu'", "opensora.acceleration.kernels.linear"): "a host's own kernel",
     ("'cuda'", "opensora.config.settings.common"): "an example in the document of settings; nothing runs on it",
     ("get_device_module()", "opensora.profiling.memory_meter"): "the accounts of a device, whatever its name",
-    ("get_device_module()", "opensora.profiling.peak_flops"): "the name of a device, for a table of them",
     ("torch.accelerator", "opensora.profiling.memory_meter"): "how much memory is free, whatever the device's name",
     ("torch.accelerator", "opensora.acceleration.cuda_graphs"): "graphs of any device",
     ("torch.save", "opensora.training.checkpoint.write"): "the same, written, and ema.pt as the documents name it",
