@@ -35,7 +35,7 @@ from opensora.config.settings import InferenceSettings
 from opensora.datasets import video
 from opensora.datasets.synthetic.measure import measure
 from opensora.datasets.synthetic.render import Clip, make_clip
-from opensora.files import replacing
+from opensora.files import atomic_write
 from opensora.pipeline.denoise import denoise
 from opensora.pipeline.job import Job
 from opensora.pipeline.loaded_models import LoadedModels
@@ -245,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "steps": args.steps, "weights": bench.models.summaries["model"].sha256, "num_prompts": args.num_prompts,
         "calibration_prompts": len(prompts), "meets_the_bars": met, "methods": rows,
     }  # fmt: skip
-    with replacing(folder / "caching.json", make_folders=True) as [temporary]:
+    with atomic_write(folder / "caching.json", make_folders=True) as [temporary]:
         temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(table_of(rows))
     print(f"meets the bars: {', '.join(met) or 'none'}")

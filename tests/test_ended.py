@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from opensora.cli.program import run_program
-from opensora.files import replacing
+from opensora.files import atomic_write
 from opensora.signals import STOPPING, Stopped, defer_stop_signals, handle_stop_signals
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,7 @@ SAID = "interrupted; nothing half-written was left\n"
 PROGRAM = """
 import os, sys
 from contextlib import contextmanager
-from opensora.files import replacing
+from opensora.files import atomic_write
 from opensora.cli.program import run_program
 
 number, folder = int(sys.argv[1]), sys.argv[2]
@@ -37,7 +37,7 @@ def begun():
         os.rmdir(folder)
 
 def program():
-    with begun(), replacing(f"{folder}/x.mp4", f"{folder}/x.json") as paths:
+    with begun(), atomic_write(f"{folder}/x.mp4", f"{folder}/x.json") as paths:
         for path in paths:
             path.write_text("half")
         os.kill(os.getpid(), number)
@@ -141,7 +141,7 @@ def test_a_result_and_its_recipe_appear_together_whenever_a_signal_comes(
         monkeypatch.setattr(os, name, told(getattr(os, name)))
 
     def program() -> None:
-        with replacing(*names) as temporary:
+        with atomic_write(*names) as temporary:
             for path in temporary:
                 path.write_text("new")
 

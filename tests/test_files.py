@@ -5,7 +5,7 @@ import os
 import pytest
 
 from opensora.errors import MediaError, printable
-from opensora.files import parse_json, plain_name, read_bytes, replacing
+from opensora.files import atomic_write, check_file_name, parse_json, read_bytes
 
 
 def test_only_regular_files_are_read(tmp_path):
@@ -40,12 +40,12 @@ def test_json_within_bounds_is_read():
 )
 def test_a_path_is_no_plain_name(name):
     with pytest.raises(MediaError, match="no plain file name"):
-        plain_name(name, "draft")
+        check_file_name(name, "draft")
 
 
 def test_plain_names_stay():
     for name in ("sample_0000", "ein Käfer.mp4", "a..b"):
-        assert plain_name(name, "draft") == name
+        assert check_file_name(name, "draft") == name
 
 
 @pytest.mark.parametrize("blocked", [0, 1])
@@ -53,7 +53,7 @@ def test_old_files_stay_when_one_cannot_be_replaced(tmp_path, blocked):
     paths = [tmp_path / "a.mp4", tmp_path / "a.json"]
     paths[blocked].mkdir()
     paths[1 - blocked].write_text("old")
-    with pytest.raises(MediaError), replacing(*paths) as new:
+    with pytest.raises(MediaError), atomic_write(*paths) as new:
         for file in new:
             file.write_text("new")
     assert paths[1 - blocked].read_text() == "old"

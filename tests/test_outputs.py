@@ -17,8 +17,8 @@ import pytest
 from opensora.config.settings import InferenceSettings
 from opensora.datasets.video import read_image
 from opensora.errors import ConfigError, MediaError, WeightsError
-from opensora.files import adding, replacing
 from opensora.files import atomic as files
+from opensora.files import atomic_create, atomic_write
 from opensora.pipeline import outputs
 from opensora.pipeline.output_names import save_path_name
 from opensora.pipeline.outputs import Outputs
@@ -242,7 +242,7 @@ def interrupted(work: Any, at: int) -> bool:
 
 
 @pytest.mark.parametrize("links", [True, False])
-@pytest.mark.parametrize("kind", ["adding", "replacing", "replacing nothing"])
+@pytest.mark.parametrize("kind", ["create", "write", "write without old files"])
 def test_an_exception_at_any_line_leaves_all_or_nothing(
     kind: str, links: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,18 +256,18 @@ def test_an_exception_at_any_line_leaves_all_or_nothing(
         monkeypatch.setattr(os, "link", refuse)
 
     def work() -> None:
-        if kind == "adding":
-            with adding(*paths, others=iter([[path.with_stem("b") for path in paths]])) as (temporaries, _):
+        if kind == "create":
+            with atomic_create(*paths, others=iter([[path.with_stem("b") for path in paths]])) as (temporaries, _):
                 for one in temporaries:
                     one.write_text("new")
         else:
-            with replacing(*paths) as temporaries:
+            with atomic_write(*paths) as temporaries:
                 for one in temporaries:
                     one.write_text("new")
 
-    old = {path.name: b"old" for path in paths} if kind != "replacing nothing" else {}
-    added = {path.with_stem("b").name: b"new" for path in paths} if kind == "adding" else {}
-    new = {**old, **added} if kind == "adding" else {path.name: b"new" for path in paths}
+    old = {path.name: b"old" for path in paths} if kind != "write without old files" else {}
+    added = {path.with_stem("b").name: b"new" for path in paths} if kind == "create" else {}
+    new = {**old, **added} if kind == "create" else {path.name: b"new" for path in paths}
     seen, at, done = set(), 0, False
     while not done:
         at += 1

@@ -47,7 +47,7 @@ class TestNewFolders:
     def test_where_none_can_be(self, tmp_path: Path, there: str) -> None:
         (tmp_path / "file").write_text("x")
         (tmp_path / "link").symlink_to("link")
-        with pytest.raises(WeightsError, match=r"no folder of a run can be made there .*; see --outputs"):
+        with pytest.raises(WeightsError, match=r"cannot create a run folder .*; see --outputs"):
             trainer(tmp_path / there)
 
 

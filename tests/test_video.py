@@ -12,7 +12,7 @@ import torch
 
 from opensora.datasets import video as media
 from opensora.errors import MediaError
-from opensora.files import replacing
+from opensora.files import atomic_write
 
 
 def ramp(num_frames: int, height: int, width: int) -> np.ndarray:
@@ -161,7 +161,7 @@ def test_replacing_is_all_or_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", fails_at_second)
     with (
         pytest.raises(MediaError, match="No space left"),
-        replacing(tmp_path / "a", tmp_path / "b") as temporaries,
+        atomic_write(tmp_path / "a", tmp_path / "b") as temporaries,
     ):
         for temporary in temporaries:
             temporary.write_text("new")

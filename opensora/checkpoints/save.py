@@ -18,9 +18,9 @@ from safetensors.torch import save_file as save_safetensors
 from opensora.checkpoints.hub import INDEX, SUFFIXES
 from opensora.checkpoints.key_mapping import TensorDict
 from opensora.errors import WeightsError
-from opensora.files import replacing
+from opensora.files import atomic_write
 
-_replacing = partial(replacing, make_folders=True, error=WeightsError, failures=(RuntimeError, SafetensorError))
+_atomic_write = partial(atomic_write, make_folders=True, error=WeightsError, failures=(RuntimeError, SafetensorError))
 
 
 def save_file(state_dict: TensorDict, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
@@ -31,7 +31,7 @@ def save_file(state_dict: TensorDict, path: str | os.PathLike[str], metadata: Ma
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise WeightsError(f"{path}: cannot write this kind of file; known are {', '.join(SUFFIXES)}")
-    with _replacing(path) as [temporary]:
+    with _atomic_write(path) as [temporary]:
         _write(state_dict, temporary, metadata)
 
 
@@ -52,9 +52,10 @@ def save_pretrained(
     with ExitStack() as files:
         for name, document in documents.items():
             text = json.dumps(dict(document), indent=2) + "\n"
-            files.enter_context(_replacing(folder / name))[0].write_text(text, encoding="utf-8")
+            files.enter_context(_atomic_write(folder / name))[0].write_text(text, encoding="utf-8")
         for name, names in plan.filename_to_tensors.items():
-            _write({tensor: state_dict[tensor] for tensor in names}, files.enter_context(_replacing(folder / name))[0])
+            [temporary] = files.enter_context(_atomic_write(folder / name))
+            _write({tensor: state_dict[tensor] for tensor in names}, temporary)
     for file in folder.glob("model*.safetensors*"):
         ours = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", file.name)
         if ours and file.name not in documents and file.name not in plan.filename_to_tensors:

@@ -16,7 +16,7 @@ from opensora.config.evaluator import Evaluator
 from opensora.config.placeholders import expand_placeholders
 from opensora.config.schema import FilePath, check
 from opensora.errors import ConfigError
-from opensora.files import parse_json, why
+from opensora.files import error_message, parse_json
 
 MAX_YAML_BYTES = 100_000
 _Bases = FilePath | Annotated[list[FilePath], Field(max_length=MAX_FILES)]
@@ -50,7 +50,7 @@ def _run(path: str | Path) -> dict[str, Any]:
     try:
         return Config.fromfile(str(path)).to_dict()
     except (Exception, SystemExit) as error:  # a program raises anything
-        reason = f"{type(error).__name__}: {why(error)}" if str(error) else type(error).__name__
+        reason = f"{type(error).__name__}: {error_message(error)}" if str(error) else type(error).__name__
         raise ConfigError(f"{path}: failed when it was run as a program ({reason})") from error
 
 
@@ -102,7 +102,7 @@ def _parse_yaml(text: str, path: Path) -> Any:
     except RecursionError:
         raise ConfigError(f"{path}: cannot be read as YAML (nested too deep)") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML ({why(error)})") from None
+        raise ConfigError(f"{path}: cannot be read as YAML ({error_message(error)})") from None
 
 
 def _filled(value: Any, path: Path) -> Any:

@@ -17,7 +17,7 @@ from opensora.datasets.bucket import REASONS, Buckets
 from opensora.datasets.samplers import BucketBatchSampler, Epoch
 from opensora.datasets.table import read_table
 from opensora.errors import ConfigError
-from opensora.files import replacing
+from opensora.files import atomic_write
 
 MOST_EXAMPLES = 3
 ROW_FIELDS = ("row", "path", "resolution", "num_frames", "aspect_ratio", "height", "width", "reason")
@@ -77,7 +77,7 @@ def describe(sampler: BucketBatchSampler) -> str:
 def write(sampler: BucketBatchSampler, paths: Sequence[str], folder: str | Path, table: str | Path) -> list[Path]:
     """Writes the rows (CSV) and the histogram (SVG), named after the table; returns the paths. Raises MediaError."""
     targets = [Path(folder) / f"{Path(table).absolute().stem}.buckets.{suffix}" for suffix in ("csv", "svg")]
-    with replacing(*targets, make_folders=True) as [rows, picture]:
+    with atomic_write(*targets, make_folders=True) as [rows, picture]:
         write_rows(sampler, paths, rows)
         picture.write_text(picture_of(sampler), encoding="utf-8")
     return targets

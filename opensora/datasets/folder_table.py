@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from opensora.config.schema import MAX_TEXT, Text, check
 from opensora.datasets.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_image, read_image, read_span
 from opensora.errors import ConfigError, MediaError
-from opensora.files import read_bytes, replacing, why
+from opensora.files import atomic_write, error_message, read_bytes
 
 log = logging.getLogger("opensora")
 
@@ -89,7 +89,7 @@ def make_table(folder: str | Path, target: str | Path, force: bool = False, capt
     if not rows:
         raise MediaError(f"nothing in {folder} can be read, of {len(files)} found; the first: {broken[0]}")
     with (
-        replacing(target, make_folders=True) as [temporary],
+        atomic_write(target, make_folders=True) as [temporary],
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         writer = csv.writer(file)
@@ -182,7 +182,7 @@ def _visible(folder: Path, problems: list[str]) -> Iterator[Path]:
     """The files below a folder, without hidden ones; linked folders are not followed."""
 
     def unreadable(error: OSError) -> None:
-        problems.append(f"{error.filename}: the folder cannot be read ({why(error)}); check its permissions")
+        problems.append(f"{error.filename}: the folder cannot be read ({error_message(error)}); check its permissions")
 
     for path, folders, names in os.walk(folder, onerror=unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -10,7 +10,7 @@ from opensora.config.schema import MAX_TEXT
 from opensora.datasets import columns
 from opensora.datasets.columns import TEXTS
 from opensora.errors import ConfigError
-from opensora.files import open_regular, why
+from opensora.files import error_message, open_regular
 
 CHUNK = 2**11  # rows per chunk
 FEW = 2**4  # rows per chunk for encodings that expand strongly
@@ -49,7 +49,7 @@ def parts(source: str) -> Iterator[tuple[int, dict[str, Sequence[Any]]]]:
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, ConfigError) or (isinstance(error, OSError) and error.errno):
             raise
-        raise ConfigError(f"{source}: cannot be read as Parquet ({why(error)}); save it anew") from error
+        raise ConfigError(f"{source}: cannot be read as Parquet ({error_message(error)}); save it anew") from error
 
 
 def _check_type(types: Any, column: str, name: str, kind: Any, source: str) -> None:

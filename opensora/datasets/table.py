@@ -20,7 +20,7 @@ from opensora.datasets import columns
 from opensora.datasets.columns import NUMBERS, TEXTS, Notes
 from opensora.datasets.table_files import CHUNK, READERS, kinds, metadata_of
 from opensora.errors import ConfigError
-from opensora.files import why
+from opensora.files import error_message
 
 
 class Texts(Sequence[str]):
@@ -168,7 +168,7 @@ def read_table(path: str | Path | None) -> Table:
                     else columns.numbers(name, cells, part.where, source, notes)
                 )
     except OSError as error:
-        raise ConfigError(f"{source}: cannot be read ({why(error)}); check data_path") from error
+        raise ConfigError(f"{source}: cannot be read ({error_message(error)}); check data_path") from error
     if not parts:
         raise ConfigError(f"{source}: has no rows; give a table with at least one")
     notes.log()

@@ -1,19 +1,19 @@
 """Files: bounded reads of files from outside (`reading`), atomic writes of our own (`atomic`)."""
 
-from opensora.files.atomic import adding, replacing
+from opensora.files.atomic import atomic_create, atomic_write
 from opensora.files.reading import (
     MAX_JSON_BYTES,
+    check_file_name,
+    error_message,
     file_digest,
+    open_bounded,
     open_regular,
-    opened,
     parse_json,
-    plain_name,
     read_bytes,
     read_json,
-    why,
 )
 
 __all__ = [
-    "MAX_JSON_BYTES", "adding", "file_digest", "open_regular", "opened", "parse_json", "plain_name", "read_bytes",
-    "read_json", "replacing", "why",
+    "MAX_JSON_BYTES", "atomic_create", "atomic_write", "check_file_name", "error_message", "file_digest",
+    "open_bounded", "open_regular", "parse_json", "read_bytes", "read_json",
 ]  # fmt: skip

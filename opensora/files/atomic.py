@@ -10,12 +10,12 @@ from itertools import chain
 from pathlib import Path
 
 from opensora.errors import MediaError, OpenSoraError
-from opensora.files.reading import why
+from opensora.files.reading import error_message
 from opensora.signals import defer_stop_signals
 
 
 @contextmanager
-def replacing(
+def atomic_write(
     *paths: str | os.PathLike[str], make_folders: bool = False,
     error: type[OpenSoraError] = MediaError, failures: tuple[type[Exception], ...] = (),
 ) -> Iterator[list[Path]]:  # fmt: skip
@@ -35,13 +35,14 @@ def replacing(
 
 
 @contextmanager
-def adding(
+def atomic_create(
     *paths: str | os.PathLike[str], others: Iterable[Sequence[Path]] = (), error: type[OpenSoraError] = MediaError
 ) -> Iterator[tuple[list[Path], list[Path]]]:
     """Yields temporary paths, and a list that holds their final paths after the block.
 
     The final paths are `paths`, or the first of `others` that are all free. Nothing is ever replaced, even if several
-    processes write into one folder; all files appear, or none. Raises `error` as `replacing` does, or if none is free.
+    processes write into one folder; all files appear, or none. Raises `error` as `atomic_write` does, or if no name is
+    free.
     """
     pairs = _with_temporaries(paths)
     names: list[str] = []
@@ -70,7 +71,7 @@ def _cleared(
     try:
         yield
     except (OSError, *failures) as failure:
-        raise error(f"{pairs[0][1]}: cannot be written ({why(failure)})") from failure
+        raise error(f"{pairs[0][1]}: cannot be written ({error_message(failure)})") from failure
     finally:
         with defer_stop_signals():
             _clear(pairs)

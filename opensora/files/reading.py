@@ -19,15 +19,15 @@ MAX_JSON_VALUES = 1_000_000
 MAX_DIGITS = 40  # per number in JSON
 
 
-def read_bytes(path: str | os.PathLike[str], most: int, error: type[OpenSoraError] = MediaError) -> bytes:
-    """The content of a regular file of at most `most` bytes.
+def read_bytes(path: str | os.PathLike[str], max_bytes: int, error: type[OpenSoraError] = MediaError) -> bytes:
+    """The content of a regular file of at most `max_bytes` bytes.
 
     Raises `error`, which reveals nothing of the content; devices, pipes and folders are not read.
     """
-    with opened(path, most, error) as file:
-        content = file.read(most + 1)
-    if len(content) > most:  # the file grew, or its size was not known
-        raise error(f"{path}: is larger than {most:,} bytes, the limit here")
+    with open_bounded(path, max_bytes, error) as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:  # the file grew, or its size was not known
+        raise error(f"{path}: is larger than {max_bytes:,} bytes, the limit here")
     return content
 
 
@@ -41,42 +41,46 @@ def open_regular(path: str | os.PathLike[str], error: type[OpenSoraError] = Medi
 
 
 @contextmanager
-def opened(path: str | os.PathLike[str], most: int, error: type[OpenSoraError] = MediaError) -> Iterator[BinaryIO]:
-    """Opens a regular file of at most `most` bytes. Raises `error`, which reveals nothing of the content."""
+def open_bounded(
+    path: str | os.PathLike[str], max_bytes: int, error: type[OpenSoraError] = MediaError
+) -> Iterator[BinaryIO]:
+    """Opens a regular file of at most `max_bytes` bytes. Raises `error`, which reveals nothing of the content."""
     try:
         with open_regular(path, error) as file:
-            if os.fstat(file.fileno()).st_size > most:
-                raise error(f"{path}: is larger than {most:,} bytes, the limit here")
+            if os.fstat(file.fileno()).st_size > max_bytes:
+                raise error(f"{path}: is larger than {max_bytes:,} bytes, the limit here")
             yield file
     except OpenSoraError:
         raise
     except (OSError, ValueError) as failure:
-        raise error(f"{path}: cannot be read ({why(failure)})") from failure
+        raise error(f"{path}: cannot be read ({error_message(failure)})") from failure
 
 
-def file_digest(path: str | os.PathLike[str], most: int, error: type[OpenSoraError] = MediaError) -> str:
-    """The SHA-256 (hex) of a regular file of at most `most` bytes. Raises `error` as `opened` does."""
+def file_digest(path: str | os.PathLike[str], max_bytes: int, error: type[OpenSoraError] = MediaError) -> str:
+    """The SHA-256 (hex) of a regular file of at most `max_bytes` bytes. Raises `error` as `open_bounded` does."""
     digest = hashlib.sha256()
-    with opened(path, most, error) as file:
+    with open_bounded(path, max_bytes, error) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def read_json(path: str | os.PathLike[str], error: type[OpenSoraError] = MediaError, most: int = MAX_JSON_BYTES) -> Any:
-    """The JSON value in a regular file of at most `most` bytes, UTF-8. Raises `error` as `parse_json` does."""
-    return parse_json(read_bytes(path, most, error), str(path), error, most)
+def read_json(
+    path: str | os.PathLike[str], error: type[OpenSoraError] = MediaError, max_bytes: int = MAX_JSON_BYTES
+) -> Any:
+    """The JSON value in a regular file of at most `max_bytes` bytes, UTF-8. Raises `error` as `parse_json` does."""
+    return parse_json(read_bytes(path, max_bytes, error), str(path), error, max_bytes)
 
 
 def parse_json(
-    text: str | bytes, where: str, error: type[OpenSoraError] = MediaError, most: int = MAX_JSON_BYTES
+    text: str | bytes, where: str, error: type[OpenSoraError] = MediaError, max_bytes: int = MAX_JSON_BYTES
 ) -> Any:
-    """Parses JSON of at most 50 levels, a million values, 40 digits per number and `most` characters.
+    """Parses JSON of at most 50 levels, a million values, 40 digits per number and `max_bytes` characters.
 
     Raises `error`; its message begins with `where`.
     """
-    if len(text) > most:
-        raise error(f"{where}: holds JSON of more than {most:,} characters, the limit here")
+    if len(text) > max_bytes:
+        raise error(f"{where}: holds JSON of more than {max_bytes:,} characters, the limit here")
 
     def number(kind: type) -> Any:
         def read(digits: str) -> Any:
@@ -96,7 +100,7 @@ def parse_json(
     except RecursionError:
         raise error(f"{where}: cannot be read as JSON (nested more than {MAX_JSON_DEPTH} levels deep)") from None
     except ValueError as failure:
-        raise error(f"{where}: cannot be read as JSON ({why(failure)})") from None
+        raise error(f"{where}: cannot be read as JSON ({error_message(failure)})") from None
     return value
 
 
@@ -114,7 +118,7 @@ def _check_bounds(value: Any) -> None:
     raise RecursionError
 
 
-def plain_name(name: object, where: str, error: type[OpenSoraError] = MediaError) -> str:
+def check_file_name(name: object, where: str, error: type[OpenSoraError] = MediaError) -> str:
     """Returns `name` if it is a plain file name. Raises `error` for paths, hidden names and control characters."""
     plain = isinstance(name, str) and name.isprintable() and 0 < len(name.encode(errors="replace")) <= 255
     kinds = (PurePosixPath, PureWindowsPath)
@@ -123,6 +127,6 @@ def plain_name(name: object, where: str, error: type[OpenSoraError] = MediaError
     return name
 
 
-def why(error: BaseException) -> str:
+def error_message(error: BaseException) -> str:
     """The message of an exception on one line."""
     return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())[:200]

@@ -18,7 +18,7 @@ from opensora.acceleration.device import device_name, peak_memory, reset_peak_me
 from opensora.acceleration.precision import DTYPES
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError, MediaError
-from opensora.files import replacing
+from opensora.files import atomic_write
 from opensora.models.text_encoder.classes import ClassIds
 from opensora.pipeline import step_cache
 from opensora.pipeline.calibrated_cache import calibrated_cache
@@ -159,7 +159,7 @@ def check_report_path(path: str | Path) -> None:
 def write_report(report: Report, path: str | Path) -> Path:
     """Writes a report as JSON, whole or not at all. Raises MediaError."""
     path = Path(path)
-    with replacing(path, make_folders=True) as [temporary]:
+    with atomic_write(path, make_folders=True) as [temporary]:
         temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 

@@ -22,7 +22,7 @@ from opensora.checkpoints.summary import content_hash
 from opensora.config.schema import Name, Positive, Schema, check, shown
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError, WeightsError
-from opensora.files import opened, parse_json, plain_name
+from opensora.files import check_file_name, open_bounded, parse_json
 from opensora.pipeline.recipe import TOKENIZER, DraftRecipe, Recipe, check_recipe
 from opensora.schedulers.common import SamplerState
 
@@ -90,7 +90,7 @@ def load(file: str | Path) -> Draft:
     file = Path(file)
     if not file.exists():
         raise WeightsError(f"{file}: there is no such draft; give the {SUFFIX}.safetensors file that generate wrote")
-    with opened(file, MAX_BYTES, WeightsError):
+    with open_bounded(file, MAX_BYTES, WeightsError):
         pass  # refuses devices and pipes
     metadata = read_metadata(file)
     if KEY not in metadata:
@@ -106,9 +106,9 @@ def load(file: str | Path) -> Draft:
     if header.done >= header.num_steps:
         raise WeightsError(f"{file}: stands after {header.done} of {header.num_steps} steps; make the draft again")
     _check_tensors(file, tensors)
-    name = plain_name(header.name, str(file), WeightsError)
+    name = check_file_name(header.name, str(file), WeightsError)
     if (own := file.name.removesuffix(f"{SUFFIX}.safetensors")) != file.name:
-        name = plain_name(own, str(file), WeightsError)  # the file may have been renamed since
+        name = check_file_name(own, str(file), WeightsError)  # the file may have been renamed since
     x, generator = tensors.pop("x"), tensors.pop(GENERATOR)
     return Draft(
         file, recipe, name, SamplerState(header.done, header.num_steps, x, x, tensors), generator, header.device

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opensora.datasets.video import MAX_PIXELS, check_pixels, check_side, image_levels, to_uint8
 from opensora.errors import MediaError
-from opensora.files import why
+from opensora.files import error_message
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -98,7 +98,9 @@ def _to_frames(pixels: object, argument: str) -> np.ndarray:
         try:
             return image_levels(pixels, argument)[None]
         except OSError as error:  # an image of a file that is read only now
-            raise MediaError(f"{argument}: cannot be read as an image ({why(error)}); give another") from error
+            raise MediaError(
+                f"{argument}: cannot be read as an image ({error_message(error)}); give another"
+            ) from error
     kinds = "a path, a NumPy array, a PyTorch tensor, a PIL image or a list of images"
     raise MediaError(f"{argument} is of type {type(pixels).__name__}; give {kinds}")
 

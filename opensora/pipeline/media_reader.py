@@ -17,7 +17,7 @@ from torch import Tensor
 from opensora.datasets.transforms import get_transform
 from opensora.datasets.video import is_image, iterate_video, read_image
 from opensora.errors import MediaError
-from opensora.files import why
+from opensora.files import error_message
 from opensora.pipeline.in_memory_media import MAX_FRAMES, InMemoryMedia, is_in_memory
 from opensora.pipeline.remote_media import check_url, fetch, is_url
 
@@ -73,7 +73,7 @@ class MediaReader:
                 while chunk := file.read(1 << 20):
                     digest.update(chunk)
         except OSError as error:
-            raise MediaError(f"reference {source!r}: cannot be read ({why(error)}); give another") from error
+            raise MediaError(f"reference {source!r}: cannot be read ({error_message(error)}); give another") from error
         return digest.hexdigest()
 
     def check_url(self, url: str) -> None:
@@ -121,7 +121,7 @@ def _regular_file(source: str) -> Path:
     try:
         found = os.stat(source)
     except PermissionError as error:
-        raise MediaError(f"reference {source!r}: cannot be read ({why(error)}); give another") from error
+        raise MediaError(f"reference {source!r}: cannot be read ({error_message(error)}); give another") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise MediaError(f"reference {source!r}: no such file; give another") from error
     if not stat.S_ISREG(found.st_mode):

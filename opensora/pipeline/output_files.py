@@ -13,7 +13,7 @@ import numpy as np
 
 from opensora.datasets.video import encode_image, encode_video
 from opensora.errors import MediaError
-from opensora.files import replacing
+from opensora.files import atomic_write
 from opensora.pipeline.output_names import IMAGE, VIDEO
 from opensora.pipeline.recipe import KEY, Recipe, with_output
 from opensora.signals import defer_stop_signals
@@ -31,7 +31,7 @@ def write_video(path: str | os.PathLike[str], frames: np.ndarray, fps: float, re
         content = "an image" if len(frames) == 1 else f"a video of {len(frames)} frames"
         raise MediaError(f"{path}: is to hold {content}; name it {path.stem or 'out'}{suffixes[0]}")
     recipe = with_output(recipe, frames, fps)
-    with replacing(path, path.with_suffix(".json"), make_folders=True) as (media, sidecar):
+    with atomic_write(path, path.with_suffix(".json"), make_folders=True) as (media, sidecar):
         if path.suffix.lower() == ".gif":
             _encode_gif(frames, media, fps)
         else:

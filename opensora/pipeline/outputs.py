@@ -17,7 +17,7 @@ import numpy as np
 from opensora.config.settings import InferenceSettings
 from opensora.datasets.video import contact_sheet, encode_image
 from opensora.errors import ConfigError, MediaError, WeightsError
-from opensora.files import adding, replacing, why
+from opensora.files import atomic_create, atomic_write, error_message
 from opensora.pipeline.draft import SUFFIX
 from opensora.pipeline.output_files import encode_output
 from opensora.pipeline.output_names import OutputNames, same_file_key
@@ -120,7 +120,7 @@ class Outputs:
                 try:
                     save_state(others[-1], Path(path).name)
                 except WeightsError as error:  # which names the temporary file
-                    raise OSError(why(error.__cause__ or error)) from error
+                    raise OSError(error_message(error.__cause__ or error)) from error
         preview, state = files[2] if self.settings.preview else None, files[-1] if save_state else None
         return Output(files[0], frames, preview, state)
 
@@ -129,11 +129,11 @@ class Outputs:
         """Temporary paths of the files, and their final paths, which are known after the block."""
         if self._replaces(path):
             files = self.files(path)
-            with replacing(*files) as temporaries:
+            with atomic_write(*files) as temporaries:
                 yield temporaries, files
         else:
             candidates = map(self.files, self.names.candidates(path))
-            with adding(*next(candidates), others=candidates) as found:
+            with atomic_create(*next(candidates), others=candidates) as found:
                 yield found
 
     def _replaces(self, path: str) -> bool:

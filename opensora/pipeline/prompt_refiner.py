@@ -119,7 +119,7 @@ def _post(base: SplitResult, request: bytes, headers: dict[str, str]) -> tuple[i
 def _read(body: bytes) -> str:
     """The text of an answer on one line, without <think> blocks and surrounding quotation marks."""
     try:
-        answer = parse_json(body, "answer", most=MAX_BYTES)
+        answer = parse_json(body, "answer", max_bytes=MAX_BYTES)
         text = answer["choices"][0]["message"]["content"] or ""
         text = re.sub(r"<think>.*?</think>", " ", text, flags=re.DOTALL).encode(errors="ignore").decode()
     except (MediaError, LookupError, TypeError):

@@ -22,7 +22,7 @@ from opensora.config.schema import Count, Int, Name, NonNegative, Positive, Sche
 from opensora.config.settings import InferenceSettings
 from opensora.datasets.video import read_metadata
 from opensora.errors import MediaError, OpenSoraError
-from opensora.files import opened, parse_json, read_json
+from opensora.files import open_bounded, parse_json, read_json
 
 FORMAT = 1
 KEY = "opensora_recipe"  # of the metadata of the mp4 or png
@@ -130,7 +130,7 @@ def read_recipe(path: str | Path) -> Recipe:
     """
     path, text = Path(path), None
     if path.suffix.lower() != ".json":
-        with opened(path, MAX_MEDIA_BYTES):
+        with open_bounded(path, MAX_MEDIA_BYTES):
             pass  # a device or pipe is not even tried
         text, sidecar = read_metadata(path).get(KEY), path.with_suffix(".json")
         if text is None and not sidecar.is_file():

@@ -17,7 +17,7 @@ from pydantic import Field
 from opensora.acceleration.device import is_cpu, synchronize
 from opensora.config.schema import Name, Number, Schema, check
 from opensora.errors import MediaError
-from opensora.files import read_json, replacing
+from opensora.files import atomic_write, read_json
 from opensora.profiling.memory_meter import MemoryMeter
 from opensora.profiling.operation_counter import Cost, num_bytes
 from opensora.profiling.peak_flops import known_peak
@@ -78,7 +78,7 @@ def remember(device: torch.device, stage: str, cost: Cost, taken: float, dtype: 
     same = [one for one in _runs() if (one.device, one.stage) == (run.device, run.stage)][1 - RUNS_KEPT :]
     others = [one for one in _runs() if (one.device, one.stage) != (run.device, run.stage)]
     text = json.dumps([one.model_dump() for one in [*others, *same, run]])
-    with suppress(MediaError), replacing(_file(), make_folders=True) as [temporary]:
+    with suppress(MediaError), atomic_write(_file(), make_folders=True) as [temporary]:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from opensora.config.schema import Count, Name, Schema, check
 from opensora.distributed import ranks
 from opensora.errors import MediaError, OpenSoraError, WeightsError, printable
-from opensora.files import read_json, why
+from opensora.files import error_message, read_json
 
 logger = logging.getLogger("opensora")
 FILE = "run.lock"
@@ -43,14 +43,16 @@ class Lock:
         try:
             file: Any = path.open("a+", encoding="utf-8")
         except OSError as error:
-            raise WeightsError(f"{path}: cannot be written ({why(error)})") from error
+            raise WeightsError(f"{path}: cannot be written ({error_message(error)})") from error
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.close()
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise WeightsError(f"{folder}: is being trained already{_by(folder)}; {_REMEDY}") from None
-            logger.warning("%s: no locks there (%s); see to it that one run goes on in it", folder, why(error))
+            logger.warning(
+                "%s: no locks there (%s); see to it that one run goes on in it", folder, error_message(error)
+            )
             return
         self._file = file
         self._write_holder()
@@ -62,7 +64,7 @@ class Lock:
             self._file.write(own.model_dump_json())
             self._file.flush()
         except OSError as error:
-            raise WeightsError(f"{self._file.name}: cannot be written ({why(error)})") from error
+            raise WeightsError(f"{self._file.name}: cannot be written ({error_message(error)})") from error
 
     def release(self) -> None:
         """Unlocks the folder."""

@@ -13,7 +13,7 @@ from opensora.config.schema import Positive, Schema, Text, check
 from opensora.config.settings import TrainSettings
 from opensora.distributed import ranks
 from opensora.errors import ConfigError, MediaError, OpenSoraError, WeightsError
-from opensora.files import read_json, replacing
+from opensora.files import atomic_write, read_json
 from opensora.training import lock
 from opensora.training.checkpoint import folders, manifest
 from opensora.training.checkpoint.fingerprint import require_accepted
@@ -194,7 +194,7 @@ def _new_run(settings: TrainSettings, keep: int) -> OpenedRun:
 
 
 def _write(folder: Path, run: RunIdentity) -> RunIdentity:
-    with replacing(folder / FILE, error=WeightsError) as [temporary]:
+    with atomic_write(folder / FILE, error=WeightsError) as [temporary]:
         temporary.write_text(run.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return run
 

@@ -21,7 +21,7 @@ import numpy as np
 from opensora.config.settings import TrainSettings
 from opensora.datasets.video import write_image, write_video
 from opensora.errors import ConfigError, MediaError, WeightsError
-from opensora.files import parse_json, replacing, why
+from opensora.files import atomic_write, error_message, parse_json
 
 logger = logging.getLogger("opensora")
 WANDB_SERVER = "https://api.wandb.ai"
@@ -78,7 +78,9 @@ class Tracker:
                 file.write(line)
         except OSError as error:
             if not self._warned:
-                logger.warning("%s: lines are missing (%s); training goes on", self.folder / "log.jsonl", why(error))
+                logger.warning(
+                    "%s: lines are missing (%s); training goes on", self.folder / "log.jsonl", error_message(error)
+                )
             self._warned = True
 
     def _show(self, show: Callable[[Board], None]) -> None:
@@ -87,7 +89,7 @@ class Tracker:
             try:
                 show(board)
             except OSError as error:
-                logger.warning("%s is left out (%s); training goes on", type(board).__name__, why(error))
+                logger.warning("%s is left out (%s); training goes on", type(board).__name__, error_message(error))
                 self.boards.remove(board)
 
     def video(self, name: str, frames: np.ndarray, fps: float, step: int) -> Path | None:
@@ -192,13 +194,13 @@ def copy_log(old: Path, new: Path, step: int) -> None:
     try:
         lines = old.read_bytes().splitlines(keepends=True) if old.is_file() else None
     except OSError as error:
-        raise WeightsError(f"{old}: cannot be read ({why(error)})") from error
+        raise WeightsError(f"{old}: cannot be read ({error_message(error)})") from error
     if lines is None:
         return
     steps = [_step_of(line) for line in lines]
     if damaged := steps[:-1].count(None):  # the last one may be cut off, by a kill
         logger.warning("%s: %d damaged lines are left out", old, damaged)
-    with replacing(new, error=WeightsError) as [temporary]:
+    with atomic_write(new, error=WeightsError) as [temporary]:
         temporary.write_bytes(
             b"".join(line for line, at in zip(lines, steps, strict=True) if at is not None and at <= step)
         )
@@ -242,7 +244,7 @@ def _run_id(folder: Path) -> str:
     """The name of this folder's run for wandb's server, drawn once."""
     path = folder / "wandb" / "run_id"
     if not path.is_file():
-        with replacing(path, make_folders=True) as [temporary]:
+        with atomic_write(path, make_folders=True) as [temporary]:
             temporary.write_text(os.urandom(6).hex())
     return path.read_text().strip()
 

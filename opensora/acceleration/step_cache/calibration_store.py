@@ -12,7 +12,7 @@ from typing import Any
 from opensora.acceleration.step_cache.calibration import Calibration
 from opensora.acceleration.step_cache.table import CacheTable
 from opensora.errors import ConfigError, MediaError
-from opensora.files import replacing
+from opensora.files import atomic_write
 
 FORMAT = 2
 
@@ -35,7 +35,7 @@ def load(key: str) -> Calibration | None:
 def save(key: str, found: Calibration) -> None:
     """Saves a calibration for later runs; if the folder cannot be written, they calibrate again."""
     table = None if found.table is None else found.table.to_dict()
-    with suppress(MediaError), replacing(_file(key), make_folders=True) as [temporary]:
+    with suppress(MediaError), atomic_write(_file(key), make_folders=True) as [temporary]:
         temporary.write_text(json.dumps({"table": table, "errors": found.errors}), encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opensora.errors import MediaError
-from opensora.files import why
+from opensora.files import error_message
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv")  # the documented ones; others are recognized by content
@@ -59,7 +59,9 @@ def opened_image(path: str | Path) -> Iterator[Any]:
         raise
     except Exception as error:  # decoders raise anything on malicious files
         reason = (
-            f"it is none of {', '.join(IMAGE_FORMATS)}" if isinstance(error, UnidentifiedImageError) else why(error)
+            f"it is none of {', '.join(IMAGE_FORMATS)}"
+            if isinstance(error, UnidentifiedImageError)
+            else error_message(error)
         )
         raise MediaError(f"{path}: cannot be read as an image ({reason}); save it anew as PNG") from error
 
@@ -80,7 +82,7 @@ def opened_video(path: str | Path) -> Iterator[OpenedVideo]:
     except MediaError:
         raise
     except Exception as error:  # decoders raise anything on malicious files
-        raise MediaError(f"{path}: cannot be read as a video ({why(error)}); save it anew as MP4") from error
+        raise MediaError(f"{path}: cannot be read as a video ({error_message(error)}); save it anew as MP4") from error
 
 
 def check_side(path: str | Path, height: int, width: int) -> None:

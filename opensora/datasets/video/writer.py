@@ -11,7 +11,7 @@ import torch
 
 from opensora.datasets.video.container import DEFAULT_FPS, SIZE_KEY
 from opensora.errors import MediaError
-from opensora.files import replacing, why
+from opensora.files import atomic_write, error_message
 
 # Quality of x264: 0 is lossless, 23 its default. Its macroblock tree makes the bytes depend on uninitialized memory.
 ENCODING = {"crf": "10", "mbtree": "0"}
@@ -37,20 +37,20 @@ def write_video(frames: np.ndarray, path: str | Path, fps: float, metadata: dict
     Odd sides are padded by repeating the edge; `read_video` removes the padding. `fps` 0 means 24. Raises MediaError if
     the file cannot be written.
     """
-    with replacing(path) as [temporary]:
+    with atomic_write(path) as [temporary]:
         encode_video(frames, temporary, fps, metadata)
     return Path(path)
 
 
 def write_image(frame: np.ndarray, path: str | Path, metadata: dict[str, str] | None = None) -> Path:
     """Writes a frame uint8 [H, W, 3] atomically as PNG with text metadata. Returns the path."""
-    with replacing(path) as [temporary]:
+    with atomic_write(path) as [temporary]:
         encode_image(frame, temporary, metadata)
     return Path(path)
 
 
 def encode_video(frames: np.ndarray, path: Path, fps: float, metadata: dict[str, str] | None = None) -> None:
-    """`write_video` without the atomic rename, for use inside `replacing`. Raises OSError."""
+    """`write_video` without the atomic rename, for use inside `atomic_write`. Raises OSError."""
     import av
 
     if not (math.isfinite(fps) and fps >= 0):
@@ -71,11 +71,11 @@ def encode_video(frames: np.ndarray, path: Path, fps: float, metadata: dict[str,
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode())
     except av.FFmpegError as error:
-        raise OSError(error.errno, why(error)) from error
+        raise OSError(error.errno, error_message(error)) from error
 
 
 def encode_image(frame: np.ndarray, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """`write_image` without the atomic rename, for use inside `replacing`. Raises OSError."""
+    """`write_image` without the atomic rename, for use inside `atomic_write`. Raises OSError."""
     from PIL import Image, PngImagePlugin
 
     text = PngImagePlugin.PngInfo()

@@ -15,7 +15,7 @@ from opensora.config.settings import SearchSettings
 from opensora.datasets.bucket import Buckets
 from opensora.distributed.ranks import world_size
 from opensora.errors import ConfigError
-from opensora.files import replacing
+from opensora.files import atomic_write
 from opensora.training.batch_size_search import search
 from opensora.training.batch_size_search.probe import TrainingProbe
 from opensora.training.batch_size_search.search import BucketResult, SearchPlan
@@ -91,7 +91,7 @@ def write(settings: SearchSettings, plan: SearchPlan, found: Sequence[BucketResu
     """Writes a training configuration and a table beside it, both or neither. Raises ConfigError."""
     config = output_of(settings)
     paths = [config, config.with_suffix(".md")]
-    with replacing(*paths, make_folders=True, error=ConfigError) as [config, table]:
+    with atomic_write(*paths, make_folders=True, error=ConfigError) as [config, table]:
         config.write_text(config_text(settings, plan, found, device), encoding="utf-8")
         table.write_text(table_text(settings, plan, found, device), encoding="utf-8")
     return paths

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora.errors import WeightsError
-from opensora.files import why
+from opensora.files import error_message
 from opensora.training.checkpoint import manifest
 from opensora.training.checkpoint.running_states import FILE as RUNNING_STATES
 
@@ -33,7 +33,7 @@ def new_run_folder(outputs: str, model_type: str) -> Path:
                     return folder
                 folder.rmdir()
     except OSError as error:
-        raise WeightsError(f"{outputs}: no folder of a run can be made there ({why(error)}); see --outputs") from error
+        raise WeightsError(f"{outputs}: cannot create a run folder ({error_message(error)}); see --outputs") from error
 
 
 def run_folders(outputs: Path) -> list[Path]:
@@ -52,7 +52,7 @@ def checkpoints(folder: Path) -> list[Path]:
     try:
         found = [(int(match[2]), path) for path in folder.iterdir() if (match := NAME.fullmatch(path.name))]
     except OSError as error:
-        raise WeightsError(f"{folder}: cannot be read ({why(error)})") from error
+        raise WeightsError(f"{folder}: cannot be read ({error_message(error)})") from error
     return [path for _, path in sorted(found)]
 
 

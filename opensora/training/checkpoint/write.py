@@ -22,7 +22,7 @@ import torch
 
 from opensora.checkpoints.save import save_pretrained
 from opensora.errors import OpenSoraError, WeightsError
-from opensora.files import why
+from opensora.files import error_message
 from opensora.training.checkpoint import manifest
 from opensora.training.checkpoint.folders import LATEST, checkpoint_folder, checkpoints, point
 from opensora.training.checkpoint.running_states import FILE as RUNNING_STATES
@@ -130,7 +130,7 @@ def _reason(error: BaseException, folder: Path, state: Snapshot) -> str:
         return f"the disk is full ({space}); make room, then go on with --load {folder}"
     if errno.EFBIG in codes:
         return f"files may not become that large here (ulimit -f); raise that, then go on with --load {folder}"
-    return f"{why(error)}; go on with --load {folder}"
+    return f"{error_message(error)}; go on with --load {folder}"
 
 
 def _remove_previous(final: Path, run: str | None) -> None:
@@ -146,7 +146,7 @@ def _discard(folder: Path) -> None:
     try:
         folder = folder.rename(folder.with_name(f".{folder.name}.old"))
     except OSError as error:
-        logger.warning("%s: cannot be removed (%s); training goes on", folder, why(error))
+        logger.warning("%s: cannot be removed (%s); training goes on", folder, error_message(error))
     else:
         _remove(folder)
 
@@ -155,7 +155,7 @@ def _remove(path: Path) -> None:
     try:
         shutil.rmtree(path)
     except OSError as error:
-        logger.warning("%s: cannot be removed (%s); training goes on", path, why(error))
+        logger.warning("%s: cannot be removed (%s); training goes on", path, error_message(error))
 
 
 def _sync(folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from opensora.checkpoints.hub import read_json
 from opensora.errors import ConfigError
-from opensora.files import why
+from opensora.files import error_message
 
 
 def claim(folder: Path, identity: dict[str, Any], write: bool = True) -> None:
@@ -25,7 +25,9 @@ def claim(folder: Path, identity: dict[str, Any], write: bool = True) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             replace_text(described, text)
         except OSError as error:
-            raise ConfigError(f"{described}: cannot be written ({why(error)}); name another folder") from error
+            raise ConfigError(
+                f"{described}: cannot be written ({error_message(error)}); name another folder"
+            ) from error
     wanted = json.loads(text)
     found = {"tokenizer": wanted.get("tokenizer"), **read_json(described)}  # earlier versions did not note it
     if changed := sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key)):

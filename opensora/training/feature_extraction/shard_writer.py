@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opensora.checkpoints.save import save_file
 from opensora.errors import ConfigError, MediaError
-from opensora.files import why
+from opensora.files import error_message
 from opensora.training.feature_extraction.identity import replace_text
 
 
@@ -54,4 +54,6 @@ class ShardWriter:
             raise self._unwritable(self.folder / file, error) from error
 
     def _unwritable(self, path: Path, error: OSError) -> MediaError:
-        return MediaError(f"{path}: cannot be written ({why(error)}); free some space, or name another --save-dir")
+        return MediaError(
+            f"{path}: cannot be written ({error_message(error)}); free some space, or name another --save-dir"
+        )
