@@ -98,7 +98,6 @@ class SequenceSplit:
             return out
         return AllGather.apply(out, self.group).permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : self.size]
 
-    @torch.compiler.disable  # compiled, collectives may be issued in another order on each rank
     def to_rows(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """This rank's patches of all rows [N, frames * chunk, C] -> all patches of its rows [N / P, frames * S, C]."""
         if self.ranks == 1:
@@ -110,7 +109,6 @@ class SequenceSplit:
         x = x.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : self.size]
         return (x.flatten(1, 2), *args[1:])
 
-    @torch.compiler.disable
     def to_patches(self, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """The attention's output for this rank's rows -> its patches of all rows; the inverse of `to_rows`."""
         if self.ranks == 1:
@@ -146,7 +144,7 @@ def sequence_parallel(model: nn.Module, layout: RankLayout) -> SequenceSplit | N
     blocks[0].register_forward_pre_hook(split.scatter)
     model.final_layer.register_forward_hook(split.gather)
     for block in blocks:
-        if block.axis != "time":
-            block.attn.register_forward_pre_hook(split.to_rows)
-            block.attn.register_forward_hook(split.to_patches)
+        if block.axis != "time":  # compiled, collectives may be issued in another order on each rank
+            block.attn.register_forward_pre_hook(torch.compiler.disable(split.to_rows))
+            block.attn.register_forward_hook(torch.compiler.disable(split.to_patches))
     return split
