@@ -13,12 +13,12 @@ from torch import Tensor
 
 from opensora.acceleration.memory_plan import LOW, MemoryPlan
 from opensora.errors import ConfigError
+from opensora.models.sizes import conditioning_kind
 from opensora.pipeline.job import Job
-from opensora.pipeline.loaded_models import Components, LoadedModels
+from opensora.pipeline.loaded_models import Components
 from opensora.pipeline.noise import noise_generator
 from opensora.pipeline.request import Request, Size
 from opensora.pipeline.text_encoding import count_tokens
-from opensora.profiling import cost_model
 
 logger = logging.getLogger("opensora")
 
@@ -34,12 +34,13 @@ def check_text_lengths(job: Job, requests: Sequence[Request], components: Compon
         _check_length(count_tokens(encoder, job.negative_text), config, "negative_prompt")
 
 
-def dry_run(job: Job, models: LoadedModels, components: Components) -> None:
-    """Runs the sampler for two steps on a single value, and the model once on the meta device.
-
-    Raises ConfigError where the sampler does not fit the model or the model does not fit the request.
-    """
-    model = components.model
+def check_inputs(job: Job, components: Components) -> None:
+    """Raises ConfigError where the sampler or the size conditioning does not fit the model."""
+    model, name = components.model, job.settings.model["type"]
+    if missing := set(model.size_arguments) - job.conditioning.keys():
+        problem = f"{type(model).__name__} needs {', '.join(model.size_arguments)}, but has no {', '.join(missing)}"
+        kind = conditioning_kind(name)
+        raise ConfigError(f"model '{name}': {problem}; set multi_resolution='{kind}', or leave it out")
 
     def stand_in(x: Tensor, timestep: Tensor, **_: Any) -> Tensor:
         return x.new_zeros(len(x), model.out_channels, *x.shape[2:])
@@ -48,21 +49,10 @@ def dry_run(job: Job, models: LoadedModels, components: Components) -> None:
     try:
         steps = job.scheduler.steps(stand_in, noise, {}, **job.size._asdict(), source=source, guidance_scale=1.0)
         list(islice(steps, 2))
+    except ConfigError:
+        raise
     except ValueError as error:
-        raise _config_error(f"scheduler '{job.settings.scheduler['type']}'", error) from error
-    latent_size = tuple(components.vae.get_latent_size(job.size))
-    inputs = (latent_size, tuple((name, value.shape) for name, value in job.conditioning.items()))
-    if inputs in models.accepted_inputs:
-        return
-    try:
-        cost_model.dry_run(model, latent_size, job.conditioning, 1, models.dtype, models.device)
-    except ValueError as error:
-        raise _config_error(f"model '{job.settings.model['type']}'", error) from error
-    models.accepted_inputs.add(inputs)
-
-
-def _config_error(place: str, error: ValueError) -> ConfigError:
-    return error if isinstance(error, ConfigError) else ConfigError(f"{place}: {error}")
+        raise ConfigError(f"scheduler '{job.settings.scheduler['type']}': {error}") from error
 
 
 def _check_length(tokens: int, config: dict[str, Any], what: str = "a prompt") -> None:

@@ -18,7 +18,7 @@ from opensora.distributed.collectives import broadcast_object
 from opensora.pipeline import draft, prompt_refiner, step_cache
 from opensora.pipeline.batching import batches
 from opensora.pipeline.calibrated_cache import calibrated_cache
-from opensora.pipeline.checks import check_text_lengths, dry_run, memory_advice, warn_untrained
+from opensora.pipeline.checks import check_inputs, check_text_lengths, memory_advice, warn_untrained
 from opensora.pipeline.conditioning import place_media
 from opensora.pipeline.decode import decode, encode
 from opensora.pipeline.denoise import denoise_clip
@@ -112,7 +112,7 @@ def check(models: LoadedModels, job: Job, requests: Sequence[Request], built: Co
     """
     requests = place_media(job, requests, built.model, built.vae)
     check_text_lengths(job, requests, built)
-    dry_run(job, models, built)
+    check_inputs(job, built)
     return requests
 
 

@@ -83,7 +83,6 @@ class LoadedModels:
         self.vae: Any = None
         self.model: Any = None  # the diffusion model
         self.denoiser: Any = None  # the diffusion model as the sampler calls it: compiled, split over ranks, captured
-        self.accepted_inputs: set[Any] = set()  # latent sizes and shapes of conditioning that a dry run has accepted
         self._unloaded: dict[str, Any] = {}  # part -> module without weights
         self._latent_size: tuple[int, ...] | None = None  # that the unloaded diffusion model was built for
         self._loaded_for: tuple[int, ...] | None = None  # the same of the loaded one

@@ -76,7 +76,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Seconds for all results, reading the weights apart."""
-        return sum(stage.seconds for stage in self.stages)
+        return sum(span.least for span in self.spans)
 
     @property
     def spans(self) -> list[Span]:

@@ -28,18 +28,17 @@ GENEROUS = 16  # tensors of a network's widest layer that are never held at once
 
 
 class Stage(NamedTuple):
-    """One stage of the work: what of the weights it adds, the bytes it works in, and how long it takes."""
+    """One stage of the work: what of the weights it adds, and what it costs."""
 
     name: str
     weights: int
     files: int  # bytes of the weight files that stay mapped beside it, or are read for it
     copied: bool  # whether the weights are copies in another format than the files'
     cost: Cost
-    seconds: float
 
 
 class ResourceEstimate:
-    """The memory and time of a job under each memory plan. The models need no weights and are left as they are.
+    """The memory and cost of a job under each memory plan. The models need no weights and are left as they are.
 
     again: the text encoder is read a second time, beside the other models
     device, dtype: of the work and the weights, if not those of the models
@@ -129,7 +128,7 @@ class ResourceEstimate:
         yield self._stage("sampling", "model", step.times(steps * num_clips))
         made = cost_model.decoding_cost(vae, job.size, *self.where, streamed=True).times(num_clips)
         made = made._replace(peak=made.peak + self._frames_held(plan))
-        yield Stage("decoding", 0, 0, False, made, self._seconds(made, "decoding"))
+        yield Stage("decoding", 0, 0, False, made)
 
     def _frames_held(self, plan: MemoryPlan) -> int:
         """Bytes of decoded frames beside the work of the decoder."""
@@ -184,9 +183,6 @@ class ResourceEstimate:
         """Bytes of so many frames in float32."""
         return 12 * frames * self.job.frame_size[0] * self.job.frame_size[1]
 
-    def _seconds(self, cost: Cost, stage: str) -> float:
-        return speed_history.seconds(cost, self.models.device, stage, self.models.dtype)
-
     def _stage(self, name: str, part: str, cost: Cost) -> Stage:
         module = getattr(self.components, part)
         held = cost_model.weight_bytes(module, self.dtype)
@@ -195,7 +191,7 @@ class ResourceEstimate:
         if part == "model" and self.models.settings.linear != "exact":
             held -= quantization.num_quantized(module) * (self.dtype.itemsize - 1)
             copied = True
-        return Stage(name, held, files, copied, cost, self._seconds(cost, name))
+        return Stage(name, held, files, copied, cost)
 
     def _files(self, part: str, held: int) -> tuple[int, bool]:
         """Bytes of a part's weight files, and whether its weights will be copies in another format."""
@@ -211,12 +207,12 @@ class ResourceEstimate:
         texts = job.texts_of(self.requests)
         texts += [] if job.negative_text is None else [job.negative_text]
         if isinstance(encoder, ClassIds):
-            return 1, Stage("text", 0, 0, False, Cost(), 0.0)
+            return 1, Stage("text", 0, 0, False, Cost())
         if encoder is None:
             held, tokens = dtype.itemsize * T5_XXL["parameters"], T5_XXL["tokens"]
             cost = Cost(products=2.0 * tokens * T5_XXL["parameters"], moved=held, calls=1000, peak=2**28)
             cost = cost.times(len(texts))
-            return tokens, Stage("text", held, held, False, cost, self._seconds(cost, "text"))
+            return tokens, Stage("text", held, held, False, cost)
         lengths = [count_tokens(encoder, text) for text in texts]
         config = getattr(encoder.model, "config", None) or encoder.model.text_model.config
         parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
@@ -225,7 +221,7 @@ class ResourceEstimate:
             cost = cost.then(cost_model.text_cost(config, parameters, length))
         held = sum(map(_bytes, encoder.model.parameters()))
         files, copied = self._files("text_encoder", held)
-        stage = Stage("text", held, files, copied, cost, self._seconds(cost, "text"))
+        stage = Stage("text", held, files, copied, cost)
         return max(lengths, default=1), stage
 
 

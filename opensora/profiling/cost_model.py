@@ -57,17 +57,6 @@ def step_cost(
     return count_operations(lambda: copy(*inputs, **others), device)
 
 
-def dry_run(
-    model: nn.Module, latent: tuple[int, ...], conditioning: Mapping[str, Tensor], tokens: int, dtype: torch.dtype,
-    device: torch.device,
-) -> None:  # fmt: skip
-    """Runs one evaluation of a diffusion model without values. Raises what the model raises for such inputs."""
-    copy = meta_copy(model, dtype, device)
-    inputs, others = _step_inputs(copy, latent, conditioning, tokens, dtype, batch=1)
-    with torch.no_grad():
-        copy(*inputs, **others)
-
-
 def _step_inputs(
     model: nn.Module, latent: tuple[int, ...], conditioning: Mapping[str, Tensor], tokens: int, dtype: torch.dtype,
     batch: int, frames_given: bool = False,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from opensora.models.layers.embeddings import (
 
 class PatchTransformer(nn.Module):
     """Latents to tokens and back. `config` holds the constructor's arguments, with at least the keys read here."""
+
+    size_arguments: ClassVar[tuple[str, ...]] = ()  # size conditioning that `forward` needs
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()

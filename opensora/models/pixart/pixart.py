@@ -79,6 +79,8 @@ class PixArt(FixedPositions, TextTransformer):
 class PixArtMS(PixArt):
     """The multi-scale PixArt-alpha of 1024 pixels, conditioned on the size and aspect ratio of the image."""
 
+    size_arguments = ("hw", "ar")
+
     def _build(self, config: dict[str, Any]) -> None:
         super()._build(config)
         self.csize_embedder = SizeEmbedder.third(self.hidden_size)

@@ -42,6 +42,8 @@ class STDiT2(TextTransformer):
     freeze: "not_temporal" or "text"; input_size and no_temporal_pos_emb have no effect.
     """
 
+    size_arguments = ("num_frames", "height", "width", "ar", "fps")
+
     def __init__(
         self, input_size: tuple[int | None, int | None, int | None] = (None, None, None), input_sq_size: int = 32,
         in_channels: int = 4, patch_size: Size3 = (1, 2, 2), hidden_size: int = 1152, depth: int = 28,

@@ -28,6 +28,8 @@ class STDiT3(TextTransformer):
         class_dropout_prob, drop_path: kept for training programs; they do not change the forward pass.
     """
 
+    size_arguments = ("fps", "height", "width")
+
     def __init__(
         self, input_size: tuple[int | None, int | None, int | None] = (None, None, None), input_sq_size: int = 512,
         in_channels: int = 4, patch_size: Size3 = (1, 2, 2), hidden_size: int = 1152, depth: int = 28,
