@@ -41,7 +41,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def explode(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights were touched")
 
-    for name in ("builder.locate", "builder.load_weights", "builder.read_config_json", "builder.make_t5"):
+    for name in ("builder.locate", "builder.load_weights", "builder.read_config_json", "builder.t5.make_t5"):
         monkeypatch.setattr(f"opensora.checkpoints.{name}", explode)
 
 

@@ -292,7 +292,7 @@ def test_a_text_encoder_comes_layer_by_layer(tmp_path):
         layer.layer[-1].register_forward_hook(
             lambda *_: seen.append([next(one.parameters()).is_meta for one in model.encoder.block])
         )
-    model(input_ids=torch.zeros(1, 5, dtype=torch.int64, device=META))
+    model(torch.zeros(1, 5, dtype=torch.int64, device=META))
     assert seen == [[True, False], [False, True]]
     for name, value in layers[0].state_dict(prefix="encoder.block.0.").items():
         assert torch.equal(value, expected[name])

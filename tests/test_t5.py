@@ -4,26 +4,30 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import opensora
+from opensora.acceleration.quantization import Int8Linear, num_quantized, quantize
 from opensora.checkpoints import builder
-from opensora.checkpoints.fit import load_weights
+from opensora.config.sections import checkpoints as schemas
 from opensora.errors import WeightsError
-from opensora.models.text_encoder.t5 import T5Encoder, load_t5_tokenizer, make_t5
+from opensora.models.text_encoder.t5 import T5Config, T5Encoder, T5EncoderModel, load_t5_tokenizer
 from tests.tiny import TINY_SENTENCES, make_tiny_t5
 
 SHIPPED = Path(opensora.__file__).parent / "embedded" / "text_encoder"
 needs_shipped = pytest.mark.skipif(not SHIPPED.is_dir(), reason="the embedded text encoder has not been trained")
 
 
-def load(folder: Path, **options) -> T5Encoder:
-    encoder = make_t5(json.loads((folder / "config.json").read_text()), folder, **options)
-    load_weights(encoder.model, folder)
+def load(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> T5Encoder:
+    section = {"type": "t5", "from_pretrained": str(folder), **options}
+    encoder = builder.build_text_encoder(section, folder, dtype)
+    builder.load_text_encoder_weights(encoder, section, folder, torch.device("cpu"))
     return encoder
 
 
@@ -128,13 +132,71 @@ def test_padding_takes_part_in_nothing(tiny: T5Encoder) -> None:
     assert not both[0, :, length:].any()
 
 
-def test_equals_transformers(tiny: T5Encoder, folder: Path) -> None:
-    from transformers import T5EncoderModel
+SHAPES = {
+    "tiny": dict(d_model=32, d_kv=16, d_ff=64, num_heads=2, num_layers=2, feed_forward_proj="gated-gelu"),
+    "other inner width": dict(d_model=40, d_kv=24, d_ff=56, num_heads=3, num_layers=3, feed_forward_proj="gated-gelu"),
+    "version 1.0": dict(d_model=64, d_kv=8, d_ff=128, num_heads=8, num_layers=4, feed_forward_proj="relu"),
+    "few buckets": dict(d_model=16, d_kv=8, d_ff=32, num_heads=2, num_layers=2, feed_forward_proj="relu",
+                        relative_attention_num_buckets=9, relative_attention_max_distance=20, layer_norm_epsilon=1e-3),
+    "XXL": dict(d_model=4096, d_kv=64, d_ff=10240, num_heads=64, num_layers=1, feed_forward_proj="gated-gelu"),
+}  # fmt: skip
 
-    reference = T5EncoderModel.from_pretrained(folder, local_files_only=True).eval()
-    tokens = tiny.tokenizer(TINY_SENTENCES[0], return_tensors="pt")
-    expected = reference(input_ids=tokens.input_ids).last_hidden_state
-    torch.testing.assert_close(tiny.encode([TINY_SENTENCES[0]])[0][:, 0], expected)
+
+def both_models(shape: dict[str, Any], vocab_size: int = 50) -> tuple[nn.Module, T5EncoderModel]:
+    """transformers' encoder and ours with the same random weights."""
+    import transformers
+
+    stated = schemas.T5Config(vocab_size=vocab_size, **shape)
+    with torch.device("meta"):
+        theirs = transformers.T5EncoderModel(transformers.T5Config(vocab_size=vocab_size, **shape))
+        ours = T5EncoderModel(T5Config(**dict(stated)))
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.rand(tensor.shape, generator=generator).sub_(0.5).mul_(6 / tensor.shape[-1] ** 0.5)
+        for name, tensor in ours.state_dict().items()
+    }
+    weights["encoder.embed_tokens.weight"] = weights["shared.weight"]
+    for model in (theirs, ours):
+        model.load_state_dict(weights, assign=True)
+        model.eval().requires_grad_(False)
+    return theirs, ours
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_transformers(shape: str) -> None:
+    theirs, ours = both_models(SHAPES[shape])
+    for length in (1, 2, 40, 300) if shape != "XXL" else (5,):
+        ids = torch.randint(50, (3, length), generator=torch.Generator().manual_seed(length))
+        mask = (torch.arange(length) < torch.tensor([[length], [max(length // 2, 1)], [1]])).long()
+        for rows in (slice(1), slice(3)):
+            expected = theirs(input_ids=ids[rows], attention_mask=mask[rows]).last_hidden_state
+            found, real = ours(ids[rows], mask[rows]), mask[rows].bool()
+            assert (found - expected)[real].norm() <= 1e-6 * expected[real].norm()
+        assert torch.equal(ours(ids[:1]), ours(ids[:1], mask[:1]))
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+def test_half_precision_equals_transformers(dtype: torch.dtype, error: float) -> None:
+    theirs, ours = (model.to(dtype) for model in both_models(SHAPES["tiny"]))
+    for name, module in (*theirs.named_modules(), *ours.named_modules()):
+        if dtype == torch.float16 and name.endswith(".wo"):
+            module.float()
+    ids = torch.arange(40)[None]
+    expected = theirs(input_ids=ids).last_hidden_state
+    found = ours(ids)
+    assert found.dtype == expected.dtype == dtype
+    assert (found - expected).float().norm() <= error * expected.float().norm()
+
+
+def test_layers_are_quantized() -> None:
+    _, model = both_models({**SHAPES["tiny"], "d_model": 128, "d_kv": 64, "d_ff": 256})
+    ids = torch.arange(20)[None]
+    exact = model(ids)
+    assert num_quantized(model) == 2 * (4 * 128 * 128 + 3 * 128 * 256)
+    found = quantize(model)(ids)
+    assert isinstance(model.get_submodule("encoder.block.1.layer.1.DenseReluDense.wo"), Int8Linear)
+    assert 0 < (found - exact).norm() < 0.05 * exact.norm()
 
 
 def test_a_long_prompt_is_cut_with_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

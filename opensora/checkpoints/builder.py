@@ -23,8 +23,8 @@ from opensora.distributed.fsdp import shard
 from opensora.distributed.process_group import RankLayout
 from opensora.errors import ConfigError, OpenSoraError, WeightsError
 from opensora.files import read_json
+from opensora.models.text_encoder import t5
 from opensora.models.text_encoder.clip import make_clip
-from opensora.models.text_encoder.t5 import make_t5
 from opensora.profiling.memory_meter import free_on_host
 
 TRAINING_ONLY = ("freeze", "freeze_y_embedder", "only_train_temporal", "drop_path", "freeze_vae_2d", "cal_loss")
@@ -121,15 +121,19 @@ def build_text_encoder(section: Section, path: Path | None, dtype: torch.dtype) 
     """Builds the text encoder of a section with its tokenizer, without weights."""
     if path is None:
         return registry.build(section)
-    folder, kind = _folder(path), section["type"]
-    make, config = {"t5": make_t5, "clip": make_clip}[kind], config_json(path)
-    check(TEXT_CONFIGS["clip_text" if kind == "clip" and "text_config" not in config else kind], config,
-                str(config_file(path)), WeightsError)  # fmt: skip
+    folder, kind, config = _folder(path), section["type"], config_json(path)
+    schema = TEXT_CONFIGS["clip_text" if kind == "clip" and "text_config" not in config else kind]
+    stated: Any = check(schema, config, str(config_file(path)), WeightsError)
     check_tokenizer(folder)
     if (tokenizer := folder / "tokenizer_config.json").is_file():
         check(TokenizerConfig, read_json(tokenizer, WeightsError), str(tokenizer), WeightsError)
     try:
-        encoder = make(config, folder, section.get("model_max_length", MAX_LENGTHS[kind]), dtype)
+        length = section.get("model_max_length", MAX_LENGTHS[kind])
+        encoder: Any
+        if kind == "t5":
+            encoder = t5.make_t5(t5.T5Config(**dict(stated)), folder, length, dtype)
+        else:
+            encoder = make_clip(config, folder, length, dtype)
         _check_vocabulary(encoder, folder)
         return encoder
     except OpenSoraError:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from opensora.config.schema import Count, Positive, Schema, Triple
+from opensora.config.schema import Count, Number, Positive, Schema, Triple
 from opensora.config.sections.common import MAX_PARAMETERS, Depth, Width
 from opensora.config.sections.models import Heads
 
@@ -37,17 +37,24 @@ class _TextModel(Schema):
 
 
 class T5Config(_TextModel):
-    """config.json of T5."""
+    """config.json of T5, with transformers' defaults."""
 
     vocab_size: VocabSize = 32_128
     d_model: Width = 512
     d_kv: Width = 64
     d_ff: Annotated[Positive, Field(le=1_000_000)] = 2_048
     num_layers: Depth = 6
-    num_decoder_layers: Depth | None = None
     num_heads: Heads = 8
-    relative_attention_num_buckets: Span = 32
+    relative_attention_num_buckets: Annotated[Span, Field(ge=4)] = 32
     relative_attention_max_distance: Span = 128
+    layer_norm_epsilon: Annotated[Number, Field(gt=0)] = 1e-6
+    feed_forward_proj: Literal["relu", "gated-gelu"] = "relu"
+
+    @model_validator(mode="after")
+    def _distances_grow(self) -> Any:
+        if 4 * self.relative_attention_max_distance <= self.relative_attention_num_buckets:
+            raise ValueError("relative_attention_max_distance must be more than relative_attention_num_buckets / 4")
+        return self
 
     def parameters(self) -> int:
         layers = 4 * self.d_model * self.d_kv * self.num_heads + 3 * self.d_model * self.d_ff

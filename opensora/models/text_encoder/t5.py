@@ -1,32 +1,205 @@
-"""T5 as a text encoder: prompts in, one feature per token out."""
+"""T5's encoder (Raffel et al. 2020, arXiv:1910.10683): prompts in, one feature per token out.
+
+Of version 1.0 (ReLU) and 1.1 (gated GELU, Shazeer 2020, arXiv:2002.05202). Parameters have the names of the published
+checkpoints.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from opensora.errors import WeightsError
+from opensora.models.layers.attention import RMSNorm
 from opensora.models.text_encoder.tokens import tokenize
 
 # What a full T5 checkpoint holds beside the encoder: patterns of names to leave out when loading.
 T5_DROPPED = ("decoder.*", "lm_head.weight")
 
 
+class T5Config(NamedTuple):
+    """The keys of a T5 config.json that describe the encoder."""
+
+    vocab_size: int
+    d_model: int
+    d_kv: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    relative_attention_num_buckets: int
+    relative_attention_max_distance: int
+    layer_norm_epsilon: float
+    feed_forward_proj: str
+
+
+class T5EncoderModel(nn.Module):
+    """T5's encoder: token ids [B, L] and their mask [B, L] (0 padding) -> features [B, L, d_model]."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = T5Stack(config, self.shared)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.encoder(ids, mask)
+
+
+class T5Stack(nn.Module):
+    """Blocks between the embedding of the tokens and a last norm."""
+
+    def __init__(self, config: T5Config, embed_tokens: nn.Embedding) -> None:
+        super().__init__()
+        self.embed_tokens = embed_tokens
+        self.block = nn.ModuleList(T5Block(config, first=i == 0) for i in range(config.num_layers))
+        self.final_layer_norm = T5LayerNorm(config.d_model, config.layer_norm_epsilon)
+
+    def forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        x, bias = self.embed_tokens(ids), None
+        for block in self.block:
+            x, bias = block(x, mask, bias)
+        return self.final_layer_norm(x)
+
+
+class T5Block(nn.Module):
+    """Self-attention and a feed-forward layer. The first block makes the attention bias that all of them use."""
+
+    def __init__(self, config: T5Config, first: bool) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList((SelfAttentionLayer(config, first), FeedForwardLayer(config)))
+
+    def forward(self, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [B, L, C] and the bias [B or 1, heads, L, L]; both come from the block before."""
+        attention, feed_forward = self.layer
+        x, bias = attention(x, mask, bias)
+        return feed_forward(x), bias
+
+
+class SelfAttentionLayer(nn.Module):
+    """x + attention(norm(x))."""
+
+    def __init__(self, config: T5Config, first: bool) -> None:
+        super().__init__()
+        self.SelfAttention = T5Attention(config, has_bias=first)
+        self.layer_norm = T5LayerNorm(config.d_model, config.layer_norm_epsilon)
+
+    def forward(self, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        bias = self.SelfAttention.bias(x.shape[1], mask) if bias is None else bias
+        return x + self.SelfAttention(self.layer_norm(x), bias), bias
+
+
+class FeedForwardLayer(nn.Module):
+    """x + feed_forward(norm(x))."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.DenseReluDense = FEED_FORWARD[config.feed_forward_proj](config)
+        self.layer_norm = T5LayerNorm(config.d_model, config.layer_norm_epsilon)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.DenseReluDense(self.layer_norm(x))
+
+
+class T5LayerNorm(RMSNorm):
+    """An RMS norm whose result has the dtype of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps).to(self.weight.dtype) * self.weight
+
+
+class T5Attention(nn.Module):
+    """Self-attention without scaling; positions enter as a learned bias for each head and distance."""
+
+    def __init__(self, config: T5Config, has_bias: bool) -> None:
+        super().__init__()
+        self.num_heads, inner = config.num_heads, config.num_heads * config.d_kv
+        self.q, self.k, self.v = (nn.Linear(config.d_model, inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.num_buckets = config.relative_attention_num_buckets
+        self.max_distance = config.relative_attention_max_distance
+        if has_bias:
+            self.relative_attention_bias = nn.Embedding(self.num_buckets, config.num_heads)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        return self.o(out.transpose(1, 2).flatten(2))
+
+    def bias(self, length: int, mask: Tensor | None) -> Tensor:
+        """The bias [B or 1, heads, L, L] of every query and key; padded keys get -inf."""
+        positions = torch.arange(length, device=self.relative_attention_bias.weight.device)
+        buckets = self.buckets(positions - positions[:, None])
+        bias = self.relative_attention_bias(buckets).movedim(-1, 0)[None]
+        return bias if mask is None else bias.masked_fill(mask[:, None, None] == 0, -math.inf)
+
+    def buckets(self, distance: Tensor) -> Tensor:
+        """The bucket of each distance from a query to a key.
+
+        Half of the buckets are for keys after the query. In either half the first half holds one distance each, the
+        others grow in proportion to the distance, and the last one holds everything from `max_distance` on.
+        """
+        side = self.num_buckets // 2
+        exact, far = side // 2, distance.abs()
+        growth = torch.log(far.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
+        wide = (exact + (growth * (side - exact)).long()).clamp(max=side - 1)
+        return torch.where(far < exact, far, wide) + side * (distance > 0)
+
+
+class OutputLinear(nn.Linear):
+    """A linear layer whose input is cast to the dtype of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+class ReluFeedForward(nn.Module):
+    """The feed-forward layer of T5 1.0."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = OutputLinear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wo(F.relu(self.wi(x)))
+
+
+class GatedGeluFeedForward(nn.Module):
+    """The feed-forward layer of T5 1.1."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.wi_0, self.wi_1 = (nn.Linear(config.d_model, config.d_ff, bias=False) for _ in range(2))
+        self.wo = OutputLinear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
+
+
+FEED_FORWARD: dict[str, Callable[[T5Config], nn.Module]] = {  # by a config.json's `feed_forward_proj`
+    "relu": ReluFeedForward,
+    "gated-gelu": GatedGeluFeedForward,
+}
+
+
 class T5Encoder:
     """A T5 encoder and its tokenizer; `output_dim` is the size of a token's feature."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, model_max_length: int = 300) -> None:
+    def __init__(self, model: T5EncoderModel, tokenizer: Any, model_max_length: int = 300) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.model_max_length = model_max_length
-        self.output_dim: int = model.config.d_model
+        self.output_dim = model.config.d_model
 
     @torch.no_grad()
-    def encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Features [B, 1, L, C] float32 and mask [B, L] int64 (1 a real token, 0 padding) of B cleaned prompts.
 
         L is the length of the longest prompt in the list: padding takes part in nothing, so a prompt's features do
@@ -37,27 +210,24 @@ class T5Encoder:
         device = next(self.model.parameters()).device
         ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id).to(device)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
-        features = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # [B, L, C]
+        features = self.model(ids, mask).float()  # [B, L, C]
         return (features * mask[..., None])[:, None], mask
 
 
 def make_t5(
-    config: dict[str, Any], tokenizer_folder: Path, model_max_length: int = 300, dtype: torch.dtype = torch.float32
+    config: T5Config, tokenizer_folder: Path, model_max_length: int = 300, dtype: torch.dtype = torch.float32
 ) -> T5Encoder:
-    """A T5Encoder of a config.json whose `model` lies on the meta device: no memory is taken until weights are loaded.
+    """A T5Encoder whose `model` lies on the meta device: no memory is taken until weights are loaded.
 
     `shared.weight` and `encoder.embed_tokens.weight` are one tensor; a checkpoint may hold either or both. Raises
     WeightsError when the folder holds no tokenizer.
     """
-    from transformers import T5Config, T5EncoderModel
-
     with torch.device("meta"):
-        model = T5EncoderModel(T5Config.from_dict(config)).to(dtype)
-    if dtype == torch.float16:  # these projections overflow in float16; transformers keeps them in float32 as well
-        for name, module in model.named_modules():
-            if name.endswith(".wo"):
+        model = T5EncoderModel(config).to(dtype)
+    if dtype == torch.float16:
+        for module in model.modules():
+            if isinstance(module, OutputLinear):  # overflows in float16
                 module.float()
-    model.tie_weights()
     return T5Encoder(model, load_t5_tokenizer(tokenizer_folder), model_max_length)
 
 
