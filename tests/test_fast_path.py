@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from opensora import cli
 from opensora.acceleration import precision, quantization
-from opensora.acceleration.flash_attention import use_attention
 from opensora.acceleration.kernels import layout, linear
 from opensora.acceleration.kernels.causal_conv import FoldedTime, folded_causal_conv
 from opensora.acceleration.kernels.layout import channels_last, outputs_last, pairwise_group_norm
@@ -388,26 +387,6 @@ def test_a_device_without_such_products_says_so(monkeypatch):
         quantization.check("fp8", CPU, torch.float32)
     quantization.check("int8", CPU, torch.float32)
     quantization.check("exact", CPU, torch.float32)
-
-
-@pytest.mark.skipif(not hasattr(torch.nn.attention, "list_flash_attention_impls"), reason="an older PyTorch")
-def test_attention_of_an_installed_package():
-    """PyTorch is told to use it; what is not known or does not load is refused."""
-    called = []
-
-    def broken():
-        raise ModuleNotFoundError("No module named 'some_kernels'")
-
-    torch.nn.attention.register_flash_attention_impl("GOOD", register_fn=lambda: called.append("GOOD"))
-    torch.nn.attention.register_flash_attention_impl("BROKEN", register_fn=broken)
-    use_attention(None)
-    assert not called
-    use_attention("GOOD")
-    assert called == ["GOOD"]
-    with pytest.raises(ConfigError, match=r"attention 'BROKEN' cannot be used here .*some_kernels.*; leave it out"):
-        use_attention("BROKEN")
-    with pytest.raises(ConfigError, match=r"attention 'GODO' is not known to PyTorch .*; it knows BROKEN, .*GOOD"):
-        use_attention("GODO")
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="says which files are mapped")

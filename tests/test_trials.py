@@ -28,7 +28,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that the trials take, one after the other; nothing is computed."""
     taken: list[float] = []
     monkeypatch.setattr(trial, "seconds", lambda work, device: taken.pop(0))
-    monkeypatch.setattr(step_cache, "use_attention", lambda name: None)
+    monkeypatch.setattr(step_cache, "use_attention", lambda name, device: None)
     monkeypatch.setattr(step_cache.quantization, "check", lambda *_: None)
     monkeypatch.setattr("opensora.acceleration.precision.multiplies_bf16", lambda: True)
     return taken

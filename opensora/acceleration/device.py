@@ -18,7 +18,10 @@ HOST = torch.device("cpu")
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device called `name`; by default the accelerator, else the CPU. Raises ConfigError if it is not available."""
+    """The device called `name`, current from now on; by default the accelerator, else the CPU.
+
+    Raises ConfigError if it is not available.
+    """
     if name is None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
@@ -28,6 +31,8 @@ def pick_device(name: str | None = None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, AttributeError) as error:
         raise ConfigError(_missing(name)) from error
+    if device.index is not None:
+        _make_current(device)
     return device
 
 
@@ -59,6 +64,14 @@ def _missing(name: str) -> str:
     return text
 
 
+def with_index(device: torch.device) -> torch.device:
+    """The device that a kind stands for now: it stays the same when another one becomes current."""
+    module = None if is_cpu(device) else torch.get_device_module(device)
+    if device.index is not None or not hasattr(module, "set_device"):
+        return device
+    return torch.device(device.type, module.current_device())
+
+
 def is_cpu(device: torch.device) -> bool:
     """Whether a device is the host's processor."""
     return device.type == "cpu"
@@ -69,38 +82,58 @@ def shares_host_memory(device: torch.device) -> bool:
     return device.type in ("cpu", "mps")
 
 
-def set_device(device: torch.device, local_rank: int, share: bool = False) -> None:
-    """Makes device number `local_rank`, of the kind of `device`, the current one of this process.
+def set_device(device: torch.device, local_rank: int, share: bool = False) -> torch.device:
+    """Makes device number `local_rank`, of the kind of `device`, the current one of this process; returns it.
 
     With `share`, processes beyond the number of devices share them. Raises ConfigError if there are fewer devices, or
     if `device` has an index.
     """
     if is_cpu(device):
-        return
+        return device
     if device.index is not None:
         remedy = f"name just '{device.type}': each process takes its own"
         raise ConfigError(f"device '{device}' is a single one, but torchrun has started several processes; {remedy}")
-    module = torch.get_device_module(device)
-    count = module.device_count()
+    count = torch.get_device_module(device).device_count()
     if local_rank >= count and not share:
         raise ConfigError(
             f"rank {local_rank} of this machine has no device; start {count} with --nproc_per_node {count}"
         )
+    own = torch.device(device.type, local_rank % count)
+    _make_current(own)
+    return own
+
+
+def _make_current(device: torch.device) -> None:
+    """What names no device of its own, such as an event or a kernel's stream, belongs to the current one."""
+    module = None if is_cpu(device) else torch.get_device_module(device)
     if hasattr(module, "set_device"):  # some back ends have a single device
-        module.set_device(local_rank % count)
+        module.set_device(device.index)
+
+
+def _numbered(device: torch.device) -> tuple[torch.device, ...]:
+    """The argument for functions of a device module, whose default is the current device."""
+    single = not hasattr(torch.get_device_module(device), "set_device")
+    return () if single or device.index is None else (device,)
 
 
 def synchronize(device: torch.device) -> None:
     """Waits until the device has finished all queued work."""
     if not is_cpu(device):
-        torch.get_device_module(device).synchronize()
+        torch.get_device_module(device).synchronize(*_numbered(device))
+
+
+def record_event(device: torch.device) -> torch.Event:
+    """An event behind the work that is queued on an accelerator. Raises RuntimeError where there are no events."""
+    event = torch.Event(device.type)
+    event.record(*(() if device.index is None else (torch.accelerator.current_stream(device),)))
+    return event
 
 
 def reset_peak_memory(device: torch.device) -> None:
     """Resets the peak that `peak_memory` reads, on devices that record one."""
     module = None if is_cpu(device) else torch.get_device_module(device)
     if hasattr(module, "reset_peak_memory_stats"):
-        module.reset_peak_memory_stats()
+        module.reset_peak_memory_stats(*_numbered(device))
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -113,7 +146,7 @@ def peak_memory(device: torch.device) -> int | None:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return None
     module = torch.get_device_module(device)
-    return int(module.max_memory_allocated()) if hasattr(module, "max_memory_allocated") else None
+    return int(module.max_memory_allocated(*_numbered(device))) if hasattr(module, "max_memory_allocated") else None
 
 
 def device_name(device: torch.device) -> str:

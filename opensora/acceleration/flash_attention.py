@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 from torch.nn import attention
+from torch.nn.attention import SDPBackend
+from torch.nn.functional import scaled_dot_product_attention
 
 from opensora.errors import ConfigError
 
+# Registered kernels replace flash attention's. PyTorch prefers cuDNN's to them on some devices, such as an H100.
+ORDER = [
+    SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.OVERRIDEABLE,
+    SDPBackend.MATH,
+]  # fmt: skip
+_preference = ExitStack()  # holds PyTorch's context of the order, which lasts as long as the process
 
-def use_attention(name: str | None) -> None:
-    """Makes PyTorch's attention call the kernels registered as `name`, in the whole process; None changes nothing.
+
+def use_attention(name: str | None, device: torch.device) -> None:
+    """Makes PyTorch's attention prefer the kernels registered as `name`, in the whole process; None changes nothing.
 
     Raises ConfigError if this PyTorch does not know the name, or the package is missing or not for this device.
     """
@@ -24,3 +35,6 @@ def use_attention(name: str | None) -> None:
     except Exception as error:  # the package and its dependencies raise anything
         reason = " ".join(str(error).split())[:150]
         raise ConfigError(f"attention '{name}' cannot be used here ({reason}); leave it out") from error
+    scaled_dot_product_attention(*(torch.zeros(1, 1, 8, 8, device=device),) * 3)  # the first call sets an order itself
+    _preference.close()
+    _preference.enter_context(attention.sdpa_kernel(ORDER, set_priority=True))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from opensora.acceleration.device import HOST, is_cpu, shares_host_memory
+from opensora.acceleration.device import HOST, is_cpu, record_event, shares_host_memory
 
 Batch = TypeVar("Batch")
 
@@ -19,7 +19,7 @@ def is_asynchronous(device: torch.device) -> bool:
     if is_cpu(device):
         return False
     try:
-        torch.Event(device.type).record()
+        record_event(device)
     except (RuntimeError, NotImplementedError):
         return False
     return True
@@ -30,8 +30,7 @@ def read_async(numbers: Tensor) -> Callable[[], list[float]]:
     if not is_asynchronous(numbers.device):
         return numbers.tolist
     on_host = numbers.to(HOST, non_blocking=True)
-    copied = torch.Event(numbers.device.type)
-    copied.record()
+    copied = record_event(numbers.device)
 
     def read() -> list[float]:
         copied.synchronize()

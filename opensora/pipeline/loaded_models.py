@@ -18,7 +18,7 @@ from opensora import registry
 from opensora.acceleration.allocator import keep_allocations_in_heap
 from opensora.acceleration.compile import compile_blocks
 from opensora.acceleration.cuda_graphs import CapturedModel, check_graphs
-from opensora.acceleration.device import pick_device
+from opensora.acceleration.device import pick_device, with_index
 from opensora.acceleration.memory_plan import BY_NAME, FAST, MemoryPlan
 from opensora.acceleration.offload import Offloader
 from opensora.acceleration.precision import inference_dtype
@@ -68,6 +68,7 @@ class LoadedModels:
         self.settings = settings
         self.device = pick_device(settings.device)
         self.layout = start(self.device, world_size())
+        self.device = with_index(self.device)
         check_guidance_ranks(settings.guidance_ranks, self.layout)
         self.dtype = inference_dtype(self.device, settings.dtype, settings.cpu_dtype)
         step_cache.try_choices(settings, self.device, self.dtype)

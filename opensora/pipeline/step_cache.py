@@ -43,7 +43,7 @@ def try_choices(settings: InferenceSettings, device: torch.device, dtype: torch.
         if dtype == torch.bfloat16 and settings.cpu_dtype == "bf16" and dtype != inference_dtype(device, "bf16"):
             _tell("cpu-dtype", "bf16", trial.products(dtype, torch.float32, device), "fp32")
         if settings.attention:
-            switch = partial(use_attention, settings.attention)
+            switch = partial(use_attention, settings.attention, device)
             _tell("attention", settings.attention, trial.attention(switch, device, dtype), "PyTorch's own attention")
 
 
