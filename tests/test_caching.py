@@ -248,8 +248,8 @@ def test_nothing_is_skipped_if_no_error_is_allowed() -> None:
 
 
 def test_the_promise_holds_for_prompts_that_are_harder_than_those_tried() -> None:
-    assert calibration.expected_most([0.01] * 6) == pytest.approx(calibration.LEAST_MARGIN * 0.01)
-    assert calibration.expected_most([0.001, 0.01, 0.1]) > 1
+    assert calibration.expected_max([0.01] * 6) == pytest.approx(calibration.LEAST_MARGIN * 0.01)
+    assert calibration.expected_max([0.001, 0.01, 0.1]) > 1
 
 
 @pytest.mark.parametrize("push", [0.0, 3.0], ids=["steady", "growing"])
@@ -366,7 +366,7 @@ def test_settings_that_make_no_sense_are_refused(more: dict[str, Any], message: 
 
 def test_a_table_has_to_be_given() -> None:
     with pytest.raises(ConfigError, match="cache_table"):
-        step_cache.asked(settings_with(cache="table"))
+        step_cache.from_settings(settings_with(cache="table"))
 
 
 SMALL = ["--image-size", "16", "24", "--num-frames", "5", "--verbose", "0"]

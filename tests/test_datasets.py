@@ -18,10 +18,10 @@ from opensora.datasets.datasets import (
     collate,
     frame_indices,
     num_starts,
-    to_levels,
+    to_model_range,
 )
-from opensora.datasets.quarantine import Broken
-from opensora.datasets.table import Texts, read_table
+from opensora.datasets.quarantine import UnreadableRow
+from opensora.datasets.table import TextColumn, read_table
 from opensora.datasets.transforms import resize_crop
 from opensora.datasets.video import reader
 from opensora.errors import ConfigError, MediaError
@@ -152,7 +152,7 @@ def test_parquet(tmp_path):
 
 def test_texts():
     texts = ["", "a", "", "café 東京\n", "\udc80"]
-    packed = Texts(texts)
+    packed = TextColumn(texts)
     assert list(packed) == texts and len(packed) == 5 and packed[3] == texts[3]
     for index in (-1, 5):
         with pytest.raises(IndexError):
@@ -290,8 +290,8 @@ def test_uint8_is_the_same_but_rounded(clip, tmp_path):
     for index, tolerance in (("0-5-20-20", 0.51 / 127.5), ("1-1-20-20", 1e-6)):
         exact, rounded = (VariableVideoTextDataset(table, as_uint8=as_uint8)[index] for as_uint8 in (False, True))
         assert rounded["video"].dtype == torch.uint8
-        assert (to_levels(rounded["video"]) - exact["video"]).abs().max() <= tolerance
-        assert to_levels(exact["video"]) is exact["video"]
+        assert (to_model_range(rounded["video"]) - exact["video"]).abs().max() <= tolerance
+        assert to_model_range(exact["video"]) is exact["video"]
 
 
 def test_what_models_are_told(clip, tmp_path):
@@ -356,11 +356,11 @@ def test_broken_rows_are_set_apart(mixed):
     data = VideoTextDataset(mixed, num_frames=2, image_size=(16, 16))
     batch = collate([data[row] for row in range(len(data))])
     assert batch["video"].shape == (2, 3, 2, 16, 16) and batch["fps"].tolist() == [24, 120]
-    assert [one.row for one in batch["broken"]] == [1, 2, 4, 5]
-    reasons = [one.reason for one in batch["broken"]]
+    assert [one.row for one in batch["unreadable"]] == [1, 2, 4, 5]
+    reasons = [one.reason for one in batch["unreadable"]]
     for reason, word in zip(reasons, ("cannot be read", "no such file", "thin", "no such file"), strict=True):
         assert word in reason and not reason.startswith(("/", ":"))
-    assert list(collate(batch["broken"])) == ["broken"]
+    assert list(collate(batch["unreadable"])) == ["unreadable"]
 
 
 def test_a_clip_shorter_than_its_row_says_and_an_image_for_a_video(mixed):
@@ -379,7 +379,7 @@ def test_workers_follow_the_epoch(mixed, persistent):
         data.set_epoch(epoch)
         [batch] = loader
         assert torch.equal(batch["video"][0], data[0]["video"])
-        assert all(isinstance(one, Broken) for one in batch["broken"])
+        assert all(isinstance(one, UnreadableRow) for one in batch["unreadable"])
 
 
 @pytest.mark.parametrize(("height", "width"), [(720, 1280), (719, 481), (33, 570), (64, 48)])

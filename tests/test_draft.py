@@ -60,7 +60,7 @@ def first_channels(*args: torch.Tensor, **told: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("edit", [None, EDIT], ids=["whole", "edited"])
 def test_a_sampler_stops_and_goes_on_at_every_step(name: str, edit: torch.Tensor | None) -> None:
     sampler = SAMPLERS[name]
-    if edit is not None and not sampler.takes_edit:
+    if edit is not None and not sampler.supports_edit:
         edit = None
     size = {"height": 64, "width": 64, "num_frames": 17}
     cond, null = {"y": torch.tensor([0.5, 0.7])}, {"y": torch.zeros(2)}

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from opensora.datasets import feature_files as module
 from opensora.datasets.bucket import Buckets
-from opensora.datasets.datasets import VariableVideoTextDataset, to_levels
+from opensora.datasets.datasets import VariableVideoTextDataset, to_model_range
 from opensora.datasets.encoded import (
     EncodedBatchSampler,
     EncodedDataset,
@@ -82,13 +82,13 @@ def test_samples_are_those_of_the_videos(folder: Path, table: Path) -> None:
         sample = dataset[index]
         size = dataset.sizes[dataset.group[index]]
         video = videos.at(int(dataset.crop[index]))["-".join(map(str, (sample["id"], *size)))]
-        expected = Vae().encode(to_levels(video["video"])[None], sample=False)[0]
+        expected = Vae().encode(to_model_range(video["video"])[None], sample=False)[0]
         torch.testing.assert_close(sample["latents"], expected, atol=1e-6, rtol=0)
         told = ("num_frames", "height", "width", "ar", "fps")
         assert [sample[name] for name in told] == [video[name] for name in told]
         text, _ = TextEncoder().encode([video["text"]])
         assert torch.equal(sample["text"], text[0, 0]) and sample["mask"].tolist() == [1] * len(video["text"])
-        last = Vae().encode(to_levels(video["video"])[None, :, -1:], sample=False)[0, :, 0]
+        last = Vae().encode(to_model_range(video["video"])[None, :, -1:], sample=False)[0, :, 0]
         torch.testing.assert_close(sample["last"], last, atol=1e-6, rtol=0)
 
 

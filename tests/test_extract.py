@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from opensora.checkpoints import builder
-from opensora.datasets.datasets import VariableVideoTextDataset, VideoTextDataset, to_levels
+from opensora.datasets.datasets import VariableVideoTextDataset, VideoTextDataset, to_model_range
 from opensora.errors import ConfigError, MediaError
 from opensora.training.feature_extraction import extract as module
 from opensora.training.feature_extraction.extract import ExtractSettings, extract
@@ -68,7 +68,7 @@ def test_latents_are_those_of_the_epoch(whole: Path, table: Path) -> None:
         dataset.set_epoch(part["crop"])
         for place, row in enumerate(shard["row"].tolist()):
             sample = dataset["-".join(map(str, (row, *part["size"])))]
-            video = to_levels(sample["video"])[None]
+            video = to_model_range(sample["video"])[None]
             assert torch.equal(shard["latents"][place], vae.encode(video, sample=False)[0].half())
             if part["size"][0] > 1:
                 last = vae.encode(video[:, :, -1:], sample=False)[0, :, 0]
@@ -307,7 +307,7 @@ def test_one_size_without_buckets(clips: list[tuple], table: Path, tmp_path: Pat
     for file in sorted(folder.iterdir()):
         shard = load_file(file)
         for row, latents in zip(shard["row"].tolist(), shard["latents"], strict=True):
-            expected = Vae().encode(to_levels(dataset[row]["video"])[None], sample=False)[0]
+            expected = Vae().encode(to_model_range(dataset[row]["video"])[None], sample=False)[0]
             torch.testing.assert_close(latents, expected, atol=1e-6, rtol=0)
             rows.append(row)
     assert rows == list(range(12))

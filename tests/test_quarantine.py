@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from opensora.datasets.quarantine import Broken, Quarantine
-from opensora.datasets.table import Table, Texts
+from opensora.datasets.quarantine import Quarantine, UnreadableRow
+from opensora.datasets.table import Table, TextColumn
 from opensora.errors import MediaError
 
 
 def test_quarantine_names_each_file_once(tmp_path, caplog):
     path = tmp_path / "broken.jsonl"
-    broken = [Broken(row, f"{row}\n.mp4", "is cut off") for row in range(4)]
+    broken = [UnreadableRow(row, f"{row}\n.mp4", "is cut off") for row in range(4)]
     quarantine = Quarantine(path, num_rows=100, most=0.03)
     quarantine.add(broken[:2])
     quarantine.add(broken[:3])
@@ -35,7 +35,7 @@ def test_quarantine_names_each_file_once(tmp_path, caplog):
 @pytest.mark.parametrize(("num_rows", "may_be"), [(1, 0), (2, 1), (10, 1), (100, 5)])
 def test_how_many_may_be_broken(num_rows, may_be, tmp_path):
     quarantine = Quarantine(tmp_path / "broken.jsonl", num_rows)
-    broken = [Broken(row, f"{row}.mp4", "is cut off") for row in range(num_rows)]
+    broken = [UnreadableRow(row, f"{row}.mp4", "is cut off") for row in range(num_rows)]
     quarantine.add(broken[:may_be])
     with pytest.raises(MediaError, match="over the limit"):
         quarantine.add(broken[: may_be + 1])
@@ -44,14 +44,14 @@ def test_how_many_may_be_broken(num_rows, may_be, tmp_path):
 def test_quarantine_that_cannot_be_written(tmp_path):
     quarantine = Quarantine(tmp_path / "no folder" / "broken.jsonl", 10)
     with pytest.raises(MediaError, match="cannot be written"):
-        quarantine.add([Broken(0, "a.mp4", "is cut off")])
+        quarantine.add([UnreadableRow(0, "a.mp4", "is cut off")])
 
 
 def listed(folder: Path, name: str, *paths: Path) -> Path:
     """A list of broken files, as a run left it."""
     folder.mkdir(exist_ok=True)
     quarantine = Quarantine(folder / name, num_rows=100)
-    quarantine.add(Broken(row, str(path), "is cut off") for row, path in enumerate(paths))
+    quarantine.add(UnreadableRow(row, str(path), "is cut off") for row, path in enumerate(paths))
     return folder
 
 
@@ -65,9 +65,9 @@ def test_the_limit_is_that_of_a_run_over_ranks_and_resumes(names: list[str], for
     how = {"former": [tmp_path / "run"]} if former else {}
     again = Quarantine(folder / "quarantine.jsonl", 100, **how)
     assert len(again) == 4
-    again.add([Broken(10, "new.mp4", "is cut off")])
+    again.add([UnreadableRow(10, "new.mp4", "is cut off")])
     with pytest.raises(MediaError, match="6 of 100 files cannot be read, over the limit of 5"):
-        again.add([Broken(11, "newer.mp4", "is cut off")])
+        again.add([UnreadableRow(11, "newer.mp4", "is cut off")])
     with pytest.raises(MediaError, match="6 of 100"):
         Quarantine(folder / "quarantine.jsonl", 100).check()
 
@@ -77,18 +77,18 @@ def test_what_was_mended_no_longer_counts(remedy: str, tmp_path: Path) -> None:
     paths = [tmp_path / f"{row}.mp4" for row in range(4)]
     [path.write_bytes(b"cut off") for path in paths[:2]]
     listed(tmp_path, "quarantine.jsonl", *paths)
-    table = Table("table.csv", Texts(map(str, paths)))
+    table = Table("table.csv", TextColumn(map(str, paths)))
     assert len(Quarantine(tmp_path / "quarantine.jsonl", 100, table=table)) == 4
     if remedy == "mended":
         [path.write_bytes(b"whole") for path in paths[1:3]]
     elif remedy == "taken out":
-        table = Table("table.csv", Texts(map(str, paths[:2])))
+        table = Table("table.csv", TextColumn(map(str, paths[:2])))
     else:
         [path.unlink() for path in paths[:2]]
     again = Quarantine(tmp_path / "quarantine.jsonl", 100, table=table)
     left = 4 if remedy == "removed" else 2  # a file that is gone is not mended
     assert len(again) == left
-    again.add([Broken(1, table.path[1], "is cut off")])
+    again.add([UnreadableRow(1, table.path[1], "is cut off")])
     assert len(Quarantine(tmp_path / "quarantine.jsonl", 100, table=table)) == left + (remedy == "mended")
 
 

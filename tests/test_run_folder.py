@@ -428,10 +428,10 @@ class TestDisk:
             close = step
 
         run = trainer(tmp_path)
-        run.tracker.boards.append(Full())
+        run.tracker.backends.append(Full())
         (run.folder / "log.jsonl").mkdir()
         run.run()
-        assert run.step == 10 and run.tracker.boards == []
+        assert run.step == 10 and run.tracker.backends == []
         assert caplog.text.count("lines are missing") == 1 and caplog.text.count("Full is left out") == 1
 
 

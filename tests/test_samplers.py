@@ -59,7 +59,7 @@ def run(scheduler, samples=(0, 1, 2), model=None, **given) -> torch.Tensor:
 @pytest.mark.parametrize("edit", [None, EDIT], ids=["whole", "edited"])
 def test_a_sample_does_not_depend_on_its_batch(name, edit):
     scheduler = SCHEDULERS[name](**FEW)
-    if edit is not None and not scheduler.takes_edit:
+    if edit is not None and not scheduler.supports_edit:
         return
     together = run(scheduler, edit=edit)
     assert together.shape == (3, *SHAPE) and together.dtype == torch.float32 and together.isfinite().all()
@@ -74,7 +74,7 @@ def test_guidance_and_flags(name):
     assert scheduler.num_steps == scheduler.num_evaluations == 6 and scheduler.num_branches == 2
     assert not torch.equal(run(scheduler), run(scheduler, guidance_scale=1.0))
     assert scheduler.draws_noise == name.startswith("iddpm")
-    assert scheduler.takes_edit == (name != "dpm-solver")
+    assert scheduler.supports_edit == (name != "dpm-solver")
     assert isinstance(registry.build({"type": name, **FEW}), SCHEDULERS[name])
 
 

@@ -37,7 +37,7 @@ from opensora.training.batch_size_search.search import (
     remedy,
     search,
 )
-from opensora.training.batch_size_search.search_model import Lines, ModelSearch
+from opensora.training.batch_size_search.search_model import LinearFit, ModelSearch
 from opensora.utils.config_utils import parse_search_args
 from tests.devices import Simulated, random_config
 from tests.tiny import make_tiny_t5, make_tiny_vae
@@ -124,7 +124,7 @@ def test_lines_are_found_again():
     spans = [Span("144p", 17, 1, 99), Span("240p", 17, 1, 99), Span("240p", 1, 1, 99)]
     slopes = {span: 1e-7 * span.tokens * factor for span, factor in zip(spans, (0.9, 1.1, 1.5), strict=True)}
     points = {span: {n: 0.3 + slopes[span] * n for n in (4, 20)} for span in spans}
-    lines = Lines(points, 1e-4)
+    lines = LinearFit(points, 1e-4)
     for span in spans:
         assert lines.at(span, 50) == pytest.approx(0.3 + 50 * slopes[span], rel=1e-2)
         assert lines.reach(span, 2.0) == pytest.approx(1.7 / slopes[span], rel=1e-2)

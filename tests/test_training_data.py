@@ -174,7 +174,7 @@ class TestTables:
     def test_broken_files_are_left_out_and_an_empty_batch_weighs_nothing(self, files: Path) -> None:
         source = table_source(settings(files), 1)
         batch = read_batch(source.dataset, [0, 12], (8, 16, 16))
-        assert len(batch["video"]) == len(batch["names"]) == 1 and batch["broken"][0].row == 12
+        assert len(batch["video"]) == len(batch["names"]) == 1 and batch["unreadable"][0].row == 12
         empty = read_batch(source.dataset, [12], (8, 16, 16))
         assert empty["weight"] == 0 and empty["names"] == [] and not empty["video"].any() and empty["text"] == [""]
 

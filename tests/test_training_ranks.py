@@ -13,7 +13,7 @@ import torch
 
 from opensora.checkpoints import builder
 from opensora.config.settings import TrainSettings
-from opensora.datasets.quarantine import Broken, Quarantine
+from opensora.datasets.quarantine import Quarantine, UnreadableRow
 from opensora.datasets.video import write_image
 from opensora.distributed.process_group import RankLayout, start
 from opensora.errors import MediaError
@@ -28,7 +28,7 @@ ROWS = 8  # of an epoch: 4 steps of one row on each rank
 
 
 def as_ranks(
-    monkeypatch: pytest.MonkeyPatch, numbers: list[tuple[float, ...]], broken: list[list[Broken]] = ()
+    monkeypatch: pytest.MonkeyPatch, numbers: list[tuple[float, ...]], broken: list[list[UnreadableRow]] = ()
 ) -> RankLayout:
     """One rank of several, of which the others say the same each time."""
     monkeypatch.setattr(
@@ -39,7 +39,7 @@ def as_ranks(
 
 
 def batch(*names: str, broken: tuple = ()) -> dict[str, Any]:
-    return {"names": list(names), "weight": float(bool(names)), "broken": list(broken)}
+    return {"names": list(names), "weight": float(bool(names)), "unreadable": list(broken)}
 
 
 class TestStepSynchronizer:
@@ -62,7 +62,7 @@ class TestStepSynchronizer:
         assert [one["weight"] for one in made.batches] == weights and made.samples == samples and not made.stop
 
     def test_broken_files_of_all_ranks_are_counted_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        broken = [Broken(row, f"{row}.mp4", "is cut off") for row in range(6)]
+        broken = [UnreadableRow(row, f"{row}.mp4", "is cut off") for row in range(6)]
         quarantine = Quarantine(tmp_path / "quarantine.jsonl", 100)
         group = as_ranks(monkeypatch, [(0, 0, 3, 0), (0, 0, 0, 0)], [broken[1:4], []])
         StepSynchronizer(group, quarantine)([batch("a", broken=broken[:2])])

@@ -44,7 +44,7 @@ def test_the_size_that_is_made_counts(asked, trained, warned, caplog: pytest.Log
     size = Size(17, *asked)
     warn_untrained(size, [[17, *trained]])
     assert bool(caplog.text) == warned
-    assert f"{asked[0]}x{asked[1]}" not in caplog.text or size.made == size
+    assert f"{asked[0]}x{asked[1]}" not in caplog.text or size.rounded == size
 
 
 @pytest.mark.parametrize(
@@ -52,10 +52,12 @@ def test_the_size_that_is_made_counts(asked, trained, warned, caplog: pytest.Log
 )
 def test_sides_are_rounded_down_to_multiples_of_eight(asked, made):
     size = Size(1, *asked)
-    assert size.made == (1, *made)
-    assert size.made.rounding == ""
-    assert bool(size.rounding) == (asked != made)
-    assert not size.rounding or size.rounding.startswith(f"{made[0]}x{made[1]} is made for {asked[0]}x{asked[1]}")
+    assert size.rounded == (1, *made)
+    assert size.rounded.rounding_note == ""
+    assert bool(size.rounding_note) == (asked != made)
+    assert not size.rounding_note or size.rounding_note.startswith(
+        f"{made[0]}x{made[1]} is made for {asked[0]}x{asked[1]}"
+    )
 
 
 def settings(**changes: object) -> InferenceSettings:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from opensora.acceleration.model_parts import kept_in_float32
 from opensora.checkpoints.advice import mismatch_hint
 from opensora.checkpoints.finite import magnitudes
-from opensora.checkpoints.formatting import first, shape
+from opensora.checkpoints.formatting import join_first, shape
 from opensora.checkpoints.hub import locate
 from opensora.checkpoints.key_mapping import Drop, KeyMapping, TensorDict, mapping_for
 from opensora.checkpoints.prefixes import check_no_adapter, strip_wrappers
@@ -43,7 +43,9 @@ def load_weights(
     tensors, changes = fit(model, found, path, mapping, strict)
     own = model.state_dict(keep_vars=True)
     if nowhere := [name for name in changes["initial"] if own[name].is_meta]:
-        raise RuntimeError(f"strict=False needs a model with initial values, not on the meta device: {first(nowhere)}")
+        raise RuntimeError(
+            f"strict=False needs a model with initial values, not on the meta device: {join_first(nowhere)}"
+        )
     check_finite(
         path, {name: (tensor, _target_dtype(name, own[name], dtype)) for name, tensor in tensors.items() if name in own}
     )
@@ -92,7 +94,7 @@ def fit(
         problems += [f"missing {name} {shape(own[name])}" for name in missing]
         problems += [f"unexpected {name} {shape(tensors[name])}" for name in unexpected]
     if problems:
-        listed = f"{first(problems, separator='; ')}{mismatch_hint(file, own, path)}"
+        listed = f"{join_first(problems, separator='; ')}{mismatch_hint(file, own, path)}"
         raise WeightsError(f"{path} does not fit {type(model).__name__}: {listed}")
     return filled, {
         "dropped": tuple(sorted({*file}.difference(origin.values()))),
@@ -131,12 +133,12 @@ def check_finite(path: Path, tensors: Mapping[str, tuple[Tensor, torch.dtype]]) 
     found = magnitudes({name: tensor for name, (tensor, _) in tensors.items()})
     if broken := [name for name, value in found.items() if not math.isfinite(value)]:
         raise WeightsError(
-            f"{path}: has values that are no finite numbers (NaN, infinity) in {first(broken, 3)}; "
+            f"{path}: has values that are no finite numbers (NaN, infinity) in {join_first(broken, 3)}; "
             "the training has diverged or the file is damaged, take an earlier or another one"
         )
     for name, (_, dtype) in tensors.items():
         if dtype.is_floating_point and found[name] > torch.finfo(dtype).max:
-            problem = f"{first([name])} has values up to {found[name]:.3g}, too large for {str(dtype)[6:]}"
+            problem = f"{join_first([name])} has values up to {found[name]:.3g}, too large for {str(dtype)[6:]}"
             raise WeightsError(f"{path}: {problem}; use --dtype bf16 or fp32")
 
 

@@ -21,7 +21,7 @@ def shape(tensor: Tensor) -> str:
     return f"{dtype_name(tensor)} [{', '.join(map(str, tensor.shape))}]"
 
 
-def first(words: Sequence[str], limit: int = 10, separator: str = ", ") -> str:
+def join_first(words: Sequence[str], limit: int = 10, separator: str = ", ") -> str:
     """The first `limit` items on one line, and how many more there are."""
     more = f"{separator}and {len(words) - limit:,} more" if len(words) > limit else ""
     return separator.join(map(_short, words[:limit])) + more

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from opensora.checkpoints.finite import not_finite
-from opensora.checkpoints.formatting import first
+from opensora.checkpoints.formatting import join_first
 from opensora.checkpoints.hub import locate, read_config_json
 from opensora.checkpoints.prefixes import adapter_names, common_prefix
 from opensora.checkpoints.read import read_state_dict
@@ -48,9 +48,9 @@ class CheckpointInfo:
             lines.append(f"config.json: {self.model_type}")
         lines.append(f"family: {self.family}")
         if self.prefix:
-            lines.append(f"all names begin with: {first([self.prefix])}")
+            lines.append(f"all names begin with: {join_first([self.prefix])}")
         if self.not_finite:
-            lines.append(f"not finite: {first(self.not_finite)}")
+            lines.append(f"not finite: {join_first(self.not_finite)}")
         return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from opensora.checkpoints.formatting import first
+from opensora.checkpoints.formatting import join_first
 from opensora.errors import WeightsError
 
 # Prefixes of all names, added by torch.nn.DataParallel, torch.compile, Lightning and others.
@@ -40,7 +40,8 @@ def strip_wrappers(
         some = [name for name in tensors if name.startswith(prefix)]
         if some and not any(name.startswith(prefix) for name in own):
             problem = f"{len(some):,} of {len(tensors):,} names begin with `{prefix}`, the others do not"
-            raise WeightsError(f"{path}: {problem} ({first([n for n in tensors if n not in some], 3)}); give one model")
+            others = join_first([name for name in tensors if name not in some], 3)
+            raise WeightsError(f"{path}: {problem} ({others}); give one model")
     return tensors, tuple(stripped)
 
 
@@ -74,9 +75,10 @@ def check_no_adapter(names: Collection[str], path: Path) -> None:
     if not found:
         return
     if any(".base_layer." in name for name in names):
-        raise WeightsError(f"{path}: is a model with an adapter in it ({first(found, 2)}); merge the two, then save it")
-    remedy = "merge it into its model and give the result"
-    raise WeightsError(f"{path}: is an adapter ({first(found, 2)}), not a model; {remedy}")
+        problem, remedy = "is a model with an adapter in it", "merge the two, then save it"
+    else:
+        problem, remedy = "is an adapter, not a model", "merge it into its model and give the result"
+    raise WeightsError(f"{path}: {problem} ({join_first(found, 2)}); {remedy}")
 
 
 def _is_adapter_folder(path: Path) -> bool:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file as load_safetensors
 from torch import Tensor
 
 from opensora.checkpoints.file_kinds import other_kind, weights_by_content
-from opensora.checkpoints.formatting import first
+from opensora.checkpoints.formatting import join_first
 from opensora.checkpoints.hub import SUFFIXES, UNFINISHED, checkpoint_files, one_line
 from opensora.checkpoints.pickle_interpreter import TensorView, Unsupported
 from opensora.checkpoints.pickles import read_pickled
@@ -36,10 +36,10 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     for file, promised in checkpoint_files(Path(path)).items():
         found = _read_file(file)
         if absent := [name for name in promised if name not in found]:
-            raise WeightsError(f"{file}: lacks tensors that the index promises: {first(absent)}; copy it again")
+            raise WeightsError(f"{file}: lacks tensors that the index promises: {join_first(absent)}; copy it again")
         if promised and (more := sorted(found.keys() - set(promised))):
             raise WeightsError(
-                f"{file}: holds tensors that the index does not promise of it: {first(more)}; "
+                f"{file}: holds tensors that the index does not promise of it: {join_first(more)}; "
                 "the two are not of one checkpoint, copy both again"
             )
         tensors.update(found)
@@ -107,7 +107,7 @@ def _unwrap(file: Path, value: Any) -> Mapping[str, Any]:
 def _describe_entry(name: Any, value: Any) -> str:
     if not isinstance(name, str):
         return f"the name {str(name)[:20]!r} is no text"
-    return f"entry '{first([name])}' is {_kind(value)}, not a plain tensor"
+    return f"entry '{join_first([name])}' is {_kind(value)}, not a plain tensor"
 
 
 def _kind(value: Any) -> str:

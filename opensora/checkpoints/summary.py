@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from opensora.checkpoints.formatting import dtype_name, first
+from opensora.checkpoints.formatting import dtype_name, join_first
 from opensora.checkpoints.key_mapping import POSITIONS, TensorDict
 
 NOT_PARAMETERS = ("y_embedder.y_embedding", *POSITIONS, "shift", "scale")
@@ -38,7 +38,7 @@ class Summary(NamedTuple):
         renamed = [" to ".join(pair) for pair in self.renamed]
         changes = {"stripped": self.stripped, "dropped": self.dropped, "resized": self.resized, "renamed": renamed}
         changes |= {"ignored": self.ignored, "left at initial values": self.initial}
-        notes = [f", {what} {first(names, 3)}" for what, names in changes.items() if names]
+        notes = [f", {what} {join_first(names, 3)}" for what, names in changes.items() if names]
         return f"{line}, sha256 {self.sha256[:12]}{''.join(notes)}"
 
 

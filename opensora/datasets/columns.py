@@ -24,7 +24,7 @@ SPELLINGS = {
 Where = Callable[[int], str]  # location of a row within a part, such as "line 3"
 
 
-def find(names: Sequence[str], source: str) -> dict[str, int]:
+def find_columns(names: Sequence[str], source: str) -> dict[str, int]:
     """The index of each known column, by its documented name. Case and blanks do not matter.
 
     Raises ConfigError if two columns could be the same one.
@@ -45,7 +45,7 @@ def find(names: Sequence[str], source: str) -> dict[str, int]:
     return found
 
 
-def no_path(names: Sequence[str], source: str) -> ConfigError:
+def missing_path_error(names: Sequence[str], source: str) -> ConfigError:
     """The error for a table without a column `path`."""
     near = [name for name in names if did_you_mean("path", [name])]
     problem = f"has no column 'path', only {', '.join(shortened(name) for name in names)[:200]}"
@@ -85,13 +85,13 @@ def texts(column: str, cells: Sequence[Any], where: Where, source: str) -> Seque
         cells = [_text(column, cell, where, row, source) for row, cell in enumerate(cells)]
     if max(map(len, cells), default=0) > MAX_TEXT:
         row = next(row for row, cell in enumerate(cells) if len(cell) > MAX_TEXT)
-        raise refused(source, where(row), column, f"holds {len(cells[row]):,} characters, more than {MAX_TEXT:,}")
+        raise cell_error(source, where(row), column, f"holds {len(cells[row]):,} characters, more than {MAX_TEXT:,}")
     if column != "path":
         try:
             "".join(cells).encode()
         except UnicodeEncodeError:
             row = next(row for row, cell in enumerate(cells) if not _is_unicode(cell))
-            raise refused(source, where(row), column, "is not UTF-8 text", "save the table as UTF-8") from None
+            raise cell_error(source, where(row), column, "is not UTF-8 text", "save the table as UTF-8") from None
     return cells
 
 
@@ -138,6 +138,6 @@ def _number(cell: object) -> float:
         return math.nan
 
 
-def refused(source: str, where: str, column: str, problem: str, remedy: str = "correct the cell") -> ConfigError:
+def cell_error(source: str, where: str, column: str, problem: str, remedy: str = "correct the cell") -> ConfigError:
     """The error for an invalid cell."""
     return ConfigError(f"{source}: {where}, column '{column}': {problem}; {remedy}")

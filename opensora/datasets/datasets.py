@@ -1,7 +1,7 @@
 """Videos and images of a table as training samples: a temporal crop at a size, with its caption.
 
-The crop is a function of (seed, epoch, row). Unreadable files are skipped, never replaced: the sample is a `Broken`,
-`collate` separates it, and a `Quarantine` counts and lists it, and stops a run with too many.
+The crop is a function of (seed, epoch, row). Unreadable files are skipped, never replaced: the sample is an
+`UnreadableRow`, which `collate` separates, and a `Quarantine` counts and lists; it stops a run with too many.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from opensora.config.schema import check
 from opensora.datasets.bucket import random_words
-from opensora.datasets.quarantine import Broken
+from opensora.datasets.quarantine import UnreadableRow
 from opensora.datasets.table import read_table
 from opensora.datasets.transforms import get_transform
 from opensora.datasets.video import is_image as _is_image
@@ -47,7 +47,7 @@ def frame_indices(total: int, num_frames: int, interval: int, start: int) -> lis
     return [start + step * (length - 1) // max(num_frames - 1, 1) for step in range(num_frames)]
 
 
-def to_levels(video: Tensor) -> Tensor:
+def to_model_range(video: Tensor) -> Tensor:
     """Converts uint8 to float32 in [-1, 1], on the tensor's device; float32 stays unchanged."""
     return video if video.is_floating_point() else video.float().div(127.5).sub(1)
 
@@ -84,13 +84,14 @@ class _TableDataset(Dataset):
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, index: Any) -> dict[str, Any] | Broken:
+    def __getitem__(self, index: Any) -> dict[str, Any] | UnreadableRow:
         try:
             return self.read(index)
         except MediaError as error:
             row = self._row(index)
             path = self.table.path[row]
-            return Broken(row, path, str(error).removeprefix(f"{path}: ").removeprefix(f"{self.table.file(row)}: "))
+            reason = str(error).removeprefix(f"{path}: ").removeprefix(f"{self.table.file(row)}: ")
+            return UnreadableRow(row, path, reason)
 
     def _row(self, index: Any) -> int:
         return int(index)
@@ -201,14 +202,14 @@ class VariableVideoTextDataset(_TableDataset):
         return self._captioned(row, sample) if self.with_text else sample
 
 
-def collate(samples: Iterable[dict[str, Any] | Broken]) -> dict[str, Any]:
-    """Batches samples: tensors stacked, numbers as tensors [B], texts as a list; unreadable ones in `broken`.
+def collate(samples: Iterable[dict[str, Any] | UnreadableRow]) -> dict[str, Any]:
+    """Batches samples: tensors stacked, numbers as tensors [B], texts as a list; unreadable ones in `unreadable`.
 
     A batch of only unreadable samples has no other key.
     """
     samples = list(samples)
-    whole = [sample for sample in samples if not isinstance(sample, Broken)]
-    batch: dict[str, Any] = {"broken": [sample for sample in samples if isinstance(sample, Broken)]}
+    whole = [sample for sample in samples if not isinstance(sample, UnreadableRow)]
+    batch: dict[str, Any] = {"unreadable": [sample for sample in samples if isinstance(sample, UnreadableRow)]}
     for name in whole[0] if whole else ():
         values = [sample[name] for sample in whole]
         if isinstance(values[0], Tensor):

@@ -30,9 +30,9 @@ def parts(source: str) -> Iterator[tuple[int, dict[str, Sequence[Any]]]]:
         with open_regular(source, ConfigError) as file:
             content = parquet.ParquetFile(file)
             names = content.schema_arrow.names
-            places = columns.find(names, source)
+            places = columns.find_columns(names, source)
             if "path" not in places:
-                raise columns.no_path(names, source)
+                raise columns.missing_path_error(names, source)
             for column, place in places.items():
                 _check_type(pyarrow.types, column, names[place], content.schema_arrow.types[place], source)
             budget = LEAST_BYTES + MOST_TIMES * os.fstat(file.fileno()).st_size
@@ -97,7 +97,7 @@ def _cells(column: str, array: Any, first: int, source: str) -> list[Any]:
             if longest > 4 * MAX_TEXT:
                 place = f"rows {first} to {first + len(array) - 1}" if dictionary else f"row {_longest(values) + first}"
                 problem = f"holds {longest:,} bytes, more than {MAX_TEXT:,} characters"
-                raise columns.refused(source, place, column, problem, "shorten the cell")
+                raise columns.cell_error(source, place, column, problem, "shorten the cell")
     return array.to_pylist()
 
 

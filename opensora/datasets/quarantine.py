@@ -17,12 +17,12 @@ from opensora.files import parse_json
 
 log = logging.getLogger("opensora")
 
-MOST_BROKEN = 0.05  # share of the rows of a table
-LEAST_BROKEN = 1  # this many unreadable files never stop a run that has others
+MAX_UNREADABLE_SHARE = 0.05  # share of the rows of a table
+MIN_UNREADABLE = 1  # this many unreadable files never stop a run that has others
 MAX_LIST_BYTES = 2**28  # size of a list
 
 
-class Broken(NamedTuple):
+class UnreadableRow(NamedTuple):
     """An unreadable row and the reason."""
 
     row: int
@@ -30,9 +30,9 @@ class Broken(NamedTuple):
     reason: str
 
 
-def most_broken(num_rows: int, share: float = MOST_BROKEN) -> int:
+def max_unreadable(num_rows: int, share: float = MAX_UNREADABLE_SHARE) -> int:
     """The number of rows that may be unreadable; never all of them."""
-    return max(min(max(LEAST_BROKEN, int(share * num_rows)), num_rows - 1), 0)
+    return max(min(max(MIN_UNREADABLE, int(share * num_rows)), num_rows - 1), 0)
 
 
 class _Entry(Schema):
@@ -54,11 +54,11 @@ class Quarantine:
     """
 
     def __init__(
-        self, path: str | Path, num_rows: int, most: float = MOST_BROKEN, table: Table | None = None,
+        self, path: str | Path, num_rows: int, most: float = MAX_UNREADABLE_SHARE, table: Table | None = None,
         former: Iterable[Path] = (), writes: bool = True,
     ) -> None:  # fmt: skip
         self.path, self.num_rows, self.table, self.writes = Path(path), num_rows, table, writes
-        self.limit = most_broken(num_rows, most)
+        self.limit = max_unreadable(num_rows, most)
         self.rows: set[int] = set()
         content = _content(self.path)
         self.named = {one.path: key for one, key in _listed(content)}
@@ -71,9 +71,9 @@ class Quarantine:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def add(self, broken: Iterable[Broken]) -> None:
+    def add(self, unreadable: Iterable[UnreadableRow]) -> None:
         """Adds the unreadable samples of a batch. Raises MediaError if all ranks together exceed the limit."""
-        new = [one for one in broken if one.row not in self.rows]
+        new = [one for one in unreadable if one.row not in self.rows]
         for one in new:
             self.rows.add(one.row)
             self._list(one)
@@ -89,7 +89,7 @@ class Quarantine:
                 f"{problem}; they are listed with reasons in {self.path}; mend them, or take out their rows"
             )
 
-    def _count(self, folder: Path) -> list[Broken]:
+    def _count(self, folder: Path) -> list[UnreadableRow]:
         """Counts the rows listed in a folder that are still unreadable; returns the new ones."""
         found = []
         for path in sorted(folder.glob(f"{self.path.name.partition('.')[0]}*{self.path.suffix}")):
@@ -99,7 +99,7 @@ class Quarantine:
                     found.append(one)
         return found
 
-    def _still(self, one: Broken, key: str | None) -> bool:
+    def _still(self, one: UnreadableRow, key: str | None) -> bool:
         if self.table is not None and (
             one.row >= len(self.table) or Path(self.table.path[one.row]).name != Path(one.path).name
         ):
@@ -107,12 +107,12 @@ class Quarantine:
         now = self._key(one)
         return key in (None, now) or not int(now, 16)
 
-    def _key(self, one: Broken) -> str:
+    def _key(self, one: UnreadableRow) -> str:
         """The content key of the file, as hex."""
         path = one.path if self.table is None else self.table.file(one.row)
         return content_key(path).tobytes().hex()
 
-    def _list(self, one: Broken) -> None:
+    def _list(self, one: UnreadableRow) -> None:
         key = self._key(one)
         if self.named.get(one.path, "") in (None, key):  # lists of earlier versions have no keys
             return
@@ -129,7 +129,7 @@ class Quarantine:
             raise MediaError(f"{self.path}: cannot be written ({error.strerror}); free some space") from error
 
 
-def _name(one: Broken) -> str:
+def _name(one: UnreadableRow) -> str:
     return one.path or f"row {one.row}"
 
 
@@ -142,9 +142,9 @@ def _content(path: Path) -> bytes:
     return b""
 
 
-def _listed(content: bytes) -> Iterator[tuple[Broken, str | None]]:
+def _listed(content: bytes) -> Iterator[tuple[UnreadableRow, str | None]]:
     """Yields the entries of a list with their content keys; skips a truncated line."""
     for line in content.splitlines():
         with suppress(MediaError):
-            entry = check(_Entry, parse_json(line, "a list of broken files"), error=MediaError)
-            yield Broken(entry.row, entry.path, entry.reason), entry.key
+            entry = check(_Entry, parse_json(line, "a list of unreadable files"), error=MediaError)
+            yield UnreadableRow(entry.row, entry.path, entry.reason), entry.key

@@ -23,7 +23,7 @@ from opensora.errors import ConfigError
 from opensora.files import error_message
 
 
-class Texts(Sequence[str]):
+class TextColumn(Sequence[str]):
     """A sequence of texts in two arrays, which forked workers share; lists of str would be copied page by page."""
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -50,7 +50,7 @@ class Texts(Sequence[str]):
         return int(np.count_nonzero(lengths == 0)) + blank
 
 
-class Missing(NamedTuple):
+class MissingFiles(NamedTuple):
     """Rows [N] with missing files, and the paths tried for the first of them."""
 
     rows: np.ndarray
@@ -65,8 +65,8 @@ class Table:
     """
 
     source: str
-    path: Texts
-    text: Texts | None = None
+    path: TextColumn
+    text: TextColumn | None = None
     num_frames: np.ndarray | None = None
     height: np.ndarray | None = None
     width: np.ndarray | None = None
@@ -100,7 +100,7 @@ class Table:
         for base in (self.folder, "") if self.folder_first else ("", self.folder):
             yield from (os.path.join(base, spelling) for spelling in spellings if spelling and base is not None)
 
-    def missing(self) -> Missing:
+    def missing(self) -> MissingFiles:
         """The rows with missing files. Lists each folder once instead of checking each file."""
         there = _FolderListings()
         rows = [
@@ -109,7 +109,7 @@ class Table:
             if path not in there and not any(map(there.holds, self.candidate_paths(path)))
         ]
         tried = list(dict.fromkeys(self.candidate_paths(self.path[rows[0]]))) if rows else []
-        return Missing(np.array(rows, np.int64), tried)
+        return MissingFiles(np.array(rows, np.int64), tried)
 
     def empty_texts(self) -> int:
         """The number of rows without a caption."""
@@ -163,7 +163,7 @@ def read_table(path: str | Path | None) -> Table:
         for part in reader(source, notes):
             for name, cells in part.cells.items():
                 parts.setdefault(name, []).append(
-                    Texts(columns.texts(name, cells, part.where, source))
+                    TextColumn(columns.texts(name, cells, part.where, source))
                     if name in TEXTS
                     else columns.numbers(name, cells, part.where, source, notes)
                 )
@@ -176,9 +176,9 @@ def read_table(path: str | Path | None) -> Table:
     return Table(source, **whole, folder=os.path.dirname(source), folder_first=laid_out)
 
 
-def _joined(parts: Sequence[Texts]) -> Texts:
+def _joined(parts: Sequence[TextColumn]) -> TextColumn:
     """Concatenates texts."""
-    whole = Texts(())
+    whole = TextColumn(())
     lengths = np.concatenate([np.diff(part.ends, prepend=0) for part in parts])
     whole.ends, whole.data = np.cumsum(lengths), np.concatenate([part.data for part in parts])
     return whole

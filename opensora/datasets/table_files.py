@@ -118,7 +118,7 @@ def _detect_format(line: str, separators: Sequence[str], source: str) -> tuple[s
             names = next(csv.reader([line], delimiter=separator), [])
         except csv.Error:  # field too long
             names = line[:200].split(separator)
-        places = columns.find(names, source)
+        places = columns.find_columns(names, source)
         readings.append(
             ("path" in places, _names_media(names[0]) if names else False, len(names), separator, names, places)
         )
@@ -127,7 +127,7 @@ def _detect_format(line: str, separators: Sequence[str], source: str) -> tuple[s
         return separator, names, places, True
     if media:  # a table of Open-Sora 1.0, without header
         return separator, list(TEXTS), {name: place for place, name in enumerate(TEXTS)}, False
-    raise columns.no_path([name.strip() for name in names], source)
+    raise columns.missing_path_error([name.strip() for name in names], source)
 
 
 def _names_media(text: str) -> bool:
@@ -210,10 +210,10 @@ def read_jsonl(source: str, notes: Notes) -> Iterator[Part]:
                         raise ConfigError(
                             f"{source}: line {number}: its rows have too many different keys; write the same"
                         )
-                    places[keys] = columns.find(keys, f"{source}: line {number}")
+                    places[keys] = columns.find_columns(keys, f"{source}: line {number}")
                     notes.columns.update(places[keys])
                     if "path" not in places[keys]:
-                        raise columns.no_path(keys, f"{source}: line {number}")
+                        raise columns.missing_path_error(keys, f"{source}: line {number}")
                 values = tuple(row.values())
                 for name, column in cells.items():
                     place = places[keys].get(name)

@@ -77,7 +77,7 @@ class _Bench:
         built = models.build(job.size)
         [self.request] = requests = check(models, job, refine(models, job, job.requests[:1]), built)
         choose_memory_plan(models, job, requests, built)
-        self.texts = encode_texts(models, job, [*job.texts(self.request), *step_cache.prompts(settings)])
+        self.texts = encode_texts(models, job, [*job.texts(self.request), *step_cache.calibration_prompts(settings)])
         self.latent_size = tuple(built.vae.get_latent_size(job.size))
         self.step = self._count_step(built.model)  # before it is compiled
         models.load(job.size)

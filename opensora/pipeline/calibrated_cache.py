@@ -25,12 +25,12 @@ logger = logging.getLogger("opensora")
 def calibrated_cache(models: LoadedModels, job: Job, latent_shape: tuple[int, ...], texts: Texts) -> Cache:
     """The step cache of a job on loaded models: that of its settings, or for "auto" the calibrated one.
 
-    `texts` holds the prompts of `step_cache.prompts`.
+    `texts` holds the prompts of `step_cache.calibration_prompts`.
     """
     settings, scheduler = job.settings, job.scheduler
     if settings.cache != "auto" or settings.max_error == 0:
         return job.cache
-    names, interval = step_cache.prompts(settings), settings.guidance_interval
+    names, interval = step_cache.calibration_prompts(settings), settings.guidance_interval
     negative = {} if job.negative_text is None else {"negative": job.negative_text}
     key = calibration_store.key_of(
         weights=models.summaries["model"].sha256, scheduler=settings.scheduler, shape=latent_shape, size=job.size,

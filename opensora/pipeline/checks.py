@@ -64,10 +64,10 @@ def _check_length(tokens: int, config: dict[str, Any], what: str = "a prompt") -
 
 def warn_untrained(size: Size, trained: list[list[int]]) -> None:
     """Warns where the checkpoint lists the sizes that it was trained on, and this one is not among them."""
-    known = list(dict.fromkeys(Size(*one).made for one in trained))
-    if known and size.made not in known:
+    known = list(dict.fromkeys(Size(*one).rounded for one in trained))
+    if known and size.rounded not in known:
         listed = ", ".join(map(str, known))
-        logger.warning("this model was trained on %s: expect noise at %s", listed, size.made)
+        logger.warning("this model was trained on %s: expect noise at %s", listed, size.rounded)
 
 
 @contextmanager

@@ -42,13 +42,13 @@ def place_media(job: Job, requests: Sequence[Request], model: Any, vae: Any) -> 
 def _with_media(job: Job, requests: Sequence[Request], vae: Any) -> list[Request]:
     """The requests with `image`, `last_frame`, `extend` and `edit` as references and a mask strategy."""
     settings = job.settings
-    if not media_conditions.sources(settings):
+    if not media_conditions.media_paths(settings):
         return list(requests)
     if twice := [one.prompt for one in requests if one.reference_path or one.mask_strategy]:
         names = ", ".join(media_conditions.NAMES)
         raise ConfigError(f"prompt {twice[0]!r} brings its own references; leave out {names}")
     latent_frames = vae.get_latent_size(job.size)[0]
-    given = media_conditions.conditions(settings, job.size.num_frames, latent_frames, vae.group)
+    given = media_conditions.reference_settings(settings, job.size.num_frames, latent_frames, vae.group)
     job.align = given.align
     job.references.check(given.reference_path)
     named = {"reference_path": given.reference_path, "mask_strategy": given.mask_strategy}

@@ -55,26 +55,26 @@ class Result(NamedTuple):
 
 
 def generate(
-    models: LoadedModels, job: Job, requests: Sequence[Request], *, decodes: bool = True, progress: bool = False,
-    stays: bool = False,
+    models: LoadedModels, job: Job, requests: Sequence[Request], *, with_frames: bool = True, progress: bool = False,
+    keep_loaded: bool = False,
 ) -> Iterator[StepEnd | Result]:  # fmt: skip
     """Every step of the sampler, and every result as soon as it is there, in the order of the requests.
 
-    Without `decodes` results have latents alone. `stays`: more requests follow on these models, so that the text
-    encoder stays where memory suffices. `progress` shows a bar. Raises ConfigError, MediaError or WeightsError.
+    Without `with_frames` results have only latents. `keep_loaded` keeps the text encoder for later requests where
+    memory suffices. `progress` shows a bar. Raises ConfigError, MediaError or WeightsError.
     """
     # 1. Locate and build the models; refuse what they cannot make
     models.locate()
     requests = check(models, job, refine(models, job, requests), models.build(job.size))
 
     # 2. Choose how much memory to take
-    keeps_text_encoder = choose_memory_plan(models, job, requests, models.build(job.size), stays)
-    if job.size.rounding:
-        logger.info("%s", job.size.rounding)
+    keeps_text_encoder = choose_memory_plan(models, job, requests, models.build(job.size), keep_loaded)
+    if job.size.rounding_note:
+        logger.info("%s", job.size.rounding_note)
 
     # 3. Encode the prompts, then read the weights of autoencoder and diffusion model
     first, *others = portions(job, requests)
-    texts = encode_texts(models, job, [*job.texts_of(first), *step_cache.prompts(job.settings)])
+    texts = encode_texts(models, job, [*job.texts_of(first), *step_cache.calibration_prompts(job.settings)])
     if not keeps_text_encoder:
         models.drop_text_encoder()
     models.load(job.size)
@@ -86,19 +86,19 @@ def generate(
         logger.info("drafts stop after %d of %d steps", job.stop, job.scheduler.num_steps)
 
     # 4. Denoise and decode, batch by batch
-    yield from _generate_portion(models, job, first, texts, decodes, progress)
+    yield from _generate_portion(models, job, first, texts, with_frames, progress)
     for portion in others:
         texts.clear()
         texts = encode_texts(models, job, job.texts_of(portion))
         if not keeps_text_encoder:
             models.drop_text_encoder()
-        yield from _generate_portion(models, job, portion, texts, decodes, progress)
+        yield from _generate_portion(models, job, portion, texts, with_frames, progress)
     remember_pace(models, job, texts, len(requests) * job.settings.loop)
 
 
 def refine(models: LoadedModels, job: Job, requests: Sequence[Request]) -> list[Request]:
     """The requests in the words of the language model, if the settings ask for one; it is asked once for each text."""
-    if prompt_refiner.is_wanted(job.settings):
+    if prompt_refiner.is_enabled(job.settings):
         where, texts = prompt_refiner.endpoint(job.settings), [text for one in requests for text in one.texts]
         answers = prompt_refiner.refine_texts(texts, where) if models.layout.is_main else {}
         job.use_refined(broadcast_object(answers, models.layout), llm_model=where[1])
@@ -117,18 +117,18 @@ def check(models: LoadedModels, job: Job, requests: Sequence[Request], built: Co
 
 
 def choose_memory_plan(
-    models: LoadedModels, job: Job, requests: Sequence[Request], built: Components, stays: bool = False
+    models: LoadedModels, job: Job, requests: Sequence[Request], built: Components, keep_loaded: bool = False
 ) -> bool:
     """Has the models use the memory plan of the settings or the one that fits; whether the text encoder may stay.
 
     Models that are loaded already change to a plan of less memory only.
     """
-    again = stays or len(portions(job, requests)) > 1
+    again = keep_loaded or len(portions(job, requests)) > 1
     estimate = ResourceEstimate(models, built, job, requests, again)
     loaded = estimate.weights() if models.model is not None else 0
     plans = PLANS[PLANS.index(models.plan) :] if loaded else PLANS
     models.use_plan(broadcast_object(estimate.choose(loaded, plans), models.layout))
-    return stays and broadcast_object(estimate.fits(models.plan, loaded), models.layout)
+    return keep_loaded and broadcast_object(estimate.fits(models.plan, loaded), models.layout)
 
 
 def _check_drafts(models: LoadedModels, job: Job, requests: Sequence[Request], latent_shape: tuple[int, ...]) -> None:
@@ -140,7 +140,7 @@ def _check_drafts(models: LoadedModels, job: Job, requests: Sequence[Request], l
 
 
 def _generate_portion(
-    models: LoadedModels, job: Job, requests: Sequence[Request], texts: Texts, decodes: bool, progress: bool
+    models: LoadedModels, job: Job, requests: Sequence[Request], texts: Texts, with_frames: bool, progress: bool
 ) -> Iterator[StepEnd | Result]:
     """Every step, and the results in the order of the requests; one that is early waits for its turn."""
     finished: dict[Request, Result] = {}
@@ -148,7 +148,7 @@ def _generate_portion(
     expected = next(waiting)
     with memory_advice(job.size, models.plan):
         for batch in batches(models, job, requests, texts):
-            for event in generate_batch(models, job, batch, texts, decodes, progress):
+            for event in generate_batch(models, job, batch, texts, with_frames, progress):
                 if isinstance(event, StepEnd):
                     yield event
                     continue
@@ -162,7 +162,7 @@ def _generate_portion(
 
 @torch.inference_mode()  # cheaper for small operations than no_grad
 def generate_batch(
-    models: LoadedModels, job: Job, batch: list[Request], texts: Texts, decodes: bool = True, progress: bool = False
+    models: LoadedModels, job: Job, batch: list[Request], texts: Texts, with_frames: bool = True, progress: bool = False
 ) -> Iterator[StepEnd | Result]:
     """The steps and results of requests that are denoised together: loop after loop, each continuing the one before.
 
@@ -181,7 +181,7 @@ def generate_batch(
         continues = loop + 1 < job.settings.loop and not job.stop
         for row in range(len(batch)):
             clip = None
-            if decodes and models.layout.is_main:
+            if with_frames and models.layout.is_main:
                 with job.timed("decoding"):
                     clip = decode(models, job, latents[row : row + 1], keep_video=continues)
                     synchronize(models.device)

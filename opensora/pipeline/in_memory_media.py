@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opensora.datasets.video import MAX_PIXELS, check_pixels, check_side, image_levels, to_uint8
+from opensora.datasets.video import MAX_PIXELS, check_pixels, check_side, image_to_uint8, to_uint8
 from opensora.errors import MediaError
 from opensora.files import error_message
 
@@ -96,7 +96,7 @@ def _to_frames(pixels: object, argument: str) -> np.ndarray:
     if isinstance(pixels, Image.Image):
         check_side(argument, pixels.height, pixels.width)
         try:
-            return image_levels(pixels, argument)[None]
+            return image_to_uint8(pixels, argument)[None]
         except OSError as error:  # an image of a file that is read only now
             raise MediaError(
                 f"{argument}: cannot be read as an image ({error_message(error)}); give another"

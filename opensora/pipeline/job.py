@@ -54,9 +54,9 @@ class Job:
         check_refiner(settings)
         self.settings = settings
         self.size = make_size(settings)
-        self.frame_size = self.size.made[1:]  # (height, width) in pixels of the output
+        self.frame_size = self.size.rounded[1:]  # (height, width) in pixels of the output
         self.scheduler = registry.build(settings.scheduler)
-        self.cache = step_cache.asked(settings)
+        self.cache = step_cache.from_settings(settings)
         self.stop = draft.steps_to_take(settings, self.scheduler)
         kind = settings.multi_resolution or conditioning_kind(settings.model["type"])
         height_width, num_frames = self.size[1:], self.size.num_frames
@@ -82,7 +82,7 @@ class Job:
         if self.negative_text is not None and self.scheduler.num_branches == 1:
             logger.warning("negative_prompt has no effect: at cfg_scale 1 nothing is guided")
             self.negative_text = None
-        given = media_conditions.sources(settings)
+        given = media_conditions.media_paths(settings)
         check_keeps_frames(settings, self.scheduler, requests, bool(given))
         self.references = References(self.frame_size, offline=settings.offline, media=media)
         for path in dict.fromkeys([*(one.reference_path for one in requests), ";".join(given)]):
@@ -157,4 +157,4 @@ class Job:
             settings["refined"] = {text: refined[text] for text in request.texts}
         for name in ("reference_path", "mask_strategy"):
             settings[name] = [getattr(request, name)] if getattr(request, name) else None
-        return step_cache.recorded(settings, self.cache)
+        return step_cache.recipe_settings(settings, self.cache)

@@ -15,7 +15,7 @@ from opensora.pipeline.mask_strategy import ReferencePlacement
 NAMES = ("image", "first_frame", "last_frame", "extend", "keep", "edit", "strength")
 
 
-class Conditions(NamedTuple):
+class ReferenceSettings(NamedTuple):
     """Values of the settings of these names; with `align` None, starts are not rounded."""
 
     reference_path: str
@@ -23,7 +23,7 @@ class Conditions(NamedTuple):
     align: int | None = None
 
 
-def sources(settings: InferenceSettings) -> list[str]:
+def media_paths(settings: InferenceSettings) -> list[str]:
     """The images and videos that the settings name. Raises ConfigError for settings that exclude each other."""
     given = [name for name in NAMES if getattr(settings, name) is not None]
     if not given:
@@ -48,8 +48,10 @@ def sources(settings: InferenceSettings) -> list[str]:
     return [getattr(settings, name) for name in named]
 
 
-def conditions(settings: InferenceSettings, num_frames: int, latent_frames: int, group: tuple[int, int]) -> Conditions:
-    """Translates settings checked by `sources`, for clips of `num_frames` frames and `latent_frames` latent frames.
+def reference_settings(
+    settings: InferenceSettings, num_frames: int, latent_frames: int, group: tuple[int, int]
+) -> ReferenceSettings:
+    """Translates settings checked by `media_paths`, for clips of `num_frames` frames and `latent_frames` latent frames.
 
     `group`: the frames that the autoencoder encodes together, and the latent frames that they become.
     """
@@ -74,7 +76,7 @@ def conditions(settings: InferenceSettings, num_frames: int, latent_frames: int,
         add(f"{settings.extend}#last={groups * frames}", length=groups * latents)
     if settings.last_frame is not None:  # the last latent frame of a still of one group
         add(f"{settings.last_frame}#hold={frames}", reference_start=-1, target_start=-1)
-    return Conditions(";".join(references), ";".join(map(str, placements)))
+    return ReferenceSettings(";".join(references), ";".join(map(str, placements)))
 
 
 def _kept_frames(settings: InferenceSettings, default: int) -> int:

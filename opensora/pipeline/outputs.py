@@ -81,7 +81,7 @@ class Outputs:
         suffixes += [".safetensors"] if self.stops else []
         return [Path(f"{base}{suffix}") for suffix in suffixes]
 
-    def keeps(self, path: str) -> bool:
+    def keeps_existing(self, path: str) -> bool:
         """Whether a result with `prompt_as_path` exists already and is kept."""
         if not self.settings.prompt_as_path or self.settings.overwrite:
             return False

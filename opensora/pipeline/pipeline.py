@@ -102,7 +102,7 @@ class VideoPipeline:
             raise ConfigError(f"every is {every}; give 1 for a preview after each step, 2 for each second one")
         with self._exclusive():
             job = self._job({"prompt": prompt, **given})
-            for event in generate(self.models, job, job.requests, progress=self.progress, stays=True):
+            for event in generate(self.models, job, job.requests, progress=self.progress, keep_loaded=True):
                 if isinstance(event, Result):
                     yield self._video(job, event, output_type)
                 elif event.state.step % every == 0:
@@ -128,7 +128,7 @@ class VideoPipeline:
             if not job.requests:
                 raise ConfigError("there is no prompt: give one, or --prompt-path with a file of prompts")
             layout = self.models.layout
-            wanted = broadcast_object([one for one in job.requests if not job.outputs.keeps(one.path)], layout)
+            wanted = broadcast_object([one for one in job.requests if not job.outputs.keeps_existing(one.path)], layout)
             if not wanted:
                 return
             with output_folder(job.outputs.folder) if layout.is_main else nullcontext():
@@ -145,9 +145,11 @@ class VideoPipeline:
     def _run(self, job: Job, output_type: str, callback: Callback | None) -> Iterator[Video]:
         if output_type not in OUTPUT_TYPES:
             raise ConfigError(f"output_type {output_type!r} is not known; choose one of {', '.join(OUTPUT_TYPES)}")
-        decodes = output_type != "latent" or job.settings.loop > 1
+        with_frames = output_type != "latent" or job.settings.loop > 1
         times = timesteps(job) if callback else []
-        events = generate(self.models, job, job.requests, decodes=decodes, progress=self.progress, stays=True)
+        events = generate(
+            self.models, job, job.requests, with_frames=with_frames, progress=self.progress, keep_loaded=True
+        )
         for event in events:
             if isinstance(event, Result):
                 yield self._video(job, event, output_type)

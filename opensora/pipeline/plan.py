@@ -149,13 +149,13 @@ def plan_job(models: LoadedModels, job: Job) -> Plan:
     """The plan of a job on models, which need not be loaded and stay as they are."""
     if not job.requests:
         raise ConfigError("there is no prompt: give one, or --prompt-path with a file of prompts")
-    wanted = [request for request in job.requests if not job.outputs.keeps(request.path)]
+    wanted = [request for request in job.requests if not job.outputs.keeps_existing(request.path)]
     with output_folder(job.outputs.folder) if job.to_files else nullcontext():
         if job.to_files:
             job.outputs.check([request.path for request in wanted])
         absent = models.locate_without_downloads()
         built = models.build(job.size)
-        asks = prompt_refiner.is_wanted(job.settings)  # then nobody knows yet how long the texts will be
+        asks = prompt_refiner.is_enabled(job.settings)  # then nobody knows yet how long the texts will be
         requests = check(models, job, wanted, built._replace(text_encoder=None) if asks else built)
     notes = ["the prompts will be refined by a language model first; it has not been asked"] if asks else []
     if job.stop:
@@ -202,8 +202,8 @@ def _names(request: Request) -> list[str]:
 def _snapped(job: Job, request: Request) -> Iterator[str]:
     """What is not done as it was asked for, because sizes and starts come in steps."""
     settings, size = job.settings, job.size
-    if size.rounding:
-        yield size.rounding
+    if size.rounding_note:
+        yield size.rounding_note
     if settings.image_size is None:
         yield f"{settings.resolution} at {settings.aspect_ratio} is {size.height}x{size.width}"
     resolved = [one for clip in job.timelines[request] for one in clip.placements]

@@ -40,7 +40,7 @@ class _Unusable(Exception):
     """An answer that cannot be used."""
 
 
-def is_wanted(settings: InferenceSettings) -> bool:
+def is_enabled(settings: InferenceSettings) -> bool:
     """Whether prompts are still to be refined; a recipe already holds the refined texts."""
     return settings.llm_refine and settings.refined is None
 

@@ -62,7 +62,7 @@ def read_prompt(prompt: str, settings: InferenceSettings) -> PreparedPrompt:
     scores = {"aes": settings.aes, "flow": settings.flow, "camera_motion": settings.camera_motion}
     refine = partial(_refined_text, settings.refined)
     prepared, unscored = prepare(segments, refine=refine, **scores), prepare(segments, refine=refine)
-    if not prompt_refiner.is_wanted(settings) and not unscored.strip():
+    if not prompt_refiner.is_enabled(settings) and not unscored.strip():
         raise ConfigError(f"prompt {shown(prompt)} is empty once cleaned; describe the video in English words")
     if unused := [loop for loop in _segments(prepared)[1] or () if loop >= settings.loop]:
         values = (shown(prompt), unused[:10], settings.loop)

@@ -54,7 +54,7 @@ class Size(NamedTuple):
         return f"{self.num_frames} frames of {self.height}x{self.width}"
 
     @property
-    def made(self) -> Size:
+    def rounded(self) -> Size:
         """What is made when this is asked for: sides rounded down to multiples of 8, whatever the model.
 
         An autoencoder makes 8x8 pixels of each latent pixel; latents that are no whole patches a model fills up and
@@ -64,18 +64,18 @@ class Size(NamedTuple):
         return Size(self.num_frames, height, width)
 
     @property
-    def rounding(self) -> str:
+    def rounding_note(self) -> str:
         """What of this size is not made as it is asked for, in a sentence; empty where all is."""
-        made = self.made
-        if made == self:
+        rounded = self.rounded
+        if rounded == self:
             return ""
         asked, rule = f"{self.height}x{self.width}", f"sides are rounded down to multiples of {SPATIAL_FACTOR}"
-        return f"{made.height}x{made.width} is made for {asked}: {rule}"
+        return f"{rounded.height}x{rounded.width} is made for {asked}: {rule}"
 
 
 def check_refiner(settings: InferenceSettings) -> None:
     """Raises ConfigError where a language model is to refine prompts but cannot, or the prompts are classes."""
-    if not prompt_refiner.is_wanted(settings):
+    if not prompt_refiner.is_enabled(settings):
         return
     if settings.offline:
         raise ConfigError("llm_refine asks a language model, but offline asks nobody; leave out one of the two")
@@ -150,7 +150,7 @@ def check_keeps_frames(
     """Raises ConfigError when frames are given to a sampler or a model that cannot keep them."""
     if settings.loop == 1 and not media_given and not any(request.mask_strategy for request in requests):
         return
-    if not scheduler.takes_edit:
+    if not scheduler.supports_edit:
         raise ConfigError(f"scheduler '{settings.scheduler['type']}' cannot keep given frames; use rflow or iddpm")
     if "x_mask" not in inspect.signature(registry.builder(settings.model["type"]).forward).parameters:
         raise ConfigError(f"model '{settings.model['type']}' cannot keep given frames; use STDiT, STDiT2 or STDiT3")

@@ -22,7 +22,7 @@ from opensora.errors import ConfigError
 logger = logging.getLogger("opensora")
 
 
-def asked(settings: InferenceSettings) -> Cache:
+def from_settings(settings: InferenceSettings) -> Cache:
     """The step cache of the settings; "auto" is exact until it is calibrated. Raises ConfigError."""
     table = None if settings.cache_table is None else CacheTable.from_dict(settings.cache_table)
     if settings.cache == "table" and table is None:
@@ -53,7 +53,7 @@ def _tell(flag: str, choice: str, ratio: float, usual: str) -> None:
         logger.warning(warning, flag, choice, ratio, usual)
 
 
-def prompts(settings: InferenceSettings) -> list[str]:
+def calibration_prompts(settings: InferenceSettings) -> list[str]:
     """The prompts of the calibration; none without one."""
     if settings.cache != "auto":
         return []
@@ -64,7 +64,7 @@ def prompts(settings: InferenceSettings) -> list[str]:
     return [str(i * classes // number) for i in range(number)] if classes else list(calibration.PROMPTS)
 
 
-def recorded(settings: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
+def recipe_settings(settings: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
     """The settings of a recipe, which repeats the result without a calibration."""
     settings = {**settings, "cache_psnr": False, "cache_prompts": None}
     if settings["cache"] != "auto":

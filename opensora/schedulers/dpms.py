@@ -58,7 +58,7 @@ class DPM_SOLVER(Sampler):
     method: str = "multistep"
 
     draws_noise: ClassVar[bool] = False
-    takes_edit: ClassVar[bool] = False
+    supports_edit: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         common.check(self, ("num_sampling_steps",), skip_type=SKIP_TYPES, method=METHODS)

@@ -60,7 +60,7 @@ class IDDPM(Sampler):
     tables: str = "float64"
 
     draws_noise: ClassVar[bool] = True
-    takes_edit: ClassVar[bool] = True
+    supports_edit: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive = ("num_sampling_steps", "diffusion_steps", "cfg_channel")

@@ -43,7 +43,7 @@ class RFLOW(Sampler):
     transform_scale: float = 1.0
 
     draws_noise: ClassVar[bool] = False  # but for edited frames
-    takes_edit: ClassVar[bool] = True
+    supports_edit: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         common.check(self, ("num_sampling_steps", "num_timesteps"), sample_method=("uniform", "logit-normal"))

@@ -20,7 +20,7 @@ class Sampler(ABC):
 
     cfg_scale: float
     draws_noise: ClassVar[bool]  # whether sampling without `edit` needs a `source`
-    takes_edit: ClassVar[bool]
+    supports_edit: ClassVar[bool]
 
     @property
     @abstractmethod

@@ -209,5 +209,5 @@ def publish(folder: Path) -> Path:
     if link.exists() and not (link.is_symlink() and link.samefile(own)):
         logger.warning("%s is the result of another run and stays; that of this one is %s", link, own)
         return own
-    folders.point(link, f"{folder.name}/ema")
+    folders.point_link(link, f"{folder.name}/ema")
     return link if link.exists() else own

@@ -28,7 +28,7 @@ WANDB_SERVER = "https://api.wandb.ai"
 PATIENCE = 5  # seconds to wait for the server
 
 
-class Board(Protocol):
+class Backend(Protocol):
     """A dashboard for numbers and videos over steps."""
 
     def step(self, step: int, numbers: dict[str, float], texts: dict[str, str]) -> None:
@@ -51,15 +51,15 @@ class Tracker:
 
     def __init__(self, folder: Path, settings: TrainSettings, is_main: bool = True, step: int = 0) -> None:
         self.folder, self.is_main = Path(folder), is_main
-        self.boards: list[Board] = []
+        self.backends: list[Backend] = []
         self._warned = False  # that the log cannot be written
         if not is_main:
             return
         copy_log(self.folder / "log.jsonl", self.folder / "log.jsonl", step)
         if settings.tensorboard and _has_tensorboard():
-            self.boards.append(TensorBoard(self.folder, step))
+            self.backends.append(TensorBoard(self.folder, step))
         if settings.wandb:
-            self.boards.append(WeightsAndBiases(self.folder, settings))
+            self.backends.append(WeightsAndBiases(self.folder, settings))
 
     def step(self, line: dict[str, Any]) -> None:
         """Logs a line for `line["step"]`. Numbers become curves, everything else text, NaN included."""
@@ -70,7 +70,7 @@ class Tracker:
         rest = {name: value for name, value in line.items() if name != "step"}
         numbers = {name: value for name, value in rest.items() if type(value) in (int, float)}
         texts = {name: json.dumps(value) for name, value in rest.items() if name not in numbers}
-        self._show(lambda board: board.step(line["step"], numbers, texts))
+        self._show(lambda backend: backend.step(line["step"], numbers, texts))
 
     def _write(self, line: str) -> None:
         try:
@@ -83,14 +83,14 @@ class Tracker:
                 )
             self._warned = True
 
-    def _show(self, show: Callable[[Board], None]) -> None:
-        """Calls `show` for each board; drops a board that cannot write."""
-        for board in list(self.boards):
+    def _show(self, show: Callable[[Backend], None]) -> None:
+        """Calls `show` for each backend; drops a backend that cannot write."""
+        for backend in list(self.backends):
             try:
-                show(board)
+                show(backend)
             except OSError as error:
-                logger.warning("%s is left out (%s); training goes on", type(board).__name__, error_message(error))
-                self.boards.remove(board)
+                logger.warning("%s is left out (%s); training goes on", type(backend).__name__, error_message(error))
+                self.backends.remove(backend)
 
     def video(self, name: str, frames: np.ndarray, fps: float, step: int) -> Path | None:
         """Writes frames uint8 [T, H, W, 3] into `folder/samples`, as mp4 or, of a single frame, png; shows them.
@@ -106,13 +106,13 @@ class Tracker:
             path = write_image(frames[0], path.with_name(f"{path.name}.png"))
         else:
             path = write_video(frames, path.with_name(f"{path.name}.mp4"), fps)
-        self._show(lambda board: board.video(f"samples/{name}", path, frames, fps, step))
+        self._show(lambda backend: backend.video(f"samples/{name}", path, frames, fps, step))
         return path
 
     def close(self) -> None:
         """Flushes and closes; the tracker is not used afterwards."""
-        self._show(lambda board: board.close())
-        self.boards = []
+        self._show(lambda backend: backend.close())
+        self.backends = []
 
 
 class TensorBoard:

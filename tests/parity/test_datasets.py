@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from opensora.datasets import datasets
 from opensora.datasets.columns import SPELLINGS
 from opensora.datasets.datasets import (
-    Broken,
+    UnreadableRow,
     VariableVideoTextDataset,
     VideoTextDataset,
     collate,
@@ -169,10 +169,10 @@ def test_a_bad_file_is_never_replaced(tmp_path: Path) -> None:
     for rows, asked in cases:
         table = write_table(tmp_path / "a.csv", [bad if row == "bad" else good for row in rows])
         sample = VideoTextDataset(table, num_frames=4, image_size=(16, 16))[asked]
-        assert isinstance(sample, Broken) and sample.row == asked and sample.path == bad["path"]
+        assert isinstance(sample, UnreadableRow) and sample.row == asked and sample.path == bad["path"]
     case = BEHAVIOURS["bad_file_variable_dataset"]
     table = write_table(tmp_path / "a.csv", [bad if row == "bad" else good for row in case["rows"]])
-    assert isinstance(VariableVideoTextDataset(table)[case["index"]], Broken)
+    assert isinstance(VariableVideoTextDataset(table)[case["index"]], UnreadableRow)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_collated(name: str, file: str, size: str, interval: int, tmp_path: Path
     rows = [{"path": str(MEDIA / file), "text": text} for text in recorded["text"]["value"]]
     data = VariableVideoTextDataset(write_table(tmp_path / "a.csv", rows), frame_interval=interval)
     batch = collate([data[f"{row}-{size}"] for row in range(len(rows))])
-    assert batch.pop("broken") == [] and list(batch) == list(recorded)
+    assert batch.pop("unreadable") == [] and list(batch) == list(recorded)
     for key, fact in recorded.items():
         if fact["kind"] == "list":
             assert batch[key] == fact["value"]

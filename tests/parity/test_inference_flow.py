@@ -125,7 +125,7 @@ def networks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
 
     def stand_in(section: dict) -> Any:
         real = build(section)
-        return SimpleNamespace(steps=made.steps, takes_edit=True, num_steps=1, num_branches=real.num_branches)
+        return SimpleNamespace(steps=made.steps, supports_edit=True, num_steps=1, num_branches=real.num_branches)
 
     monkeypatch.setattr(registry, "build", stand_in)
     return made

@@ -169,14 +169,14 @@ def cheapest(
     while high - low > 1:
         middle = (low + high) // 2
         errors = errors_of(tables[middle])
-        if expected_most(errors) <= max_error and max(errors) <= max_error:
+        if expected_max(errors) <= max_error and max(errors) <= max_error:
             high, found = middle, Calibration(tables[middle], errors)
         else:
             low = middle
     return found
 
 
-def expected_most(errors: Sequence[float]) -> float:
+def expected_max(errors: Sequence[float]) -> float:
     """An error that few prompts exceed, if errors are log-normal."""
     logs = [math.log(max(error, 1e-12)) for error in errors]
     mean = sum(logs) / len(logs)

@@ -8,7 +8,7 @@ from opensora.datasets.video.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES, ch
 from opensora.datasets.video.reader import (
     MAX_PIXELS,
     count_frames,
-    image_levels,
+    image_to_uint8,
     is_image,
     iterate_video,
     read_image,
@@ -20,6 +20,6 @@ from opensora.datasets.video.writer import encode_image, encode_video, to_uint8,
 
 __all__ = [
     "IMAGE_SUFFIXES", "MAX_PIXELS", "VIDEO_SUFFIXES", "check_pixels", "check_side", "contact_sheet", "count_frames",
-    "encode_image", "encode_video", "image_levels", "is_image", "iterate_video", "read_image", "read_metadata",
+    "encode_image", "encode_video", "image_to_uint8", "is_image", "iterate_video", "read_image", "read_metadata",
     "read_span", "read_video", "tile", "to_uint8", "write_image", "write_video",
 ]  # fmt: skip

@@ -108,10 +108,10 @@ def read_image(path: str | Path) -> np.ndarray:
     EXIF rotation is applied, transparency dropped, 16-bit levels become 8-bit.
     """
     with opened_image(path) as image:
-        return image_levels(image, path)
+        return image_to_uint8(image, path)
 
 
-def image_levels(image: Image, where: str | Path) -> np.ndarray:
+def image_to_uint8(image: Image, where: str | Path) -> np.ndarray:
     """Converts a Pillow image to uint8 [H, W, 3] as `read_image` does. Raises MediaError, beginning with `where`."""
     from PIL import Image, ImageOps
 

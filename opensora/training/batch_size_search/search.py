@@ -91,11 +91,11 @@ def bisect(probe: Probe, span: Span, target: float) -> BucketResult:
     while low <= high:
         middle = (low + high) // 2
         outcome = probe(span, middle)
-        if good(outcome, target):
+        if meets_target(outcome, target):
             steps[middle] = outcome.seconds
             low = middle + 1
             continue
-        high, limit = middle - 1, why(outcome)
+        high, limit = middle - 1, limit_of(outcome)
         if outcome == NoData(0):
             break
     return _nearest_below(span, steps, target, limit)
@@ -120,7 +120,7 @@ def grid_search(probe: Probe, span: Span, target: float, step: int) -> BucketRes
             steps[middle] = outcome.seconds
             low = middle + 1
         else:
-            high, limit = middle, why(outcome)
+            high, limit = middle, limit_of(outcome)
     if not steps:
         return BucketResult(span, None, 0.0, limit)
     for size in range(span.lower, max(steps), step):
@@ -137,12 +137,12 @@ def _nearest_below(span: Span, steps: Mapping[int, float], target: float, limit:
     return BucketResult(span, best, steps[best], limit)
 
 
-def good(outcome: Outcome, target: float) -> bool:
+def meets_target(outcome: Outcome, target: float) -> bool:
     """Whether the step ran in less than `target` seconds."""
     return isinstance(outcome, Step) and outcome.seconds < target
 
 
-def why(outcome: Outcome) -> str:
+def limit_of(outcome: Outcome) -> str:
     """What limited an outcome that is not good: "time", "memory" or "data"."""
     return {Step: "time", OutOfMemory: "memory", NoData: "data"}[type(outcome)]
 
@@ -231,7 +231,7 @@ def _logged(probe: Probe) -> Probe:
 
     def logged(span: Span, batch_size: int) -> Outcome:
         outcome = probe(span, batch_size)
-        text = f"{outcome.seconds:.2f} s" if isinstance(outcome, Step) else f"out of {why(outcome)}"
+        text = f"{outcome.seconds:.2f} s" if isinstance(outcome, Step) else f"out of {limit_of(outcome)}"
         if isinstance(outcome, Step) and outcome.memory is not None:
             text += f", {outcome.memory:.0%} of the memory"
         logger.info("[Search BS]   batch size %d: %s", batch_size, text)

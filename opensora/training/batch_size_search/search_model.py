@@ -20,8 +20,8 @@ from opensora.training.batch_size_search.search import (
     Probe,
     Span,
     Step,
-    good,
-    why,
+    limit_of,
+    meets_target,
 )
 
 SIZE_SPREAD = 0.2  # relative standard deviation of slope / tokens among buckets
@@ -38,7 +38,7 @@ Points = dict[Span, dict[int, float]]
 Row = Mapping[Hashable, float]
 
 
-class Lines:
+class LinearFit:
     """Fits value = base + slope n, for n samples of a span, to `points` with relative errors `noise`.
 
     The base is shared by all spans; slope / tokens is similar. Bayesian linear regression with normal priors (Bishop
@@ -114,11 +114,11 @@ class ModelSearch:
             size = self.choose(span, ok, bad, target, outcomes)
             outcome = probe(span, size)
             self.learn(span, size, outcome)
-            outcomes.append(good(outcome, target))
+            outcomes.append(meets_target(outcome, target))
             if outcomes[-1]:
                 ok = size
             else:
-                bad, limit = size, why(outcome)
+                bad, limit = size, limit_of(outcome)
             if isinstance(outcome, NoData):
                 bad = max(min(bad, outcome.most + 1), ok + 1)
                 outcomes.pop()
@@ -152,7 +152,7 @@ class ModelSearch:
         """The size most likely to be the largest good one."""
         edge = self.memory_reach(span)
         if target < math.inf and self.seconds:
-            edge = min(edge, Lines(self.seconds, TIME_NOISE).reach(span, target))
+            edge = min(edge, LinearFit(self.seconds, TIME_NOISE).reach(span, target))
         elif edge == math.inf:  # nothing is known: the middle, then the end
             return bad - 1 if self.seconds else (ok + bad) // 2
         return bad - 1 if edge >= bad else math.ceil(edge) - 1
@@ -160,14 +160,14 @@ class ModelSearch:
     def memory_reach(self, span: Span) -> float:
         """The predicted number of samples at which memory is full; infinity if unknown."""
         if self.memory:
-            lines, wall = self.memory_lines()
+            lines, wall = self.memory_fit()
             return lines.reach(span, wall)
         fits, fails = self.bounds(span)
         return (fits + fails) / 2 / span.tokens if fits < fails else math.sqrt(fits * fails) / span.tokens
 
-    def memory_lines(self) -> tuple[Lines, float]:
+    def memory_fit(self) -> tuple[LinearFit, float]:
         """The fitted memory, and the share at which steps fail: 1, or the lowest at which one failed."""
-        lines = Lines(self.memory, MEMORY_NOISE)
+        lines = LinearFit(self.memory, MEMORY_NOISE)
         known = [(span, n) for span, n in self.failed.items() if len(self.memory.get(span, ())) > 1]
         return lines, min([1.0, *(lines.at(span, n) for span, n in known)])
 
@@ -186,12 +186,12 @@ class ModelSearch:
     def blocked(self, span: Span, size: int, target: float, trials: int) -> str | None:
         """What a size will fail at, if that is certain enough without a trial: "memory", "time" or None."""
         if target < math.inf:
-            lines = Lines(self.seconds, TIME_NOISE)
+            lines = LinearFit(self.seconds, TIME_NOISE)
             near = trials > 1 and lines.at(span, size - 1) >= CLOSE * target
             if near or lines.at(span, size) >= target:
                 return "time"
         if self.memory:
-            lines, wall = self.memory_lines()
+            lines, wall = self.memory_fit()
             return "memory" if lines.at(span, size) - SURE * lines.deviation(span, size) > wall else None
         failed = [n * o.tokens for o, n in self.failed.items() if (o.num_frames == 1) == (span.num_frames == 1)]
         return "memory" if failed and size * span.tokens >= SURE_OF_OTHERS * min(failed) else None

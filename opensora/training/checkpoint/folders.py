@@ -80,7 +80,7 @@ def find_checkpoint(source: str | os.PathLike[str]) -> Path:
     return newest
 
 
-def point(link: Path, target: str) -> None:
+def point_link(link: Path, target: str) -> None:
     """Atomically points the symbolic link `link` at `target`, a relative path; does nothing without symbolic links."""
     temporary = link.with_name(f".{link.name}.tmp")
     temporary.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from opensora.checkpoints.save import save_pretrained
 from opensora.errors import OpenSoraError, WeightsError
 from opensora.files import error_message
 from opensora.training.checkpoint import manifest
-from opensora.training.checkpoint.folders import LATEST, checkpoint_folder, checkpoints, point
+from opensora.training.checkpoint.folders import LATEST, checkpoint_folder, checkpoints, point_link
 from opensora.training.checkpoint.running_states import FILE as RUNNING_STATES
 from opensora.training.checkpoint.snapshot import Snapshot
 
@@ -56,7 +56,7 @@ def write_checkpoint(
         _sync(unfinished)
         _remove_previous(final, run)
         unfinished.rename(final)
-        point(folder / LATEST, final.name)
+        point_link(folder / LATEST, final.name)
         _sync_folder(folder)
     except (OSError, RuntimeError, OpenSoraError) as error:
         raise WeightsError(f"{final}: cannot be written: {_reason(error, folder, state)}") from error

@@ -11,7 +11,7 @@ from torch import Tensor
 from opensora.acceleration.precision import inference_dtype, training_context
 from opensora.checkpoints import builder
 from opensora.config.settings import TrainSettings
-from opensora.datasets.datasets import to_levels
+from opensora.datasets.datasets import to_model_range
 from opensora.distributed.process_group import RankLayout
 from opensora.errors import ConfigError
 from opensora.models.sizes import conditioning_kind, size_conditioning
@@ -68,7 +68,7 @@ def clip_conditioning(model_type: str, batch_size: int, size: Size, fps: float |
 
 def encode_videos(vae: Any, video: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Latents [B, C, T', H / 8, W / 8] of `video` uint8 [B, 3, T, H, W]: the means of the posterior, float32."""
-    levels = to_levels(video.to(device, non_blocking=True)).to(dtype)
+    levels = to_model_range(video.to(device, non_blocking=True)).to(dtype)
     return vae.encode(levels, sample=False).float()
 
 

@@ -96,7 +96,7 @@ def encode_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoders)
     return [features(one) for one in clips.sets]
 
 
-def held_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoders) -> list[tuple[str, TrainingBatch]]:
+def held_out_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoders) -> list[tuple[str, TrainingBatch]]:
     """Held-out batches with the name of their set: the clips after its last one; none without validation."""
     held = []
     for one in clips.sets if settings.validate_every else ():

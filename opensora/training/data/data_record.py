@@ -19,7 +19,7 @@ from opensora.checkpoints.read import read_state_dict
 from opensora.checkpoints.save import save_file
 from opensora.datasets.encoded import EncodedDataset
 from opensora.datasets.file_content import KEY_BYTES, content_key, content_keys
-from opensora.datasets.table import NUMBERS, Table, Texts
+from opensora.datasets.table import NUMBERS, Table, TextColumn
 from opensora.errors import WeightsError
 
 FILE = "data.safetensors"
@@ -45,7 +45,7 @@ class DataRecord:
 
     def save(self, folder: Path) -> None:
         """Writes the record into the folder of a run."""
-        texts = self.names if isinstance(self.names, Texts) else Texts(self.names)
+        texts = self.names if isinstance(self.names, TextColumn) else TextColumn(self.names)
         columns = {"ends": texts.ends, "names": texts.data, "cells": self.cells, "files": self.files}
         save_file({name: torch.from_numpy(column.copy()) for name, column in columns.items()}, folder / FILE)
 
@@ -126,7 +126,7 @@ def _checked(kind: str, ends: np.ndarray, names: np.ndarray, cells: np.ndarray, 
     typed = ends.dtype == np.int64 and names.dtype == cells.dtype == files.dtype == np.uint8
     if not (shaped and typed and (np.diff(ends, prepend=0) >= 0).all() and ends[-1] == len(names)):
         raise ValueError("no record of data")
-    texts = Texts(())
+    texts = TextColumn(())
     texts.ends, texts.data = ends, names
     return DataRecord(kind, texts, cells, files)
 

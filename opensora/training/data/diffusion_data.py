@@ -12,14 +12,14 @@ import torch
 from opensora import registry
 from opensora.config.settings import TrainSettings
 from opensora.datasets.datasets import VideoTextDataset
-from opensora.datasets.quarantine import Broken
+from opensora.datasets.quarantine import UnreadableRow
 from opensora.datasets.synthetic.dataset import shape_clips
 from opensora.distributed.collectives import all_gather_objects, barrier, run_on_main
 from opensora.distributed.process_group import RankLayout
 from opensora.errors import ConfigError
 from opensora.training.data import encoded
 from opensora.training.data.batch import Encoders, Size, TrainingBatch
-from opensora.training.data.clip_features import ClipSource, encode_clips, held_clips
+from opensora.training.data.clip_features import ClipSource, encode_clips, held_out_clips
 from opensora.training.data.data_record import DataRecord, cells_of, record_of_features, record_of_table
 from opensora.training.data.held_out import encode_held_out
 from opensora.training.data.history import DataHistory
@@ -88,7 +88,7 @@ def _rendered_clips(
     encoders = Encoders(settings, device, RankLayout())  # one rank encodes while the others wait: nothing is sharded
     source = _main_first(layout, lambda: ClipSource(clips, encode_clips(clips, settings, encoders), settings))
     sizes = [(one.num_frames, *one.image_size) for one in clips.sets if not one.continued]
-    held_out, model_kwargs = held_clips(clips, settings, encoders), encoders.model_kwargs(sizes)
+    held_out, model_kwargs = held_out_clips(clips, settings, encoders), encoders.model_kwargs(sizes)
     history = DataHistory(layout)
     return DiffusionData(source, _to(device), sizes, model_kwargs, encoders.contents, history, encoders, held_out)
 
@@ -97,7 +97,7 @@ def _table(settings: TrainSettings, device: torch.device, layout: RankLayout) ->
     """A table is checked before the encoders are loaded."""
     gather_all = partial(all_gather_objects, layout=layout)
 
-    def check(dataset: VideoTextDataset) -> list[Broken]:
+    def check(dataset: VideoTextDataset) -> list[UnreadableRow]:
         check_texts(dataset.table, dataset.captions)
         return missing_files(dataset.table, gather_all)
 
@@ -108,8 +108,8 @@ def _table(settings: TrainSettings, device: torch.device, layout: RankLayout) ->
     encoders = Encoders(settings, device, layout)
     contents = {"the table": digest, **encoders.contents}
     sizes = [source.batches(0).size] if isinstance(source.dataset, VideoTextDataset) else []
-    held_out, broken = encode_held_out(source, encoders.encode, gather_all)
-    history = DataHistory(layout, record, table, [*source.broken, *broken])
+    held_out, unreadable = encode_held_out(source, encoders.encode, gather_all)
+    history = DataHistory(layout, record, table, [*source.unreadable, *unreadable])
     return DiffusionData(
         source, encoders.encode, sizes, encoders.model_kwargs(sizes), contents, history, encoders, held_out,
         reads_files=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from opensora.datasets.quarantine import Broken, Quarantine
+from opensora.datasets.quarantine import Quarantine, UnreadableRow
 from opensora.datasets.table import Table
 from opensora.distributed.collectives import all_gather_objects
 from opensora.distributed.process_group import RankLayout
@@ -22,9 +22,9 @@ class DataHistory:
 
     def __init__(
         self, layout: RankLayout, record: DataRecord | None = None, table: Table | None = None,
-        broken: Sequence[Broken] = (),
+        unreadable: Sequence[UnreadableRow] = (),
     ) -> None:  # fmt: skip
-        self.layout, self.record, self.table, self.broken = layout, record, table, broken
+        self.layout, self.record, self.table, self.unreadable = layout, record, table, unreadable
 
     def explain_changes(self, folder: Path, fingerprint: Mapping[str, str]) -> dict[str, str]:
         """By fingerprint entry, what has changed since the run in `folder` saved its fingerprint, where known."""
@@ -47,5 +47,5 @@ class DataHistory:
         former = [] if resumed_from is None else [resumed_from]
         path = folder / "quarantine.jsonl"
         quarantine = Quarantine(path, len(self.table), table=self.table, former=former, writes=self.layout.is_main)
-        quarantine.add(one for part in all_gather_objects(self.broken, self.layout) for one in part)
+        quarantine.add(one for part in all_gather_objects(self.unreadable, self.layout) for one in part)
         return quarantine

@@ -15,7 +15,7 @@ from opensora import registry
 from opensora.config.settings import TrainSettings
 from opensora.datasets.bucket import Bucket, BucketAssignment, Buckets, random_words
 from opensora.datasets.datasets import VariableVideoTextDataset, VideoTextDataset, collate
-from opensora.datasets.quarantine import Broken
+from opensora.datasets.quarantine import UnreadableRow
 from opensora.datasets.samplers import SAMPLES, BucketBatchSampler, Epoch, make_epoch, shuffled
 from opensora.errors import ConfigError
 from opensora.training.data.loader import Read
@@ -41,14 +41,14 @@ class HeldOutBatch(NamedTuple):
 class TableSource:
     """Batches of a table; `batches(epoch)` lists the keys in `dataset` and the size (T, H, W) of each batch.
 
-    `held_out` batches are for validation; `broken` rows are left out because their files do not exist.
+    `held_out` batches are for validation; `unreadable` rows are left out because their files do not exist.
     """
 
     def __init__(
         self, dataset: Any, batches: BatchesOfEpoch, held_out: Sequence[HeldOutBatch] = (),
-        broken: Sequence[Broken] = (),
+        unreadable: Sequence[UnreadableRow] = (),
     ) -> None:  # fmt: skip
-        self.dataset, self.held_out, self.broken = dataset, held_out, broken
+        self.dataset, self.held_out, self.unreadable = dataset, held_out, unreadable
         self.batches = lru_cache(2)(batches)  # prefetching reaches the next epoch before training does
 
     def count(self, epoch: int) -> int:
@@ -60,12 +60,12 @@ class TableSource:
 
 
 def read_batch(dataset: Any, keys: Sequence[Key], size: Size) -> dict[str, Any]:
-    """The readable clips: video uint8 [B, 3, T, H, W], text [B], fps [B] and names [B]; and the `broken` ones.
+    """The readable clips: video uint8 [B, 3, T, H, W], text [B], fps [B] and names [B]; and the `unreadable` ones.
 
     If none is readable, one black clip of weight 0: all ranks take the same number of steps.
     """
     samples = [dataset[key] for key in keys]
-    names = [dataset.name(key) for key, one in zip(keys, samples, strict=True) if not isinstance(one, Broken)]
+    names = [dataset.name(key) for key, one in zip(keys, samples, strict=True) if not isinstance(one, UnreadableRow)]
     batch = {"weight": 1.0, "names": names, "size": size, **collate(samples)}
     if not names:
         batch |= {"weight": 0.0, "video": torch.zeros(1, 3, *size, dtype=torch.uint8), "fps": torch.ones(1)}
@@ -121,17 +121,17 @@ def open_table(settings: TrainSettings) -> VideoTextDataset | VariableVideoTextD
 def table_source(
     settings: TrainSettings,
     ranks: int,
-    check: Callable[[VideoTextDataset], list[Broken]] = lambda dataset: missing_files(dataset.table),
+    check: Callable[[VideoTextDataset], list[UnreadableRow]] = lambda dataset: missing_files(dataset.table),
 ) -> TableSource:
     """The batches of a `dataset` section with a table, without the rows that `check` finds broken.
 
     Raises ConfigError if there would be no step.
     """
     dataset = open_table(settings)
-    broken = check(dataset)
-    rows = np.setdiff1d(np.arange(len(dataset)), np.array([one.row for one in broken], np.int64))
+    unreadable = check(dataset)
+    rows = np.setdiff1d(np.arange(len(dataset)), np.array([one.row for one in unreadable], np.int64))
     make = _in_buckets if isinstance(dataset, VariableVideoTextDataset) else _of_one_size
-    return TableSource(dataset, *make(settings, dataset, rows, ranks), broken)
+    return TableSource(dataset, *make(settings, dataset, rows, ranks), unreadable)
 
 
 def _of_one_size(

@@ -35,11 +35,11 @@ class StepSynchronizer:
         Raises MediaError on all ranks when too many files are unreadable.
         """
         samples = [_num_samples(batch) for batch in batches]
-        broken = [one for batch in batches for one in batch_field(batch, "broken", ())]
-        own = [float(sum(samples)), float(sum(map(bool, samples))), float(len(broken)), float(stop)]
+        unreadable = [one for batch in batches for one in batch_field(batch, "unreadable", ())]
+        own = [float(sum(samples)), float(sum(map(bool, samples))), float(len(unreadable)), float(stop)]
         sums = all_reduce_sum(own, self.layout)
         if sums[2] and self.quarantine is not None:
-            self.quarantine.add([one for part in all_gather_objects(broken, self.layout) for one in part])
+            self.quarantine.add([one for part in all_gather_objects(unreadable, self.layout) for one in part])
         filled = sums[1] / (len(batches) * self.layout.world_size)  # share of batches with samples
         if 0 < filled < 1:
             batches = [_scaled(batch, 1 / filled) for batch in batches]

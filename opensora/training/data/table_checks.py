@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from opensora.datasets.datasets import CAPTIONS
-from opensora.datasets.quarantine import Broken, most_broken
+from opensora.datasets.quarantine import UnreadableRow, max_unreadable
 from opensora.datasets.table import Table
 from opensora.errors import ConfigError, MediaError
 
@@ -23,12 +23,12 @@ MAX_PATH = 120  # characters of a path in a message
 NOT_THERE = "no such file"
 
 
-def alone(value: Any) -> list[Any]:
+def single_rank(value: Any) -> list[Any]:
     """`Gather` of a single rank."""
     return [value]
 
 
-def missing_files(table: Table, gather: Gather = alone, rows: np.ndarray | None = None) -> list[Broken]:
+def missing_files(table: Table, gather: Gather = single_rank, rows: np.ndarray | None = None) -> list[UnreadableRow]:
     """The rows (of `rows`, or of all) whose files do not exist on some rank, with a warning.
 
     Raises MediaError if all are missing, or more than allowed.
@@ -39,7 +39,7 @@ def missing_files(table: Table, gather: Gather = alone, rows: np.ndarray | None 
     if not len(found):
         return []
     names = _some(table, found)
-    where, most = _tried(missing.tried), most_broken(len(rows))
+    where, most = _tried(missing.tried), max_unreadable(len(rows))
     if len(found) == len(rows):
         remedy = "start in the folder that the paths begin from, or mend them"
         raise MediaError(f"{table.source}: none of its {len(rows)} files is there: {names}; {where}; {remedy}")
@@ -48,7 +48,7 @@ def missing_files(table: Table, gather: Gather = alone, rows: np.ndarray | None 
         remedy = "mend the paths, or take out the rows"
         raise MediaError(f"{table.source}: {problem}; that is over the limit of {most}; {remedy}")
     logger.warning("%s: %s; their rows are left out", table.source, problem)
-    return [Broken(row, table.path[row], NOT_THERE) for row in found.tolist()]
+    return [UnreadableRow(row, table.path[row], NOT_THERE) for row in found.tolist()]
 
 
 def check_texts(table: Table, captions: str = CAPTIONS[0], rows: np.ndarray | None = None) -> None:
@@ -68,7 +68,7 @@ def check_texts(table: Table, captions: str = CAPTIONS[0], rows: np.ndarray | No
         return
     names = _some(table, empty)
     problem = f"{table.source}: {len(empty)} of {len(rows)} texts are empty: {names}"
-    most = {"required": 0, "optional": len(rows)}.get(captions, most_broken(len(rows)))
+    most = {"required": 0, "optional": len(rows)}.get(captions, max_unreadable(len(rows)))
     if len(empty) > most:
         limit = "captions='required' allows none" if captions == "required" else f"that is over the limit of {most}"
         remedy = "write them, take out the rows, or set captions='optional' in the section dataset"
@@ -81,7 +81,7 @@ def empty_texts(table: Table, rows: np.ndarray) -> np.ndarray:
     return rows[np.fromiter((not table.text[row].strip() for row in rows.tolist()), bool, len(rows))]
 
 
-def same_on_all_ranks(cells: np.ndarray, source: str, gather: Gather = alone) -> None:
+def same_on_all_ranks(cells: np.ndarray, source: str, gather: Gather = single_rank) -> None:
     """Raises ConfigError if ranks have read different tables under one name; `cells` are hashes of the rows."""
     digests = gather(hashlib.sha256(cells.tobytes()).digest())
     other = [str(rank) for rank, one in enumerate(digests) if one != digests[0]]

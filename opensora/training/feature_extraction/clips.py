@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from opensora.checkpoints.read import read_state_dict
 from opensora.checkpoints.save import save_file
-from opensora.training.feature_extraction.identity import claim
+from opensora.training.feature_extraction.identity import claim_folder
 
 SHARD = 500
 
@@ -42,7 +42,7 @@ def encode_once(folder: Path, num_clips: int, identity: dict[str, Any], encode: 
     `encode(indices)` gives one shard's tensors by the names in Features; text is cut to the longest one's length.
     Raises ConfigError when the folder was made with another `identity`.
     """
-    claim(folder, identity)
+    claim_folder(folder, identity)
     clips = [range(start, min(start + SHARD, num_clips)) for start in range(0, num_clips, SHARD)]
     files = {folder / f"clips_{part.start:07d}-{part.stop:07d}.safetensors": part for part in clips}
     missing = [file for file in files if not file.is_file()]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from opensora.datasets.datasets import VariableVideoTextDataset, VideoTextDataset, collate, to_levels
+from opensora.datasets.datasets import VariableVideoTextDataset, VideoTextDataset, collate, to_model_range
 from opensora.datasets.feature_files import caption_key
 from opensora.datasets.file_content import content_keys, file_stamps
 from opensora.datasets.quarantine import Quarantine
@@ -81,13 +81,13 @@ class LatentEncoder:
         rows, fps, latents, last = [], [], [], []
         for asked in _batches(shard):
             batch = next(batches)
-            self.quarantine.add(batch["broken"])
-            broken = {one.row for one in batch["broken"]}
+            self.quarantine.add(batch["unreadable"])
+            unreadable = {one.row for one in batch["unreadable"]}
             if "video" in batch:
                 clips, ends = self._encode_batch(batch["video"])
                 latents.append(clips)
                 last.append(ends)
-                rows += [row for row in asked.tolist() if row not in broken]
+                rows += [row for row in asked.tolist() if row not in unreadable]
                 fps.append(batch["fps"].float())
             progress.update(len(asked) * int(np.prod(shard.size)))
             progress.set_postfix_str(f"{len(self.quarantine)} broken", refresh=False)
@@ -101,7 +101,7 @@ class LatentEncoder:
     @torch.no_grad()
     def _encode_batch(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [B, C, T', h, w] of frames uint8 [B, 3, T, H, W], and those of the last frame [B, C, h, w]."""
-        levels = to_levels(video.to(self.device)).to(self.dtype)
+        levels = to_model_range(video.to(self.device)).to(self.dtype)
         latents = self.vae.encode(levels, sample=False).cpu()
         if not self.last_frames or video.shape[2] == 1:
             return latents, latents[:, :, -1]

@@ -29,7 +29,7 @@ from opensora.distributed.ranks import ranks
 from opensora.errors import ConfigError
 from opensora.training.data.table_checks import check_texts, missing_files
 from opensora.training.feature_extraction.encode_shards import LatentEncoder, encode_texts
-from opensora.training.feature_extraction.identity import claim
+from opensora.training.feature_extraction.identity import claim_folder
 from opensora.training.feature_extraction.shard_writer import ShardWriter
 from opensora.training.feature_extraction.shards import (
     Group,
@@ -80,7 +80,7 @@ class Extraction:
     def run(self) -> Path:
         """Encodes this rank's share of the missing shards."""
         latents, texts = self.plan()
-        claim(self.folder, self.identity, write=self.rank == 0)
+        claim_folder(self.folder, self.identity, write=self.rank == 0)
         if self.rank == 0:
             self._write_plan(latents, texts)
         share = slice(self.rank, None, self.world_size)

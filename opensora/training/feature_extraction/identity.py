@@ -12,7 +12,7 @@ from opensora.errors import ConfigError
 from opensora.files import error_message
 
 
-def claim(folder: Path, identity: dict[str, Any], write: bool = True) -> None:
+def claim_folder(folder: Path, identity: dict[str, Any], write: bool = True) -> None:
     """Writes the identity of a new folder. Raises ConfigError if an existing folder has another one.
 
     Of several ranks, one should `write`.
