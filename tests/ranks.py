@@ -22,7 +22,7 @@ TIMEOUT = 250  # seconds, for all that the ranks do
 PRELOADED = [
     "torch.distributed.fsdp", "torch.distributed.tensor", "torch.multiprocessing.spawn", "torch._dynamo",
     "transformers.models.t5.modeling_t5", "transformers.models.t5.tokenization_t5_fast",
-    "diffusers.models.autoencoders.autoencoder_kl", "opensora.registry",
+    "opensora.models.vae.vae", "opensora.registry",
 ]  # fmt: skip
 
 

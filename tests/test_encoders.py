@@ -52,7 +52,7 @@ def published(cls: type[FrameAutoencoder], folder: Path) -> nn.Module:
     """diffusers' own autoencoder with random weights, saved into `folder` by diffusers, as hubs hold it."""
     import diffusers
 
-    kind = getattr(diffusers, cls.kind)
+    kind = getattr(diffusers, cls.network.__name__)
     model = seeded(0, lambda: kind(**SHAPES[cls], sample_size=1024, scaling_factor=0.13025, force_upcast=True)).eval()
     model.save_pretrained(folder)
     return model.requires_grad_(False)
@@ -149,9 +149,13 @@ def test_micro_batches_bound_the_frames_at_once(cls: type[FrameAutoencoder], tmp
 
 @KINDS
 def test_the_config_of_another_class_is_refused(cls: type[FrameAutoencoder]) -> None:
-    with pytest.raises(ConfigError, match=f"{cls.__name__} takes weights of {cls.kind}, these are of AutoencoderTiny"):
+    with pytest.raises(
+        ConfigError, match=f"{cls.__name__} takes weights of {cls.network.__name__}, these are of AutoencoderTiny"
+    ):
         cls.keywords({"_class_name": "AutoencoderTiny"})
-    assert cls.keywords({"_class_name": cls.kind, "_diffusers_version": "0.4.2", "latents_mean": None}) == {}
+    assert (
+        cls.keywords({"_class_name": cls.network.__name__, "_diffusers_version": "0.4.2", "latents_mean": None}) == {}
+    )
 
 
 def test_an_autoencoder_that_does_not_fit_names_its_tensors(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from opensora.acceleration.kernels import layout, linear
 from opensora.acceleration.kernels.causal_conv import FoldedTime, folded_causal_conv
 from opensora.acceleration.kernels.layout import channels_last, outputs_last, pairwise_group_norm
 from opensora.acceleration.kernels.linear import OneDnnLinear, onednn_module
-from opensora.acceleration.kernels.upsample import UpsampleConv2d
 from opensora.acceleration.placement import to_device
 from opensora.acceleration.quantization import KINDS, EightBitLinear, quantize
 from opensora.acceleration.replace_modules import replace_modules
@@ -156,26 +155,6 @@ def test_group_norm_of_many_pixels_is_accurate_whatever_the_layout():
     made = norm(x.to(memory_format=torch.channels_last))
     assert error(norm(x), true) < 2e-7 and error(made, true) < 2e-7
     assert made.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("size", [(1, 1), (5, 8)])
-def test_doubling_and_convolving_in_one(size, layout):
-    conv = nn.Conv2d(6, 10, 3, padding=1).requires_grad_(False)
-    x = torch.randn(2, 6, *size).to(memory_format=layout)
-    doubled = UpsampleConv2d(conv)
-    assert error(doubled(x), conv(F.interpolate(x, scale_factor=2.0))) < 1e-6
-    conv.weight.mul_(2)
-    assert error(doubled(x), conv(F.interpolate(x, scale_factor=2.0))) < 1e-6
-
-
-def test_doubling_takes_place_in_the_autoencoder(monkeypatch):
-    vae = VideoAutoencoderPipeline(**TINY_VAE).eval().requires_grad_(False)
-    to_device(vae, CPU)
-    called, forward = [], UpsampleConv2d.forward
-    monkeypatch.setattr(UpsampleConv2d, "forward", lambda self, *args: called.append(1) or forward(self, *args))
-    vae.spatial_vae.decode(torch.randn(1, 4, 1, 2, 2))
-    assert len(called) == 3
 
 
 @pytest.mark.parametrize(

@@ -43,10 +43,10 @@ MEDIA = {"av", "PIL"}
 DEVICES = {"cpu", "cuda", "gcu", "mps", "npu", "xpu"}
 COMMAND_LINE = {"argparse", "sys.argv", "click", "typer"}
 SLOW = {
-    "PIL", "av", "bs4", "diffusers", "ftfy", "huggingface_hub", "mmengine", "sentencepiece", "transformers",
+    "PIL", "av", "bs4", "ftfy", "huggingface_hub", "mmengine", "sentencepiece", "transformers",
     "tensorboard", "torch.utils.tensorboard", "wandb",
 }  # fmt: skip
-NEVER = {"apex", "colossalai", "cv2", "decord", "flash_attn", "torchvision", "xformers"}
+NEVER = {"apex", "colossalai", "cv2", "decord", "diffusers", "flash_attn", "torchvision", "xformers"}
 
 # (what it uses, where) -> why it may
 EXCEPTIONS = {

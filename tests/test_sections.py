@@ -84,6 +84,16 @@ def test_every_keyword_is_explained(name):
         ("scheduler", {"type": "dpm-solver", "order": 4}, "order must be at most 3; it is 4"),
         ("scheduler", {"type": "iddpm", "diffusion_steps": HUGE}, "diffusion_steps must be "),
         ("vae", {"type": "VideoAutoencoderKL", "micro_batch_size": 4.5}, "micro_batch_size must be a whole number"),
+        (
+            "vae",
+            {"type": "VideoAutoencoderKL", "act_fn": "tanh"},
+            "vae.act_fn 'tanh' is not known; choose one of silu, swish",
+        ),
+        (
+            "vae",
+            {"type": "VideoAutoencoderKL", "down_block_types": ["DownBlock2D"] * 4},
+            "down_block_types[0] 'DownBlock2D' is not known; did you mean 'DownEncoderBlock2D'?",
+        ),
         ("vae", {"type": "OpenSoraVAE_V1_2", "micro_frame_size": "17"}, "micro_frame_size must be a whole number"),
         (
             "vae",

@@ -10,8 +10,6 @@ from opensora.acceleration.kernels.attention import cpu_attention_module
 from opensora.acceleration.kernels.causal_conv import folded_causal_conv
 from opensora.acceleration.kernels.layout import channels_last, outputs_last, pairwise_group_norm, release_file
 from opensora.acceleration.kernels.linear import onednn_module
-from opensora.acceleration.kernels.residual import fused_residual
-from opensora.acceleration.kernels.upsample import upsample_conv
 from opensora.acceleration.kernels.winograd import winograd_module
 from opensora.acceleration.replace_modules import is_frozen, replace_modules
 
@@ -31,7 +29,7 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
             return module
         if on_cpu:
             module = winograd_module(cpu_attention_module(onednn_module(module)))
-        return fused_residual(upsample_conv(pairwise_group_norm(module)))
+        return pairwise_group_norm(module)
 
     model = replace_modules(model, replacement).to(device)
     copied = channels_last(model, frame_by_frame=folds)

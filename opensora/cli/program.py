@@ -19,7 +19,7 @@ from opensora.errors import OpenSoraError, printable
 from opensora.signals import Stopped, handle_stop_signals
 
 BROKEN_PIPE = 141  # the status that shells report for SIGPIPE
-QUIET_LIBRARIES = ("httpx", "httpx2", "transformers", "diffusers", "huggingface_hub")
+QUIET_LIBRARIES = ("httpx", "httpx2", "transformers", "huggingface_hub")
 
 MAX_MESSAGE = 1_500  # characters
 

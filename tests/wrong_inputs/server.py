@@ -19,7 +19,7 @@ from typing import Any
 
 CPU_SECONDS = 60  # after which a command is killed: it has failed long before
 MODULES = (
-    "torch", "torch._dynamo", "av", "PIL.Image", "pyarrow.parquet", "transformers", "diffusers", "ftfy", "bs4",
+    "torch", "torch._dynamo", "av", "PIL.Image", "pyarrow.parquet", "transformers", "ftfy", "bs4",
     "opensora.cli", "opensora.pipeline.pipeline", "opensora.pipeline.replay", "opensora.pipeline.plan",
     "opensora.datasets.folder_table", "opensora.datasets.bucket_report", "opensora.training.diffusion",
     "opensora.models.stdit.stdit3",

@@ -12,7 +12,10 @@ from opensora.config.sections.common import Frames, Loaded, arg
 MAX_LEVELS = 16
 Width = Annotated[Positive, Field(le=16_384)]
 Widths = Annotated[Many[Width], Field(min_length=1, max_length=MAX_LEVELS)]
-Names = Annotated[Many[Name], Field(min_length=1, max_length=MAX_LEVELS)]
+DownBlock = Literal["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
+UpBlock = Literal["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]
+DownBlocks = Annotated[Many[DownBlock], Field(min_length=1, max_length=MAX_LEVELS)]
+UpBlocks = Annotated[Many[UpBlock], Field(min_length=1, max_length=MAX_LEVELS)]
 Switches = Annotated[Many[bool], Field(max_length=MAX_LEVELS)]
 Multiples = Annotated[Many[Annotated[Positive, Field(le=64)]], Field(min_length=1, max_length=8)]
 Levels = Annotated[Many[Number], Field(min_length=1, max_length=1024)]
@@ -29,7 +32,7 @@ class _ByFrame(Loaded):
     latent_channels: Width = arg(4, "latent channels")
     layers_per_block: Layers = arg(2, "residual layers per level")
     block_out_channels: Widths = arg((128, 256, 512, 512), "channels of each level")
-    down_block_types: Names = arg(DOWN, "encoder block types of diffusers")
+    down_block_types: DownBlocks = arg(DOWN, "block of each level of the encoder, as named in diffusers")
 
     @model_validator(mode="after")
     def _fit(self) -> Any:
@@ -43,8 +46,8 @@ class _ByFrame(Loaded):
 class VideoAutoencoderKL(_ByFrame):
     """AutoencoderKL of Stable Diffusion, applied per frame."""
 
-    up_block_types: Names = arg(UP, "decoder block types of diffusers")
-    act_fn: Name = arg("silu", "activation, as named in diffusers")
+    up_block_types: UpBlocks = arg(UP, "block of each level of the decoder, as named in diffusers")
+    act_fn: Literal["silu", "swish", "mish", "gelu", "relu"] = arg("silu", "activation")
     norm_num_groups: Width = arg(32, "groups of the group norms")
     mid_block_add_attention: bool = arg(True, "attention in the middle block")
 

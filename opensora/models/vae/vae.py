@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from opensora.errors import ConfigError
 from opensora.models.layers.arguments import arguments_of
+from opensora.models.vae.autoencoder_kl import AutoencoderKL
 from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.models.vae.vae_temporal import VAE_Temporal, VAE_Temporal_SD
 
 SPATIAL_FACTOR = 8
 MOST_PIXELS = 2**16  # of a batch of frames to decode: many small ones, a single large one
 SPATIAL_SCALE = 0.18215  # applied whatever the autoencoder's own scaling factor, as the published weights expect
-# Patterns of names in diffusers' files, old attention layers included, and what takes their place when loading.
+# Patterns of names in published files, old attention layers included, and what takes their place when loading.
 FRAMES_RENAMED = (
     *((f"*.attentions.*.{old}.*", f"*.attentions.*.{new}.*") for old, new in (
         ("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"),
@@ -32,22 +33,20 @@ def frames_at_once(height: int, width: int) -> int:
 
 
 class FrameAutoencoder(nn.Module):
-    """Applies an autoencoder of diffusers, `module` of class `kind`, to the frames of a video one by one.
+    """Applies an image autoencoder, `module` of class `network`, to the frames of a video one by one.
 
-    `config` holds the subclass's arguments: those of `kind`, and micro_batch_size, the frames in a batch
+    `config` holds the subclass's arguments: those of `network`, and micro_batch_size, the frames in a batch
     (None: all).
     """
 
-    kind: str
+    network: type[Any]
     group = (1, 1)  # frames that become latent frames together, independent of all others
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        import diffusers  # takes seconds
-
         self.micro_batch_size: int | None = config.pop("micro_batch_size")
         self.config = config
-        self.module = getattr(diffusers, self.kind)(**config)
+        self.module = self.network(**config)
         self.out_channels: int = config["latent_channels"]
 
     @classmethod
@@ -56,8 +55,9 @@ class FrameAutoencoder(nn.Module):
 
         Raises ConfigError when it is the config.json of another class.
         """
-        if config.get("_class_name", cls.kind) != cls.kind:
-            raise ConfigError(f"{cls.__name__} takes weights of {cls.kind}, these are of {config['_class_name']}")
+        kind = cls.network.__name__
+        if config.get("_class_name", kind) != kind:
+            raise ConfigError(f"{cls.__name__} takes weights of {kind}, these are of {config['_class_name']}")
         known = inspect.signature(cls).parameters
         return {key: value for key, value in config.items() if key in known}
 
@@ -81,7 +81,7 @@ class FrameAutoencoder(nn.Module):
 
     def moments(self, frames: Tensor) -> Tensor:
         """Mean and log variance [N, 2 C, H / 8, W / 8] of frames [N, 3, H, W]."""
-        return self.module.quant_conv(self.module.encoder(frames))
+        return self.module.encode(frames)
 
     def encoded(self, pieces: Iterable[Tensor]) -> Tensor:
         """`encode` with sample=False of a video that comes in pieces [B, 3, n, H, W], one in memory at a time."""
@@ -102,7 +102,7 @@ class FrameAutoencoder(nn.Module):
 class VideoAutoencoderKL(FrameAutoencoder):
     """AutoencoderKL frame by frame; by default in the layout of Stable Diffusion (Rombach et al. 2022) and SDXL."""
 
-    kind = "AutoencoderKL"
+    network = AutoencoderKL
 
     def __init__(
         self, micro_batch_size: int | None = None, in_channels: int = 3, out_channels: int = 3,
@@ -127,7 +127,7 @@ class VideoAutoencoderKL(FrameAutoencoder):
 
     def decode_frames(self, z: Tensor) -> Tensor:
         """Frames [N, 3, H * 8, W * 8] of scaled latents [N, C, H, W]."""
-        return self.module.decoder(self.module.post_quant_conv(z / SPATIAL_SCALE))
+        return self.module.decode(z / SPATIAL_SCALE)
 
 
 class VideoAutoencoderPipeline(nn.Module):

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from opensora.models.layers.arguments import arguments_of
+from opensora.models.vae.temporal_decoder import AutoencoderKLTemporalDecoder
 from opensora.models.vae.vae import SPATIAL_SCALE, FrameAutoencoder
 
 
 class VideoAutoencoderKLTemporalDecoder(FrameAutoencoder):
     """AutoencoderKLTemporalDecoder: one latent frame for each frame; those decoded together smooth one another."""
 
-    kind = "AutoencoderKLTemporalDecoder"
+    network = AutoencoderKLTemporalDecoder
 
     def __init__(
         self, micro_batch_size: int | None = None, in_channels: int = 3, out_channels: int = 3,
@@ -36,4 +37,4 @@ class VideoAutoencoderKLTemporalDecoder(FrameAutoencoder):
 
     def decode_frames(self, z: Tensor) -> Tensor:
         """Frames [T, 3, H * 8, W * 8] of scaled latents [T, C, H, W] of one video."""
-        return self.module.decode(z / SPATIAL_SCALE, num_frames=len(z)).sample
+        return self.module.decode(z / SPATIAL_SCALE)
