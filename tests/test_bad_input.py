@@ -98,10 +98,10 @@ NUMBERS = [
     (("--fps", "0"), "fps must be at least 1; it is 0"),
     (("--save-fps", "-8"), "save_fps must be at least 1; it is -8"),
     (("--start-index", "-1"), "start_index must be at least 0; it is -1"),
-    (("--start-index", "5"), "there is no prompt"),
+    (("--start-index", "5"), "no prompt given"),
 ]
 PROMPTS = [
-    ((), "there is no prompt: give one, or --prompt-path"),
+    ((), "no prompt given: give one, or --prompt-path"),
     (("--prompt", ""), "a prompt is empty"),
     (("--prompt", "a cat", " \t"), "a prompt is empty"),
     (("--prompt", "猫"), "prompt '猫' is empty once cleaned"),
@@ -109,17 +109,17 @@ PROMPTS = [
     (("--prompt", "a cat {y"), "what follows { is not JSON"),
     (("--prompt", 'x{"reference_path": "gone.png", "mask_strategy": "0"}'), "gone.png"),
     (("--prompt", 'x{"mask_strategy": "a"}'), "mask_strategy 'a': 'a' is not loop,reference,"),
-    (("--prompt", "x", "--mask-strategy", "0,0,0,0,1,2"), "five whole numbers up to 1,000,000 and a rate from 0 to 1"),
+    (("--prompt", "x", "--mask-strategy", "0,0,0,0,1,2"), "five integers up to 1,000,000 and a rate from 0 to 1"),
     (("--prompt", "x", "y", "--mask-strategy", "0"), "mask_strategy has 1 entries for 2 prompts"),
     (("--prompt", "|0|sun|x|rain"), "loop numbers and texts must alternate"),
     (("--prompt-path", "gone.txt"), "prompt file gone.txt: cannot be read"),
-    (("--prompt-path", "."), "prompt file .: is no regular file"),
+    (("--prompt-path", "."), "prompt file .: is not a regular file"),
 ]
 NOT_YET = [
     (("--loop", "2", "--cfg-options", "scheduler={'type': 'dpm-solver'}"), "'dpm-solver' cannot keep given frames"),
     (("--loop", "2", "--cfg-options", "model={'type': 'DiT', 'from_pretrained': 'x'}"), "'DiT' cannot keep given"),
     (("--reference-path", "gone.png"), "gone.png"),
-    (("--llm-refine", "True"), "llm_refine asks a language model; say where and which: set OPENAI_BASE_URL"),
+    (("--llm-refine", "True"), "llm_refine calls a language model; set OPENAI_BASE_URL"),
     (("--watermark", "True", "--image-size", "16", "24"), "'AI generated' cannot be read on frames of 16x24;"),
     (("--cfg-options", "watermark=猫"), "watermark '猫' cannot be drawn; write a text in Latin letters"),
     (("--cfg-options", "watermark=' '"), "watermark ' ' cannot be drawn"),
@@ -207,14 +207,14 @@ def test_truncated_checkpoints(here, capsys, hub_cache, flag, part):
     data = (whole / "model.safetensors").read_bytes()
     (here / "cut/model.safetensors").write_bytes(data[: len(data) // 2])
     error = refused(capsys, *SMALL, "--prompt", "x", flag, "cut")
-    assert "cut/model.safetensors: truncated, damaged or no safetensors file" in error
+    assert "cut/model.safetensors: truncated, damaged or not a safetensors file" in error
 
     (here / "cut/model.safetensors").unlink()
     save_file(read_state_dict(whole), here / "cut/model.pt")
     data = (here / "cut/model.pt").read_bytes()
     (here / "cut/model.pt").write_bytes(data[: len(data) // 2])
     error = refused(capsys, *SMALL, "--prompt", "x", flag, "cut")
-    assert "cut/model.pt: truncated, damaged or no PyTorch checkpoint" in error
+    assert "cut/model.pt: truncated, damaged or not a PyTorch checkpoint" in error
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_more_than_fits_into_memory(capsys, monkeypatch):
 
     monkeypatch.setattr(denoise, "initial_noise", allocate)
     error = refused(capsys, *SMALL, "--prompt", "x")
-    assert "memory does not suffice for 17 frames of 16x24; ask for a smaller size or fewer frames" in error
+    assert "memory does not suffice for 17 frames of 16x24; use a smaller size or fewer frames" in error
 
 
 def environment(cache: Path, **more: str) -> dict[str, str]:

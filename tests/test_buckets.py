@@ -77,9 +77,9 @@ def test_every_row_has_its_fate():
         ({"144p": (1.0, 1)}, "144p must be"),
         ({"144p": {"51": (1.0, 1)}}, "'51' frames: the number of frames"),
         ({"144p": {51: 12}}, r"write \(keep probability, batch size\)"),
-        ({"144p": {51: (1.0, None)}}, "batch size must be a whole number"),
-        ({"144p": {51: (1.0, 0)}}, "batch size must be a whole number"),
-        ({"144p": {51: (4, 0.5)}}, "batch size must be a whole number"),
+        ({"144p": {51: (1.0, None)}}, "batch size must be an integer"),
+        ({"144p": {51: (1.0, 0)}}, "batch size must be an integer"),
+        ({"144p": {51: (4, 0.5)}}, "batch size must be an integer"),
         ({"144p": {51: (-0.5, 4)}}, "keep probability must be"),
         ({"144p": {51: (float("nan"), 4)}}, "keep probability must be"),
         ({"144p": {51: ((0.5, 0.5, 0.5), 4)}}, "keep probability must be"),
@@ -237,7 +237,7 @@ def test_feature_buffers_are_resumed_where_they_stopped():
     made.load_state_dict(made.state_dict(3))
     assert list(made) == list(range(11, 16))
     made.load_state_dict({"start_index": 8})
-    with pytest.raises(ConfigError, match="lies beyond"):
+    with pytest.raises(ConfigError, match="is past"):
         made.load_state_dict({"start_index": 9})
 
 
@@ -326,7 +326,7 @@ def test_command_refuses_a_run_without_steps(files: tuple[Path, Path], tmp_path:
     assert run(files, tmp_path, "--world-size", "8") == 1
     captured = capsys.readouterr()
     assert "0 steps an epoch" in captured.out
-    assert "no steps: 4 batches are fewer than 8 ranks; take fewer ranks" in captured.err
+    assert "no steps: 4 batches are fewer than 8 ranks; use fewer ranks" in captured.err
     assert run(files, tmp_path, "--cfg-options", "bucket_config.144p={17: (1.0, 20)}") == 1
     captured = capsys.readouterr()
     assert "1 bucket(s) with 19 rows have no batch" in captured.out
@@ -340,7 +340,7 @@ def test_command_refuses_a_run_without_steps(files: tuple[Path, Path], tmp_path:
         (None, (), "no such file or folder"),
         ("path,num_frames,height,width\n", (), "has no rows"),
         ("path,num_frames,height,width\na.mp4,20,144,256\n", ("--save-dir", "train.py/x"), "train.py"),
-        ("path,num_frames,height,width\n", ("--world-size", "0"), "the world size must be a whole number from 1"),
+        ("path,num_frames,height,width\n", ("--world-size", "0"), "the world size must be an integer of at least 1"),
         ("path,num_frames,height,width\n", ("--cfg-options", "bucket_config=None"), "no bucket_config"),
         (
             "path,num_frames,height,width\n",

@@ -324,11 +324,11 @@ def test_tea_follows_the_input_of_the_first_attention() -> None:
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"halves": "2"}, "no table"),
+        ({"halves": "2"}, "not a calibration table"),
         ({"halves": "02", "text": [[1, 0]] * 2, "guidance": [[1, 0]] * 2}, "begin"),
         ({"halves": "20", "text": [[1, 0]], "guidance": [[1, 0]] * 2}, "one entry"),
         ({"halves": "2x", "text": [[1, 0]] * 2, "guidance": [[1, 0]] * 2}, "begin"),
-        ({"halves": "20", "text": [[1, 0], ["a", 0]], "guidance": [[1, 0]] * 2}, "no table"),
+        ({"halves": "20", "text": [[1, 0], ["a", 0]], "guidance": [[1, 0]] * 2}, "not a calibration table"),
         ({"halves": "20", "text": [[1, 0], [float("nan"), 0]], "guidance": [[1, 0]] * 2}, "finite"),
     ],
 )

@@ -105,7 +105,7 @@ BAD = [
     ),
     (("--num-frames", "17", "--loop", "2"), "clips of 17 frames have 5 latent frames; give --num-frames 34"),
     (("--num-frames", "20", "--loop", "2"), "6 latent frames are not a multiple of 5; give --num-frames 34"),
-    (("--num-frames", "17", "--reference-path", "image.png", "--mask-strategy", "0,0,0,9"), "lies outside its 5"),
+    (("--num-frames", "17", "--reference-path", "image.png", "--mask-strategy", "0,0,0,9"), "is outside its 5"),
     (("--num-frames", "17", "--reference-path", "image.png", "--mask-strategy", "0,1"), "names reference 1"),
     (("--num-frames", "17", "--reference-path", "image.png", "--mask-strategy", "1"), "is for loop 1 of 1"),
     (("--num-frames", "17", "--mask-strategy", "0"), "names reference 0, but there are 0"),
@@ -166,11 +166,11 @@ WORDS = [
     (("--edit", "clip.mp4", "--last-frame", "image.png"), "cannot be combined"),
     (("--keep", "1s"), "--keep belongs to --extend"),
     (("--strength", "0.5"), "--strength belongs to --edit"),
-    (("--extend", "clip.mp4", "--keep", "soon"), "'soon' is no number of frames"),
+    (("--extend", "clip.mp4", "--keep", "soon"), "'soon' is not a number of frames"),
     (("--extend", "clip.mp4", "--keep", "34"), "takes 34 frames, in whole groups of 17; of 34 nothing is left"),
     (("--extend", "image.png"), "has 1 frames, and 17 are to be kept"),
     (("--last-frame", "clip.mp4"), "has 34 frames where an image is needed"),
-    (("--image", "image.png", "--mask-strategy", "0"), "give one of the two forms"),
+    (("--image", "image.png", "--mask-strategy", "0"), "use one of the two forms"),
     (("--edit", "clip.mp4", "--strength", "1.5"), "strength must be at most 1; it is 1.5"),
 ]
 

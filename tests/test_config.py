@@ -110,7 +110,7 @@ def test_bases_are_merged(tmp_path):
         ("'config.py'", "back to itself"),
         ("3", "_base_"),
         ("'gone.py'", r"gone\.py: cannot be read \(No such file"),
-        ("'/dev/zero'", "/dev/zero: is no regular file"),
+        ("'/dev/zero'", "/dev/zero: is not a regular file"),
     ],
 )
 def test_wrong_bases(tmp_path, base, problem):
@@ -138,7 +138,7 @@ def test_unknown_setting_is_an_error():
     ("setting", "message"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1; it is 0"),
-        ({"batch_size": 1.5}, "batch_size must be a whole number; it is 1.5"),
+        ({"batch_size": 1.5}, "batch_size must be an integer; it is 1.5"),
         ({"num_frames": "-1"}, "num_frames must be at least 1"),
         ({"fps": 0}, "fps must be at least"),
         ({"fps": float("nan")}, "fps must be a finite number; it is nan"),
@@ -148,8 +148,8 @@ def test_unknown_setting_is_an_error():
         ({"scheduler": {"type": "rflow", "num_sampling_steps": 0}}, "num_sampling_steps must be at least 1"),
         ({"scheduler": {}}, "scheduler needs a type"),
         ({"watermark": "False"}, "watermark must be True or False, or the text"),
-        ({"prompt": 1}, "prompt must be a list of texts"),
-        ({"prompt": ["a", 1]}, r"prompt\[1\] must be a text; it is 1"),
+        ({"prompt": 1}, "prompt must be a list of strings"),
+        ({"prompt": ["a", 1]}, r"prompt\[1\] must be a string; it is 1"),
     ],
 )
 def test_inference_settings_are_checked(setting, message):
@@ -315,16 +315,16 @@ def test_one_budget_for_a_file_and_its_bases(tmp_path, files, problem):
 @pytest.mark.parametrize(
     ("base", "problem"),
     [
-        (r"'a\0b.py'", "_base_ must be a text without NUL"),
+        (r"'a\0b.py'", "_base_ must be a string without NUL"),
         (r"'a\ud800b.py'", "_base_ must be UTF-8 text"),
         (r"['ok.py', '\udcff.py']", r"_base_\[1\] must be UTF-8 text"),
         ("'a' * 5000", "_base_ must be at most 4096 characters"),
         ("'a' * 300", "parts are at most 255 bytes"),
-        ("['b.py', 3]", r"_base_\[1\] must be a text; it is 3"),
+        ("['b.py', 3]", r"_base_\[1\] must be a string; it is 3"),
         ("{'a': 1}", "_base_ must be"),
         ("None", "_base_ must be"),
-        ("'pipe'", "is no regular file"),
-        ("'.'", "is no regular file|cannot be read"),
+        ("'pipe'", "is not a regular file"),
+        ("'.'", "is not a regular file|cannot be read"),
     ],
 )
 def test_bases_that_name_no_file(tmp_path, base, problem):
@@ -345,7 +345,7 @@ def test_bases_that_name_no_file(tmp_path, base, problem):
         ("prompt = ['a %s' % 'b']", "config.py:1: arithmetic needs numbers, not str; .*--trust-config"),
         ("x = 1 if True else 2", "a condition"),
         ("x = {1, 2}", "a set"),
-        ("x = b'a'", "a value that is no text"),
+        ("x = b'a'", "a value other than a string"),
         ("x = 1\nx += 1", "config.py:2: an assignment with an operator"),
         ("x = [*[1]]", r"`\*` is not allowed"),
         ("x = " + "9" * 5000, "not valid Python: .*4300"),
@@ -380,12 +380,12 @@ def test_json_and_yaml(tmp_path, name, text):
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [
-        ("a.json", "[1]", "must hold names and their values"),
+        ("a.json", "[1]", "must map names to values"),
         ("a.json", "{num_frames: 17}", "cannot be read as JSON"),
         ("a.json", '{"x": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested more than 50 levels"),
         ("a.json", '{"x": ' + "1" * 5_000 + "}", "5000 digits"),
-        ("a.yaml", "- 1\n", "must hold names and their values"),
-        ("a.yaml", "1: 2\n", "must hold names and their values"),
+        ("a.yaml", "- 1\n", "must map names to values"),
+        ("a.yaml", "1: 2\n", "must map names to values"),
         ("a.yaml", "a: [\n", "cannot be read as YAML"),
         ("a.yaml", "a: !!python/object/apply:os.system [ls]\n", "cannot be read as YAML"),
         ("a.yaml", "a: &a [x]\nb: [*a, *a]\n", "aliases are not read"),
@@ -501,8 +501,8 @@ def test_near_names_of_configurations(name, near, tmp_path, monkeypatch):
         ("a\udcff.py", "UTF-8 text"),
         ("a" * 300, "255 bytes"),
         ("a/" * 3000, "at most 4096"),
-        ("/dev/zero", "is no regular file"),
-        ("pipe", "is no regular file"),
+        ("/dev/zero", "is not a regular file"),
+        ("pipe", "is not a regular file"),
         ("folder", "is a folder"),
     ],
 )

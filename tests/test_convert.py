@@ -188,7 +188,7 @@ class TestDestination:
             {"old": torch.zeros(1)}, target
         )
         before = tree(tmp_path)
-        with pytest.raises(ConfigError, match=rf"{name} exists; name another place, or replace it with --force$"):
+        with pytest.raises(ConfigError, match=rf"{name} exists; choose another path, or replace it with --force$"):
             convert(str(model), str(target), to)
         assert tree(tmp_path) == before
         convert(str(model), str(target), to, force=True)
@@ -199,7 +199,7 @@ class TestDestination:
         (tmp_path / "file").touch()
         before = tree(tmp_path)
         for to, name in (("pt", "b.pt"), ("hf", "file")):
-            with pytest.raises(ConfigError, match=rf"{name} exists; name another place$"):
+            with pytest.raises(ConfigError, match=rf"{name} exists; choose another path$"):
                 convert(str(model), str(tmp_path / name), to, force=True)
         assert tree(tmp_path) == before
 
@@ -267,9 +267,9 @@ DAMAGE = {
     "extra": "damaged.pth does not fit PixArt: unexpected blocks.7.attn.qkv.bias float32 [3]\n",
     "wrong shape": "damaged.pth does not fit PixArt: t_block.1.bias: expected float32 [",
     "wrong model": "damaged.pth does not fit PixArt: missing t_block.1.weight float32",
-    "truncated": "damaged.pth: truncated, damaged or no PyTorch checkpoint",
+    "truncated": "damaged.pth: truncated, damaged or not a PyTorch checkpoint",
     "runs code": "damaged.pth: refused, it asks to run code (",
-    "index": "safetensors: lacks tensors that the index promises: ",
+    "index": "safetensors: lacks tensors that the index lists: ",
 }
 
 

@@ -183,12 +183,12 @@ def with_times(path: Path, count: int, duration: int) -> Path:
 def test_broken_times_are_told(duration, tmp_path):
     path = with_times(tmp_path / "a.mp4", LENGTH, duration)
     for read in (media.read_video, read_row, media.count_frames):
-        with pytest.raises(MediaError, match=r"its time table is broken, .*; encode it anew"):
+        with pytest.raises(MediaError, match=r"its timestamps are invalid, .*; re-encode it"):
             read(path)
 
 
 def test_a_case_of_broken_times():
-    with pytest.raises(MediaError, match="its time table is broken"):
+    with pytest.raises(MediaError, match="its timestamps are invalid"):
         read_row(CASES / "sttsmax.mp4")
 
 

@@ -164,7 +164,7 @@ def test_each_rank_takes_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None
         devices.set_device(kind, 2)
     devices.set_device(kind, 2, share=True)
     assert there.current == 0
-    with pytest.raises(ConfigError, match=r"'meta:0' is a single one, .* several processes; name just 'meta'"):
+    with pytest.raises(ConfigError, match=r"'meta:0' is one device, .* several processes; use 'meta'"):
         devices.set_device(torch.device("meta:0"), 1)
     devices.set_device(HOST, 3)
 

@@ -317,7 +317,7 @@ def test_damaged_drafts_are_refused(drafted: Path, capsys: pytest.CaptureFixture
         drafted.write_bytes(bytes(damaged))
         assert "is damaged, or was changed after it was written" in refused(capsys, str(drafted))
     drafted.unlink()
-    assert "there is no such draft" in refused(capsys, str(drafted))
+    assert "no such draft" in refused(capsys, str(drafted))
     for other in ("weights/model.safetensors", "image.png"):
         assert other in refused(capsys, other)
 
@@ -360,7 +360,7 @@ def test_another_version_is_told(drafted: Path, caplog: pytest.LogCaptureFixture
 
 def test_two_drafts_of_one_name_are_not_finished_into_one_file(drafted: Path, capsys: pytest.CaptureFixture) -> None:
     shutil.copy(drafted, "out/other.safetensors")
-    assert "would both become out/sample_0000; put one" in refused(capsys, str(drafted), "out/other.safetensors")
+    assert "would both become out/sample_0000; move one" in refused(capsys, str(drafted), "out/other.safetensors")
 
 
 def test_one_bad_draft_of_several_stops_all(drafted: Path, capsys: pytest.CaptureFixture) -> None:

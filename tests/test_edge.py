@@ -193,7 +193,7 @@ def test_a_world_size_that_is_no_number(
         ({"RANK": "0", "MASTER_ADDR": "localhost"}, "MASTER_PORT is not set"),
         ({"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "port"}, "MASTER_PORT is 'port'"),
         ({"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "70000"}, "MASTER_PORT is '70000'"),
-        ({"RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "RANK is '2', not a whole number from 0 to 1"),
+        ({"RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "RANK is '2', not an integer from 0 to 1"),
         ({"RANK": "one", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "RANK is 'one'"),
         ({"RANK": "0", "LOCAL_RANK": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "LOCAL_RANK is 'x'"),
     ],

@@ -176,7 +176,7 @@ def test_texts_alone(folder: Path, rows: list[tuple]) -> None:
 
 
 def test_incomplete_and_damaged_folders(copied: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no folder of encoded features"):
+    with pytest.raises(ConfigError, match="is not a folder of encoded features"):
         EncodedDataset(tmp_path)
     plan = json.loads((copied / "plan.json").read_text())
     shard = copied / plan["latents"][2]["file"]
@@ -185,7 +185,7 @@ def test_incomplete_and_damaged_folders(copied: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"{shard.name}: is damaged"):
         EncodedDataset(copied)
     shard.unlink()
-    with pytest.raises(ConfigError, match=r"1 of \d+ shards are not there yet .*extract_feat.py again"):
+    with pytest.raises(ConfigError, match=r"1 of \d+ shards do not exist yet .*extract_feat.py again"):
         EncodedDataset(copied)
 
 
@@ -200,7 +200,7 @@ def test_parts_that_were_left_out(kind: str, problem: str, copied: Path) -> None
 def test_features_of_other_weights_are_refused(folder: Path) -> None:
     dataset = EncodedDataset(folder)
     dataset.require(vae="vae", text_encoder="text_encoder")
-    with pytest.raises(ConfigError, match="was encoded with vae vae, and the run has other; encode it anew"):
+    with pytest.raises(ConfigError, match="was encoded with vae vae, and the run has other; re-encode it"):
         dataset.require(vae="other")
 
 

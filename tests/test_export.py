@@ -91,7 +91,7 @@ def test_wrong_sources(tmp_path: Path) -> None:
     for source, ema, words in (
         (tmp_path / "nowhere", True, "no training checkpoint at"),
         (tmp_path / "empty", True, "no finished checkpoint"),
-        (model, False, "one set of weights; leave --no-ema out"),
+        (model, False, "one set of weights; remove --no-ema"),
     ):
         with pytest.raises(WeightsError, match=words):
             export(source, tmp_path / "out", ema)

@@ -278,9 +278,9 @@ def test_too_many_broken_files_stop_the_run(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("there", "texts", "changes", "words"),
     [
-        (0, ["x"] * 4, {}, "none of its 4 files is there"),
-        (2, ["x"] * 4, {}, "2 of 4 files are not there: .*over the limit of 1"),
-        (1, ["x"] * 4, {"start_index": 1}, "none of its 3 files is there"),
+        (0, ["x"] * 4, {}, "none of its 4 files exists"),
+        (2, ["x"] * 4, {}, "2 of 4 files do not exist: .*over the limit of 1"),
+        (1, ["x"] * 4, {"start_index": 1}, "none of its 3 files exists"),
         (4, [""] * 4, {}, "4 of 4 texts are empty"),
         (4, ["x", " ", "x", ""], {}, "2 of 4 texts are empty: .*over the limit of 1"),
         (4, ["x", "x", "x", ""], {"start_index": 3}, "1 of 1 texts are empty"),

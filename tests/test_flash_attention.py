@@ -52,7 +52,7 @@ def test_an_installed_package_is_activated_and_preferred(activated: list[str]) -
 
 def test_what_cannot_be_activated_is_refused(activated: list[str]) -> None:
     before = order()
-    with pytest.raises(ConfigError, match=r"attention 'BROKEN' cannot be used here .*some_kernels.*; leave it out"):
+    with pytest.raises(ConfigError, match=r"attention 'BROKEN' cannot be used here .*some_kernels.*; remove it"):
         use_attention("BROKEN", CPU)
     with pytest.raises(ConfigError, match=r"attention 'GODO' is not known to PyTorch .*; it knows BROKEN, .*GOOD"):
         use_attention("GODO", CPU)

@@ -98,7 +98,7 @@ def test_what_cannot_be_captured_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cuda_graphs, "capture", refuse)
     captured = CapturedModel(lambda x, timestep: x)
     captured(torch.ones(1), torch.ones(1))
-    with pytest.raises(ConfigError, match=r"cannot be captured here \(operation not permitted when stream is capt"):
+    with pytest.raises(ConfigError, match=r"cannot be captured \(operation not permitted when stream is capt"):
         captured(torch.ones(1), torch.ones(1))
 
 
@@ -113,7 +113,7 @@ def test_the_flag_makes_the_same_image(tapes: list[Tape], tmp_path: Path) -> Non
     assert max(high for _, high in ImageChops.difference(plain, replayed).getextrema()) <= 1
 
 
-@pytest.mark.parametrize(("flags", "said"), [([], "captures no graphs on device 'cpu'"), (["--memory", "low"], None)])
+@pytest.mark.parametrize(("flags", "said"), [([], "cannot capture graphs"), (["--memory", "low"], None)])
 def test_the_flag_is_refused_where_nothing_records(
     flags: list[str], said: str | None, tmp_path: Path, request: pytest.FixtureRequest,
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str],

@@ -202,7 +202,7 @@ class TestNames:
     def test_sample_that_makes_gradients_jump(self):
         loop = Loop(poisoned(at=MIN_NORMS, row=2, value=1e4), max_bad_steps=3)
         assert loop.run(MIN_NORMS + 2) == ["go"] * MIN_NORMS + ["skip", "go"]
-        assert told(loop)["what"] == "the gradients jump" and told(loop)["poisoned"] == ["clip2"]
+        assert told(loop)["what"] == "the gradient norm spikes" and told(loop)["poisoned"] == ["clip2"]
 
     @pytest.mark.parametrize("whole", [True, False])
     def test_compiled_modules_too(self, whole):
@@ -249,7 +249,7 @@ class TestNames:
         once = iter([math.nan])
         loop.model.leave.register_forward_hook(lambda _, __, out: out * next(once, 1.0))
         assert loop.run(2) == ["skip", "go"]
-        assert "taken again it is finite" in told(loop)["where"] and "module" not in told(loop)
+        assert "finite when repeated" in told(loop)["where"] and "module" not in told(loop)
 
     def test_no_more_than_is_known(self):
         guard = BadStepGuard(Net(), settings())

@@ -151,7 +151,7 @@ def test_answers_of_the_hub_are_told(hub: StandIn, status: int, told: str, tmp_p
     with pytest.raises(WeightsError) as caught:
         locate(REPO, what="VAE weights")
     message = str(caught.value)
-    assert message.startswith("VAE weights: 'org/name' is no local path") and told in message and "\n" not in message
+    assert message.startswith("VAE weights: 'org/name' is not a local path") and told in message and "\n" not in message
     assert not partial(tmp_path)
 
 

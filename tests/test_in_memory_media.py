@@ -127,13 +127,13 @@ def test_bounds_of_all_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
         InMemoryMedia.from_pixels(VIDEO)
     media = InMemoryMedia(VIDEO)
     monkeypatch.setattr(media_reader, "MAX_PIXELS", 4 * SIZE[0] * SIZE[1])
-    with pytest.raises(MediaError, match="holds more than 4 frames, the limit here"):
+    with pytest.raises(MediaError, match="holds more than 4 frames, the limit"):
         References(SIZE, media=[media]).check(media.name)
 
 
 def test_too_long_and_thin() -> None:
     media = InMemoryMedia.from_pixels(np.zeros((1, 4000, 3), np.uint8))
-    problem = f"reference '{media.name}': a picture of 1x4000 pixels is too long and thin"
+    problem = f"reference '{media.name}': an image of 1x4000 pixels is too long and thin"
     with pytest.raises(MediaError, match=problem):
         References(SIZE, media=[media]).check(media.name)
 

@@ -90,7 +90,7 @@ def test_odd_size_is_announced(here, caplog):
         argv = ("--image-size", "480", "853", "--num-frames", "1", "--num-sampling-steps", "1", "--prompt", "x")
         assert run_script(SAMPLE, *argv, "--save-dir", "out") == 0
     assert read_image(here / "out/sample_0000.png").shape == (480, 848, 3)
-    assert "480x848 is made for 480x853: sides are rounded down to multiples of 8" in caplog.text
+    assert "480x853 becomes 480x848: sides are rounded down to multiples of 8" in caplog.text
 
 
 def test_two_seconds_of_two_prompts_with_two_samples(here, hub_cache, capsys):

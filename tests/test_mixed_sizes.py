@@ -76,7 +76,7 @@ class TestMixedClips:
             clips([SIZES[0], size])
 
     def test_sizes_do_not_go_with_a_single_size(self) -> None:
-        with pytest.raises(ConfigError, match="dataset has sizes and also num_frames; leave one out"):
+        with pytest.raises(ConfigError, match="dataset has sizes and also num_frames; remove one"):
             clips(num_frames=17)
 
 

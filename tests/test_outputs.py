@@ -152,7 +152,7 @@ def test_two_results_with_one_name_are_refused(prompts: tuple[str, ...]) -> None
     placed = [
         one._replace(path=save_path_name("out", prompt=one.prompt, prompt_as_path=True)) for one in requests(*prompts)
     ]
-    with pytest.raises(ConfigError, match=r"would both be written to out/.*; leave out one of them, or --prompt-as"):
+    with pytest.raises(ConfigError, match=r"would both be written to out/.*; remove one of them, or --prompt-as"):
         found.assign_paths(placed)
 
 
@@ -168,7 +168,7 @@ def test_a_folder_where_a_part_belongs_is_told_before_the_work(blocked: str, ove
     Path(blocked).mkdir()
     found = Outputs(replace(SETTINGS, output="out/a.png", preview=True, overwrite=overwrite), 1, False)
     [request] = found.assign_paths(requests("a"))
-    with pytest.raises(MediaError, match=f"{blocked}: is no file"):
+    with pytest.raises(MediaError, match=f"{blocked}: is not a file"):
         found.check([request.path])
 
 
@@ -176,7 +176,7 @@ def test_a_folder_where_a_part_belongs_is_told_before_the_work(blocked: str, ove
 def test_a_named_file_is_replaced_only_if_asked(part: str, caplog: pytest.LogCaptureFixture) -> None:
     Path(part).write_text("old")
     settings = {"output": "out/a.png", "preview": True}
-    with pytest.raises(MediaError, match=f"{part}: is there already.*--overwrite"):
+    with pytest.raises(MediaError, match=f"{part}: already exists.*--overwrite"):
         make("x", **settings)
     assert Path(part).read_text() == "old" and names() == [Path(part).name]
     with caplog.at_level(logging.INFO, "opensora"):
@@ -200,7 +200,7 @@ def test_a_file_of_the_wrong_kind_is_refused(output: str, num_frames: int, probl
 def test_a_named_file() -> None:
     assert make("x", output="out/A b.PNG", save_dir="elsewhere") == ["A b.PNG"]
     assert names() == ["A b.PNG", "A b.json"] and read_recipe("out/A b.PNG")["prompt"] == "x"
-    with pytest.raises(ConfigError, match="names one file, but 2 results are asked for"):
+    with pytest.raises(ConfigError, match="names one file, but 2 results are requested"):
         make("x", "y", output="out/b.png")
     with pytest.raises(ConfigError, match="output and prompt_as_path both name"):
         make("x", output="out/b.png", prompt_as_path=True)

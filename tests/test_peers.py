@@ -71,7 +71,7 @@ def test_a_rank_that_is_gone(tmp_path: Path, who: int, what: Callable[[], None])
     assert time.monotonic() - began < 60
     assert found[who].code == (7 if what is leave else -signal.SIGKILL) and found[1 - who].code == 1
     (line,) = told(found[1 - who])
-    assert line.startswith(f"error: rank {1 - who} has lost another rank (") and "goes on with --load" in line
+    assert line.startswith(f"error: rank {1 - who} has lost another rank (") and "resume training with --load" in line
 
 
 @pytest.mark.parametrize("who", [0, 1])
@@ -133,7 +133,7 @@ def test_a_launcher_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     found = os.read(wait, 100)
     assert found == ((b"saved" if obeys else b"") if launched else b"went on")
     lines = file.read_text().splitlines()  # of the rank alone
-    assert lines == (["error: rank 0: the process that started it is gone, so it ends too"] if launched else [])
+    assert lines == (["error: rank 0: the process that started it has ended, so this rank exits"] if launched else [])
 
 
 def on_ranks() -> dict[str, Any]:

@@ -271,7 +271,7 @@ def test_the_text_says_where_references_land(parts: dict[str, Path]) -> None:
         "    0-4 kept: 5-9 of clip 0",
         "    5-9 generated",
         "legal lengths near 34: 1, 17, 34, 51, 68, 85",
-        "note: 16x24 is made for 20x24: sides are rounded down to multiples of 8",
+        "note: 20x24 becomes 16x24: sides are rounded down to multiples of 8",
         "note: mask_strategy '0,1,4,-3,9,0.4': target start 7 becomes 5, a multiple of 5",
         "note: mask_strategy '0,1,4,-3,9,0.4': reference start 4 becomes 5, a multiple of 5",
         "note: mask_strategy '0,1,4,-3,9,0.4': of 9 latent frames 5 fit",
@@ -289,7 +289,7 @@ LATE: list[tuple[dict[str, Any], str]] = [
     (dict(reference_path=["thin.png"], mask_strategy=["0"], image_size=(64, 64)), "thin.png"),
     (dict(loop=2, reference_path=["clip34.mp4"], mask_strategy=["1,-1,7"], num_frames=17, condition_frame_length=5,
           vae__type="VideoAutoencoderPipeline"), "give --num-frames 34"),
-    (dict(loop=2, reference_path=["clip34.mp4;image.png"], mask_strategy=["1,2,12"]), "lies outside its 10"),
+    (dict(loop=2, reference_path=["clip34.mp4;image.png"], mask_strategy=["1,2,12"]), "is outside its 10"),
 ]  # fmt: skip
 
 

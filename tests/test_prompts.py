@@ -89,14 +89,14 @@ def test_each_text_is_refined_scored_then_cleaned() -> None:
 @pytest.mark.parametrize(
     ("tail", "told"),
     [
-        ('{"mask_strategy": ["0"]}', r"mask_strategy must be a text; it is \['0'\]"),
-        ('{"reference_path": 5}', "reference_path must be a text; it is 5"),
-        ('{"mask_strategy": 0}', "mask_strategy must be a text; it is 0"),
-        ('{"mask_strategy": null}', "mask_strategy must be a text; it is None"),
-        ('{"reference_path": {"a": "b.png"}}', "reference_path must be a text"),
-        ('{"reference_path": true, "mask_strategy": "0"}', "reference_path must be a text; it is True"),
+        ('{"mask_strategy": ["0"]}', r"mask_strategy must be a string; it is \['0'\]"),
+        ('{"reference_path": 5}', "reference_path must be a string; it is 5"),
+        ('{"mask_strategy": 0}', "mask_strategy must be a string; it is 0"),
+        ('{"mask_strategy": null}', "mask_strategy must be a string; it is None"),
+        ('{"reference_path": {"a": "b.png"}}', "reference_path must be a string"),
+        ('{"reference_path": true, "mask_strategy": "0"}', "reference_path must be a string; it is True"),
         ('{"mask_strategy": "0", "mask_strategy": "1"}', "'mask_strategy' twice"),
-        ('{"mask_strategy": NaN}', "NaN, which JSON does not know"),
+        ('{"mask_strategy": NaN}', "NaN, which is not valid JSON"),
         ('{"reference_path": ' + "9" * 5000 + "}", "a number of 5000 digits"),
         ('{"reference_path": 1.' + "9" * 4000 + "}", "a number of 4002 digits"),
         ('{"reference_path": ' + "[" * 9000 + "]" * 9000 + "}", "nested|JSON"),
@@ -183,7 +183,7 @@ def test_fast_rules_find_what_plain_ones_find(plain: str, fast: object) -> None:
 def test_a_prompt_file_is_a_regular_file_of_bounded_size(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, told = tmp_path / "prompts.txt", "is no regular file"
+    path, told = tmp_path / "prompts.txt", "is not a regular file"
     monkeypatch.setattr(prompts, "MAX_FILE_BYTES", 1000)
     monkeypatch.setattr(prompts, "MAX_LINES", 10)
     if kind == "folder":

@@ -164,7 +164,7 @@ def test_animated_images_are_videos(suffix, options, tmp_path):
 
 def test_too_long_and_thin(tmp_path):
     path = str(write_image(np.zeros((1, 4000, 3), np.uint8), tmp_path / "a.png"))
-    with pytest.raises(MediaError, match=r"a\.png': a picture of 1x4000 pixels is too long and thin"):
+    with pytest.raises(MediaError, match=r"a\.png': an image of 1x4000 pixels is too long and thin"):
         read_reference(path, SIZE)
 
 

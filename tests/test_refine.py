@@ -155,7 +155,7 @@ def test_what_is_kept_of_an_answer(server, content, text):
     assert refine_texts(["x"], of(server)) == {"x": text}
 
 
-WRONG = "answer is no chat completion"
+WRONG = "answer is not a chat completion"
 FAILURES = [
     (sends("{"), WRONG),
     (sends("[]"), WRONG),
@@ -188,7 +188,7 @@ def test_a_text_stays_after_a_failure(server, caplog, answer, reason):
     server.answers = [answer, says("A dog.")]
     assert refine_texts(["a cat", "b"], of(server)) == {"a cat": "a cat", "b": "A dog."}
     (warning,) = warnings(caplog)
-    assert warning.startswith("prompt 'a cat' stays as written: the language model's ") and reason in warning
+    assert warning.startswith("prompt 'a cat' stays unchanged: the language model's ") and reason in warning
     assert KEY not in caplog.text and len(server.asked) == 2
 
 
@@ -229,7 +229,7 @@ def test_nobody_answers(server, caplog):
         assert refine_texts(["a", "b"], where) == {"a": "a", "b": "b"}
     assert len(warnings(caplog)) == 1 and "cannot be asked (Connection refused)" in warnings(caplog)[0]
     where = endpoint(dataclasses.replace(SETTINGS, llm_base_url="http://a..b/v1"))
-    assert refine_texts(["a"], where) == {"a": "a"} and "cannot be asked" in warnings(caplog)[1]
+    assert refine_texts(["a"], where) == {"a": "a"} and "cannot be reached" in warnings(caplog)[1]
     caplog.clear()
     server.answers = [hangs_up]
     assert refine_texts(["a", "b"], of(server)) == {"a": "a", "b": "b"}
@@ -300,7 +300,7 @@ def test_a_key_that_is_none_is_not_shown(server, monkeypatch, key):
 
 def test_offline_asks_no_language_model(here, server, capsys):
     assert run_script(SAMPLE, *ASK, "--prompt", "a", "--llm-base-url", server.url, "--llm-model", "m", "--offline") == 1
-    assert "llm_refine asks a language model, but offline asks nobody" in capsys.readouterr().err
+    assert "llm_refine calls a language model, but offline is set" in capsys.readouterr().err
     assert not server.asked and not Path("made").exists()
 
 
@@ -393,7 +393,7 @@ def test_class_numbers_are_not_refined(here, server, capsys):
     ("refined", "problem"),
     [
         ({}, "refined has no text for 'a cat'"),
-        ({"a cat": 3}, "refined.a cat must be a text; it is 3"),
+        ({"a cat": 3}, "refined.a cat must be a string; it is 3"),
         ({"a cat": " "}, "prompt 'a cat' is empty once cleaned"),
         ({"a cat": "\ud800"}, r"refined.a cat must be UTF-8 text; it is '\ud800'"),
         ("a cat", "refined must be a dict; it is 'a cat'"),

@@ -369,7 +369,7 @@ def test_urls_refused_unseen(url, tmp_path, only_this_machine):
 def test_offline_asks_nobody(names, only_this_machine):
     asked = names()
     for url in ("https://example.org/a.png", "http://8.8.8.8/a.mp4#first=17"):
-        with pytest.raises(ConfigError, match="is a URL, but offline asks nobody; download it and give its path"):
+        with pytest.raises(ConfigError, match="is a URL, but offline is set; download it and give its path"):
             check_references(f"a.png;{url}", offline=True)
     assert check_references("", offline=True) == check_references(None, offline=True) == []
     assert asked == only_this_machine == []

@@ -119,7 +119,7 @@ def test_moved_weights(here, own_weights, capsys):
 def test_the_original_is_never_overwritten(here, own_weights, capsys):
     before = tree(here)
     assert main(["replay", "made/sample_0000.mp4", "--save-dir", "./made/"]) == 1
-    assert "is where the original lies; choose another --save-dir" in capsys.readouterr().err
+    assert "is where the original is; choose another --save-dir" in capsys.readouterr().err
     assert tree(here) == before
 
 
@@ -180,7 +180,7 @@ def damaged(recipe: dict, *path: str, value: object = None) -> dict:
         (("settings", "image_size"), [3, 3], "too small"),
         (("settings", "save_dir"), 3, "save_dir must be"),
         (("prompt",), None, "incomplete or damaged: setting 'prompt' is missing"),
-        (("prompt",), 5, "incomplete or damaged: prompt must be a text; it is 5"),
+        (("prompt",), 5, "incomplete or damaged: prompt must be a string; it is 5"),
         (("prompt",), " ", "a prompt is empty"),
         (("sample_index",), None, "incomplete or damaged"),
         (("sample_index",), 9, "sample 9"),

@@ -81,7 +81,7 @@ class TestHashes:
         run = trainer(folder.parent / "new", load=str(folder), max_steps=9)
         assert run.step == 8 and run.folder == folder.parent / "new" / "000-Linear-1"
         (line,) = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
-        assert str(newest(folder) / file) in line and line.endswith("going on from epoch1-global_step8")
+        assert str(newest(folder) / file) in line and line.endswith("resuming from epoch1-global_step8")
         run.run()
         assert names(folder) == ["epoch1-global_step8", "epoch2-global_step10"]
 

@@ -79,7 +79,7 @@ class TestRotation:
         run.run()
         assert run.folder == tmp_path / "new" / "000-Linear-1" and names(run.folder)[-1] == "epoch2-global_step14"
         assert sorted(path for path in folder.rglob("*")) == before
-        assert "is not the end of a run in its own folder: going on in" in caplog.text
+        assert "is not the end of a run in its own folder: continuing in" in caplog.text
 
     def test_of_an_earlier_version(self, tmp_path: Path) -> None:
         """It does not say who wrote its checkpoints."""
@@ -150,10 +150,10 @@ class TestLock:
         run.run()
         load = source.format(folder=run.folder)
         with locked_by_another(run.folder) as other:
-            with pytest.raises(WeightsError, match=rf"000-Linear-1: is being trained already, by process {other} on "):
+            with pytest.raises(WeightsError, match=rf"000-Linear-1: is already being trained, by process {other} on "):
                 trainer(tmp_path, load=load, max_steps=20)
             if source != "auto":
-                with pytest.raises(WeightsError, match="is being trained already"):
+                with pytest.raises(WeightsError, match="is already being trained"):
                     refuse_running(trainer(tmp_path / "x", load=load, start_from_scratch=True).settings.__class__(
                         model={"type": "Linear/1"}, load=load))  # fmt: skip
             assert trainer(tmp_path).folder.name == "001-Linear-1", "a run of its own may begin"
@@ -192,7 +192,7 @@ class TestLock:
         run.run()
         with locked_by_another(run.folder):
             (run.folder / "run.lock").write_text(content)
-            with pytest.raises(WeightsError, match="is being trained already") as raised:
+            with pytest.raises(WeightsError, match="is already being trained") as raised:
                 trainer(tmp_path, load=str(run.folder))
             assert "\x1b" not in str(raised.value)
 
@@ -234,7 +234,7 @@ class TestAuto:
         assert_same_end(run, whole)
 
     def test_not_from_scratch(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=r"--load auto goes on .* leave out --start-from-scratch"):
+        with pytest.raises(ConfigError, match=r"--load auto resumes .* remove --start-from-scratch"):
             trainer(tmp_path, load="auto", start_from_scratch=True)
 
 
@@ -294,9 +294,7 @@ class TestResult:
     def test_that_of_another_run_stays(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         assert self.result(tmp_path / "000-A", "first") == tmp_path / "ema"
         assert self.result(tmp_path / "001-A", "second") == tmp_path / "001-A" / "ema"
-        assert (
-            tmp_path / "ema" / "config.json"
-        ).read_text() == "first" and "is the result of another run" in caplog.text
+        assert (tmp_path / "ema" / "config.json").read_text() == "first" and "belongs to another run" in caplog.text
         assert self.result(tmp_path / "000-A", "first again") == tmp_path / "ema"
         assert (tmp_path / "ema" / "config.json").read_text() == "first again"
 
@@ -416,7 +414,7 @@ class TestDisk:
         run = trainer(tmp_path)
         run.run()
         assert names(run.folder)[-2:] == ["epoch1-global_step8", "epoch2-global_step10"]
-        assert "cannot be removed" in caplog.text and "training goes on" in caplog.text
+        assert "cannot be removed" in caplog.text and "training continues" in caplog.text
 
     def test_the_log_and_its_boards_do_without_room(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -470,7 +468,7 @@ def test_a_finished_run_says_what_to_raise(
     run = trainer(tmp_path, **first)
     run.run()
     assert (
-        f"step {run.step} is done, saved in {run.saved}; go on with --load {run.folder} and more {setting}"
+        f"step {run.step} is done, saved in {run.saved}; resume with --load {run.folder} and more {setting}"
         in caplog.text
     )
     caplog.clear()

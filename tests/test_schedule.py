@@ -100,7 +100,7 @@ def test_another_length_is_refused(tmp_path: Path, change: dict[str, Any], ranks
     run.callbacks.append(lambda run: run.step == 5 and setattr(run.stop_signals, "received", 15))
     with pytest.raises(SystemExit):
         run.run()
-    with pytest.raises(ConfigError, match=rf"{words}; undo that, or go on with --accept-changes"):
+    with pytest.raises(ConfigError, match=rf"{words}; undo that, or continue with --accept-changes"):
         run_of(tmp_path, StepIndices(11), ranks, load=str(run.folder), **{**how, **change})
     rest = run_of(tmp_path, StepIndices(11), ranks, load=str(run.folder), accept_changes=True, **{**how, **change})
     rest.run()

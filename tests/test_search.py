@@ -181,7 +181,7 @@ def test_plans():
         (({"144p": {1: (1.0, 475)}}, None, 1.0, None), r"takes \(guess, range\)"),
         (({"144p": (1, 1)}, None, 1.0, None), "must be {num_frames"),
         (({"145p": {1: (1, 1)}}, None, 1.0, None), "resolution '145p'"),
-        ((good, None, None, None), "no goal"),
+        ((good, None, None, None), "no target step time"),
         ((good, ("720p", 51), None, None), "is not in bucket_config"),
         ((good, ("240p", 51), None, "512"), "is not searched at --resolution 512"),
         ((good, "240p", None, None), "base must be"),

@@ -64,17 +64,17 @@ def test_every_keyword_is_explained(name):
         (
             "scheduler",
             {"type": "rflow", "num_sampling_steps": 3.5},
-            "num_sampling_steps must be a whole number; it is 3.5",
+            "num_sampling_steps must be an integer; it is 3.5",
         ),
         (
             "scheduler",
             {"type": "rflow", "num_sampling_steps": "3"},
-            "num_sampling_steps must be a whole number; it is '3'",
+            "num_sampling_steps must be an integer; it is '3'",
         ),
         (
             "scheduler",
             {"type": "rflow", "num_sampling_steps": True},
-            "num_sampling_steps must be a whole number; it is True",
+            "num_sampling_steps must be an integer; it is True",
         ),
         (
             "scheduler",
@@ -83,7 +83,7 @@ def test_every_keyword_is_explained(name):
         ),
         ("scheduler", {"type": "dpm-solver", "order": 4}, "order must be at most 3; it is 4"),
         ("scheduler", {"type": "iddpm", "diffusion_steps": HUGE}, "diffusion_steps must be "),
-        ("vae", {"type": "VideoAutoencoderKL", "micro_batch_size": 4.5}, "micro_batch_size must be a whole number"),
+        ("vae", {"type": "VideoAutoencoderKL", "micro_batch_size": 4.5}, "micro_batch_size must be an integer"),
         (
             "vae",
             {"type": "VideoAutoencoderKL", "act_fn": "tanh"},
@@ -94,14 +94,14 @@ def test_every_keyword_is_explained(name):
             {"type": "VideoAutoencoderKL", "down_block_types": ["DownBlock2D"] * 4},
             "down_block_types[0] 'DownBlock2D' is not known; did you mean 'DownEncoderBlock2D'?",
         ),
-        ("vae", {"type": "OpenSoraVAE_V1_2", "micro_frame_size": "17"}, "micro_frame_size must be a whole number"),
+        ("vae", {"type": "OpenSoraVAE_V1_2", "micro_frame_size": "17"}, "micro_frame_size must be an integer"),
         (
             "vae",
             {"type": "OpenSoraVAE_V1_2", "vae_2d": {"layers_per_block": 0}},
             "vae_2d.layers_per_block must be at least 1",
         ),
         ("vae", {"type": "OpenSoraVAE_V1_2", "shift": [0.1, "x"]}, "shift[1] must be a number; it is 'x'"),
-        ("text_encoder", {"type": "t5", "model_max_length": "x"}, "model_max_length must be a whole number; it is 'x'"),
+        ("text_encoder", {"type": "t5", "model_max_length": "x"}, "model_max_length must be an integer; it is 'x'"),
         ("text_encoder", {"type": "clip", "model_max_length": 0}, "model_max_length must be at least 1; it is 0"),
         ("text_encoder", {"type": "classes", "num_classes": 10**9}, "num_classes must be at most 1000000"),
         # numbers, switches, texts, choices
@@ -124,11 +124,11 @@ def test_every_keyword_is_explained(name):
             {"type": "dpm-solver", "method": 3},
             "method 3 is not known; choose one of multistep, singlestep",
         ),
-        ("model", {**MODEL, "from_pretrained": 3}, "from_pretrained must be a text; it is 3"),
-        ("model", {**MODEL, "from_pretrained": "a\0b"}, "from_pretrained must be a text without NUL"),
+        ("model", {**MODEL, "from_pretrained": 3}, "from_pretrained must be a string; it is 3"),
+        ("model", {**MODEL, "from_pretrained": "a\0b"}, "from_pretrained must be a string without NUL"),
         ("model", {**MODEL, "from_pretrained": "o\udcff"}, r"from_pretrained must be UTF-8 text; it is 'o\udcff'"),
-        ("vae", {"type": "VideoAutoencoderKL", "subfolder": 3}, "subfolder must be a text; it is 3"),
-        ("vae", {"type": "VideoAutoencoderKL", "cache_dir": ["x"]}, "cache_dir must be a text; it is ['x']"),
+        ("vae", {"type": "VideoAutoencoderKL", "subfolder": 3}, "subfolder must be a string; it is 3"),
+        ("vae", {"type": "VideoAutoencoderKL", "cache_dir": ["x"]}, "cache_dir must be a string; it is ['x']"),
         (
             "text_encoder",
             {"type": "t5", "local_files_only": "True"},
@@ -146,7 +146,7 @@ def test_every_keyword_is_explained(name):
         ("model", {**MODEL, "depth": 10**9}, "depth must be at most 256; it is 1000000000"),
         ("model", {**MODEL, "patch_size": (1, 2)}, "patch_size"),
         ("model", {**MODEL, "patch_size": (1, 2, 0)}, "patch_size[2] must be at least 1; it is 0"),
-        ("model", {**MODEL, "model_max_length": "x"}, "model_max_length must be a whole number; it is 'x'"),
+        ("model", {**MODEL, "model_max_length": "x"}, "model_max_length must be an integer; it is 'x'"),
         ("model", {**MODEL, "hidden_size": 100, "num_heads": 16}, "hidden_size 100 must be a multiple of num_heads 16"),
         ("model", {**MODEL, "hidden_size": 65_536, "depth": 256}, "parameters; at most 1e+13 are built"),
         ("model", {**MODEL, "mlp_ratio": 1e6}, "parameters; at most 1e+13 are built"),
@@ -158,7 +158,7 @@ def test_every_keyword_is_explained(name):
             {"type": "PixArt-Sigma", "kv_compress_config": {"scale": 2}},
             "unknown setting 'model.kv_compress_config.scale'",
         ),
-        ("dataset", {"type": "VideoTextDataset", "num_frames": True}, "num_frames must be a whole number; it is True"),
+        ("dataset", {"type": "VideoTextDataset", "num_frames": True}, "num_frames must be an integer; it is True"),
         ("dataset", {"type": "VideoTextDataset", "image_size": (0, 64)}, "image_size[0] must be at least 1; it is 0"),
         ("dataset", {"type": "VariableVideoTextDataset", "frame_interval": 0}, "frame_interval must be at least 1"),
         (
@@ -198,21 +198,21 @@ def test_wrong_values_in_sections(section, value, problem):
     [
         ({"bucket_config": {"144p": {1: (0.5,)}}}, "bucket_config.144p[1] must be (keep probability, batch size)"),
         ({"bucket_config": {"144p": {1: (0.5, 1.5)}}}, "bucket_config.144p[1] must be (keep probability, batch size)"),
-        ({"bucket_config": {"144p": {"x": (0.5, 1)}}}, "bucket_config.144p.x must be a whole number; it is 'x'"),
+        ({"bucket_config": {"144p": {"x": (0.5, 1)}}}, "bucket_config.144p.x must be an integer; it is 'x'"),
         ({"bucket_config": {"144p": {10**9: (0.5, 1)}}}, "bucket_config.144p[1000000000] must be at most 100000"),
         ({"bucket_config": {"144p": (0.5, 1)}}, "bucket_config.144p must be a dict"),
         ({"bucket_config": [1]}, "bucket_config must be a dict; it is [1]"),
         ({"mask_ratios": {"identity": "0.5"}}, "mask_ratios.identity must be a number; it is '0.5'"),
         ({"mask_ratios": {"identity": 1.5}}, "mask_ratios.identity must be at most 1; it is 1.5"),
-        ({"mask_ratios": {1: 0.5}}, "mask_ratios[1] must be a text; it is 1"),
+        ({"mask_ratios": {1: 0.5}}, "mask_ratios[1] must be a string; it is 1"),
         ({"adam_betas": (0.9, 1.0)}, "adam_betas must be two numbers from 0 to below 1; it is (0.9, 1.0)"),
         ({"num_workers": 10**6}, "num_workers must be at most 1024; it is 1000000"),
-        ({"max_steps": 3.5}, "max_steps must be a whole number; it is 3.5"),
+        ({"max_steps": 3.5}, "max_steps must be an integer; it is 3.5"),
         ({"lr": True}, "lr must be a number; it is True"),
         ({"lr": -1}, "lr must be at least 0; it is -1"),
         ({"outputs": "o\udcff"}, "outputs must be UTF-8 text"),
-        ({"load": 3}, "load must be a text; it is 3"),
-        ({"sample_prompts": ["a", None, 3]}, "sample_prompts[2] must be a text; it is 3"),
+        ({"load": 3}, "load must be a string; it is 3"),
+        ({"sample_prompts": ["a", None, 3]}, "sample_prompts[2] must be a string; it is 3"),
         ({"discriminator": {"kind": 3}}, "discriminator needs a type"),
     ],
 )
@@ -226,7 +226,7 @@ def test_wrong_values_of_training(values, problem):
     ("values", "problem"),
     [
         ({"num_sample": 10**8}, "num_sample must be at most 100000"),
-        ({"num_frames": True}, "num_frames must be a text or a whole number; it is True"),
+        ({"num_frames": True}, "num_frames must be a string or an integer; it is True"),
         ({"num_frames": 10**9}, "num_frames must be at most 100000"),
         ({"num_frames": " 1000000 "}, "num_frames must be at most 100000"),
         ({"num_frames": "9" * 101}, "num_frames must be below 9223372036854775808; it is 999"),
@@ -235,23 +235,23 @@ def test_wrong_values_of_training(values, problem):
         ({"image_size": (16, 8200)}, "image_size must be (height, width) in pixels, 1 to 8192 each"),
         ({"image_size": (True, 64)}, "image_size must be (height, width) in pixels, 1 to 8192 each"),
         ({"save_dir": "o\udcff"}, r"save_dir must be UTF-8 text; it is 'o\udcff'"),
-        ({"save_dir": "a\0"}, "save_dir must be a text without NUL"),
+        ({"save_dir": "a\0"}, "save_dir must be a string without NUL"),
         ({"save_dir": "x" * 300}, "save_dir must be a path whose parts are at most 255 bytes long"),
         ({"sample_name": "\ud800"}, "sample_name must be UTF-8 text"),
         ({"reference_path": ["a.png", "\udcff.png"]}, "reference_path[1] must be UTF-8 text"),
         ({"image": "\udcff.png"}, "image must be UTF-8 text"),
         ({"prompt": "x" * 100_001}, "prompt[0] must be at most 100000 characters"),
-        ({"prompt_path": 3}, "prompt_path must be a text; it is 3"),
+        ({"prompt_path": 3}, "prompt_path must be a string; it is 3"),
         ({"seed": 2**70}, "seed must be "),
-        ({"seed": 1.5}, "seed must be a whole number; it is 1.5"),
+        ({"seed": 1.5}, "seed must be an integer; it is 1.5"),
         ({"steps_until": 10**9}, "steps_until must be at most 10000"),
         ({"guidance_interval": (0.8, 0.1)}, "guidance_interval must be two rising numbers from 0 to 1"),
         ({"guidance_interval": (0, "1")}, "guidance_interval must be two rising numbers from 0 to 1"),
-        ({"refined": {"a": 3}}, "refined.a must be a text; it is 3"),
+        ({"refined": {"a": 3}}, "refined.a must be a string; it is 3"),
         ({"cache_table": {"halves": "2x"}}, "cache_table.halves must be of the form"),
         ({"cache_table": {"halvs": "2"}}, "unknown setting 'cache_table.halvs'; did you mean 'halves'?"),
         ({"strength": 1.5}, "strength must be at most 1; it is 1.5"),
-        ({"verbose": None}, "verbose must be a whole number; it is None"),
+        ({"verbose": None}, "verbose must be an integer; it is None"),
         ({"memory": "smal"}, "memory 'smal' is not known; choose one of auto, fast, balanced, low"),
     ],
 )
@@ -284,7 +284,7 @@ def test_a_wrong_value_is_refused_without_torch(tmp_path):
     (tmp_path / "c.py").write_text("num_frames = 17\nmodel = dict(type='STDiT3', depth=2.5)\n")
     root = str(Path(__file__).parents[1])
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env={"PYTHONPATH": root}, capture_output=True)
-    assert done.stdout.decode().splitlines() == ["c.py: model.depth must be a whole number; it is 2.5", "[]"]
+    assert done.stdout.decode().splitlines() == ["c.py: model.depth must be an integer; it is 2.5", "[]"]
 
 
 @pytest.mark.parametrize(
@@ -293,11 +293,11 @@ def test_a_wrong_value_is_refused_without_torch(tmp_path):
         ({"num_heads": 0}, "num_heads must be at least 1; it is 0"),
         ({"hidden_size": 10**12}, "hidden_size must be at most 65536; it is 1000000000000"),
         ({"model_max_length": -5}, "model_max_length must be at least 1; it is -5"),
-        ({"input_sq_size": "x"}, "input_sq_size must be a whole number; it is 'x'"),
+        ({"input_sq_size": "x"}, "input_sq_size must be an integer; it is 'x'"),
         ({"mlp_ratio": "4"}, "mlp_ratio must be a number; it is '4'"),
         ({"qk_norm": "yes"}, "qk_norm must be True or False; it is 'yes'"),
         ({"patch_size": {"a": 1}}, "patch_size must be a tuple"),
-        ({"depth": None}, "depth must be a whole number; it is None"),
+        ({"depth": None}, "depth must be an integer; it is None"),
         ({"hidden_size": 30, "num_heads": 4}, "hidden_size 30 must be a multiple of num_heads 4"),
         ({"hidden_size": 65_536, "depth": 256, "num_heads": 16}, "parameters; at most 1e+13 are built"),
     ],
@@ -324,7 +324,7 @@ def test_wrong_trained_sizes(tmp_path, sizes):
         ("config.json", {"num_layers": 10**6}, "num_layers must be at most 256"),
         ("config.json", {"d_model": 10**9}, "d_model must be at most 65536"),
         ("config.json", {"vocab_size": 10**12}, "vocab_size must be at most 10000000"),
-        ("config.json", {"d_ff": "x"}, "d_ff must be a whole number; it is 'x'"),
+        ("config.json", {"d_ff": "x"}, "d_ff must be an integer; it is 'x'"),
         ("config.json", {"num_heads": 0}, "num_heads must be at least 1"),
         ("config.json", {"relative_attention_num_buckets": 3}, "relative_attention_num_buckets must be at least 4"),
         ("config.json", {"relative_attention_max_distance": 8}, "must be more than relative_attention_num_buckets / 4"),
@@ -332,7 +332,7 @@ def test_wrong_trained_sizes(tmp_path, sizes):
         ("config.json", {"feed_forward_proj": "gated-silu"}, "choose one of relu, gated-gelu"),
         ("config.json", {"d_model": 65_536, "d_ff": 1_000_000, "num_layers": 256}, "parameters; at most 1e+13"),
         ("tokenizer_config.json", {"extra_ids": 10**9}, "extra_ids must be at most 1000"),
-        ("tokenizer_config.json", {"extra_ids": "100"}, "extra_ids must be a whole number; it is '100'"),
+        ("tokenizer_config.json", {"extra_ids": "100"}, "extra_ids must be an integer; it is '100'"),
     ],
 )
 def test_wrong_config_json_of_a_text_encoder(tmp_path, file, changes, problem):
@@ -350,7 +350,7 @@ def test_wrong_config_json_of_a_text_encoder(tmp_path, file, changes, problem):
         ({"hidden_size": 10**9}, "hidden_size must be at most 65536"),
         ({"text_config": {"num_hidden_layers": 10**6}}, "text_config.num_hidden_layers must be at most 256"),
         ({"text_config": 3}, "text_config must be a dict; it is 3"),
-        ({"text_config": {"vocab_size": "x"}}, "text_config.vocab_size must be a whole number"),
+        ({"text_config": {"vocab_size": "x"}}, "text_config.vocab_size must be an integer"),
     ],
 )
 def test_wrong_config_json_of_clip(tmp_path, stated, problem):

@@ -34,7 +34,7 @@ def test_the_default_asks_for_nothing():
 @pytest.mark.parametrize(("name", "value"), ASKED.items())
 def test_refused(name, value):
     settings = TrainSettings.from_config({"model": {"type": "STDiT3"}, name: value}, "x.py")
-    with pytest.raises(ConfigError, match=rf"^{name} is not supported by training yet; leave it out$"):
+    with pytest.raises(ConfigError, match=rf"^{name} is not supported by training yet; remove it$"):
         check_trainable(settings, NOT_YET_IN_VAE_TRAINING)
     if name not in NOT_YET_IN_TRAINING:
         check_trainable(settings)

@@ -46,7 +46,7 @@ def test_it_saves_at_the_end_of_the_step(
         one.run()
     assert end.value.code == 128 + number and names(one.folder) == ["epoch1-global_step5"]
     name = signal.Signals(number).name
-    assert f"ended by {name}: step 5 is done, saved in {one.saved}; go on with --load {one.folder}" in caplog.text
+    assert f"ended by {name}: step 5 is done, saved in {one.saved}; resume with --load {one.folder}" in caplog.text
     rest = trainer(tmp_path / "one", log_every=3, load=str(one.folder))
     rest.run()
     assert_same_end(rest, whole)

@@ -65,7 +65,7 @@ class TestFiles:
         asked = train_settings(path)
         asked = TrainSettings(**{**vars(asked), "dataset": section, "bucket_config": buckets})
         with pytest.raises(
-            MediaError, match=rf"none of its {len(paths)} files is there: .*the working directory"
+            MediaError, match=rf"none of its {len(paths)} files exists: .*the working directory"
         ) as told:
             train(asked)
         assert not (tmp_path / "runs").exists() and "\n" not in str(told.value)
@@ -74,7 +74,7 @@ class TestFiles:
     def test_too_many_are_refused(self, count: int, gone: int, most: int, tmp_path: Path) -> None:
         path = table(tmp_path, *rows_of(tmp_path, count, gone))
         first = tmp_path / f"{count - gone}.mp4"
-        with pytest.raises(MediaError, match=rf"{gone} of {count} files are not there: {first}.*limit of {most};"):
+        with pytest.raises(MediaError, match=rf"{gone} of {count} files do not exist: {first}.*limit of {most};"):
             train(train_settings(path))
         assert not (tmp_path / "runs").exists()
 
@@ -84,7 +84,7 @@ class TestFiles:
     ) -> None:
         found = missing_files(read_table(table(tmp_path, *rows_of(tmp_path, count, gone))))
         assert [one.row for one in found] == [*range(count - gone, count)]
-        assert f"{gone} of {count} files are not there" in caplog.text and "their rows are left out" in caplog.text
+        assert f"{gone} of {count} files do not exist" in caplog.text and "their rows are left out" in caplog.text
 
     def test_nothing_is_said_of_a_whole_table(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         assert missing_files(read_table(table(tmp_path, *rows_of(tmp_path, 3, 0)))) == [] and not caplog.text

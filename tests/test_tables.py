@@ -186,7 +186,7 @@ def test_cells_and_lines_that_are_refused_are_named(content, name, message, tmp_
 def test_texts_of_other_types_are_refused(cell, column, tmp_path):
     other = "path" if column == "text" else "text"
     lines = f'{{"path": "a.mp4", "text": "b"}}\n{{"{other}": "b", "{column}": {cell}}}\n'
-    with pytest.raises(ConfigError, match=f"line 2, column '{column}': the value must be a text.*; write a text there"):
+    with pytest.raises(ConfigError, match=f"line 2, column '{column}': the value must be a string.*; write text there"):
         read(tmp_path, lines, "a.jsonl")
 
 
@@ -350,7 +350,7 @@ def test_only_regular_files_are_read(suffix, kind, tmp_path, capsys):
         path.symlink_to(
             "/dev/zero" if kind == "device" else "/dev/stdin" if os.path.exists("/dev/stdin") else "/dev/null"
         )
-    with pytest.raises(ConfigError, match="is no regular file; give a file"):
+    with pytest.raises(ConfigError, match="is not a regular file; give a file"):
         read_table(path)
 
 

@@ -237,7 +237,7 @@ class TestWandb:
 
     def test_missing_package(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "wandb", None)
-        with pytest.raises(ConfigError, match=r"pip install wandb`, or leave out --wandb"):
+        with pytest.raises(ConfigError, match=r"pip install wandb`, or remove --wandb"):
             Tracker(tmp_path, settings(wandb=True))
 
     def test_folder_of_that_name_is_no_package(self, tmp_path, monkeypatch):

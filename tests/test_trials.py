@@ -52,7 +52,7 @@ def test_what_loses_is_told_in_one_line(
     with caplog.at_level(logging.WARNING, "opensora"):
         step_cache.try_choices(asked, CPU, inference_dtype(CPU, asked.dtype, asked.cpu_dtype))
     assert [record.getMessage() for record in caplog.records] == (
-        [f"{words.format(ratio)}, by a moment's trial; leave it out to be faster"] if told else []
+        [f"{words.format(ratio)}, by a moment's trial; remove it to be faster"] if told else []
     )
     assert not clock
 

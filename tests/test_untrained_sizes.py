@@ -1,4 +1,4 @@
-"""What size is made for what is asked, and whether a model was trained on it."""
+"""How sizes are rounded, and whether a model was trained on it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_sides_are_rounded_down_to_multiples_of_eight(asked, made):
     assert size.rounded.rounding_note == ""
     assert bool(size.rounding_note) == (asked != made)
     assert not size.rounding_note or size.rounding_note.startswith(
-        f"{made[0]}x{made[1]} is made for {asked[0]}x{asked[1]}"
+        f"{asked[0]}x{asked[1]} becomes {made[0]}x{made[1]}:"
     )
 
 
@@ -67,11 +67,11 @@ def settings(**changes: object) -> InferenceSettings:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"resolution": "240p"}, "--resolution 240p has no shape; give --aspect-ratio"),
-        ({"resolution": "4k"}, "--resolution 4k has no shape; give --aspect-ratio"),
-        ({"resolution": "512"}, "--resolution 512 has no shape; give --aspect-ratio"),
-        ({"aspect_ratio": "9:16"}, "--aspect-ratio 9:16 says nothing of pixels; give --resolution"),
-        ({"aspect_ratio": "1"}, "--aspect-ratio 1 says nothing of pixels; give --resolution"),
+        ({"resolution": "240p"}, "--resolution 240p has no aspect ratio; give --aspect-ratio"),
+        ({"resolution": "4k"}, "--resolution 4k has no aspect ratio; give --aspect-ratio"),
+        ({"resolution": "512"}, "--resolution 512 has no aspect ratio; give --aspect-ratio"),
+        ({"aspect_ratio": "9:16"}, "--aspect-ratio 9:16 gives no number of pixels; give --resolution"),
+        ({"aspect_ratio": "1"}, "--aspect-ratio 1 gives no number of pixels; give --resolution"),
         ({"resolution": "241p"}, "did you mean '240p'"),
         ({"aspect_ratio": "x"}, "aspect ratio 'x' is not known"),
         ({}, "the size is missing"),

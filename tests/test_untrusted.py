@@ -225,7 +225,7 @@ def test_addresses_are_asked_if_the_user_says_so(
 ) -> None:
     forge(ASKING["weights of the hub"])
     code, error = run(command, capsys)
-    assert code == 1 and "--allow-downloads has those of the hub fetched" in error and not listener.heard
+    assert code == 1 and "--allow-downloads fetches those of the hub" in error and not listener.heard
     code, error = run(command, capsys, "--allow-downloads")
     assert code == 1 and "the hub" in error and listener.heard
     assert not any(KEY.encode() in heard for heard in listener.heard)
@@ -447,7 +447,7 @@ TENSORS: dict[str, dict[str, torch.Tensor | None]] = {
 def test_other_tensors_are_no_draft(here: Path, capsys: pytest.CaptureFixture, name: str) -> None:
     seal(json.loads(read_metadata(DRAFT)[draft.KEY]), **TENSORS[name])
     code, error = run("continue", capsys)
-    assert code == 1 and "make the draft again" in error
+    assert code == 1 and "create the draft again" in error
 
 
 @pytest.mark.parametrize(

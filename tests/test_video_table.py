@@ -97,7 +97,7 @@ def test_what_is_refused(folder: Path) -> None:
 
 def test_a_table_that_is_there_stays(folder: Path) -> None:
     Path("videos.csv").write_text("mine")
-    with pytest.raises(ConfigError, match=r"is there already; .* --force"):
+    with pytest.raises(ConfigError, match=r"already exists; .* --force"):
         make_table(folder, "videos.csv")
     assert Path("videos.csv").read_text() == "mine"
     assert make_table(folder, "videos.csv", force=True).num_rows == 3
@@ -129,23 +129,23 @@ def test_only_the_first_frame_is_decoded(folder: Path, monkeypatch: pytest.Monke
 def test_other_files_are_mentioned(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     assert [file.name for file in find_media(folder)] == ["b.mp4", "boat_on_a_lake.mp4", "dark.png"]
-    assert "left alone, because of their suffixes: 1, such as videos/readme.md" in caplog.text
+    assert "ignored because of their suffixes: 1, such as videos/readme.md" in caplog.text
 
 
 def test_texts_made_of_names_are_counted_and_can_be_refused(
     folder: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
 ) -> None:
     assert make_table(folder, "videos.csv").num_named == 2
-    assert "texts made of file names: 2, such as 'boat on a lake' of videos/boat_on_a_lake.mp4" in caplog.text
+    assert "captions from file names: 2, such as 'boat on a lake' of videos/boat_on_a_lake.mp4" in caplog.text
     assert cli.main(["table", "videos", "new.csv", "--captions", "required"]) == 1
     error = capsys.readouterr().err
-    assert "2 of 3 files have no text of their own, such as videos/boat_on_a_lake.mp4" in error
+    assert "2 of 3 files have no caption, such as videos/boat_on_a_lake.mp4" in error
     assert "write it into boat_on_a_lake.txt" in error and not Path("new.csv").exists()
     (folder / "boat_on_a_lake.txt").write_text("a boat")
     (folder / "more" / "dark.txt").write_text("")
     with pytest.raises(ConfigError, match=r"1 of 3 .* such as videos/more/dark\.png"):
         make_table(folder, "new.csv", captions="required")
-    assert make_table(folder, "new.csv").summary() == "3 rows, 2 of them with a text of their own, 1 with an empty one"
+    assert make_table(folder, "new.csv").summary() == "3 rows, 2 with a caption of their own, 1 with an empty one"
     (folder / "more" / "dark.txt").write_text("night")
     assert make_table(folder, "new.csv", force=True, captions="required").num_captions == 3
 
@@ -175,8 +175,8 @@ def test_texts_made_of_names_of_other_kinds(
     for name, text in texts.items():
         (Path("videos") / f"{name}.txt").write_text(text)
     assert make_table("videos", "videos.csv").num_named == named
-    assert f"texts made of file names: {named}, such as {example}" in caplog.text
-    with pytest.raises(ConfigError, match=rf"^{refused} of {len(names)} files have no text of their own"):
+    assert f"captions from file names: {named}, such as {example}" in caplog.text
+    with pytest.raises(ConfigError, match=rf"^{refused} of {len(names)} files have no caption"):
         make_table("videos", "new.csv", captions="required")
     assert not Path("new.csv").exists()
 
@@ -199,7 +199,7 @@ def test_a_text_without_end_is_left_out(folder: Path) -> None:
     (folder / "b.txt").write_text("a" * 100_001)
     (folder / "more" / "dark.txt").write_text("a" * 500_000)
     [first, second] = make_table(folder, "videos.csv").broken
-    assert "b.mp4: its text cannot be taken, the value must be at most 100000 characters long" in first
+    assert "b.mp4: its caption cannot be used, the value must be at most 100000 characters long" in first
     assert "dark.txt: is larger than" in second
 
 
@@ -219,7 +219,7 @@ def test_what_folders_hold_besides_good_files(folder: Path, monkeypatch: pytest.
     lines = {Path(line.split(":")[0]).name: line for line in made.broken}
     assert len(lines) == len(made.broken) == 7
     for name, words in {
-        "zero.mp4": "cannot be read", "loop.mp4": "leads nowhere", "gone.png": "leads nowhere", "again": "not followed",
+        "zero.mp4": "cannot be read", "loop.mp4": "broken link", "gone.png": "broken link", "again": "not followed",
         "photo.heic": "HEIC", "pages.mp4": "cannot be read", "closed": "cannot be read (Permission denied)",
     }.items():  # fmt: skip
         assert words in lines[name]
@@ -242,7 +242,7 @@ def test_folders_of_any_name_make_tables_that_can_be_read(name: bytes, folder: P
 
 def test_the_verb(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["table", "videos", "videos.csv"]) == 0
-    counts = "3 rows, 1 of them with a text of their own, 2 with one made of their file names"
+    counts = "3 rows, 1 with a caption of their own, 2 with one from their file names"
     assert capsys.readouterr().out == f"videos.csv: {counts}\n"
     assert cli.main(["table", "videos", "videos.csv"]) == 1
     assert "--force" in capsys.readouterr().err

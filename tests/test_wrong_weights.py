@@ -160,15 +160,15 @@ PAYLOADS: dict[str, tuple[Callable[[], object], str]] = {
     "conjugate": (lambda: {"a": torch.ones(3, dtype=torch.complex64).conj()}, "a conjugate or negative view"),
     "negative": (lambda: {"a": torch.ones(3, dtype=torch.complex64).conj().imag}, "a conjugate or negative view"),
     "nested": (lambda: {"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}, "a nested tensor"),
-    "whole numbers": (lambda: {0: torch.zeros(1), 1: torch.zeros(1)}, "its names are whole numbers"),
-    "a number among names": (lambda: {"a": torch.zeros(1), 1: torch.zeros(1)}, "the name '1' is no text"),
+    "whole numbers": (lambda: {0: torch.zeros(1), 1: torch.zeros(1)}, "its keys are integers"),
+    "a number among names": (lambda: {"a": torch.zeros(1), 1: torch.zeros(1)}, "the name '1' is not a string"),
     "an optimizer": (lambda: {"optimizer": {"state": {}}, "step": 3}, "holds the state of a training run"),
     "groups": (lambda: {"state": {}, "param_groups": [{"lr": 1}]}, "holds the state of a training run"),
     "a list": (lambda: [torch.zeros(1)], "holds a list, not a state dict"),
     "a tensor": (lambda: torch.zeros(2), "holds a tensor, not a state dict"),
     "a text": (lambda: "weights", "holds a str, not a state dict"),
     "a dict in it": (lambda: {"a": {"b": torch.zeros(1)}}, "entry 'a' is a dict, not a plain tensor"),
-    "tuples as names": (lambda: {("a", 1): torch.zeros(1)}, "keys that are neither texts nor numbers"),
+    "tuples as names": (lambda: {("a", 1): torch.zeros(1)}, "keys that are neither strings nor numbers"),
     "an expanded view": (lambda: {"a": torch.zeros(1).expand(10**6, 10**6)}, "its tensors repeat"),
     "tied too often": (lambda: dict.fromkeys(map(str, range(500)), torch.zeros(10**4)), "its tensors repeat"),
     "deep wrappers": (lambda: _wrapped(20), "more than 8 dicts inside one another"),
@@ -228,8 +228,8 @@ def self_containing(key: str) -> bytes:
 
 
 HOSTILE: dict[str, tuple[bytes, str]] = {
-    "tuples as a key": (nest(40), "neither texts nor numbers"),
-    "tuples as a key, lists inside": (nest(40, b"]"), "neither texts nor numbers"),
+    "tuples as a key": (nest(40), "neither strings nor numbers"),
+    "tuples as a key, lists inside": (nest(40, b"]"), "neither strings nor numbers"),
     "tuples in a set": (nest(40)[:-6] + b"cbuiltins\nset\nh'\x85R.", "not a state dict"),
     "model in itself": (self_containing("model"), "more than 8 dicts inside one another"),
     "ema in itself": (self_containing("ema"), "more than 8 dicts inside one another"),
@@ -256,10 +256,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\nq\x00(h\x00Nh\x00NtR.", "truncated, damaged",
     ),
     "a storage of 10^15": (tensor(10**15, 1), "lacks a storage"),
-    "a view beyond its storage": (tensor(1, 100), "reaches beyond its storage"),
-    "a view far away": (tensor(1, 1, offset=2**40), "reaches beyond its storage"),
-    "a view with a negative step": (tensor(1, 1, stride=-1), "a size is no whole number"),
-    "a view with a huge step": (tensor(1, 2, stride=2**62), "reaches beyond its storage"),
+    "a view beyond its storage": (tensor(1, 100), "exceeds its storage"),
+    "a view far away": (tensor(1, 1, offset=2**40), "exceeds its storage"),
+    "a view with a negative step": (tensor(1, 1, stride=-1), "a size is not an integer"),
+    "a view with a huge step": (tensor(1, 2, stride=2**62), "exceeds its storage"),
     "a view of 10^18 values": (tensor(1, 10**18, stride=0), "its tensors repeat"),
     "no end": (b"\x80\x02}", "truncated, damaged"),
     "an empty stack": (b"\x80\x02.", "truncated, damaged"),
@@ -326,7 +326,7 @@ def test_hostile_archives_end_at_once(tmp_path: Path, damage: str) -> None:
         at = written.rindex(b"x/data.pkl") - 46
         written = written[: at + 8] + b"\x01" + written[at + 9 :]
     (tmp_path / "x.pt").write_bytes(written)
-    assert "x.pt: truncated, damaged or no PyTorch checkpoint (" in refusal(tmp_path / "x.pt")
+    assert "x.pt: truncated, damaged or not a PyTorch checkpoint (" in refusal(tmp_path / "x.pt")
 
 
 def header(text: str | bytes, data: bytes = b"", length: int | None = None) -> bytes:

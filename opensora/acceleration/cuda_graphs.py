@@ -38,8 +38,8 @@ def check_graphs(device: torch.device) -> None:
         replay, _ = capture(lambda: trial.add_(1), device)
         replay()
     except (AttributeError, RuntimeError, NotImplementedError) as error:
-        why = f"PyTorch {torch.__version__} captures no graphs on device '{device}'"
-        raise ConfigError(f"graphs: {why}; leave --graphs out") from error
+        why = f"PyTorch {torch.__version__} cannot capture graphs on device '{device}'"
+        raise ConfigError(f"graphs: {why}; remove --graphs") from error
 
 
 class _Graph(NamedTuple):
@@ -87,7 +87,7 @@ class CapturedModel:
             replay, output = capture(lambda: self.model(x, timestep, **others), device)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:150]
-            raise ConfigError(f"this model cannot be captured here ({reason}); leave --graphs out") from error
+            raise ConfigError(f"this model cannot be captured ({reason}); remove --graphs") from error
         return _Graph(inputs, output, replay)
 
 

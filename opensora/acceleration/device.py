@@ -91,8 +91,8 @@ def set_device(device: torch.device, local_rank: int, share: bool = False) -> to
     if is_cpu(device):
         return device
     if device.index is not None:
-        remedy = f"name just '{device.type}': each process takes its own"
-        raise ConfigError(f"device '{device}' is a single one, but torchrun has started several processes; {remedy}")
+        remedy = f"use '{device.type}': each process takes its own"
+        raise ConfigError(f"device '{device}' is one device, but torchrun started several processes; {remedy}")
     count = torch.get_device_module(device).device_count()
     if local_rank >= count and not share:
         raise ConfigError(

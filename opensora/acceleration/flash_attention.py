@@ -34,7 +34,7 @@ def use_attention(name: str | None, device: torch.device) -> None:
         attention.activate_flash_attention_impl(name)
     except Exception as error:  # the package and its dependencies raise anything
         reason = " ".join(str(error).split())[:150]
-        raise ConfigError(f"attention '{name}' cannot be used here ({reason}); leave it out") from error
+        raise ConfigError(f"attention '{name}' cannot be used here ({reason}); remove it") from error
     scaled_dot_product_attention(*(torch.zeros(1, 1, 8, 8, device=device),) * 3)  # the first call sets an order itself
     _preference.close()
     _preference.enter_context(attention.sdpa_kernel(ORDER, set_priority=True))

@@ -21,7 +21,7 @@ def inference_dtype(device: torch.device, dtype: str, on_cpu: str = "fp32") -> t
     if not is_cpu(device) or dtype == "float64":
         return DTYPES[dtype]
     if on_cpu == "bf16" and not multiplies_bf16():
-        raise ConfigError("this processor has no products of bf16 for cpu_dtype; leave it out, or use 'fp32'")
+        raise ConfigError("this processor has no products of bf16 for cpu_dtype; remove it, or use 'fp32'")
     return DTYPES[on_cpu]
 
 

@@ -94,7 +94,7 @@ def _check_room(model: nn.Module, name: str) -> None:
         return
     if need > free:
         sizes = f"{need / 2**30:,.0f} GiB, and {free / 2**30:,.0f} GiB are free"
-        raise ConfigError(f"{name} of these sizes takes {sizes}; make hidden_size or depth smaller")
+        raise ConfigError(f"{name} of these sizes takes {sizes}; reduce hidden_size or depth")
 
 
 def stated_keywords(name: str, path: Path, known: Collection[str]) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def _check_vocabulary(encoder: Any, folder: Path) -> None:
     known, tokens = config.vocab_size, encoder.tokenizer.vocab_size
     if tokens > known:
         raise WeightsError(
-            f"{folder}: its tokenizer has {tokens:,} tokens, its model {known:,}; one is of another model"
+            f"{folder}: its tokenizer has {tokens:,} tokens, its model {known:,}; they belong to different models"
         )
     if encoder.tokenizer.pad_token_id is None:
         raise WeightsError(f"{folder}: its tokenizer has no padding token; get tokenizer_config.json again")

@@ -62,7 +62,7 @@ def _check_target(target: Path, to: str, force: bool) -> None:
     if target.suffix not in (ENDINGS[to] or [target.suffix]):
         raise ConfigError(f"{target}: --to {to} writes one file, whose name ends in {' or '.join(ENDINGS[to])}")
     if target.exists() and (not force or target.is_dir() != (to == "hf")):
-        raise ConfigError(f"{target} exists; name another place{'' if force else ', or replace it with --force'}")
+        raise ConfigError(f"{target} exists; choose another path{'' if force else ', or replace it with --force'}")
 
 
 def _fit(config: str, path: Path, tensors: TensorDict, stated: dict[str, Any]) -> tuple[dict, dict, dict]:

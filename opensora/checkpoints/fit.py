@@ -133,8 +133,8 @@ def check_finite(path: Path, tensors: Mapping[str, tuple[Tensor, torch.dtype]]) 
     found = magnitudes({name: tensor for name, (tensor, _) in tensors.items()})
     if broken := [name for name, value in found.items() if not math.isfinite(value)]:
         raise WeightsError(
-            f"{path}: has values that are no finite numbers (NaN, infinity) in {join_first(broken, 3)}; "
-            "the training has diverged or the file is damaged, take an earlier or another one"
+            f"{path}: has non-finite values (NaN, infinity) in {join_first(broken, 3)}; "
+            "the training diverged or the file is damaged; use another one"
         )
     for name, (_, dtype) in tensors.items():
         if dtype.is_floating_point and found[name] > torch.finfo(dtype).max:

@@ -118,7 +118,7 @@ def _no_such(text: str, what: str) -> str:
         return f"{what}: no file '{text}' here, and its authors have not published it; name other weights (--ckpt-path)"
     problem = f"{what}: no such file or folder '{text}'"
     if name != text and (other := published(name)) and other.repository:
-        return f"{problem}; to have the published file fetched, give the bare name '{name}'"
+        return f"{problem}; to fetch the published file, give the bare name '{name}'"
     near = did_you_mean(text, PUBLISHED) if name == text and text.endswith(SUFFIXES) else ""
     return f"{problem}{near or '; name one that is here, or a hub id (org/name)'}"
 
@@ -132,7 +132,7 @@ def _hub_is_offline() -> bool:
 def _from_hub(remote: _Remote, what: str, cache_dir: str | None, forbidden: str) -> Path:
     if found := remote.cached(cache_dir):
         return found
-    absent = f"{what}: {remote} is no local path and not in the hub cache{(cache_dir and f' {cache_dir}') or ''}"
+    absent = f"{what}: {remote} is not a local path and not in the hub cache{(cache_dir and f' {cache_dir}') or ''}"
     if forbidden:
         raise WeightsError(f"{absent} ({forbidden}); {remote.alternatives}")
     if reason := _unreachable(remote.repository):

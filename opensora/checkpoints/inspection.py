@@ -71,6 +71,6 @@ def inspect(source: str | os.PathLike[str], offline: bool = False) -> Checkpoint
 def family(names: Collection[str]) -> str:
     """The model family with these tensor names, or "unknown"."""
     if adapter_names(names):
-        return "adapter (LoRA and its like), no model"
+        return "adapter (LoRA or similar), not a model"
     fits = (title for title, parts in FAMILIES.items() if all(any(part in name for name in names) for part in parts))
     return next(fits, "unknown")

@@ -173,23 +173,23 @@ class PickleInterpreter:
 
     def _extend(self, items: list[Any]) -> None:
         if type(self._stack[-1]) is not list:
-            raise TypeError("something is appended to what is no list")
+            raise TypeError("an object that is not a list is appended to")
         self._stack[-1].extend(items)
 
     def _update(self, items: list[Any]) -> None:
         if type(self._stack[-1]) is not dict:
-            raise TypeError("items are set in what is no dict")
+            raise TypeError("items are set in an object that is not a dict")
         self._stack[-1].update(_ordered(zip(items[::2], items[1::2], strict=True)))
 
     def _reduce(self, function: Any, arguments: Any) -> None:
         if type(function) is not Global or type(arguments) is not tuple:
-            raise TypeError("something is called that is no function")
+            raise TypeError("an object that is not a function is called")
         self._spend(sum(len(one) for one in arguments if isinstance(one, list | tuple)))
         self._stack.append(_called(function.name, arguments))
 
     def _storage(self, kind: Any, storage: Any, key: Any, _location: Any, count: Any, view: Any = None) -> Any:
         if kind != "storage" or type(storage) is not Global or not isinstance(key, str) or view is not None:
-            raise TypeError("something else than a storage is referred to")
+            raise TypeError("a persistent id does not name a storage")
         dtype = STORAGES.get(storage.name)
         found = Storage(key, _size(count) * (dtype.itemsize if dtype else 1), dtype)
         if self.storages.setdefault(key, found).num_bytes != found.num_bytes:
@@ -242,14 +242,14 @@ def _typed_view(
     steps = zip(view.size, view.stride, strict=True)
     last = view.offset + sum((count - 1) * step for count, step in steps)
     if 0 not in view.size and (last + 1) * dtype.itemsize > storage.num_bytes:
-        raise ValueError("a tensor reaches beyond its storage")
+        raise ValueError("a tensor exceeds its storage")
     return view
 
 
 def _of_type(function: Global, _kind: Any, arguments: Any, _state: Any) -> Any:
     """A tensor subclass or a tensor with attributes, as a plain tensor."""
     if function.name == OF_TYPE:
-        raise TypeError("a tensor is made of itself")
+        raise TypeError("a tensor refers to itself")
     return _called(function.name, arguments)
 
 
@@ -257,14 +257,14 @@ def _ordered(items: Any = ()) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for key, value in items:
         if type(key) not in KEYS:
-            raise TypeError("a dict has keys that are neither texts nor numbers")
+            raise TypeError("a dict has keys that are neither strings nor numbers")
         found[key] = value
     return found
 
 
 def _size(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError("a size is no whole number")
+        raise ValueError("a size is not an integer")
     return value
 
 

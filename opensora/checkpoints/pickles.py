@@ -56,7 +56,7 @@ class Pickled(NamedTuple):
     def _tensor(self, view: TensorView, memory: mmap.mmap) -> Tensor:
         begin, length = self.extents.get(view.storage.key, (0, -1))
         if length < view.storage.num_bytes:
-            raise WeightsError(f"{self.file}: truncated, damaged or no PyTorch checkpoint (lacks a storage)")
+            raise WeightsError(f"{self.file}: truncated, damaged or not a PyTorch checkpoint (lacks a storage)")
         if 0 in view.size:
             return torch.empty(view.size, dtype=view.dtype)
         count = view.storage.num_bytes // view.dtype.itemsize
@@ -77,14 +77,14 @@ def read_pickled(file: Path) -> Pickled:
                 return Pickled(file, *_read_zip(stream))
             if start.startswith(PICKLES):
                 return Pickled(file, *_read_legacy(stream))
-            raise CorruptFileError("it is no archive")
+            raise CorruptFileError("it is not an archive")
     except UnsafePickleError as error:
         raise WeightsError(
             f"{file}: refused, it asks to run code ({str(error)[:80]}); "
             "only files that hold nothing but tensors are loaded, best as .safetensors"
         ) from error
     except (CorruptFileError, OSError, zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError) as error:
-        raise WeightsError(f"{file}: truncated, damaged or no PyTorch checkpoint ({_reason(error)})") from error
+        raise WeightsError(f"{file}: truncated, damaged or not a PyTorch checkpoint ({_reason(error)})") from error
 
 
 def _reason(error: Exception) -> str:
@@ -138,7 +138,7 @@ def _extent(stream: BinaryIO, entry: zipfile.ZipInfo) -> tuple[int, int]:
     mark, name, extra = LOCAL_HEADER.unpack(header.ljust(LOCAL_HEADER.size, b"\0"))
     begin = entry.header_offset + LOCAL_HEADER.size + name + extra
     if mark != ZIP or begin + entry.file_size > os.fstat(stream.fileno()).st_size:
-        raise CorruptFileError("an entry of its archive lies beyond its end")
+        raise CorruptFileError("an entry of its archive exceeds the file")
     return begin, entry.file_size
 
 

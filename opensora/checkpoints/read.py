@@ -36,11 +36,11 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     for file, promised in checkpoint_files(Path(path)).items():
         found = _read_file(file)
         if absent := [name for name in promised if name not in found]:
-            raise WeightsError(f"{file}: lacks tensors that the index promises: {join_first(absent)}; copy it again")
+            raise WeightsError(f"{file}: lacks tensors that the index lists: {join_first(absent)}; copy it again")
         if promised and (more := sorted(found.keys() - set(promised))):
             raise WeightsError(
-                f"{file}: holds tensors that the index does not promise of it: {join_first(more)}; "
-                "the two are not of one checkpoint, copy both again"
+                f"{file}: holds tensors that the index does not list for it: {join_first(more)}; "
+                "they belong to different checkpoints; copy both again"
             )
         tensors.update(found)
     return tensors
@@ -73,7 +73,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_safetensors(file)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise WeightsError(f"{file}: truncated, damaged or no safetensors file ({one_line(error)})") from error
+        raise WeightsError(f"{file}: truncated, damaged or not a safetensors file ({one_line(error)})") from error
 
 
 def _read_pickled(file: Path) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ def _unwrap(file: Path, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, dict) or not value:
         raise WeightsError(f"{file}: holds {_kind(value)}, not a state dict (tensors by name)")
     if all(isinstance(name, int) for name in value):
-        raise WeightsError(f"{file}: not a state dict: its names are whole numbers, those of a model are texts")
+        raise WeightsError(f"{file}: not a state dict: its keys are integers, not tensor names")
     if TRAINING_STATE & value.keys() and not any(isinstance(one, TensorView) for one in value.values()):
         remedy = "give the weights saved beside it, such as model/ or ema.pt"
         raise WeightsError(f"{file}: holds the state of a training run, not a state dict; {remedy}")
@@ -106,7 +106,7 @@ def _unwrap(file: Path, value: Any) -> Mapping[str, Any]:
 
 def _describe_entry(name: Any, value: Any) -> str:
     if not isinstance(name, str):
-        return f"the name {str(name)[:20]!r} is no text"
+        return f"the name {str(name)[:20]!r} is not a string"
     return f"entry '{join_first([name])}' is {_kind(value)}, not a plain tensor"
 
 
@@ -125,4 +125,4 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         with safe_open(path, "pt") as file:
             return dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path}: truncated, damaged or no safetensors file ({one_line(error)})") from error
+        raise WeightsError(f"{path}: truncated, damaged or not a safetensors file ({one_line(error)})") from error

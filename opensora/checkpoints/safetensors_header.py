@@ -18,14 +18,14 @@ def read_header(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
         if not 2 <= length <= size - 8:
-            raise WeightsError(f"{path}: truncated, damaged or no safetensors file (its header lies beyond its end)")
+            raise WeightsError(f"{path}: truncated, damaged or not a safetensors file (its header exceeds the file)")
         if length > MAX_JSON_BYTES:
             raise WeightsError(f"{path}: its header has {length:,} bytes, over {MAX_JSON_BYTES:,}")
         text = file.read(length)
-    header = parse_json(text, f"{path}: truncated, damaged or no safetensors file", WeightsError)
+    header = parse_json(text, f"{path}: truncated, damaged or not a safetensors file", WeightsError)
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"} if _is_dict(header) else None
     if entries is None or not all(map(_is_dict, entries.values())):
-        raise WeightsError(f"{path}: truncated, damaged or no safetensors file (its header does not list tensors)")
+        raise WeightsError(f"{path}: truncated, damaged or not a safetensors file (its header does not list tensors)")
     for name, entry in entries.items():
         if (dtype := str(entry.get("dtype"))) not in DTYPES:
             raise WeightsError(f"{path}: tensor '{name[:80]}' is of type {dtype[:20]!r}, which no model here takes")

@@ -38,7 +38,7 @@ def _check_pieces(path: Path) -> None:
     except RuntimeError:  # its message refers to source lines
         pieces = 0
     if not pieces:
-        raise WeightsError(f"{path}: truncated, damaged or no SentencePiece model; copy or download it again")
+        raise WeightsError(f"{path}: truncated, damaged or not a SentencePiece model; copy or download it again")
 
 
 def tokenizer_hash(folder: Path) -> str:

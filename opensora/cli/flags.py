@@ -227,7 +227,7 @@ def merge_size_flags(args: argparse.Namespace) -> None:
         missing = "height" if height is None else "width"
         raise ConfigError(f"{given[-1]} is half a size; give --{missing} as well, or --size WxH")
     if args.image_size is not None or (size is not None and width is not None):
-        raise ConfigError(f"{given[0]} says the size, and so does another flag; give it once")
+        raise ConfigError(f"{given[0]} sets the size, and so does another flag; keep one")
     if size is not None:
         width, height = _parse_size(size)
     args.image_size = [height, width]

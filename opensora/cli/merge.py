@@ -97,7 +97,7 @@ def _draw_seed(merged: dict[str, Any]) -> None:
     if merged.get("seed") != -1 or isinstance(merged["seed"], bool):
         return
     if world_size() > 1:
-        raise ConfigError("seed -1 would be another number on each rank; name one under torchrun")
+        raise ConfigError("seed -1 would differ between ranks; set a seed under torchrun")
     merged["seed"] = secrets.randbelow(2**31)
     logger.info("seed %d was drawn", merged["seed"])
 
@@ -111,5 +111,5 @@ def _warn_of_ignored(merged: dict[str, Any], given: dict[str, Any]) -> None:
     if merged.get("save_fps") and given.keys() & {"fps", "frame_interval"} and "save_fps" not in given:
         logger.warning("videos are saved at save_fps %s; --save-fps changes it, --fps does not", merged["save_fps"])
     if (words := given.get("unquoted")) and "prompts" not in given:
-        told = f"{len(words)} prompts of one word each make {len(words)} results; quote a prompt of several words"
-        logger.warning("%s", told)
+        note = f"{len(words)} prompts of one word each make {len(words)} results; quote a prompt of several words"
+        logger.warning("%s", note)

@@ -28,7 +28,7 @@ def check_request(settings: InferenceSettings) -> None:
     make_size(settings)
     if not settings.prompt:
         if not settings.prompt_path:
-            raise ConfigError("there is no prompt: give one, or --prompt-path with a file of prompts")
+            raise ConfigError("no prompt given: give one, or --prompt-path with a file of prompts")
         load_prompts(settings.prompt_path)
     _check_references(settings)
     for part in PARTS:
@@ -53,7 +53,7 @@ def check_drafts(files: Iterable[str]) -> None:
     for file in files:
         if not _exists(file):
             remedy = "give the .draft.safetensors file that generate wrote"
-            raise WeightsError(f"{file}: there is no such draft; {remedy}")
+            raise WeightsError(f"{file}: no such draft; {remedy}")
 
 
 def check_exists(file: str) -> None:

@@ -46,7 +46,7 @@ component is a section: `name = dict(type="...", keyword=value)`.
 - A keyword that a section omits comes from the `config.json` of its weights, or else from the defaults below. Variants
   such as `STDiT3-3B/2` have other default sizes.
 - A wrong type, a value out of range or an unknown name is an error, raised before any work, with file, name and value.
-  Whole numbers may be written `3.0`, tuples as lists.
+  Integers may be written `3.0`, tuples as lists.
 """
 
 

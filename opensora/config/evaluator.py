@@ -26,7 +26,7 @@ _NOT_ALLOWED = {
     "JoinedStr": "an f-string", "BinOp": "this operator", "Dict": "`**` in a dict", "ClassDef": "a class",
     "NamedExpr": "`:=`", "IfExp": "a condition", "Set": "a set", "Starred": "`*`", "UnaryOp": "this operator",
     "AugAssign": "an assignment with an operator", "AnnAssign": "a type annotation",
-    "Constant": "a value that is no text, number, True, False or None",
+    "Constant": "a value other than a string, number, True, False or None",
 }  # fmt: skip
 _BINARY = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -55,7 +55,7 @@ class Evaluator:
                 return ast.parse(self.text)
         except SyntaxError as error:
             if variable := find_environment_variable(self.text):
-                problem = f"'{{{{${variable}}}}}' reads the environment, which is done with --trust-config only"
+                problem = f"'{{{{${variable}}}}}' reads the environment, which needs --trust-config"
                 raise ConfigError(f"{self.path}: {problem}") from error
             raise ConfigError(f"{self.path}:{error.lineno or 1}: not valid Python: {error.msg}") from error
         except (RecursionError, MemoryError):
@@ -134,7 +134,7 @@ class Evaluator:
     def _refuse(self, node: ast.AST) -> ConfigError:
         kind, source = type(node).__name__, ast.get_source_segment(self.text, node) or ""
         if kind == "Set" and "{{" in source:
-            return self._error(node, f"{source[:60]} is no text; a placeholder stands between quotes; {_REMEDY}")
+            return self._error(node, f"{source[:60]} is not a string; put a placeholder in quotes; {_REMEDY}")
         return self._error(node, f"{_NOT_ALLOWED.get(kind, f'`{kind}`')} is not allowed in a configuration; {_REMEDY}")
 
     def _error(self, node: ast.AST, problem: str) -> ConfigError:

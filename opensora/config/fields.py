@@ -25,7 +25,7 @@ Settings = TypeVar("Settings", bound="SettingsBase")
 
 def _as_list(value: Any) -> Any:
     if not isinstance(value, list | tuple):
-        raise PydanticCustomError("described", "a list of texts")
+        raise PydanticCustomError("described", "a list of strings")
     return list(value)
 
 
@@ -133,7 +133,7 @@ def _section(name: str, value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shaped(value: Any, annotation: str) -> Any:
-    """Converts a list to an annotated tuple, and one text or None entries to a list of texts."""
+    """Converts a list to an annotated tuple, and one text or None entries to a list of strings."""
     if annotation.startswith("tuple") and isinstance(value, list):
         return tuple(value)
     if annotation.startswith("Sequence") and isinstance(value, str | list | tuple):

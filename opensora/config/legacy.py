@@ -56,7 +56,7 @@ def move_data_settings(config: dict[str, Any], source: str) -> dict[str, Any]:
         problem = "setting 'root' is no longer supported; write whole paths into the table of data_path"
         raise ConfigError(f"{source}: {problem}")
     if config.pop("use_image_transform", False) not in (False, None) and config.get("num_frames") != 1:
-        problem = "use_image_transform reads images; set num_frames = 1 with it, or leave it out"
+        problem = "use_image_transform reads images; set num_frames = 1 with it, or remove it"
         raise ConfigError(f"{source}: {problem}")
     names = ("data_path", "num_frames", "frame_interval", "image_size")
     config["dataset"] = {"type": "VideoTextDataset", **{n: config.pop(n) for n in names if n in config}}

@@ -28,7 +28,7 @@ def find_config(name: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     if Path(given).exists() and not (folder / wanted).is_dir():
-        kind = "a folder" if Path(given).is_dir() else "no regular file"
+        kind = "a folder" if Path(given).is_dir() else "not a regular file"
         raise ConfigError(f"configuration '{given}' is {kind}; give a file")
     known = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.py"))
     near = _nearest(wanted, [name for name in known if not name.startswith("_")])

@@ -17,13 +17,13 @@ def expand_placeholders(text: str, path: Path) -> str:
     Other text in double braces stays unchanged.
     """
     if (variable := find_environment_variable(text)) is not None:
-        raise ValueError(f"'{{{{${variable}}}}}' reads the environment, which is done with --trust-config only")
+        raise ValueError(f"'{{{{${variable}}}}}' reads the environment, which needs --trust-config")
     known = _values(path)
 
     def value(found: re.Match) -> str:
         name = found[1]
         if name.startswith("_base_."):
-            raise ValueError(f"'{found[0]}' reads a value of _base_, which is done with --trust-config only")
+            raise ValueError(f"'{found[0]}' reads a value of _base_, which needs --trust-config")
         if name not in known and name.lower().startswith("file"):
             raise ValueError(f"'{found[0]}' is not known{did_you_mean(name, known)}")
         return known.get(name, found[0])

@@ -80,7 +80,7 @@ def _names(path: Path, budget: Budget) -> dict[str, Any]:
         values = _parse_yaml(budget.read(path, MAX_YAML_BYTES), path)
     budget.count(values, str(path))
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise ConfigError(f'{path}: must hold names and their values, as {{"num_frames": 17}}')
+        raise ConfigError(f'{path}: must map names to values, such as {{"num_frames": 17}}')
     return _filled(values, path)
 
 

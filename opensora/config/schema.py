@@ -1,7 +1,7 @@
 """Values from outside (files, flags, JSON), checked against declared types; a mistake becomes one line.
 
 A schema is a class of typed fields; a wrong type, a value out of range or an unknown key raises an error that names it.
-Validation is strict: `"3"` is not a number, `True` is not a count. Whole numbers may be written `3.0`, tuples as lists.
+Validation is strict: `"3"` is not a number, `True` is not a count. Integers may be written `3.0`, tuples as lists.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _keep_int(value: Any, handler: Any) -> Any:
 
 def _without_nul(text: str) -> str:
     if "\0" in text:
-        raise PydanticCustomError("described", "a text without NUL")
+        raise PydanticCustomError("described", "a string without NUL")
     return text
 
 
@@ -139,7 +139,7 @@ def explain(failure: ValidationError, kind: Any, value: Any, root: str = "") -> 
             nearest = did_you_mean(str(first["loc"][-1]), _known(kind, first["loc"]))
             return f"unknown setting '{key}'{nearest}"
         case "invalid_key":
-            return f"the key {shown(first['loc'][-1])} must be a text"
+            return f"the key {shown(first['loc'][-1])} must be a string"
         case "missing" if isinstance(first["loc"][-1], int):
             place = _dotted((*above, *_keys(first["loc"][:-1], value)))
             return f"{place} must be at least {first['loc'][-1] + 1} long; it is {shown(first['input'])}"
@@ -168,9 +168,9 @@ def shown(value: Any) -> str:
 
 
 _EXPECTED = {
-    "int_type": "a whole number", "int_from_float": "a whole number", "int_parsing_size": "a smaller number",
+    "int_type": "an integer", "int_from_float": "an integer", "int_parsing_size": "a smaller number",
     "float_type": "a number", "finite_number": "a finite number", "bool_type": "True or False",
-    "string_type": "a text", "string_unicode": "UTF-8 text", "none_required": "None", "dict_type": "a dict",
+    "string_type": "a string", "string_unicode": "UTF-8 text", "none_required": "None", "dict_type": "a dict",
     "model_type": "a dict", "mapping_type": "a dict", "list_type": "a list",
     "tuple_type": "a tuple", "bytes_type": "bytes",
 }  # fmt: skip

@@ -109,7 +109,7 @@ def get_num_frames(value: str | float) -> int:
     try:
         return NUM_FRAMES.get(_plain(value)) or int(value)
     except (TypeError, ValueError, OverflowError):
-        raise _unknown("number of frames", value, ["a whole number", *NUM_FRAMES]) from None
+        raise _unknown("number of frames", value, ["an integer", *NUM_FRAMES]) from None
 
 
 def parse_ratio(value: str | float) -> Fraction:
@@ -147,5 +147,5 @@ def closest_ratio(height: float, width: float, resolution: str | int) -> str:
     """The key of the ratio nearest to height / width at a resolution; the first one wins a tie."""
     sizes = SIZES[resolution_name(resolution)]
     if height <= 0 or width <= 0:
-        raise ConfigError(f"a picture of {height} x {width} pixels has no aspect ratio; sizes must be positive")
+        raise ConfigError(f"an image of {height} x {width} pixels has no aspect ratio; sizes must be positive")
     return min(sizes, key=lambda key: abs(height / width - float(key)))

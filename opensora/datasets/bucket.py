@@ -41,7 +41,7 @@ REASONS = {
     RowOutcome.UNKNOWN_SIZE: "num_frames, height or width is not known",
     RowOutcome.TOO_SMALL: "fewer pixels than 0.8 of the smallest resolution",
     RowOutcome.NO_IMAGES: "an image, and no resolution of its size has an entry for 1 frame",
-    RowOutcome.TOO_SHORT: "fewer frames than any entry of its size asks for",
+    RowOutcome.TOO_SHORT: "fewer frames than any entry of its size needs",
     RowOutcome.KEEP_IS_ZERO: "kept out by a keep probability of 0",
     RowOutcome.NOT_DRAWN: "not drawn in this epoch (keep probability below 1)",
 }
@@ -213,7 +213,7 @@ def _whole_numbers(column: Column) -> np.ndarray:
 def _entry(resolution: str, num_frames: int, value: Any) -> BucketEntry:
     where = f"bucket_config: {resolution}, {num_frames!r} frames"
     if type(num_frames) is not int or num_frames < 1:
-        raise ConfigError(f"{where}: the number of frames must be a whole number from 1")
+        raise ConfigError(f"{where}: the number of frames must be an integer of at least 1")
     if not isinstance(value, tuple) or len(value) != 2:
         raise ConfigError(f"{where}: write (keep probability, batch size); it is {value!r}")
     keep, batch_size = value
@@ -225,5 +225,5 @@ def _entry(resolution: str, num_frames: int, value: Any) -> BucketEntry:
     if batch_size is None and pair[0] * pair[1] == 0:
         return BucketEntry(resolution, num_frames, *pair, None)
     if type(batch_size) is not int or batch_size < 1:
-        raise ConfigError(f"{where}: the batch size must be a whole number from 1; it is {batch_size!r}")
+        raise ConfigError(f"{where}: the batch size must be an integer from 1; it is {batch_size!r}")
     return BucketEntry(resolution, num_frames, *pair, batch_size)

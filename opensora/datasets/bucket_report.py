@@ -38,7 +38,7 @@ def load(
     interval = (settings.dataset or {}).get("frame_interval", 1)
     for name, number, least in (("frame_interval", interval, 1), ("world size", world_size, 1), ("epoch", epoch, 0)):
         if type(number) is not int or number < least:
-            raise ConfigError(f"the {name} must be a whole number from {least}; it is {number!r}")
+            raise ConfigError(f"the {name} must be an integer of at least {least}; it is {number!r}")
     rows = read_table(table)
     sampler = BucketBatchSampler(
         Buckets(settings.bucket_config),
@@ -63,7 +63,7 @@ def describe(sampler: BucketBatchSampler) -> str:
     over = len(plan) - len(np.unique(used))
     starved = plan.num_rows[plan.num_batches == 0]
     if starved.size:
-        lines.append(f"{starved.size} bucket(s) with {starved.sum()} rows have no batch; take smaller batches there")
+        lines.append(f"{starved.size} bucket(s) with {starved.sum()} rows have no batch; use smaller batches there")
     lines += ["", f"{len(plan)} batches, {len(sampler)} steps an epoch, {served} different rows served"]
     if over:
         lines.append(

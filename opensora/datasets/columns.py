@@ -104,7 +104,7 @@ def _text(column: str, cell: Any, where: Where, row: int, source: str) -> str:
         return cell.decode("utf-8", "surrogateescape")
     if type(cell) is int and column != "path":
         return str(cell)
-    return check(Text, cell, f"{source}: {where(row)}, column '{column}'", ConfigError, "write a text there")
+    return check(Text, cell, f"{source}: {where(row)}, column '{column}'", ConfigError, "write text there")
 
 
 def _is_unicode(text: str) -> bool:

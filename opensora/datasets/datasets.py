@@ -59,7 +59,7 @@ class _TableDataset(Dataset):
         self, data_path: str | Path | None, interval: int, transform: str, captions: str, seed: int, as_uint8: bool
     ) -> None:
         if not isinstance(interval, int) or interval < 1:
-            raise ConfigError(f"dataset.frame_interval must be a positive whole number; it is {interval!r}")
+            raise ConfigError(f"dataset.frame_interval must be a positive integer; it is {interval!r}")
         check(Literal[CAPTIONS], captions, "dataset.captions")
         self.table = read_table(data_path)
         self.frame_interval, self.transform, self.seed, self.as_uint8 = interval, transform, seed, as_uint8
@@ -106,7 +106,7 @@ class _TableDataset(Dataset):
         def choose(total: int) -> Sequence[int]:
             starts = num_starts(total, num_frames, self.frame_interval)
             if not starts:
-                raise MediaError(f"{path}: has {total} frames, fewer than the {num_frames} asked for")
+                raise MediaError(f"{path}: has {total} frames, fewer than the {num_frames} requested")
             first = self._random(row, starts) if start is None else start
             return frame_indices(total, num_frames, self.frame_interval, first)
 
@@ -150,7 +150,7 @@ class VideoTextDataset(_TableDataset):
     ) -> None:
         super().__init__(data_path, frame_interval, transform_name, captions, seed, as_uint8)
         if not isinstance(num_frames, int) or num_frames < 1:
-            raise ConfigError(f"dataset.num_frames must be a positive whole number; it is {num_frames!r}")
+            raise ConfigError(f"dataset.num_frames must be a positive integer; it is {num_frames!r}")
         self.num_frames, self.image_size = num_frames, _size(image_size)
         self._check(self.image_size)
 

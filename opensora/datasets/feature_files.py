@@ -68,13 +68,11 @@ class Shards:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.identity, plan = (_read(self.folder / name) for name in (IDENTITY, PLAN))
-        self.plan = check(
-            FeaturePlan, plan, str(self.folder / PLAN), remedy=f"run {COMMAND} again, which writes it anew"
-        )
+        self.plan = check(FeaturePlan, plan, str(self.folder / PLAN), remedy=f"run {COMMAND} again, which rewrites it")
         planned = self.files = [part.file for part in (*self.plan.latents, *self.plan.text)]
         missing = [name for name in planned if not (self.folder / name).is_file()]
         if missing:
-            problem = f"{len(missing)} of {len(planned)} shards are not there yet (the first is {missing[0]})"
+            problem = f"{len(missing)} of {len(planned)} shards do not exist yet (the first is {missing[0]})"
             raise ConfigError(f"{self.folder}: {problem}; run {COMMAND} again, which encodes those alone")
         self._reset()
 
@@ -94,7 +92,7 @@ class Shards:
         for name, value in expected.items():
             if self.identity.get(name) != value:
                 problem = f"was encoded with {name} {self.identity.get(name)}, and the run has {value}"
-                raise ConfigError(f"{self.folder} {problem}; encode it anew with {COMMAND}, into another folder")
+                raise ConfigError(f"{self.folder} {problem}; re-encode it with {COMMAND}, into another folder")
 
     def column(self, name: str, key: str, kind: type[np.generic]) -> np.ndarray:
         """A column of a shard. Raises ConfigError if it is missing or of another dtype."""
@@ -142,6 +140,6 @@ def _damaged(path: Path, why: str) -> ConfigError:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        problem = f"is no folder of encoded features ({path.name} cannot be read)"
+        problem = f"is not a folder of encoded features ({path.name} cannot be read)"
         raise ConfigError(f"{path.parent} {problem}; make one with {COMMAND}")
     return check(dict[str, Any], read_json(path, ConfigError, MAX_PLAN_BYTES), str(path))

@@ -55,8 +55,8 @@ class TableReport(NamedTuple):
         """The counts in one line."""
         num_empty = self.num_rows - self.num_captions - self.num_named
         return (
-            f"{self.num_rows} rows, {self.num_captions} of them with a text of their own"
-            + (f", {self.num_named} with one made of their file names" if self.num_named else "")
+            f"{self.num_rows} rows, {self.num_captions} with a caption of their own"
+            + (f", {self.num_named} with one from their file names" if self.num_named else "")
             + (f", {num_empty} with an empty one" if num_empty else "")
             + (f"; left out: {len(self.broken)}" if self.broken else "")
         )
@@ -75,7 +75,7 @@ def make_table(folder: str | Path, target: str | Path, force: bool = False, capt
     if target.suffix.lower() != ".csv":
         raise ConfigError(f"{target}: the table is written as CSV; name it so, with .csv at its end")
     if target.exists() and not force:
-        raise ConfigError(f"{target} is there already; name another file, or replace it with --force")
+        raise ConfigError(f"{target} already exists; name another file, or replace it with --force")
     problems: list[str] = []
     files = find_media(folder, problems)
     if captions == "required":
@@ -97,9 +97,9 @@ def make_table(folder: str | Path, target: str | Path, force: bool = False, capt
         writer.writerows(rows)
     named = [row for row in rows if not _caption_file(Path(row.path)).is_file()]
     if named:
-        remedy = "write a .txt beside each, or have them refused with --captions required"
+        remedy = "write a .txt file beside each, or refuse them with --captions required"
         log.warning(
-            "texts made of file names: %d, such as %r of %s; %s", len(named), named[0].text, named[0].path, remedy
+            "captions from file names: %d, such as %r of %s; %s", len(named), named[0].text, named[0].path, remedy
         )
     return TableReport(len(rows), broken, sum(bool(row.text) for row in rows) - len(named), len(named))
 
@@ -118,7 +118,7 @@ def find_media(folder: Path, problems: list[str] | None = None) -> list[Path]:
         raise ConfigError(f"{folder}: holds no videos or images ({known}); name another folder, or convert them")
     others = [file for file in files if file.suffix.lower() not in (*SUFFIXES, CAPTION)]
     if others:
-        log.info("left alone, because of their suffixes: %d, such as %s", len(others), others[0])
+        log.info("ignored because of their suffixes: %d, such as %s", len(others), others[0])
     return media
 
 
@@ -148,7 +148,7 @@ def caption_of(file: Path) -> str:
     try:
         return check(Text, text)
     except ConfigError as error:
-        raise MediaError(f"{file}: its text cannot be taken, {error}; correct {beside.name}") from error
+        raise MediaError(f"{file}: its caption cannot be used, {error}; correct {beside.name}") from error
 
 
 def _words(name: str) -> str:
@@ -169,8 +169,8 @@ def _require_captions(files: Sequence[Path]) -> None:
     """Raises ConfigError unless each file has a non-empty caption file."""
     without = [file for file in files if not (_caption_file(file).is_file() and _caption_file(file).stat().st_size)]
     if without:
-        problem = f"{len(without)} of {len(files)} files have no text of their own, such as {without[0]}"
-        remedy = f"write it into {_caption_file(without[0]).name} beside it, or take file names with --captions names"
+        problem = f"{len(without)} of {len(files)} files have no caption, such as {without[0]}"
+        remedy = f"write it into {_caption_file(without[0]).name} beside it, or use file names with --captions names"
         raise ConfigError(f"{problem}; {remedy}")
 
 
@@ -194,7 +194,7 @@ def _visible(folder: Path, problems: list[str]) -> Iterator[Path]:
             if file.is_file():
                 yield file
             elif file.suffix.lower() in SUFFIXES:
-                problems.append(f"{file}: is no file, or a link that leads nowhere; replace it")
+                problems.append(f"{file}: is not a file, or is a broken link; replace it")
 
 
 def _row_or_error(file: Path) -> Row | str:

@@ -49,7 +49,7 @@ def parts(source: str) -> Iterator[tuple[int, dict[str, Sequence[Any]]]]:
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, ConfigError) or (isinstance(error, OSError) and error.errno):
             raise
-        raise ConfigError(f"{source}: cannot be read as Parquet ({error_message(error)}); save it anew") from error
+        raise ConfigError(f"{source}: cannot be read as Parquet ({error_message(error)}); re-save it") from error
 
 
 def _check_type(types: Any, column: str, name: str, kind: Any, source: str) -> None:

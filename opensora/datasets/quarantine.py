@@ -62,7 +62,7 @@ class Quarantine:
         self.rows: set[int] = set()
         content = _content(self.path)
         self.named = {one.path: key for one, key in _listed(content)}
-        self.mended = "" if content.endswith(b"\n") or not content else "\n"  # a crash may have truncated the last line
+        self.separator = "" if content.endswith(b"\n") or not content else "\n"  # after a crash
         self._count(self.path.parent)
         for folder in former:
             for one in self._count(folder):
@@ -85,9 +85,7 @@ class Quarantine:
         """Raises MediaError if more files are unreadable than allowed."""
         if len(self.rows) > self.limit:
             problem = f"{len(self.rows)} of {self.num_rows} files cannot be read, over the limit of {self.limit}"
-            raise MediaError(
-                f"{problem}; they are listed with reasons in {self.path}; mend them, or take out their rows"
-            )
+            raise MediaError(f"{problem}; they are listed with reasons in {self.path}; fix them, or remove their rows")
 
     def _count(self, folder: Path) -> list[UnreadableRow]:
         """Counts the rows listed in a folder that are still unreadable; returns the new ones."""
@@ -123,8 +121,8 @@ class Quarantine:
         entry = {**one._asdict(), "key": key}
         try:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(self.mended + json.dumps(entry) + "\n")
-            self.mended = ""
+                file.write(self.separator + json.dumps(entry) + "\n")
+            self.separator = ""
         except OSError as error:
             raise MediaError(f"{self.path}: cannot be written ({error.strerror}); free some space") from error
 

@@ -38,7 +38,7 @@ def shuffled(count: int, seed: int, epoch: int, purpose: int) -> np.ndarray:
 def check_position(position: int, total: int, world_size: int) -> int:
     """Clamps `position` to `total`. Raises ConfigError if it is beyond the last, completed step."""
     if not 0 <= position < total + world_size:
-        problem = f"the position {position} lies beyond the {total} items of this epoch"
+        problem = f"the position {position} is past the {total} items of this epoch"
         raise ConfigError(f"{problem}; the table or its settings are not those of the checkpoint")
     return min(position, total)
 
@@ -179,15 +179,15 @@ class BucketBatchSampler(_EpochSampler):
             return
         if not plan.buckets:
             reason = f"none of the {len(plan.placement.entry)} rows has a bucket"
-            remedy = "see what each bucket asks for in bucket_config"
+            remedy = "check the buckets of bucket_config"
         elif not len(plan):
             most = np.argmax(plan.num_rows / plan.batch_sizes)
             reason = f"no bucket has the rows of one batch; the fullest, {plan.buckets[most]}, has"
             reason = f"{reason} {plan.num_rows[most]} of {plan.batch_sizes[most]}"
-            remedy = "take smaller batches or more data"
+            remedy = "use smaller batches or more data"
         else:
             reason = f"{len(plan)} batches are fewer than {self.world_size} ranks"
-            remedy = "take fewer ranks, smaller batches or more data"
+            remedy = "use fewer ranks, smaller batches or more data"
         raise ConfigError(f"the run would have no steps: {reason}; {remedy}")
 
 

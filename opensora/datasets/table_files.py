@@ -182,7 +182,7 @@ def _lines(file: Any, source: str) -> Iterator[str]:
     mark = next((mark for mark in _MARKS if head.startswith(mark)), b"")
     encoding = _MARKS.get(mark, "utf-8")
     if encoding == "utf-8" and b"\0" in head:
-        raise ConfigError(f"{source}: is no text, or UTF-16 without a mark; save it as UTF-8")
+        raise ConfigError(f"{source}: is not text, or UTF-16 without a mark; save it as UTF-8")
     file.seek(len(mark) if encoding == "utf-8" else 0)
     errors = "surrogateescape" if encoding == "utf-8" else "strict"  # file names need not be UTF-8
     text = io.TextIOWrapper(file, encoding, errors, newline="")

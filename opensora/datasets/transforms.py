@@ -71,7 +71,7 @@ def _check(frames: np.ndarray, size: tuple[int, int]) -> tuple[int, int]:
     height, width = frames.shape[-3:-1]
     if not 1 / MAX_EXCESS <= (height * size[1]) / (width * size[0]) <= MAX_EXCESS:
         wanted = f"{size[0]}x{size[1]}"
-        raise MediaError(f"a picture of {height}x{width} pixels is too long and thin to fill {wanted}; crop it first")
+        raise MediaError(f"an image of {height}x{width} pixels is too long and thin to fill {wanted}; crop it first")
     return height, width
 
 

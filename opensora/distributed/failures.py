@@ -67,7 +67,7 @@ def lost_rank_error(error: BaseException | None) -> OpenSoraError | None:
     while error is not None:
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _LOST.search(str(error))):
             reason = " ".join(re.sub(r"^\[[^]]*\]", "", str(error).partition("\n")[0]).split())[:120]
-            remedy = "see what ended it, and start all of them again; a training goes on with --load"
+            remedy = "check its log, and restart all ranks; resume training with --load"
             return OpenSoraError(f"rank {rank()} has lost another rank ({reason}); {remedy}")
         error = error.__cause__ or error.__context__
     return None
@@ -82,7 +82,7 @@ def exit_with_launcher() -> None:
 def _watch(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(POLL_SECONDS)
-    sys.stderr.write(f"error: rank {rank()}: the process that started it is gone, so it ends too\n")
+    sys.stderr.write(f"error: rank {rank()}: the process that started it has ended, so this rank exits\n")
     sys.stderr.flush()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE_SECONDS)

@@ -78,5 +78,5 @@ def launch_id() -> str:
 def _number(name: str, default: int, least: int = 0, most: int = 2**20, empty_is_unset: bool = True) -> int:
     text = os.environ.get(name, str(default)) or (str(default) if empty_is_unset else "")
     if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
-        raise ConfigError(f"{name} is {text[:40]!r}, not a whole number from {least} to {most}; {_REMEDY}")
+        raise ConfigError(f"{name} is {text[:40]!r}, not an integer from {least} to {most}; {_REMEDY}")
     return int(text)

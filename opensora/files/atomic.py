@@ -55,7 +55,7 @@ def atomic_create(
             with defer_stop_signals():
                 if _link_all([(temporary, final) for (temporary, _), final in zip(pairs, choice, strict=True)]):
                     return
-        raise error(f"{pairs[0][1]}: it, or what belongs to it, is there already; nothing was replaced")
+        raise error(f"{pairs[0][1]}: it or a file that belongs to it already exists; nothing was replaced")
 
 
 def _with_temporaries(paths: Iterable[str | os.PathLike[str]]) -> list[tuple[Path, Path]]:

@@ -27,7 +27,7 @@ def read_bytes(path: str | os.PathLike[str], max_bytes: int, error: type[OpenSor
     with open_bounded(path, max_bytes, error) as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:  # the file grew, or its size was not known
-        raise error(f"{path}: is larger than {max_bytes:,} bytes, the limit here")
+        raise error(f"{path}: is larger than {max_bytes:,} bytes, the limit")
     return content
 
 
@@ -36,7 +36,7 @@ def open_regular(path: str | os.PathLike[str], error: type[OpenSoraError] = Medi
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise error(f"{path}: is no regular file; give a file")
+        raise error(f"{path}: is not a regular file; give a file")
     return open(handle, "rb")
 
 
@@ -48,7 +48,7 @@ def open_bounded(
     try:
         with open_regular(path, error) as file:
             if os.fstat(file.fileno()).st_size > max_bytes:
-                raise error(f"{path}: is larger than {max_bytes:,} bytes, the limit here")
+                raise error(f"{path}: is larger than {max_bytes:,} bytes, the limit")
             yield file
     except OpenSoraError:
         raise
@@ -80,7 +80,7 @@ def parse_json(
     Raises `error`; its message begins with `where`.
     """
     if len(text) > max_bytes:
-        raise error(f"{where}: holds JSON of more than {max_bytes:,} characters, the limit here")
+        raise error(f"{where}: holds JSON of more than {max_bytes:,} characters, the limit")
 
     def number(kind: type) -> Any:
         def read(digits: str) -> Any:
@@ -91,7 +91,7 @@ def parse_json(
         return read
 
     def refuse(name: str) -> Any:
-        raise ValueError(f"{name}, which JSON does not know")
+        raise ValueError(f"{name}, which is not valid JSON")
 
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
@@ -123,7 +123,7 @@ def check_file_name(name: object, where: str, error: type[OpenSoraError] = Media
     plain = isinstance(name, str) and name.isprintable() and 0 < len(name.encode(errors="replace")) <= 255
     kinds = (PurePosixPath, PureWindowsPath)
     if not plain or name.startswith(".") or any(kind(name).name != name for kind in kinds):
-        raise error(f"{where}: {str(name)[:80]!r} is no plain file name; refused")
+        raise error(f"{where}: {str(name)[:80]!r} is not a plain file name; refused")
     return name
 
 

@@ -86,12 +86,12 @@ def call_settings(
     if isinstance(given.get("prompt"), str):
         given["prompt"] = [given["prompt"]]
     if not given.get("prompt"):
-        raise ArgumentError("there is no prompt; give a text, or a list of texts")
+        raise ArgumentError("no prompt given; pass a string or a list of strings")
     sources, media = media_sources(**{name: given.pop(name) for name in MEDIA if name in given})
     generator = given.pop("generator", None)
     if generator is not None:
         if "seed" in given:
-            raise ArgumentError("seed and generator both give the random numbers; give one of the two")
+            raise ArgumentError("seed and generator exclude each other; give one")
         given["seed"] = _drawn_from(generator)
     if given.get("seed") == -1:
         given["seed"] = secrets.randbelow(2**31)
@@ -106,10 +106,10 @@ def _changes(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     owners: dict[str, str] = {}
     height, width = given.pop("height", None), given.pop("width", None)
     if (height is None) != (width is None):
-        raise ArgumentError(f"{'width' if height is None else 'height'} alone is half a size; give height and width")
+        raise ArgumentError(f"{'width' if height is None else 'height'} alone is not a size; give height and width")
     if height is not None:
         if "image_size" in given:
-            raise ArgumentError("height and width say the size, and so does image_size; give it once")
+            raise ArgumentError("height and width set the size, and so does image_size; keep one")
         given["image_size"] = (height, width)
     elif ("resolution" in given or "aspect_ratio" in given) and "image_size" not in given:
         changes["image_size"] = None

@@ -38,8 +38,8 @@ def batches(models: LoadedModels, job: Job, requests: Sequence[Request], texts: 
         if len(batch) > 1 and key not in same_bits:
             same_bits[key] = is_batch_invariant(models, job, batch, texts)
             if not same_bits[key]:
-                told = "batch size %d would change the last bits here: these %d requests are computed one at a time"
-                logger.info(told, job.batch_size, len(batch))
+                note = "batch size %d would change the last bits on this device; running %d requests one at a time"
+                logger.info(note, job.batch_size, len(batch))
         yield from [batch] if same_bits.get(key, True) else ([one] for one in batch)
 
 

@@ -70,7 +70,7 @@ class _Bench:
         models = self.models = LoadedModels(settings)
         job = self.job = Job(settings, models)
         if not job.requests:
-            raise ConfigError("there is no prompt: give one with --prompt")
+            raise ConfigError("no prompt given: give one with --prompt")
         if models.layout.world_size > 1:
             raise ConfigError("a benchmark runs on one device; start it without torchrun")
         models.locate()

@@ -40,7 +40,7 @@ def check_inputs(job: Job, components: Components) -> None:
     if missing := set(model.size_arguments) - job.conditioning.keys():
         problem = f"{type(model).__name__} needs {', '.join(model.size_arguments)}, but has no {', '.join(missing)}"
         kind = conditioning_kind(name)
-        raise ConfigError(f"model '{name}': {problem}; set multi_resolution='{kind}', or leave it out")
+        raise ConfigError(f"model '{name}': {problem}; set multi_resolution='{kind}', or remove it")
 
     def stand_in(x: Tensor, timestep: Tensor, **_: Any) -> Tensor:
         return x.new_zeros(len(x), model.out_channels, *x.shape[2:])
@@ -78,5 +78,5 @@ def memory_advice(size: Size, plan: MemoryPlan) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        remedy = "ask for a smaller size or fewer frames" + ("" if plan == LOW else ", but first try --memory low")
+        remedy = "use a smaller size or fewer frames" + ("" if plan == LOW else ", but first try --memory low")
         raise ConfigError(f"memory does not suffice for {size}; {remedy}") from error

@@ -33,9 +33,9 @@ def place_media(job: Job, requests: Sequence[Request], model: Any, vae: Any) -> 
         placements = parse_mask_strategy(request.mask_strategy)
         job.timelines[request] = timeline(placements, counts, frames, settings.loop, job.align, carried)
         if (placements or settings.loop > 1) and model.patch_size[0] > 1:
-            raise ConfigError(f"model '{settings.model['type']}' sees frames in pairs and cannot keep single ones")
+            raise ConfigError(f"model '{settings.model['type']}' embeds frames in pairs and cannot keep single frames")
         if counts and not placements:
-            logger.warning("references without a mask_strategy take no part: %s", request.reference_path)
+            logger.warning("references without a mask_strategy are ignored: %s", request.reference_path)
     return requests
 
 
@@ -46,7 +46,7 @@ def _with_media(job: Job, requests: Sequence[Request], vae: Any) -> list[Request
         return list(requests)
     if twice := [one.prompt for one in requests if one.reference_path or one.mask_strategy]:
         names = ", ".join(media_conditions.NAMES)
-        raise ConfigError(f"prompt {twice[0]!r} brings its own references; leave out {names}")
+        raise ConfigError(f"prompt {twice[0]!r} brings its own references; remove {names}")
     latent_frames = vae.get_latent_size(job.size)[0]
     given = media_conditions.reference_settings(settings, job.size.num_frames, latent_frames, vae.group)
     job.align = given.align

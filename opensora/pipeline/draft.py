@@ -86,25 +86,25 @@ def save(file: Path, name: str, recipe: Recipe, state: SamplerState, generator: 
 
 
 def load(file: str | Path) -> Draft:
-    """The draft in a file. Raises WeightsError for one that is no draft, damaged, or from a newer program."""
+    """The draft in a file. Raises WeightsError for one that is not a draft, damaged, or from a newer program."""
     file = Path(file)
     if not file.exists():
-        raise WeightsError(f"{file}: there is no such draft; give the {SUFFIX}.safetensors file that generate wrote")
+        raise WeightsError(f"{file}: no such draft; give the {SUFFIX}.safetensors file that generate wrote")
     with open_bounded(file, MAX_BYTES, WeightsError):
         pass  # refuses devices and pipes
     metadata = read_metadata(file)
     if KEY not in metadata:
-        raise WeightsError(f"{file}: is no draft; give the {SUFFIX}.safetensors file that generate wrote")
+        raise WeightsError(f"{file}: is not a draft; give the {SUFFIX}.safetensors file that generate wrote")
     tensors = read_state_dict(file)
     if metadata.get(DIGEST) != _digest(metadata[KEY], tensors):
-        raise WeightsError(f"{file}: is damaged, or was changed after it was written; make the draft again")
+        raise WeightsError(f"{file}: is damaged, or was changed after it was written; create the draft again")
     header = parse_json(metadata[KEY], str(file), WeightsError)
     if isinstance(header, dict) and check(Positive, header.get("format"), f"{file}: format", WeightsError) > FORMAT:
         raise WeightsError(f"{file}: a newer program wrote this draft (format {header['format']}); update opensora")
-    header = check(_Header, header, f"{file}: is incomplete or damaged", WeightsError, "make the draft again")
+    header = check(_Header, header, f"{file}: is incomplete or damaged", WeightsError, "create the draft again")
     recipe = check_recipe(dict(header.recipe), DraftRecipe, str(file), WeightsError)
     if header.done >= header.num_steps:
-        raise WeightsError(f"{file}: stands after {header.done} of {header.num_steps} steps; make the draft again")
+        raise WeightsError(f"{file}: stands after {header.done} of {header.num_steps} steps; create the draft again")
     _check_tensors(file, tensors)
     name = check_file_name(header.name, str(file), WeightsError)
     if (own := file.name.removesuffix(f"{SUFFIX}.safetensors")) != file.name:
@@ -123,7 +123,7 @@ def _check_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
     def require(holds: bool, problem: str) -> None:
         if not holds:
-            raise WeightsError(f"{file}: {problem}; make the draft again")
+            raise WeightsError(f"{file}: {problem}; create the draft again")
 
     require(len(tensors) <= MAX_TENSORS, f"holds {len(tensors)} tensors, more than any sampler leaves")
     for name in ("x", GENERATOR):
@@ -135,7 +135,7 @@ def _check_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
         if name == GENERATOR:
             state = torch.Generator().get_state()
             fits = (tensor.dtype, tensor.shape) == (state.dtype, state.shape)
-            require(fits, f"{where} is no state of a generator")
+            require(fits, f"{where} is not a generator state")
         elif name == GIVEN:
             require((tensor.dtype, tensor.shape) == (torch.bool, (1, shape[2])), f"{where} is not [1, {shape[2]}] bool")
         else:
@@ -148,7 +148,7 @@ def resume(draft: Draft, generator: torch.Generator) -> SamplerState:
     try:
         generator.set_state(draft.generator)
     except RuntimeError as error:
-        raise WeightsError(f"{draft.file}: holds no state of a generator; make the draft again") from error
+        raise WeightsError(f"{draft.file}: holds no generator state; create the draft again") from error
     return draft.state
 
 
@@ -157,7 +157,7 @@ def check_sampler(draft: Draft, num_steps: int, shape: tuple[int, ...]) -> None:
     found, then = tuple(draft.state.x.shape[1:]), draft.state.num_steps
     if (then, found) != (num_steps, tuple(shape)):
         then, now = (f"{n} steps on latents {list(size)}" for n, size in ((then, found), (num_steps, shape)))
-        raise ConfigError(f"{draft.file}: was made by {then}, but its settings now mean {now}; make the draft again")
+        raise ConfigError(f"{draft.file}: was made by {then}, but its settings now mean {now}; create the draft again")
 
 
 def check_same(draft: Draft, now: Recipe) -> None:
@@ -166,11 +166,11 @@ def check_same(draft: Draft, now: Recipe) -> None:
         if now["weights"].get(part) != sha256:
             what = "another tokenizer" if part == TOKENIZER else f"other {part} weights"
             problem = f"{draft.file}: was made with {what}, sha256 {sha256[:12]}"
-            raise WeightsError(f"{problem}; say where those lie, or make the draft again")
+            raise WeightsError(f"{problem}; give their paths, or create the draft again")
     then = {name: value for name, value in draft.recipe.items() if name not in ("program", "weights")}
     for name, was, value in differences(then, {name: now.get(name) for name in then}):
         problem = f"{name} was {shown(was)} for the draft and is {shown(value)} now"
-        raise ConfigError(f"{draft.file}: {problem}; make the draft again")
+        raise ConfigError(f"{draft.file}: {problem}; create the draft again")
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

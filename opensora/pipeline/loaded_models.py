@@ -73,7 +73,7 @@ class LoadedModels:
         self.dtype = inference_dtype(self.device, settings.dtype, settings.cpu_dtype)
         step_cache.try_choices(settings, self.device, self.dtype)
         if settings.graphs and self.layout.world_size > 1:
-            raise ConfigError("graphs are recorded on a single device; leave --graphs out under torchrun")
+            raise ConfigError("graphs are recorded on a single device; remove --graphs under torchrun")
         if settings.graphs:
             check_graphs(self.device)
         self.plan: MemoryPlan = BY_NAME.get(settings.memory, FAST)  # "auto" is decided by the first request

@@ -73,7 +73,7 @@ def _placement(group: str, text: str) -> ReferencePlacement:
     except ValueError:
         raise ConfigError(
             f"mask_strategy {shown(text)}: {shown(group)} is not loop,reference,reference start,target start,length,"
-            f"edit rate (five whole numbers up to {MAX_NUMBER:,} and a rate from 0 to 1, groups separated by ';')"
+            f"edit rate (five integers up to {MAX_NUMBER:,} and a rate from 0 to 1, groups separated by ';')"
         ) from None
     return placement
 
@@ -139,13 +139,13 @@ def _resolve(
     target_start = _resolve_start(placement, "target start", placement.target_start, frames, align)
     length = min(placement.length, available - reference_start, frames - target_start)
     if length < placement.length:
-        logger.warning("mask_strategy '%s' asks for %d latent frames; %d fit", placement, placement.length, length)
+        logger.warning("mask_strategy '%s' requests %d latent frames; %d fit", placement, placement.length, length)
     return ReferencePlacement(placement.loop, index % count, reference_start, target_start, length, placement.edit)
 
 
 def _resolve_start(placement: ReferencePlacement, what: str, start: int, count: int, align: int | None) -> int:
     if not -count <= start < count:
-        raise ConfigError(f"mask_strategy '{placement}': {what} {start} lies outside its {count} latent frames")
+        raise ConfigError(f"mask_strategy '{placement}': {what} {start} is outside its {count} latent frames")
     return nearest_multiple(start % count, align, count) if align else start % count
 
 

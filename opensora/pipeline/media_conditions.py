@@ -30,7 +30,7 @@ def media_paths(settings: InferenceSettings) -> list[str]:
         return []
     if settings.reference_path or settings.mask_strategy:
         word = given[0].replace("_", "-")
-        raise ConfigError(f"--{word} says the same as reference_path and mask_strategy; give one of the two forms")
+        raise ConfigError(f"--{word} excludes reference_path and mask_strategy; use one of the two forms")
     for word, partner in (("keep", "extend"), ("strength", "edit")):
         if word in given and partner not in given:
             raise ConfigError(f"--{word} belongs to --{partner}; give --{partner} with a video")
@@ -72,7 +72,7 @@ def reference_settings(
         groups = -(-_kept_frames(settings, frames) // frames)
         if groups * latents >= latent_frames:
             kept = f"--keep {settings.keep or frames} takes {groups * frames} frames, in whole groups of {frames}"
-            raise ConfigError(f"{kept}; of {num_frames} nothing is left to make: keep fewer, or make more")
+            raise ConfigError(f"{kept}; of {num_frames} nothing is left to generate: keep fewer, or generate more")
         add(f"{settings.extend}#last={groups * frames}", length=groups * latents)
     if settings.last_frame is not None:  # the last latent frame of a still of one group
         add(f"{settings.last_frame}#hold={frames}", reference_start=-1, target_start=-1)
@@ -85,5 +85,5 @@ def _kept_frames(settings: InferenceSettings, default: int) -> int:
     match = re.fullmatch(r"([0-9]{1,6})|([0-9]{1,6}(?:\.[0-9]{1,6})?)s", text)
     frames = 0 if match is None else int(match[1]) if match[1] else round(float(match[2]) * settings.fps)
     if frames < 1:
-        raise ConfigError(f"--keep {text!r} is no number of frames; give one such as {default}, or seconds such as 1s")
+        raise ConfigError(f"--keep {text!r} is not a number of frames; give {default}, or a duration such as 1s")
     return frames

@@ -102,7 +102,7 @@ def _pictures(media: InMemoryMedia, most: int) -> Iterator[np.ndarray]:
     """As `_decode`; a single frame is an image, as a result of one frame is written as one."""
     frames = media.frames
     if len(frames) > most:
-        raise MediaError(f"holds more than {most} frames, the limit here; make it shorter")
+        raise MediaError(f"holds more than {most} frames, the limit; make it shorter")
     yield from (frames[0],) if len(frames) == 1 else np.split(frames, len(frames))
 
 

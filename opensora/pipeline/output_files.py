@@ -29,7 +29,7 @@ def write_video(path: str | os.PathLike[str], frames: np.ndarray, fps: float, re
     suffixes = (VIDEO, ".gif") if len(frames) > 1 else (IMAGE,)
     if path.suffix.lower() not in suffixes:
         content = "an image" if len(frames) == 1 else f"a video of {len(frames)} frames"
-        raise MediaError(f"{path}: is to hold {content}; name it {path.stem or 'out'}{suffixes[0]}")
+        raise MediaError(f"{path}: will hold {content}; name it {path.stem or 'out'}{suffixes[0]}")
     recipe = with_output(recipe, frames, fps)
     with atomic_write(path, path.with_suffix(".json"), make_folders=True) as (media, sidecar):
         if path.suffix.lower() == ".gif":

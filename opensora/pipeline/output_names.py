@@ -47,7 +47,7 @@ class OutputNames:
         if settings.prompt_as_path:
             raise ConfigError("output and prompt_as_path both name the result; give one of the two")
         if len(paths) > 1:
-            problem = f"output {settings.output!r} names one file, but {len(paths)} results are asked for"
+            problem = f"output {settings.output!r} names one file, but {len(paths)} results are requested"
             raise ConfigError(f"{problem}; name them with --save-dir and --sample-name")
         return [settings.output[: -len(self.suffix)] for _ in paths]
 
@@ -149,7 +149,7 @@ def _suffix_as_given(output: str, suffix: str, num_frames: int) -> str:
     path = Path(output)
     if path.suffix.lower() != suffix:
         content = "an image" if num_frames == 1 else f"a video of {num_frames} frames"
-        raise ConfigError(f"output {output!r} is to hold {content}; name it {path.stem or 'result'}{suffix}")
+        raise ConfigError(f"output {output!r} will hold {content}; name it {path.stem or 'result'}{suffix}")
     return path.suffix
 
 

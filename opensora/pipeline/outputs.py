@@ -70,7 +70,7 @@ class Outputs:
                 other = owners.setdefault(same_file_key(str(file)), request)
                 if other is not request:
                     both = f"prompts {other.prompt[:80]!r} and {request.prompt[:80]!r} would both be written to {file}"
-                    raise ConfigError(f"{both}; leave out one of them, or --prompt-as-path to have them numbered")
+                    raise ConfigError(f"{both}; remove one of them, or --prompt-as-path to have them numbered")
         return requests
 
     def files(self, path: str) -> list[Path]:
@@ -96,10 +96,10 @@ class Outputs:
         existing = [(path, file) for path in paths for file in self.files(path) if os.path.lexists(file)]
         for path, file in existing:
             if not (file.is_file() or file.is_symlink()):
-                raise MediaError(f"{file}: is no file, but a result is to be written there; move it away")
+                raise MediaError(f"{file}: is not a file, but a result must be written there; move it")
             if not self._replaces(path) and not self.names.is_numbered(path):
                 remedy = "move it, choose another name, or replace it with --overwrite"
-                raise MediaError(f"{file}: is there already, of another request; {remedy}")
+                raise MediaError(f"{file}: already exists, from another request; {remedy}")
         if existing:
             more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
             logger.info("replaces %s%s", existing[0][1], more)

@@ -126,7 +126,7 @@ class VideoPipeline:
         with self._exclusive(), report_first_failure():
             job = job or Job(self.settings, self.models)
             if not job.requests:
-                raise ConfigError("there is no prompt: give one, or --prompt-path with a file of prompts")
+                raise ConfigError("no prompt given: give one, or --prompt-path with a file of prompts")
             layout = self.models.layout
             wanted = broadcast_object([one for one in job.requests if not job.outputs.keeps_existing(one.path)], layout)
             if not wanted:
@@ -167,7 +167,7 @@ class VideoPipeline:
 
     def _check_interrupt(self) -> None:
         if self._interrupt:
-            raise Cancelled("the call was cancelled by interrupt(); call the pipeline again to start anew")
+            raise Cancelled("the call was cancelled by interrupt(); call the pipeline again to restart")
 
     def _preview(self, job: Job, event: StepEnd) -> Preview:
         with torch.inference_mode():

@@ -148,7 +148,7 @@ def make_plan(settings: InferenceSettings) -> Plan:
 def plan_job(models: LoadedModels, job: Job) -> Plan:
     """The plan of a job on models, which need not be loaded and stay as they are."""
     if not job.requests:
-        raise ConfigError("there is no prompt: give one, or --prompt-path with a file of prompts")
+        raise ConfigError("no prompt given: give one, or --prompt-path with a file of prompts")
     wanted = [request for request in job.requests if not job.outputs.keeps_existing(request.path)]
     with output_folder(job.outputs.folder) if job.to_files else nullcontext():
         if job.to_files:
@@ -215,7 +215,8 @@ def _snapped(job: Job, request: Request) -> Iterator[str]:
         length = settings.condition_frame_length
         start = len(job.timelines[request][0].edit) - length
         if found.reference_start != start:
-            yield f"clip {found.loop} goes on from latent frame {found.reference_start} of the one before, not {start}"
+            used = f"latent frame {found.reference_start} of the previous clip"
+            yield f"clip {found.loop} continues from {used}, not {start}"
 
 
 def _same(asked: ReferencePlacement, found: ReferencePlacement, count: int) -> bool:

@@ -50,7 +50,7 @@ def endpoint(settings: InferenceSettings) -> tuple[SplitResult, str, str]:
     found = {"OPENAI_BASE_URL": settings.llm_base_url, "OPENAI_MODEL": settings.llm_model, "OPENAI_API_KEY": None}
     found = {name: (given or os.environ.get(name, "")).strip() for name, given in found.items()}
     if missing := [name for name, value in found.items() if not value]:
-        raise ConfigError(f"llm_refine asks a language model; say where and which: set {', '.join(missing)}")
+        raise ConfigError(f"llm_refine calls a language model; set {', '.join(missing)}")
     base, model, key = found.values()
     if not re.fullmatch(r"[!-~]+", key):
         raise ConfigError("OPENAI_API_KEY holds a space or a character that no key has; set it again")
@@ -76,10 +76,10 @@ def refine_texts(texts: Iterable[str], where: tuple[SplitResult, str, str]) -> d
             refined[text] = _refine(text, *where)
             logger.info("refined       %s", refined[text])
         except _Unusable as error:
-            logger.warning("prompt %r stays as written: the language model's %s", text, error)
+            logger.warning("prompt %r stays unchanged: the language model's %s", text, error)
         except (OSError, HTTPException, ValueError) as error:  # the last from names that no host can have
             reason = getattr(error, "strerror", None) or type(error).__name__
-            logger.warning("prompts from %r on stay as written: the language model cannot be asked (%s)", text, reason)
+            logger.warning("prompts from %r on stay unchanged: the language model cannot be reached (%s)", text, reason)
             break
     return refined
 
@@ -123,7 +123,7 @@ def _read(body: bytes) -> str:
         text = answer["choices"][0]["message"]["content"] or ""
         text = re.sub(r"<think>.*?</think>", " ", text, flags=re.DOTALL).encode(errors="ignore").decode()
     except (MediaError, LookupError, TypeError):
-        raise _Unusable("answer is no chat completion") from None
+        raise _Unusable("answer is not a chat completion") from None
     if len(text) > MAX_CHARACTERS:
         raise _Unusable(f"answer has more than {MAX_CHARACTERS:,} characters")
     text = re.sub(r"^[\"“]([^\"“”]*)[\"”]$", r"\1", " ".join(text.split())).strip()

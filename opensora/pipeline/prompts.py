@@ -79,13 +79,13 @@ def negative_text(settings: InferenceSettings) -> str | None:
     if text is None:
         return None
     if (settings.text_encoder or {}).get("type") == "classes":
-        raise ConfigError("negative_prompt is a text, but these prompts are numbers of classes; leave it out")
+        raise ConfigError("negative_prompt is a text, but these prompts are numbers of classes; remove it")
     _check_encodable(text, "negative_prompt")
     if split_segments(text)[1]:
-        raise ConfigError("negative_prompt is one text for all loops; leave out |0|")
+        raise ConfigError("negative_prompt is one text for all loops; remove |0|")
     cleaned = prepare(text)
     if not cleaned.strip():
-        raise ConfigError(f"negative_prompt {shown(text)} is empty once cleaned; give English words, or leave it out")
+        raise ConfigError(f"negative_prompt {shown(text)} is empty once cleaned; give English words, or remove it")
     return cleaned
 
 
@@ -102,7 +102,7 @@ def _refined_text(refined: dict[str, Any] | None, text: str) -> str:
     """The text, or the recorded answer of the language model to it."""
     answer = text if refined is None else refined.get(text)
     if not isinstance(answer, str) or re.search("[\ud800-\udfff]", answer):
-        raise ConfigError(f"refined has no text for {shown(text)}; leave refined out to ask the language model again")
+        raise ConfigError(f"refined has no text for {shown(text)}; remove refined to call the language model again")
     return answer
 
 
@@ -138,7 +138,7 @@ def split_json(prompt: str) -> tuple[str, dict[str, str]]:
         return prompt, {}
     name = f"prompt {shown(prompt)}"
     if (braces := prompt.count("{")) > MAX_BRACES:
-        raise ConfigError(f"{name} has {braces:,} {{, and at most {MAX_BRACES} are read; leave them out")
+        raise ConfigError(f"{name} has {braces:,} {{, and at most {MAX_BRACES} are read; remove them")
     found, position = None, prompt.find("{")
     while position >= 0:
         try:
@@ -147,7 +147,7 @@ def split_json(prompt: str) -> tuple[str, dict[str, str]]:
         except json.JSONDecodeError:
             end = position + 1
         except RecursionError:
-            raise ConfigError(f"{name}: its JSON is nested too deep; it holds texts only") from None
+            raise ConfigError(f"{name}: its JSON is nested too deep; its values must be strings") from None
         position = prompt.find("{", end)
     if found is None or prompt.count("{", 0, found[0]) > prompt.count("}", 0, found[0]):
         example = '{"reference_path": "image.png", "mask_strategy": "0"}'

@@ -163,8 +163,9 @@ def settings_of(recipe: Recipe, where: str) -> InferenceSettings:
         raise MediaError(f"{where}: {problem}")
     users = {name: field.default for name, field in fields.items() if name not in DECIDED}
     if stated.llm_refine and stated.refined is None:
-        problem = "its prompts were to be refined by a language model, but no answer is in it"
-        raise MediaError(f"{where}: {problem}; a file cannot have anybody asked: generate anew with --llm-refine True")
+        problem = "it asks for prompts refined by a language model, but contains none"
+        remedy = "a recipe cannot call a language model: generate again with --llm-refine True"
+        raise MediaError(f"{where}: {problem}; {remedy}")
     sections = {
         name: _decided_in_section(value, f"{where}: {name}")
         for name in DECIDED
@@ -189,4 +190,4 @@ def _decided_in_section(section: dict[str, Any], where: str) -> dict[str, Any]:
 def _check_local(path: str, where: str) -> None:
     """Raises MediaError for a UNC path, which Windows resolves over the network."""
     if re.match(r"[/\\]{2}", path):
-        raise MediaError(f"{where}: {path[:80]!r} names another machine; a recipe cannot have it asked")
+        raise MediaError(f"{where}: {path[:80]!r} names another host; a recipe cannot contact it")

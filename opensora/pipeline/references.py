@@ -84,9 +84,7 @@ class References:
         raises, and ConfigError for a URL if `offline`.
         """
         if self.offline and (found := urls(text)):
-            raise ConfigError(
-                f"reference {found[0]!r} is a URL, but offline asks nobody; download it and give its path"
-            )
+            raise ConfigError(f"reference {found[0]!r} is a URL, but offline is set; download it and give its path")
         return [self._check(reference) for reference in parse_references(text)]
 
     def counts(self, text: str | None) -> list[int]:

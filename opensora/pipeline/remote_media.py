@@ -72,11 +72,11 @@ def check_url(url: str, allow_private: bool) -> SplitResult:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise ConfigError(f"reference {url!r} is no valid URL ({error}); correct it") from error
+        raise ConfigError(f"reference {url!r} is not a valid URL ({error}); correct it") from error
     if parts.scheme not in ("http", "https"):
         raise ConfigError(f"reference {url!r}: only http and https URLs are fetched; give a path instead")
     if not host or parts.username is not None or re.search(r"[\x00-\x20\x7f\\]", url):
-        raise ConfigError(f"reference {url!r} is no valid URL (no host, a user name, or spaces in it); correct it")
+        raise ConfigError(f"reference {url!r} is not a valid URL (no host, a user name, or spaces in it); correct it")
     try:
         address = str(ip_address(host))
     except ValueError:

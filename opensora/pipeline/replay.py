@@ -59,7 +59,7 @@ def replay(
     file, save_dir = Path(file), Path(save_dir)
     recipe = read_recipe(file)
     if save_dir.resolve() == file.resolve().parent:
-        raise ConfigError(f"{save_dir} is where the original lies; choose another --save-dir")
+        raise ConfigError(f"{save_dir} is where the original is; choose another --save-dir")
     settings = settings_of(recipe, f"{file}: recipe")
     changed: dict[str, Any] = {
         "prompt": [recipe["prompt"]], "save_dir": str(save_dir), "sample_name": f"{file.stem}-replay",
@@ -82,7 +82,7 @@ def finish(
     """Takes drafts to their end, on as many threads: each output is what it would have been without a stop.
 
     `asked` turns the settings of a draft, as a configuration, into those wanted now, which may differ in `MAY_DIFFER`
-    alone. Raises WeightsError for a file that is no draft or is damaged, and where weights are others than then;
+    alone. Raises WeightsError for a file that is not a draft or is damaged, and where weights are others than then;
     ConfigError where settings are, MediaError where references are, or where another result lies at its place; and what
     generation raises.
     """
@@ -91,7 +91,7 @@ def finish(
     for one in drafts:
         if by_path[one.path] != one.file:
             both = f"{one.file} and {by_path[one.path]} would both become {one.path}"
-            raise ConfigError(f"{both}; put one of them into a folder of its own")
+            raise ConfigError(f"{both}; move one of them into another folder")
     alike: dict[str, list[tuple[Draft, InferenceSettings]]] = {}
     for one in drafts:
         settings = _settings_now(one, asked or dict)
@@ -112,16 +112,16 @@ def _check_references(file: Path, recipe: Recipe, settings: InferenceSettings) -
     text = check(Text | None, named, f"{file}: reference_path", MediaError)
     if not settings.allow_downloads and (found := urls(text)):
         problem = f"reference {shown(found[0])} is an address out of a recipe"
-        raise MediaError(f"{file}: {problem}; --allow-downloads has it fetched")
+        raise MediaError(f"{file}: {problem}; --allow-downloads fetches it")
     found, then = content_hashes(text), recipe["references"]
     for source, sha256 in then.items():
         if source not in found:
             raise MediaError(f"{file}: has a hash of {shown(source)}, which is no reference of its settings")
         if found[source] != sha256:
             problem = f"reference {source!r} is not what it was, sha256 {sha256[:12]} then"
-            raise MediaError(f"{file}: {problem}; put the original back")
+            raise MediaError(f"{file}: {problem}; restore the original")
     if missing := [source for source in found if source not in then]:
-        raise MediaError(f"{file}: has no hash of its reference {shown(missing[0])}; make it anew with generate")
+        raise MediaError(f"{file}: has no hash of its reference {shown(missing[0])}; generate it again")
 
 
 def _explanations(then: Recipe, now: Recipe) -> list[str]:
@@ -156,8 +156,8 @@ def _settings_now(draft: Draft, asked: Callable[[dict[str, Any]], dict[str, Any]
             continue
         problem = f"{name} was {shown(was)} for the draft and is {shown(value)} now"
         if name.partition(".")[0] not in DECIDED:
-            problem = f"{name} has no effect on a draft, whose result lies beside it"
-        raise ConfigError(f"{draft.file}: {problem}; leave it out, or make the draft again")
+            problem = f"{name} has no effect on a draft, whose result is saved beside it"
+        raise ConfigError(f"{draft.file}: {problem}; remove it, or create the draft again")
     offline = now.offline or not now.allow_downloads
     return dataclasses.replace(now, offline=offline, llm_refine=False, llm_base_url=None, llm_model=None)
 
@@ -206,7 +206,7 @@ def _ways_out(settings: InferenceSettings) -> Iterator[None]:
     try:
         yield
     except WeightsError as error:
-        remedy = "if weights have moved, say where with --ckpt-path, --vae-path or --text-encoder-path"
+        remedy = "if weights have moved, give --ckpt-path, --vae-path or --text-encoder-path"
         if "(offline)" in str(error) and not settings.allow_downloads:
-            remedy += "; --allow-downloads has those of the hub fetched"
+            remedy += "; --allow-downloads fetches those of the hub"
         raise WeightsError(f"{error}; {remedy}") from error

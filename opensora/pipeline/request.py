@@ -1,4 +1,4 @@
-"""What is asked for, checked before any work: the size, and one request for each result."""
+"""The size and the requests of a call, one for each result, checked before any work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_SIDE, MAX_FRAMES = 16_384, 100_000  # of a clip
 MAX_PIXELS = 2**33  # of all frames of a result: 24 GiB of levels
 MAX_LOOPS, MAX_RESULTS = 1_000, 100_000
 PARTS = ("text_encoder", "vae", "model")  # in the order in which they are read
-# Settings of the documents that this version cannot follow; their defaults ask for nothing.
+# Documented settings without support yet; their defaults have no effect.
 NOT_YET = ("prompt_generator",)
 
 
@@ -44,7 +44,7 @@ class Request(NamedTuple):
 
 
 class Size(NamedTuple):
-    """What is asked of the models: frames, and height and width in pixels."""
+    """A size as requested: frames, and height and width in pixels."""
 
     num_frames: int
     height: int
@@ -55,22 +55,21 @@ class Size(NamedTuple):
 
     @property
     def rounded(self) -> Size:
-        """What is made when this is asked for: sides rounded down to multiples of 8, whatever the model.
+        """The size that is generated: sides rounded down to multiples of 8, the pixels of a latent pixel.
 
-        An autoencoder makes 8x8 pixels of each latent pixel; latents that are no whole patches a model fills up and
-        cuts again.
+        Models pad latents to whole patches.
         """
         height, width = (side // SPATIAL_FACTOR * SPATIAL_FACTOR for side in self[1:])
         return Size(self.num_frames, height, width)
 
     @property
     def rounding_note(self) -> str:
-        """What of this size is not made as it is asked for, in a sentence; empty where all is."""
+        """Says how this size is rounded; empty if it is not."""
         rounded = self.rounded
         if rounded == self:
             return ""
-        asked, rule = f"{self.height}x{self.width}", f"sides are rounded down to multiples of {SPATIAL_FACTOR}"
-        return f"{rounded.height}x{rounded.width} is made for {asked}: {rule}"
+        requested, rule = f"{self.height}x{self.width}", f"sides are rounded down to multiples of {SPATIAL_FACTOR}"
+        return f"{requested} becomes {rounded.height}x{rounded.width}: {rule}"
 
 
 def check_refiner(settings: InferenceSettings) -> None:
@@ -78,10 +77,10 @@ def check_refiner(settings: InferenceSettings) -> None:
     if not prompt_refiner.is_enabled(settings):
         return
     if settings.offline:
-        raise ConfigError("llm_refine asks a language model, but offline asks nobody; leave out one of the two")
+        raise ConfigError("llm_refine calls a language model, but offline is set; remove one of the two")
     prompt_refiner.endpoint(settings)
     if settings.text_encoder["type"] == "classes":
-        raise ConfigError("llm_refine rewrites words, but these prompts are numbers of classes; leave it out")
+        raise ConfigError("llm_refine rewrites words, but these prompts are numbers of classes; remove it")
 
 
 def check_sections(settings: InferenceSettings) -> None:
@@ -92,7 +91,7 @@ def check_sections(settings: InferenceSettings) -> None:
     for name in NOT_YET:
         value = getattr(settings, name)
         if value != getattr(InferenceSettings, name) and any(value if isinstance(value, list) else [value]):
-            raise ConfigError(f"{name} is not supported yet; leave it out")
+            raise ConfigError(f"{name} is not supported yet; remove it")
     tables = (registry.TEXT_ENCODERS, registry.AUTOENCODERS, registry.MODELS, registry.SCHEDULERS)
     for section, table in zip((*PARTS, "scheduler"), tables, strict=True):
         registry.check_type(section, getattr(settings, section)["type"], table)
@@ -107,11 +106,11 @@ def make_size(settings: InferenceSettings) -> Size:
     elif settings.resolution:
         get_num_pixels(settings.resolution)  # a name that is unknown is told first
         remedy = "give --aspect-ratio too: 9:16 for landscape, 16:9 for portrait, 1:1, ..."
-        raise ConfigError(f"--resolution {settings.resolution} has no shape; {remedy}")
+        raise ConfigError(f"--resolution {settings.resolution} has no aspect ratio; {remedy}")
     elif settings.aspect_ratio:
         parse_ratio(settings.aspect_ratio)
         ratio = settings.aspect_ratio
-        raise ConfigError(f"--aspect-ratio {ratio} says nothing of pixels; give --resolution too, such as 240p")
+        raise ConfigError(f"--aspect-ratio {ratio} gives no number of pixels; give --resolution too, such as 240p")
     else:
         raise ConfigError("the size is missing: give --image-size H W, or --resolution and --aspect-ratio")
     if min(height, width) < SPATIAL_FACTOR:
@@ -127,7 +126,7 @@ def make_size(settings: InferenceSettings) -> Size:
         raise ConfigError(f"loop is {shown(settings.loop)}; at most {MAX_LOOPS:,} clips are joined")
     if (pixels := num_frames * height * width * settings.loop) > MAX_PIXELS:
         problem = f"{settings.loop} x {Size(num_frames, height, width)} are {pixels:,} pixels, above {MAX_PIXELS:,}"
-        raise ConfigError(f"{problem}; ask for fewer frames, fewer loops or a smaller size")
+        raise ConfigError(f"{problem}; use fewer frames, fewer loops or a smaller size")
     return Size(num_frames, height, width)
 
 
@@ -141,7 +140,7 @@ def check_addresses(settings: InferenceSettings, requests: Sequence[Request]) ->
     for request in requests:
         if named := [url for url in urls(request.reference_path) if url not in given]:
             problem = f"the prompts of {settings.prompt_path} name the address {named[0][:200]!r}"
-            raise ConfigError(f"{problem}; --allow-downloads has it fetched, or download it and give its path")
+            raise ConfigError(f"{problem}; --allow-downloads fetches it, or download it and give its path")
 
 
 def check_keeps_frames(
@@ -162,7 +161,7 @@ def make_requests(settings: InferenceSettings) -> list[Request]:
 
     texts = settings.prompt or (prompts.load_prompts(settings.prompt_path) if settings.prompt_path else [])
     if (count := len(texts[settings.start_index : settings.end_index]) * settings.num_sample) > MAX_RESULTS:
-        raise ConfigError(f"{shown(count)} results are asked for, and at most {MAX_RESULTS:,} are made; ask for fewer")
+        raise ConfigError(f"{shown(count)} results are requested, but the maximum is {MAX_RESULTS:,}; request fewer")
     given = [_one_each(settings, name, len(texts)) for name in ("reference_path", "mask_strategy")]
     rows = list(enumerate(zip(texts, *given, strict=True)))
     requests = []

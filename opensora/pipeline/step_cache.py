@@ -49,7 +49,7 @@ def try_choices(settings: InferenceSettings, device: torch.device, dtype: torch.
 
 def _tell(flag: str, choice: str, ratio: float, usual: str) -> None:
     if ratio > trial.SLOWER:
-        warning = "--%s %s takes %.1f times as long as %s here, by a moment's trial; leave it out to be faster"
+        warning = "--%s %s takes %.1f times as long as %s here, by a moment's trial; remove it to be faster"
         logger.warning(warning, flag, choice, ratio, usual)
 
 

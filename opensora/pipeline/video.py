@@ -58,7 +58,7 @@ class Video:
         The .mp4 or .png holds the recipe too. What lies there is replaced. Raises MediaError.
         """
         if not len(self.pixels):
-            raise MediaError(f"{path}: latents cannot be saved as a video; leave out output_type='latent'")
+            raise MediaError(f"{path}: latents cannot be saved as a video; remove output_type='latent'")
         return write_video(path, self.pixels, self.fps, self.recipe)
 
     def _repr_html_(self) -> str | None:

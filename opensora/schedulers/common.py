@@ -42,7 +42,7 @@ class SamplerState:
     def carried(self, name: str, initial: Tensor) -> Tensor:
         """The tensor `name` of the carry, or `initial` before the first step. Raises ConfigError if it is missing."""
         if self.step and name not in self.carry:
-            raise ConfigError(f"the draft lacks the sampler's tensor '{name}'; make the draft again")
+            raise ConfigError(f"the draft lacks the sampler's tensor '{name}'; create the draft again")
         return self.carry[name] if self.step else initial
 
 

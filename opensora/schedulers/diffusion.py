@@ -49,7 +49,7 @@ def space_timesteps(num_timesteps: int, sections: str | Sequence[int]) -> list[i
         for stride in range(1, num_timesteps + 1):
             if len(strided := range(0, num_timesteps, stride)) == wanted:
                 return list(strided)
-        raise ConfigError(f"no whole stride takes {wanted} of {num_timesteps} timesteps; choose another number")
+        raise ConfigError(f"no integer stride takes {wanted} of {num_timesteps} timesteps; choose another number")
     try:
         counts = [int(count) for count in (sections.split(",") if isinstance(sections, str) else sections)]
     except ValueError:
@@ -151,7 +151,7 @@ def look_up(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
 def discretised_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """Log probability of the 8-bit value around each element of `x` in -1..1 (DDPM, equation 13), in nats.
 
-    The two outermost values take all that lies beyond them. The normal distribution function is the approximation by
+    The two outermost values take all that is past them. The normal distribution function is the approximation by
     a hyperbolic tangent (Page 1977) with which the recorded losses were computed.
     """
 

@@ -66,7 +66,7 @@ class IDDPM(Sampler):
         positive = ("num_sampling_steps", "diffusion_steps", "cfg_channel")
         common.check(self, positive, noise_schedule=NOISE_SCHEDULES, tables=TABLES)
         if self.num_sampling_steps and self.timestep_respacing:
-            raise ConfigError("scheduler: num_sampling_steps and timestep_respacing say the same; give one of them")
+            raise ConfigError("scheduler: num_sampling_steps and timestep_respacing exclude each other; give one")
         if not 0 <= (self.ddim_eta or 0) <= 1:
             raise ConfigError(f"scheduler: ddim_eta is {self.ddim_eta}; it must be between 0 and 1")
         _ = self.process  # refuses a respacing that cannot be

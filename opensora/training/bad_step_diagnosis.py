@@ -22,7 +22,7 @@ RecomputeSample = Callable[[int], Tensor]  # row -> loss of that sample alone
 
 DOMINANT = 0.5  # share of the gradient norm by which one sample causes a spike
 MAX_NAMES = 8  # parameters in a message
-LOSS, GRADIENTS, SPIKE = "the loss is not finite", "the gradients are not finite", "the gradients jump"
+LOSS, GRADIENTS, SPIKE = "the loss is not finite", "the gradients are not finite", "the gradient norm spikes"
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Diagnosis:
         if len(causes) < len(event.samples):  # a model that fails on every sample is not poisoned by one
             event.poisoned = causes
         if module is None and event.what == LOSS and losses.isfinite().all() and not causes:
-            event.where = "taken again it is finite: a fault of the device, or of what is not drawn from the generator"
+            event.where = "finite when repeated: a device fault, or randomness outside of the generator"
 
     def _forward(self, event: BadStep, recompute: Recompute) -> tuple[Tensor, str | None]:
         """The recomputed losses, and the first module with a non-finite output."""

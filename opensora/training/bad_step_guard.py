@@ -132,7 +132,7 @@ class BadStepGuard:
 
     def _remedy(self, event: BadStep) -> str:
         rows = f"{self.in_a_row} bad steps in a row" if self.in_a_row > 1 else "the run stops here"
-        resume = "go on from the last checkpoint with --load"
+        resume = "resume from the last checkpoint with --load"
         if event.poisoned:
             return f"{rows}; remove that sample and {resume}"
         if event.what == SPIKE:

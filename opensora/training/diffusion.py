@@ -84,7 +84,7 @@ def check_training(settings: TrainSettings) -> tuple[Any, MaskRatios | None]:
     ratios = None if settings.mask_ratios is None else MaskRatios(settings.mask_ratios)
     if ratios and "x_mask" not in inspect.signature(registry.builder(settings.model["type"]).forward).parameters:
         name = settings.model["type"]
-        raise ConfigError(f"model '{name}' cannot be given frames; leave mask_ratios out, or train an STDiT")
+        raise ConfigError(f"model '{name}' cannot be given frames; remove mask_ratios, or train an STDiT")
     return scheduler, ratios
 
 

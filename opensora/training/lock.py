@@ -38,7 +38,7 @@ class Lock:
         try:
             import fcntl
         except ImportError:
-            logger.warning("there are no file locks here: see to it that one run at a time goes on in %s", folder)
+            logger.warning("there are no file locks here: make sure that only one run at a time uses %s", folder)
             return
         try:
             file: Any = path.open("a+", encoding="utf-8")
@@ -49,10 +49,8 @@ class Lock:
         except OSError as error:
             file.close()
             if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise WeightsError(f"{folder}: is being trained already{_by(folder)}; {_REMEDY}") from None
-            logger.warning(
-                "%s: no locks there (%s); see to it that one run goes on in it", folder, error_message(error)
-            )
+                raise WeightsError(f"{folder}: is already being trained{_by(folder)}; {_REMEDY}") from None
+            logger.warning("%s: no locks there (%s); make sure that only one run uses it", folder, error_message(error))
             return
         self._file = file
         self._write_holder()
@@ -73,7 +71,7 @@ class Lock:
         self._file = None
 
 
-_REMEDY = "wait for its end, or begin a run of its own without --load"
+_REMEDY = "wait until it ends, or start a new run without --load"
 
 
 def holder(folder: Path) -> Holder | None:

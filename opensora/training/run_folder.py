@@ -57,7 +57,7 @@ def open_run(settings: TrainSettings, verify: Verify, changes_since: Changes) ->
     if checkpoint is None or (settings.start_from_scratch and not own):
         return _new_run(settings, DEFAULT_KEEP)._replace(checkpoint=checkpoint)
     for change in require_accepted(changes_since(checkpoint), settings.accept_changes):
-        logger.warning("going on although %s", change)
+        logger.warning("continuing although %s", change)
     run, held = identify(checkpoint.parent), None
     if run is not None and _is_latest_of(checkpoint, run):
         held = lock.Lock(checkpoint.parent)
@@ -66,11 +66,11 @@ def open_run(settings: TrainSettings, verify: Verify, changes_since: Changes) ->
             held = None
     if run is None or held is None:
         opened = _new_run(settings, run.keep_checkpoints if run else DEFAULT_KEEP)
-        logger.info("%s is not the end of a run in its own folder: going on in %s", checkpoint, opened.folder)
+        logger.info("%s is not the end of a run in its own folder: continuing in %s", checkpoint, opened.folder)
         return opened._replace(checkpoint=checkpoint, resumes=True)
     if settings.keep_checkpoints not in (None, run.keep_checkpoints):
         run = _write(checkpoint.parent, run.model_copy(update={"keep_checkpoints": settings.keep_checkpoints}))
-    logger.info("going on from %s; the last %d checkpoints are kept", checkpoint, run.keep_checkpoints)
+    logger.info("resuming from %s; the last %d checkpoints are kept", checkpoint, run.keep_checkpoints)
     return OpenedRun(checkpoint.parent, run, held, checkpoint, resumes=True)
 
 
@@ -111,7 +111,7 @@ def _find(settings: TrainSettings, verify: Verify, changes_since: Changes) -> Pa
     """The checkpoint that `load` names, if any."""
     if settings.load == AUTO:
         if settings.start_from_scratch:
-            raise ConfigError("--load auto goes on where a run ended; leave out --start-from-scratch")
+            raise ConfigError("--load auto resumes where a run ended; remove --start-from-scratch")
         return _newest_that_fits(settings, verify, changes_since)
     if settings.load is None:
         return None
@@ -141,9 +141,9 @@ def newest_intact(found: list[Path], verify: Verify) -> Path:
             broken.append(error)
             continue
         for error in broken:
-            logger.warning("%s; going on from %s", error, checkpoint.name)
+            logger.warning("%s; resuming from %s", error, checkpoint.name)
         return checkpoint
-    more = f" (nor can {len(broken) - 1} older ones be used)" if len(broken) > 1 else ""
+    more = f" (nor can {len(broken) - 1} older ones be loaded)" if len(broken) > 1 else ""
     raise WeightsError(f"{broken[0]}{more}")
 
 
@@ -164,7 +164,7 @@ def _newest_that_fits(settings: TrainSettings, verify: Verify, changes_since: Ch
         return checkpoint
     for folder, change in list(skipped.items())[:3]:
         logger.info("%s is of another run: %s", folder, change)
-    logger.info("--load auto: no checkpoint below %s fits, so the run begins", outputs)
+    logger.info("--load auto: no checkpoint below %s fits, so a new run starts", outputs)
     return None
 
 
@@ -207,7 +207,7 @@ def publish(folder: Path) -> Path:
     own, link = folder / "ema", folder.parent / "ema"
     logger.info("the averaged weights are in %s", own)
     if link.exists() and not (link.is_symlink() and link.samefile(own)):
-        logger.warning("%s is the result of another run and stays; that of this one is %s", link, own)
+        logger.warning("%s belongs to another run and is kept; the result of this run is %s", link, own)
         return own
     folders.point_link(link, f"{folder.name}/ema")
     return link if link.exists() else own

@@ -45,8 +45,8 @@ class Tracker:
     """Writes `folder/log.jsonl`, samples, tensorboard and wandb logs, on the main rank alone.
 
     A run resumed at `step` drops the log lines of later steps. When writing fails, on a full disk, it warns once and
-    training goes on. Raises ConfigError when wandb is asked for and unavailable; tensorboard is skipped where it is not
-    installed.
+    training continues. Raises ConfigError when wandb is requested but unavailable; tensorboard is skipped where it
+    is not installed.
     """
 
     def __init__(self, folder: Path, settings: TrainSettings, is_main: bool = True, step: int = 0) -> None:
@@ -79,7 +79,9 @@ class Tracker:
         except OSError as error:
             if not self._warned:
                 logger.warning(
-                    "%s: lines are missing (%s); training goes on", self.folder / "log.jsonl", error_message(error)
+                    "%s: log lines are missing (%s); training continues",
+                    self.folder / "log.jsonl",
+                    error_message(error),
                 )
             self._warned = True
 
@@ -89,7 +91,7 @@ class Tracker:
             try:
                 show(backend)
             except OSError as error:
-                logger.warning("%s is left out (%s); training goes on", type(backend).__name__, error_message(error))
+                logger.warning("%s is left out (%s); training continues", type(backend).__name__, error_message(error))
                 self.backends.remove(backend)
 
     def video(self, name: str, frames: np.ndarray, fps: float, step: int) -> Path | None:
@@ -158,7 +160,7 @@ class WeightsAndBiases:
                 settings=self.wandb.Settings(console="off"),
             )  # fmt: skip
         except self.wandb.errors.Error as error:
-            remedy = "run `wandb login`, set WANDB_MODE=offline, or leave out --wandb"
+            remedy = "run `wandb login`, set WANDB_MODE=offline, or remove --wandb"
             raise ConfigError(f"wandb does not start ({' '.join(str(error).split())}); {remedy}") from error
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
@@ -181,8 +183,8 @@ def import_wandb() -> Any:
 
         wandb.init  # noqa: B018
     except (ImportError, AttributeError) as error:
-        remedy = "install it with `pip install wandb`, or leave out --wandb"
-        raise ConfigError(f"--wandb needs the package wandb, which is not here; {remedy}") from error
+        remedy = "install it with `pip install wandb`, or remove --wandb"
+        raise ConfigError(f"--wandb needs the package wandb, which is not installed; {remedy}") from error
     return wandb
 
 

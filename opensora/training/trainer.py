@@ -147,7 +147,7 @@ class Trainer:
                 self._train(bar, started)
                 self.finish_pending()
                 if not self.train_step.samples and not self.stopped_by:
-                    raise OpenSoraError("no sample was trained on: there was none that could be read; nothing is saved")
+                    raise OpenSoraError("no sample could be read, so nothing was trained or saved")
                 if self.saved is None and self.train_step.samples:
                     self.saved = self.save()
         finally:
@@ -283,7 +283,7 @@ class Trainer:
         what = f"step {self.step} is done" + (f", saved in {self.saved}" if self.saved else ", nothing was saved")
         if self.stopped_by:
             what = f"ended by {signal_name(self.stopped_by)}: {what}"
-        again = f"go on with --load {self.saved.parent}" if self.saved else "start again"
+        again = f"resume with --load {self.saved.parent}" if self.saved else "start again"
         if self.finished:
             name = "max_steps" if self.settings.max_steps else "epochs"
             again += f" and more {name} than {getattr(self.settings, name)} (--cfg-options {name}=...)"

@@ -88,7 +88,7 @@ def test_extract_json() -> None:
         arguments = (row["prompts"], row["reference"], row["mask_strategy"])
         told = [one for key in ("reference", "mask_strategy") for one in row.get("out", {}).get(key, [])]
         if any(not isinstance(one, str) for one in told):  # P5: what is no text would fail later, or place nothing
-            with pytest.raises(ConfigError, match="must be a text"):
+            with pytest.raises(ConfigError, match="must be a string"):
                 extract_json(*arguments)
         elif "out" in row:
             found = extract_json(*arguments)

@@ -38,7 +38,7 @@ class CacheTable:
             pairs = ([tuple(map(float, pair)) for pair in entries[name]] for name in ("text", "guidance"))
             return cls(str(entries["halves"]), *map(tuple, pairs))
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"cache_table is no table of a calibration ({error!r}); use --cache auto") from error
+            raise ConfigError(f"cache_table is not a calibration table ({error!r}); use --cache auto") from error
 
     @classmethod
     def reuse(cls, branches: str) -> CacheTable:

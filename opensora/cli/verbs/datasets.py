@@ -49,7 +49,7 @@ def _add_buckets(parser: Parser) -> None:
     parser.add_argument("table", metavar="TABLE", help="table with the columns path, num_frames, height and width")
     parser.add_argument("config", metavar="CONFIG", help="training configuration with a bucket_config")
     parser.add_argument("--world-size", type=int, default=1, metavar="N", help="number of data-parallel ranks [1]")
-    parser.add_argument("--epoch", type=int, default=0, metavar="N", help="epoch to show; each is shuffled anew [0]")
+    parser.add_argument("--epoch", type=int, default=0, metavar="N", help="epoch to show; each has its own shuffle [0]")
     parser.add_argument("--seed", type=int, metavar="N", help="random seed [that of the configuration]")
     text = "repeat rows to fill the last batch of a bucket, instead of dropping it [no]"
     parser.add_argument("--pad", action="store_true", help=text)

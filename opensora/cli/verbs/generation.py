@@ -47,7 +47,7 @@ def _settings(args: argparse.Namespace) -> InferenceSettings:
     settings = settings_of(InferenceSettings, args)
     if not settings.prompt and not settings.prompt_path:
         remedy = f"give one, or --prompt-path with a file of prompts; type: {args.example}"
-        raise ConfigError(f"there is no prompt: {remedy}")
+        raise ConfigError(f"no prompt given: {remedy}")
     return settings
 
 

@@ -82,7 +82,7 @@ class VAETemporal(Loaded):
     def _fit(self) -> Any:
         levels = len(self.channel_multipliers)
         if self.gives("channel_multipliers", "temporal_downsample") and len(self.temporal_downsample) != levels - 1:
-            raise ValueError("temporal_downsample needs one entry fewer than channel_multipliers")
+            raise ValueError("temporal_downsample must have one entry fewer than channel_multipliers")
         if self.gives("filters", "num_groups") and self.filters % self.num_groups:
             raise ValueError(f"filters {self.filters} must be a multiple of num_groups {self.num_groups}")
         return self

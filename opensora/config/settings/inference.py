@@ -65,7 +65,7 @@ class InferenceSettings(CommonSettings):
         None, "name of the language model; default: OPENAI_MODEL", schema=Name, example="gpt-4o"
     )
     refined: dict | None = setting(
-        None, schema=dict[Text, Text], doc="prompt -> its rewritten text; recorded in recipes, used instead of asking",
+        None, schema=dict[Text, Text], doc="prompt -> rewritten text; recorded in recipes, which use it",
         example={"a cat": "a grey cat on a sofa"},
     )  # fmt: skip
     start_index: int = setting(0, "index of the first prompt to use", minimum=0)
@@ -88,7 +88,7 @@ class InferenceSettings(CommonSettings):
         5, "latent frames that each clip takes from the end of the previous one", minimum=0, maximum=1_000
     )
     condition_frame_edit: float = setting(
-        0.0, minimum=0, maximum=1, doc="edit rate of those frames: 0 keeps them, 1 generates them anew"
+        0.0, minimum=0, maximum=1, doc="edit rate of those frames: 0 keeps them, 1 regenerates them"
     )
     align: int | None = setting(
         None, minimum=1, maximum=1_000, doc="round references to multiples of so many latent frames", example=5
@@ -170,7 +170,7 @@ class InferenceSettings(CommonSettings):
         if interval is not None and not interval[0] < interval[1]:
             raise ConfigError(f"guidance_interval must be two rising numbers from 0 to 1; it is {interval!r}")
         if (self.draft or self.steps_until) and (self.cache != "none" or interval is not None):
-            raise ConfigError("a draft cannot go on with a cache or a guidance_interval; leave them out")
+            raise ConfigError("a draft cannot be continued with a cache or a guidance_interval; remove them")
         if self.cache_prompts is not None and len(self.cache_prompts) < 2:
             raise ConfigError("cache_prompts needs at least two prompts: one to learn from and one to try")
 

@@ -165,7 +165,7 @@ def check_trainable(settings: TrainSettings, unsupported: Sequence[str] = NOT_YE
     """Raises ConfigError for settings that training does not support."""
     for name in unsupported:
         if getattr(settings, name) != getattr(TrainSettings, name):
-            raise ConfigError(f"{name} is not supported by training yet; leave it out")
+            raise ConfigError(f"{name} is not supported by training yet; remove it")
     if settings.plugin == "zero2-seq" and settings.sp_size == 1:
         remedy = "set sp_size to 2 or more, or plugin='zero2'"
         raise ConfigError(f"plugin 'zero2-seq' divides each clip among sp_size ranks, but sp_size is 1; {remedy}")

@@ -85,7 +85,7 @@ def shape_clips(section: dict[str, Any] | None, batch_size: int, seed: int, *nee
     if section.get("sizes") is None:
         needed = (*single, *needed)
     elif given := [name for name in single if section.get(name) is not None]:
-        raise ConfigError(f"dataset has sizes and also {', '.join(given)}; leave one out")
+        raise ConfigError(f"dataset has sizes and also {', '.join(given)}; remove one")
     if absent := [name for name in needed if section.get(name) is None]:
         raise ConfigError(f"dataset needs {', '.join(absent)}")
     sizes = section.get("sizes") or [(section["num_frames"], *section["image_size"], 1)]

@@ -63,7 +63,7 @@ def opened_image(path: str | Path) -> Iterator[Any]:
             if isinstance(error, UnidentifiedImageError)
             else error_message(error)
         )
-        raise MediaError(f"{path}: cannot be read as an image ({reason}); save it anew as PNG") from error
+        raise MediaError(f"{path}: cannot be read as an image ({reason}); re-save it as PNG") from error
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def opened_video(path: str | Path) -> Iterator[OpenedVideo]:
     except MediaError:
         raise
     except Exception as error:  # decoders raise anything on malicious files
-        raise MediaError(f"{path}: cannot be read as a video ({error_message(error)}); save it anew as MP4") from error
+        raise MediaError(f"{path}: cannot be read as a video ({error_message(error)}); re-save it as MP4") from error
 
 
 def check_side(path: str | Path, height: int, width: int) -> None:
@@ -143,7 +143,7 @@ def num_packets(video: OpenedVideo) -> int:
 
 def no_frames_reason(count: int) -> str:
     if count:
-        return f"none of its {count} packets can be decoded without a key frame; cut it anew, at one"
+        return f"none of its {count} packets can be decoded without a key frame; cut it at a key frame"
     return "the file is empty or cut off"
 
 
@@ -174,7 +174,7 @@ def _check_edits(video: OpenedVideo) -> None:
 
 
 def _broken_times(path: str | Path, problem: str) -> MediaError:
-    return MediaError(f"{path}: its time table is broken, {problem}; encode it anew")
+    return MediaError(f"{path}: its timestamps are invalid, {problem}; re-encode it")
 
 
 def _declared_size(head: bytes) -> int:
@@ -222,4 +222,4 @@ def _refuse_photos(path: str | Path) -> None:
     with open(path, "rb") as file:
         head = file.read(12)
     if head[4:8] == b"ftyp" and head[8:] in _PHOTO_BRANDS:
-        raise MediaError(f"{path}: is a HEIC or AVIF photo, which is not read here; save it anew as PNG")
+        raise MediaError(f"{path}: is a HEIC or AVIF photo, which is not supported; re-save it as PNG")

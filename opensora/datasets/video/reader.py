@@ -117,7 +117,7 @@ def image_to_uint8(image: Image, where: str | Path) -> np.ndarray:
 
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
-        raise MediaError(f"{where}: holds 32-bit levels; save it with 8 or 16 bits")
+        raise MediaError(f"{where}: has 32-bit pixels; save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return np.array(image.convert("RGB"))
@@ -153,7 +153,7 @@ def _counted(pictures: Iterator[np.ndarray], path: str | Path, max_frames: int) 
     """Yields pictures; raises MediaError after `max_frames`."""
     for count, picture in enumerate(pictures, start=1):
         if count > max_frames:
-            raise MediaError(f"{path}: holds more than {max_frames} frames, the limit here; make it shorter")
+            raise MediaError(f"{path}: holds more than {max_frames} frames, the limit; make it shorter")
         yield picture
 
 

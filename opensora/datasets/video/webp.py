@@ -62,4 +62,4 @@ def frames(path: str | Path) -> Iterator[np.ndarray]:
             image.seek(number)
             yield np.array(image.convert("RGB"))
         if image.n_frames < 2:
-            raise MediaError(f"{path}: is cut off; save it anew as MP4")
+            raise MediaError(f"{path}: is cut off; re-save it as MP4")

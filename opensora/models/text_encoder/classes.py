@@ -23,5 +23,5 @@ class ClassIds:
         match = re.fullmatch(r"\s*0*([0-9]{1,9})\s*", text)
         if match is None or int(match[1]) >= self.num_classes:
             start = text if len(text) <= 60 else text[:57] + "..."
-            raise ConfigError(f"prompt {start!r} is no class; give a number from 0 to {self.num_classes - 1}")
+            raise ConfigError(f"prompt {start!r} is not a class; give a number from 0 to {self.num_classes - 1}")
         return int(match[1])

@@ -150,7 +150,7 @@ class VAE_Temporal(nn.Module):
         super().__init__()
         self.config = config
         if len(temporal_downsample) != len(channel_multipliers) - 1:
-            raise ValueError("temporal_downsample needs one entry fewer than channel_multipliers")
+            raise ValueError("temporal_downsample must have one entry fewer than channel_multipliers")
         if activation_fn not in ACTIVATIONS:
             raise ValueError(f"activation_fn '{activation_fn}' is not known; choose one of {', '.join(ACTIVATIONS)}")
         self.time_downsample_factor = 2 ** sum(temporal_downsample)

@@ -183,7 +183,7 @@ def make_plan(
     if base_step_time is not None:
         return SearchPlan(spans, target=float(base_step_time))
     if base is None:
-        raise ConfigError(f"the search has no goal; {BASE_ASKED}")
+        raise ConfigError(f"the search has no target step time; {BASE_ASKED}")
     if not isinstance(base, tuple | list) or len(base) != 2:
         raise ConfigError(f"base must be (resolution, number of frames); it is {base!r}")
     key = (resolution_name(base[0]), get_num_frames(base[1]))
@@ -202,10 +202,10 @@ def _spans(config: Mapping[Any, Any]) -> Iterator[Span]:
         for num_frames, pair in table.items():
             where = f"bucket_config: {resolution}, {num_frames!r} frames"
             if type(num_frames) is not int or num_frames < 1:
-                raise ConfigError(f"{where}: the number of frames must be a whole number from 1")
+                raise ConfigError(f"{where}: the number of frames must be an integer of at least 1")
             whole = isinstance(pair, tuple | list) and len(pair) == 2 and all(type(part) is int for part in pair)
             if not whole or pair[0] < 1 or pair[1] < 0:
-                raise ConfigError(f"{where}: the search takes (guess, range), two whole numbers; it is {pair!r}")
+                raise ConfigError(f"{where}: the search takes (guess, range), two integers; it is {pair!r}")
             guess, room = pair
             yield Span(resolution, num_frames, max(guess - room, 1), guess + room)
 
@@ -245,7 +245,7 @@ def remedy(found: BucketResult) -> str:
     lower, smaller = found.span.lower, "" if found.span.lower == 1 else "a larger range (smaller batches) or "
     return {
         "memory": f"out of memory at {lower}; try {smaller}grad_checkpoint=True or a smaller resolution",
-        "time": f"a step of {lower} takes longer than all others should; try {smaller}a longer base_step_time",
+        "time": f"a step of {lower} takes longer than the target; try {smaller}a longer base_step_time",
         "data": f"the table has too few rows for it; {MORE_DATA}",
         "range": "its range is empty",
     }[found.limit]

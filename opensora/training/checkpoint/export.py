@@ -27,7 +27,7 @@ def export(source: Path, destination: Path, ema: bool = True, dtype: torch.dtype
         raise WeightsError(f"{destination} is the model to export; name another folder")
     finished = (source / "config.json").is_file()
     if finished and not ema:
-        raise WeightsError(f"{source} is a finished model, which has one set of weights; leave --no-ema out")
+        raise WeightsError(f"{source} is an exported model, which has one set of weights; remove --no-ema")
     model = source if finished else find_checkpoint(source) / "model"
     tensors = model.parent / "ema.pt" if ema and not finished else model
     state = {}

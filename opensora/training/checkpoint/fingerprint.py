@@ -63,7 +63,7 @@ def differences(saved: Mapping[str, str], now: Mapping[str, str], words: Mapping
 def require_accepted(changes: list[str], accept: bool) -> list[str]:
     """Returns the changes. Raises ConfigError if there are any and `accept` is False."""
     if changes and not accept:
-        remedy = "undo that, or go on with --accept-changes"
+        remedy = "undo that, or continue with --accept-changes"
         raise ConfigError(f"the checkpoint is of another run: {'; '.join(changes)}; {remedy}")
     return changes
 

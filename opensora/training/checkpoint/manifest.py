@@ -62,7 +62,7 @@ def verify(folder: Path) -> bool:
     with ThreadPoolExecutor(4) as pool:
         for name, found in zip(names, pool.map(lambda name: _hash(folder / name), names), strict=True):
             if found != manifest.files[name]:
-                raise WeightsError(f"{folder / name}: is not what was written (another SHA-256); {REMEDY}")
+                raise WeightsError(f"{folder / name}: has changed (its SHA-256 differs); {REMEDY}")
     return True
 
 

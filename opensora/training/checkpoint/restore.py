@@ -73,7 +73,7 @@ def read_checkpoint(folder: Path, verify_hashes: bool = True) -> LoadedCheckpoin
 def _read_optimizer_file(path: Path) -> Pickled:
     """The unpickled dict, by the bounded unpickler, which calls no code of the file; its tensors are not read yet."""
     if not path.is_file():
-        raise WeightsError(f"{path}: is missing, and nothing can go on without it; take the weights with --ckpt-path")
+        raise WeightsError(f"{path}: is missing; training cannot resume: load only the weights with --ckpt-path")
     try:
         pickled = read_pickled(path)
     except WeightsError as error:
@@ -129,7 +129,7 @@ def check_fit(saved: LoadedCheckpoint, model: nn.Module, parameters: list[Tensor
             raise WeightsError(f"{problem}; load it with the model that was trained")
     if saved.num_parameters != len(parameters):
         problem = f"its optimizer is that of {saved.num_parameters} tensors, {len(parameters)} are trained"
-        remedy = "train the same parts, or take the weights alone, with --ckpt-path"
+        remedy = "train the same parts, or load only the weights, with --ckpt-path"
         raise WeightsError(f"{saved.folder}: {problem}; {remedy}")
     for index, own_moments in saved.moments.items():
         found, wanted = tuple(own_moments["exp_avg"].shape), tuple(parameters[index].shape)

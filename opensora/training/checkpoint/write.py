@@ -127,16 +127,16 @@ def _reason(error: BaseException, folder: Path, state: Snapshot) -> str:
     full_in_torch = "unexpected pos" in str(error) and free is not None and free < needed
     if codes & {errno.ENOSPC, errno.EDQUOT} or full_in_torch:
         space = f"{(free or 0) / 1e9:.3g} GB are free, {needed / 1e9:.3g} GB and more are needed"
-        return f"the disk is full ({space}); make room, then go on with --load {folder}"
+        return f"the disk is full ({space}); make room, then resume with --load {folder}"
     if errno.EFBIG in codes:
-        return f"files may not become that large here (ulimit -f); raise that, then go on with --load {folder}"
-    return f"{error_message(error)}; go on with --load {folder}"
+        return f"files may not become that large here (ulimit -f); raise that, then resume with --load {folder}"
+    return f"{error_message(error)}; resume with --load {folder}"
 
 
 def _remove_previous(final: Path, run: str | None) -> None:
     """Removes a checkpoint of the same name. Raises WeightsError if another run wrote it."""
     if final.exists() and manifest.run_of(final) != run:
-        raise WeightsError("there is a checkpoint of another run with that name; move it away")
+        raise WeightsError("there is a checkpoint of another run with that name; move it")
     if final.exists():
         _remove(final.rename(final.with_name(f".{final.name}.old")))
 
@@ -146,7 +146,7 @@ def _discard(folder: Path) -> None:
     try:
         folder = folder.rename(folder.with_name(f".{folder.name}.old"))
     except OSError as error:
-        logger.warning("%s: cannot be removed (%s); training goes on", folder, error_message(error))
+        logger.warning("%s: cannot be removed (%s); training continues", folder, error_message(error))
     else:
         _remove(folder)
 
@@ -155,7 +155,7 @@ def _remove(path: Path) -> None:
     try:
         shutil.rmtree(path)
     except OSError as error:
-        logger.warning("%s: cannot be removed (%s); training goes on", path, error_message(error))
+        logger.warning("%s: cannot be removed (%s); training continues", path, error_message(error))
 
 
 def _sync(folder: Path) -> None:

@@ -147,7 +147,7 @@ def _of_one_size(
     if len(left) < batch_size * ranks:
         needed = f"one batch of {batch_size}" + (f" for each of {ranks} ranks" if ranks > 1 else "")
         problem = f"{len(left)} rows of {dataset.table.source} do not fill {needed}"
-        raise ConfigError(f"the run would have no steps: {problem}; take smaller batches or more data")
+        raise ConfigError(f"the run would have no steps: {problem}; use smaller batches or more data")
     return lambda epoch: FixedSizeBatches(left[shuffled(len(left), seed, epoch, SAMPLES)], batch_size, size), held_out
 
 
@@ -206,7 +206,7 @@ def _warn_not_trained(plan: Epoch) -> None:
     named = [f"{plan.buckets[one]} ({plan.num_rows[one]} of {plan.batch_sizes[one]})" for one in few[:MAX_NAMES]]
     more = f" and {len(few) - MAX_NAMES} more" if len(few) > MAX_NAMES else ""
     if few:
-        remedy = "take smaller batches there, or give the table more such rows"
+        remedy = "use smaller batches there, or give the table more such rows"
         logger.warning("not trained on, with fewer rows than a batch: %s%s; %s", ", ".join(named), more, remedy)
 
 

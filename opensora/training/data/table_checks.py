@@ -41,11 +41,11 @@ def missing_files(table: Table, gather: Gather = single_rank, rows: np.ndarray |
     names = _some(table, found)
     where, most = _tried(missing.tried), max_unreadable(len(rows))
     if len(found) == len(rows):
-        remedy = "start in the folder that the paths begin from, or mend them"
-        raise MediaError(f"{table.source}: none of its {len(rows)} files is there: {names}; {where}; {remedy}")
-    problem = f"{len(found)} of {len(rows)} files are not there: {names}; {where}"
+        remedy = "start in the folder that the paths are relative to, or fix them"
+        raise MediaError(f"{table.source}: none of its {len(rows)} files exists: {names}; {where}; {remedy}")
+    problem = f"{len(found)} of {len(rows)} files do not exist: {names}; {where}"
     if len(found) > most:
-        remedy = "mend the paths, or take out the rows"
+        remedy = "fix the paths or remove the rows"
         raise MediaError(f"{table.source}: {problem}; that is over the limit of {most}; {remedy}")
     logger.warning("%s: %s; their rows are left out", table.source, problem)
     return [UnreadableRow(row, table.path[row], NOT_THERE) for row in found.tolist()]
@@ -71,7 +71,7 @@ def check_texts(table: Table, captions: str = CAPTIONS[0], rows: np.ndarray | No
     most = {"required": 0, "optional": len(rows)}.get(captions, max_unreadable(len(rows)))
     if len(empty) > most:
         limit = "captions='required' allows none" if captions == "required" else f"that is over the limit of {most}"
-        remedy = "write them, take out the rows, or set captions='optional' in the section dataset"
+        remedy = "write them, remove the rows, or set captions='optional' in the section dataset"
         raise ConfigError(f"{problem}; {limit}; {remedy}")
     logger.warning("%s; they are trained on as they are", problem)
 

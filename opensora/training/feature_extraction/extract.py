@@ -104,7 +104,7 @@ class Extraction:
             latents += latent_shards(groups, crop, self._max_samples) if self.vae else []
         if not len(used) or (self.vae and not latents):
             problem = f"none of the {len(rows)} rows has a bucket"
-            raise ConfigError(f"{self.table.source}: {problem}; see what each asks for with `opensora buckets`")
+            raise ConfigError(f"{self.table.source}: {problem}; check them with `opensora buckets`")
         return latents, text_shards(used, settings.bin_size) if self.text_encoder else []
 
     def _groups(self, rows: np.ndarray, crop: int) -> tuple[list[Group], np.ndarray]:

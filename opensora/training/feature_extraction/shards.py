@@ -123,7 +123,7 @@ def _why_stale(path: Path, shard: LatentShard | TextShard, table: Table) -> str 
         return _why_text_is_stale(tensor_of(held, "row", path).numpy(), keys, shard.rows, table)
     planned, stamp = (tensor_of(held, name, path).numpy() for name in ("planned", "stamp"))
     if not np.array_equal(planned, shard.rows):
-        return f"{shard.file} holds other rows than the table asks for now"
+        return f"{shard.file} holds other rows than the table has now"
     if len(planned) and planned.max() >= len(table):
         return f"row {planned.max()} is no longer in the table"
     paths = [table.file(int(row)) for row in shard.rows]
