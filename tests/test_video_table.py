@@ -73,7 +73,7 @@ def test_broken_files_are_named_and_left_out(folder: Path, caplog: pytest.LogCap
         "videos/more/dark.png",
         "videos/text.png",
     ]
-    assert "dark.txt cannot be read; save it as UTF-8" in made.broken[1]
+    assert "dark.txt: cannot be read; save it as UTF-8" in made.broken[1]
     assert all(problem in caplog.text for problem in made.broken)
     assert "cut.mp4" not in Path("videos.csv").read_text()
 
@@ -199,7 +199,7 @@ def test_a_text_without_end_is_left_out(folder: Path) -> None:
     (folder / "b.txt").write_text("a" * 100_001)
     (folder / "more" / "dark.txt").write_text("a" * 500_000)
     [first, second] = make_table(folder, "videos.csv").broken
-    assert "b.mp4: its caption cannot be used, the value must be at most 100000 characters long" in first
+    assert "b.txt: its caption cannot be used, the value must be at most 100000 characters long" in first
     assert "dark.txt: is larger than" in second
 
 

@@ -122,9 +122,34 @@ def find_media(folder: Path, problems: list[str] | None = None) -> list[Path]:
     return media
 
 
+class MediaSize(NamedTuple):
+    """What a file shows, in frames and pixels; `fps` of videos."""
+
+    num_frames: int
+    width: int
+    height: int
+    fps: float | None
+
+    @property
+    def aspect_ratio(self) -> float:
+        """Height / width."""
+        return round(self.height / self.width, DECIMALS)
+
+    @property
+    def resolution(self) -> int:
+        """Height x width."""
+        return self.height * self.width
+
+
 def read_row(file: Path) -> Row:
     """The row of a file. Raises MediaError if the file or its caption cannot be read."""
-    text, fps = caption_of(file), None
+    text, size = caption_of(file), media_size(file)
+    return Row(str(file), text, size.num_frames, size.width, size.height, size.aspect_ratio, size.resolution, size.fps)
+
+
+def media_size(file: Path) -> MediaSize:
+    """The size of an image or video; of a video only the first frame is decoded. Raises MediaError."""
+    fps = None
     if is_image(file):
         num_frames, (height, width) = 1, read_image(file).shape[:2]
     else:
@@ -136,19 +161,28 @@ def read_row(file: Path) -> Row:
 
         [(height, width)], fps = read_span(file, first_frame, lambda frame: frame.shape[:2])
         [num_frames], fps = counts, round(fps, DECIMALS)
-    ratio = round(height / width, DECIMALS)
-    return Row(str(file), text, num_frames, width, height, ratio, height * width, fps)
+    return MediaSize(num_frames, width, height, fps)
 
 
 def caption_of(file: Path) -> str:
     """The caption of a file on one line: its .txt, or else its name. Raises MediaError if the .txt cannot be read."""
     beside = _caption_file(file)
-    text = _text(beside, file) if beside.is_file() else _words(file.stem)
-    text = " ".join(text.split())
     try:
-        return check(Text, text)
+        return read_caption(beside) if beside.is_file() else _valid(_words(file.stem), file)
+    except MediaError as error:
+        raise MediaError(f"{file}: {error}") from error
+
+
+def read_caption(file: Path) -> str:
+    """The content of a caption file on one line. Raises MediaError if it cannot be read."""
+    return _valid(_text(file), file)
+
+
+def _valid(text: str, file: Path) -> str:
+    try:
+        return check(Text, " ".join(text.split()))
     except ConfigError as error:
-        raise MediaError(f"{file}: its caption cannot be used, {error}; correct {beside.name}") from error
+        raise MediaError(f"{file}: its caption cannot be used, {error}; correct it") from error
 
 
 def _words(name: str) -> str:
@@ -156,13 +190,13 @@ def _words(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "replace").replace("_", " ")
 
 
-def _text(beside: Path, file: Path) -> str:
+def _text(file: Path) -> str:
     """The content of a UTF-8 file, or of a UTF-16 file with a byte order mark."""
-    content = read_bytes(beside, 4 * MAX_TEXT)
+    content = read_bytes(file, 4 * MAX_TEXT)
     try:
         return content.decode("utf-16" if content.startswith(_UTF16) else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise MediaError(f"{file}: its text {beside.name} cannot be read; save it as UTF-8") from error
+        raise MediaError(f"{file}: cannot be read; save it as UTF-8") from error
 
 
 def _require_captions(files: Sequence[Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from opensora.config.schema import MAX_TEXT
@@ -21,6 +22,31 @@ LEAST_BYTES, MOST_TIMES = 2**26, 200
 
 def parts(source: str) -> Iterator[tuple[int, dict[str, Sequence[Any]]]]:
     """Yields (index of the first row, cells by column) per chunk. Raises ConfigError for an invalid table."""
+    with opened(source) as content:
+        from pyarrow import types
+
+        names = content.schema_arrow.names
+        places = columns.find_columns(names, source)
+        if "path" not in places:
+            raise columns.missing_path_error(names, source)
+        for column, place in places.items():
+            _check_type(types, column, names[place], content.schema_arrow.types[place], source)
+        left = budget(source)
+        rows = check_sizes(content, [names[place] for place in places.values()], left, source)
+        first = 0
+        for batch in content.iter_batches(rows, columns=[names[place] for place in places.values()]):
+            taken = {column: batch.column(names[place]) for column, place in places.items()}
+            cells = {column: _cells(column, array, first, source) for column, array in taken.items()}
+            left -= len(batch) * ROW_BYTES + sum(_length(cells[column]) for column in cells if column in TEXTS)
+            if left < 0:
+                raise too_large(source)
+            yield first, cells
+            first += len(batch)
+
+
+@contextmanager
+def opened(source: str) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile`. Raises ConfigError if it cannot be read, also within the block."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -28,28 +54,16 @@ def parts(source: str) -> Iterator[tuple[int, dict[str, Sequence[Any]]]]:
         raise ConfigError(f"{source}: Parquet needs pyarrow; pip install pyarrow, or save it as CSV") from error
     try:
         with open_regular(source, ConfigError) as file:
-            content = parquet.ParquetFile(file)
-            names = content.schema_arrow.names
-            places = columns.find_columns(names, source)
-            if "path" not in places:
-                raise columns.missing_path_error(names, source)
-            for column, place in places.items():
-                _check_type(pyarrow.types, column, names[place], content.schema_arrow.types[place], source)
-            budget = LEAST_BYTES + MOST_TIMES * os.fstat(file.fileno()).st_size
-            rows = _check_sizes(content, [names[place] for place in places.values()], budget, source)
-            first = 0
-            for batch in content.iter_batches(rows, columns=[names[place] for place in places.values()]):
-                taken = {column: batch.column(names[place]) for column, place in places.items()}
-                cells = {column: _cells(column, array, first, source) for column, array in taken.items()}
-                budget -= len(batch) * ROW_BYTES + sum(_length(cells[column]) for column in cells if column in TEXTS)
-                if budget < 0:
-                    raise _too_large(source)
-                yield first, cells
-                first += len(batch)
+            yield parquet.ParquetFile(file)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, ConfigError) or (isinstance(error, OSError) and error.errno):
             raise
         raise ConfigError(f"{source}: cannot be read as Parquet ({error_message(error)}); re-save it") from error
+
+
+def budget(source: str) -> int:
+    """The bytes that a file may expand to."""
+    return LEAST_BYTES + MOST_TIMES * os.stat(source).st_size
 
 
 def _check_type(types: Any, column: str, name: str, kind: Any, source: str) -> None:
@@ -65,7 +79,7 @@ def _check_type(types: Any, column: str, name: str, kind: Any, source: str) -> N
         raise ConfigError(f"{source}: row 0, column '{name}': holds {shown}, not {wanted}; save it as {wanted}")
 
 
-def _check_sizes(content: Any, names: Sequence[str], budget: int, source: str) -> int:
+def check_sizes(content: Any, names: Sequence[str], limit: int, source: str) -> int:
     """The rows per chunk. Raises ConfigError for columns that are much larger than the file."""
     size, few = 0, False
     for group in range(content.metadata.num_row_groups):
@@ -75,12 +89,12 @@ def _check_sizes(content: Any, names: Sequence[str], budget: int, source: str) -
             if chunk.path_in_schema in names:
                 size += chunk.total_uncompressed_size
                 few = few or any(encoding.startswith("DELTA_") for encoding in chunk.encodings)
-    if size > budget or content.metadata.num_rows * ROW_BYTES > budget:
-        raise _too_large(source)
+    if size > limit or content.metadata.num_rows * ROW_BYTES > limit:
+        raise too_large(source)
     return FEW if few else CHUNK
 
 
-def _too_large(source: str) -> ConfigError:
+def too_large(source: str) -> ConfigError:
     problem = f"would become more than {MOST_TIMES} times as large as the file"
     return ConfigError(f"{source}: {problem}; save it with shorter texts or less compression")
 

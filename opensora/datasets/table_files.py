@@ -40,7 +40,7 @@ class Part(NamedTuple):
 def read_csv(source: str, notes: Notes) -> Iterator[Part]:
     """Reads a CSV file. Raises ConfigError if it is invalid, or a row has more cells than there are columns."""
     try:
-        with _Csv(source) as table:
+        with CsvFile(source) as table:
             number = 0
             notes.columns.update(table.places)
             while part := list(islice(table.rows, CHUNK)):
@@ -48,22 +48,25 @@ def read_csv(source: str, notes: Notes) -> Iterator[Part]:
                     part = [row for row in part if table.counts(row)]
                 if not part:
                     continue
-                where = _line_of(source, number)
-                part = _even(part, table, where, notes)
+                where = line_of(source, number)
+                part = even_cells(part, table, where, notes)
                 cells = list(zip_longest(*part, fillvalue=""))
                 cells += [("",) * len(part)] * (len(table.names) - len(cells))
                 yield Part({name: cells[place] for name, place in table.places.items()}, where)
                 number += len(part)
     except csv.Error as error:
-        raise ConfigError(_csv_problem(error, source, table)) from error
+        raise ConfigError(csv_problem(error, source, table)) from error
 
 
-class _Csv:
-    """The rows of a CSV file after its header; `names` are all columns, `places` the indices of the known ones."""
+class CsvFile:
+    """The rows of a CSV file after its header; `names` are all columns, `places` the indices of the known ones.
 
-    def __init__(self, source: str) -> None:
-        self.source, self.file = source, open_regular(source, ConfigError)
-        self.lines = _lines(self.file, source)
+    Raises ConfigError without a column `path`, unless `any_columns` are accepted.
+    """
+
+    def __init__(self, source: str, any_columns: bool = False) -> None:
+        self.source, self.any_columns, self.file = source, any_columns, open_regular(source, ConfigError)
+        self.lines = text_lines(self.file, source)
         self.reader: Any = None
         try:
             self._begin()
@@ -71,7 +74,7 @@ class _Csv:
             self.file.close()
             raise
 
-    def __enter__(self) -> _Csv:
+    def __enter__(self) -> CsvFile:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -93,7 +96,7 @@ class _Csv:
         else:
             line = ""
         choices = [separator] if separator else list(SEPARATORS)
-        self.separator, self.names, self.places, header = _detect_format(line, choices, self.source)
+        self.separator, self.names, self.places, header = _detect_format(line, choices, self.source, self.any_columns)
         blanks = header and any(name.startswith(" ") for name in self.names)  # `path, text`
         self.reader = csv.reader(
             chain([line], self.lines), delimiter=self.separator, strict=True, skipinitialspace=blanks
@@ -108,10 +111,12 @@ class _Csv:
         return not comment and any(map(str.strip, row))
 
 
-def _detect_format(line: str, separators: Sequence[str], source: str) -> tuple[str, list[str], dict[str, int], bool]:
+def _detect_format(
+    line: str, separators: Sequence[str], source: str, any_columns: bool
+) -> tuple[str, list[str], dict[str, int], bool]:
     """(separator, column names, indices of known columns, whether the first line is a header)."""
     if not line:
-        return ",", ["path"], {"path": 0}, False
+        return ",", *(([], {}) if any_columns else (["path"], {"path": 0})), False
     readings = []
     for separator in separators:
         try:
@@ -127,6 +132,8 @@ def _detect_format(line: str, separators: Sequence[str], source: str) -> tuple[s
         return separator, names, places, True
     if media:  # a table of Open-Sora 1.0, without header
         return separator, list(TEXTS), {name: place for place, name in enumerate(TEXTS)}, False
+    if any_columns:
+        return separator, names, places, True
     raise columns.missing_path_error([name.strip() for name in names], source)
 
 
@@ -136,7 +143,7 @@ def _names_media(text: str) -> bool:
     return Path(path).suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) or os.path.isfile(path)
 
 
-def _even(part: list[list[str]], table: _Csv, where: Where, notes: Notes) -> list[list[str]]:
+def even_cells(part: list[list[str]], table: CsvFile, where: Where, notes: Notes) -> list[list[str]]:
     """Removes surplus empty cells. Raises ConfigError for surplus cells that are not empty."""
     lengths, width = list(map(len, part)), len(table.names)
     if max(lengths) > width:
@@ -149,25 +156,25 @@ def _even(part: list[list[str]], table: _Csv, where: Where, notes: Notes) -> lis
                     f"{table.source}: {where(row)}: the row of {shown!r} {problem}; put texts with {kind} in quotes"
                 )
         part = [cells[:width] for cells in part]
-    needed = max(table.places.values()) + 1
+    needed = max(table.places.values(), default=0) + 1
     if min(lengths) < needed:
         short = [row for row, length in enumerate(lengths) if length < needed]
         notes.add(f"have fewer cells than the {width} columns; those that are missing count as empty", short, where)
     return part
 
 
-def _line_of(source: str, first: int) -> Where:
+def line_of(source: str, first: int, any_columns: bool = False) -> Where:
     """A function row -> "line N". It reads the file again, as it is only called for a message."""
 
     def where(row: int) -> str:
-        with _Csv(source) as table:
+        with CsvFile(source, any_columns) as table:
             next(islice(filter(table.counts, table.rows), first + row, None))
             return f"line {table.line}"
 
     return where
 
 
-def _csv_problem(error: csv.Error, source: str, table: _Csv) -> str:
+def csv_problem(error: csv.Error, source: str, table: CsvFile) -> str:
     if "field limit" in str(error):
         return (
             f"{source}: line {table.line}: a cell has more than {csv.field_size_limit():,} characters, and a text may "
@@ -176,7 +183,7 @@ def _csv_problem(error: csv.Error, source: str, table: _Csv) -> str:
     return f"{source}: line {table.line}: {error}; check its quotes"
 
 
-def _lines(file: Any, source: str) -> Iterator[str]:
+def text_lines(file: Any, source: str) -> Iterator[str]:
     """Yields the lines of a text file, in UTF-8 or by its byte order mark. Raises ConfigError for other files."""
     head = file.read(4096)
     mark = next((mark for mark in _MARKS if head.startswith(mark)), b"")
@@ -198,12 +205,12 @@ def _lines(file: Any, source: str) -> Iterator[str]:
 def read_jsonl(source: str, notes: Notes) -> Iterator[Part]:
     """Reads JSON lines. Raises ConfigError for a line that is not an object or lacks a path."""
     with open_regular(source, ConfigError) as file:
-        numbered = ((number, line) for number, line in enumerate(_lines(file, source), start=1) if line.strip())
+        numbered = ((number, line) for number, line in enumerate(text_lines(file, source), start=1) if line.strip())
         places: dict[tuple[str, ...], dict[str, int]] = {}
         while part := list(islice(numbered, CHUNK)):
             cells: dict[str, list[Any]] = {name: [] for name in (*TEXTS, *NUMBERS)}
             for number, line in part:
-                row = _json_row(line, f"{source}: line {number}")
+                row = json_row(line, f"{source}: line {number}")
                 keys = tuple(row)
                 if keys not in places:
                     if len(places) >= CHUNK:
@@ -221,7 +228,7 @@ def read_jsonl(source: str, notes: Notes) -> Iterator[Part]:
             yield Part(cells, _numbered([number for number, _ in part]))
 
 
-def _json_row(line: str, where: str) -> dict[str, Any]:
+def json_row(line: str, where: str) -> dict[str, Any]:
     row = parse_json(line, where, ConfigError)
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: must be a JSON object with the keys path and text; write one a line")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from opensora.config.schema import Schema, Text, check, shown
 from opensora.config.settings import InferenceSettings
+from opensora.datasets.captions import append_score
 from opensora.errors import ConfigError
 from opensora.files import parse_json, read_bytes
 from opensora.models.text_encoder.cleaning import preprocess
@@ -212,23 +213,6 @@ def text_of_loop(prompt: str, loop: int) -> str:
     texts, loops = _segments(prompt)
     following = (loops or [])[1:]
     return next((text for text, begin in zip(texts, following, strict=False) if begin > loop), texts[-1])
-
-
-def append_score(
-    prompt: str, aes: float | None = None, flow: float | None = None, camera_motion: str | None = None
-) -> str:
-    """Appends ` aesthetic score: 6.5.`, the motion score and the camera motion to a prompt.
-
-    Skips those that are None or in the prompt already. Raises ConfigError for a score that is not a number.
-    """
-    for label, value in (("aesthetic score", aes), ("motion score", flow), ("camera motion", camera_motion)):
-        if value is None or f"{label}:" in prompt:
-            continue
-        try:
-            prompt += f" {label}: {value}." if label == "camera motion" else f" {label}: {value:.1f}."
-        except (TypeError, ValueError):
-            raise ConfigError(f"{label} {value!r} is not a number; give one such as 6.5") from None
-    return prompt
 
 
 def prepare(prompt: str, *, refine: Callable[[str], str] = str, **scores: Any) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from opensora.datasets.video.container import DEFAULT_FPS, SIZE_KEY
 from opensora.errors import MediaError
 from opensora.files import atomic_write, error_message
+
+if TYPE_CHECKING:
+    import torch
 
 # Quality of x264: 0 is lossless, 23 its default. Its macroblock tree makes the bytes depend on uninitialized memory.
 ENCODING = {"crf": "10", "mbtree": "0"}

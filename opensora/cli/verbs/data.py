@@ -1,0 +1,118 @@
+"""data: tables edited, split and converted."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from opensora.cli import preflight
+from opensora.cli.parser import Parser
+from opensora.cli.program import one_line
+from opensora.cli.verbs.verb import Verb
+from opensora.curation.tables.operations import OPERATIONS, Operation
+
+CONVERT = {"integer": int, "number": float, "text": str, "list": str}
+
+
+class _Append(argparse.Action):
+    """Appends (operation, value): operations run in the order given."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        value = None if self.nargs == 0 else values
+        namespace.operations = [*(namespace.operations or ()), (self.const, value)]
+
+
+def add_operations(parser: Parser) -> None:
+    """Adds one flag per operation."""
+    group = parser.add_argument_group("operations, in the order given")
+    for name, operation in OPERATIONS.items():
+        options: dict[str, Any] = {} if operation.value == "none" else {"type": CONVERT[operation.value]}
+        group.add_argument(
+            f"--{name}", action=_Append, nargs=_nargs(operation), dest="operations", const=name,
+            metavar=operation.metavar, help=f"{operation.help} [no]", default=None, **options,
+        )  # fmt: skip
+
+
+def _nargs(operation: Operation) -> int | str | None:
+    if operation.value == "none":
+        return 0
+    return "+" if operation.value == "list" else None
+
+
+def _add_edit(parser: Parser) -> None:
+    parser.add_argument("input", nargs="+", metavar="TABLE", help="tables (.csv, .jsonl, .parquet) or glob patterns")
+    parser.add_argument("--output", metavar="FILE", help="table to write [the first input's name, with the operations]")
+    parser.add_argument("--format", choices=("csv", "parquet", "jsonl"), help="format, if --output is not given [csv]")
+    parser.add_argument("--shard", type=int, metavar="N", help="write N tables of consecutive rows [one]")
+    parser.add_argument("--seed", type=int, default=42, metavar="N", help="random seed of --shuffle [42]")
+    parser.add_argument("--num-workers", type=int, default=4, metavar="N", help="threads that probe files [4]")
+    parser.add_argument("--disable-parallel", action="store_true", help="probe files one after the other [no]")
+    parser.add_argument("--force", action="store_true", help="replace existing tables [no]")
+    add_operations(parser)
+
+
+def run_edit(args: argparse.Namespace) -> int:
+    from opensora.curation.tables.editing import EditRequest, edit
+
+    workers = 1 if args.disable_parallel else args.num_workers
+    how = (args.output, args.format, args.shard, args.seed, workers, args.force)
+    result = edit(EditRequest(tuple(args.input), tuple(args.operations or ()), *how))
+    for name, count in result.dropped.items():
+        print(f"dropped by {one_line(name)}: {count:,}")
+    for path, rows in result.written:
+        print(f"{one_line(str(path))}: {rows:,} rows")
+    return 0
+
+
+def _add_paths(parser: Parser) -> None:
+    parser.add_argument("table", metavar="TABLE", help="table with the column id")
+    parser.add_argument("folder", metavar="FOLDER", help="folder of the media files")
+    parser.add_argument("output", metavar="OUT", help="table to write, with the column path")
+    parser.add_argument("--force", action="store_true", help="replace an existing table [no]")
+
+
+def _paths(args: argparse.Namespace) -> int:
+    preflight.check_exists(args.table)
+    preflight.check_exists(args.folder)
+    from opensora.curation.tables.paths import id_to_path
+    from opensora.curation.tables.reading import open_tables
+    from opensora.curation.tables.writing import write_table
+
+    rows = write_table(id_to_path(open_tables([args.table]), args.folder), Path(args.output), args.force)
+    print(f"{one_line(args.output)}: {rows:,} rows")
+    return 0
+
+
+SUBVERBS = {
+    "edit": Verb(
+        "filter, sort, merge, extend and convert tables",
+        "opensora data edit videos.csv --info --fmin 17 --where 'height >= 240' --output clips.parquet",
+        _add_edit, run_edit,
+    ),
+    "paths": Verb(
+        "find the files of a table of ids",
+        "opensora data paths ids.csv my-videos videos.csv", _add_paths, _paths,
+    ),
+}  # fmt: skip
+
+
+def _add_data(parser: Parser) -> None:
+    subparsers = parser.add_subparsers(required=True, metavar="TASK")
+    for name, verb in SUBVERBS.items():
+        description = f"{verb.help[0].upper()}{verb.help[1:]}."
+        subparser = subparsers.add_parser(name, help=verb.help, description=description, example=verb.example)
+        verb.add_arguments(subparser)
+        subparser.set_defaults(run=verb.run, example=verb.example)
+    parser.verbs = list(SUBVERBS)
+
+
+def _data(args: argparse.Namespace) -> int:
+    raise AssertionError("the task's own action runs")
+
+
+VERBS = {
+    "data": Verb(
+        "work on tables of videos, from raw footage to training data", SUBVERBS["edit"].example, _add_data, _data
+    ),
+}

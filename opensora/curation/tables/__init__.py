@@ -1,0 +1,1 @@
+"""Operations on tables of any size: rows are streamed; what needs all rows is sorted on disk."""
