@@ -42,7 +42,7 @@ AUTOENCODERS = {
 }
 # Variants that differ from the XL/2 defaults of their class.
 LARGE, TWO_FRAMES = {"hidden_size": 1872, "num_heads": 26}, {"patch_size": (2, 2, 2)}
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "STDiT3-3B/2": LARGE, "PixArt-1B/2": LARGE,
     "STDiT-XL/2x2": TWO_FRAMES, "DiT-XL/2x2": TWO_FRAMES, "Latte-XL/2x2": TWO_FRAMES,
 }  # fmt: skip

@@ -132,7 +132,7 @@ def test_iddpm_needs_a_source():
     [
         (IDDPM, {"num_sampling_steps": 0}, "num_sampling_steps is 0"),
         (IDDPM, {"num_sampling_steps": 1001}, "takes 1001 of 1000 timesteps"),
-        (IDDPM, {"num_sampling_steps": 20, "timestep_respacing": "ddim20"}, "give one of them"),
+        (IDDPM, {"num_sampling_steps": 20, "timestep_respacing": "ddim20"}, "exclude each other; give one"),
         (IDDPM, {"timestep_respacing": "ddim999"}, "no integer stride takes 999 of 1000"),
         (IDDPM, {"timestep_respacing": "dim20"}, "'dim20' is not a number, '10,15,20' or 'ddim20'"),
         (IDDPM, {"noise_schedule": "linaer"}, "did you mean 'linear'"),

@@ -417,7 +417,7 @@ class TestNotStrict:
         told = "ignored head, left at initial values first.bias"
         assert told in str(summary)
         assert [record.levelname for record in caplog.records] == ["WARNING"]
-        assert told in caplog.text and "not a whole Small" in caplog.text
+        assert told in caplog.text and "does not match the Small exactly" in caplog.text
 
     def test_nothing_is_told_of_a_whole_model(
         self, tmp_path: Path, state: dict[str, Tensor], caplog: pytest.LogCaptureFixture

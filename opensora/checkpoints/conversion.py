@@ -20,6 +20,7 @@ from opensora.checkpoints.read import read_state_dict
 from opensora.checkpoints.save import save_file, save_pretrained
 from opensora.checkpoints.summary import Summary, summarize
 from opensora.config import load_config
+from opensora.config.sections import check_type
 from opensora.errors import ConfigError
 
 ENDINGS = {"safetensors": (".safetensors",), "pt": (".pt", ".pth", ".bin"), "hf": ()}
@@ -37,7 +38,8 @@ def convert(
     """
     target, path = Path(destination), locate(source, offline=offline)
     _check_target(target, to, force)
-    tensors, stated, changes = read_state_dict(path), builder.config_json(path), {}
+    tensors, stated = read_state_dict(path), builder.config_json(path)
+    changes: dict[str, Any] = {}
     if config:
         tensors, stated, changes = _fit(config, path, tensors, stated)
     tensors = to_original(tensors) if layout == "original" else tensors
@@ -70,7 +72,7 @@ def _fit(config: str, path: Path, tensors: TensorDict, stated: dict[str, Any]) -
     section = load_config(config)[0].get("model")
     if not isinstance(section, dict) or not isinstance(section.get("type"), str):
         raise ConfigError(f"{config}: has no model = dict(type=...) that the weights could fit")
-    registry.check_type("model", section["type"], {**registry.MODELS, **registry.AUTOENCODERS})
+    check_type("model", section["type"], {**registry.MODELS, **registry.AUTOENCODERS})
     defaults: dict[str, Any] = {"input_size": (16, 32, 32)}  # arbitrary: only positions depend on it
     if (text := tensors.get("y_embedder.y_embedding")) is not None and text.ndim == 2:
         defaults |= {"caption_channels": text.shape[1], "model_max_length": text.shape[0]}

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +53,13 @@ def load_weights(
     _fill(model, own, tensors, dtype)
     summary = summarize(path, found)._replace(**changes)
     if summary.initial or summary.ignored:
-        logger.warning("%s is not a whole %s", summary, type(model).__name__)
+        logger.warning("%s does not match the %s exactly", summary, type(model).__name__)
     return summary
 
 
 def fit(
     model: nn.Module, file: TensorDict, path: Path, mapping: KeyMapping | None = None, strict: bool = True
-) -> tuple[dict[str, Tensor], dict[str, tuple]]:
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors for `model` from a file and its own positions, by the model's names; and the changes, as in Summary.
 
     The model may be on the meta device and is not changed. Arguments and errors as in `load_weights`.
@@ -71,7 +72,7 @@ def fit(
     tensors: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     for old, tensor in file.items():
-        entry = (old, tensor)
+        entry: tuple[str, Tensor] | None = (old, tensor)
         for rule in active:
             entry = entry and rule.load(*entry, own)
         if entry:

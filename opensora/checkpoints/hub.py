@@ -152,12 +152,12 @@ def _snapshot(repo: str, prefix: str, cache_dir: str | None, cached: bool) -> Pa
     """The folder `prefix` of a complete snapshot; accesses the network only with `cached=False`."""
     from huggingface_hub import snapshot_download
 
-    options = {"etag_timeout": _TIMEOUT, "local_files_only": cached, "ignore_patterns": [f"{prefix}*/*"]}
+    options: dict[str, Any] = {"etag_timeout": _TIMEOUT, "local_files_only": cached, "cache_dir": cache_dir}
     not_there = (WeightsError, OSError) if cached else (WeightsError,)
     for patterns in _ROUNDS:
         with suppress(*not_there):
             allowed = [prefix + pattern for pattern in patterns]
-            folder = snapshot_download(repo, allow_patterns=allowed, cache_dir=cache_dir, **options)
+            folder = snapshot_download(repo, allow_patterns=allowed, ignore_patterns=[f"{prefix}*/*"], **options)
             checkpoint_files(Path(folder, prefix))
             return Path(folder, prefix)
     return None

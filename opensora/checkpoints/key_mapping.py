@@ -102,8 +102,9 @@ class ResizeRows(Rule):
 
     def load(self, name: str, tensor: Tensor, model: TensorDict) -> Entry:
         mine = model.get(name) if self.matches(name) else None
-        tables = mine is not None and tensor.ndim == mine.ndim > 0 and tensor.shape[1:] == mine.shape[1:]
-        if tables and len(tensor) not in (0, len(mine)):
+        if mine is None or not tensor.ndim == mine.ndim > 0 or tensor.shape[1:] != mine.shape[1:]:
+            return name, tensor
+        if len(tensor) not in (0, len(mine)):
             tensor = tensor[torch.arange(len(mine)).clamp(max=len(tensor) - 1)]
         return name, tensor
 

@@ -106,7 +106,7 @@ def _keywords(kind: type[BaseModel], common: type[Section] | None = None) -> Ite
         if name == "type" or (same and (same.default, same.description) == (field.default, field.description)):
             continue
         shape = type_text(field.rebuild_annotation())
-        yield _row(name, shape, repr(field.default), field.description or "", field.examples[0])
+        yield _row(name, shape, repr(field.default), field.description or "", (field.examples or [None])[0])
         yield from _below(name, field.rebuild_annotation())
 
 

@@ -67,12 +67,13 @@ class Evaluator:
         match statement:
             case ast.Expr(value=ast.Constant()):
                 return  # a docstring
-            case ast.Assign(targets=targets) if all(isinstance(target, ast.Name) for target in targets):
-                value = self._value(statement.value)
+            case ast.Assign(targets=targets, value=node):
+                names = [target.id for target in targets if isinstance(target, ast.Name)]
+                if len(names) < len(targets):
+                    raise self._error(statement, f"only plain names can be assigned; {_REMEDY}")
+                value = self._value(node)
                 self.budget.count(value, self._where(statement))
-                self.names |= {target.id: value for target in targets}
-            case ast.Assign():
-                raise self._error(statement, f"only plain names can be assigned; {_REMEDY}")
+                self.names |= dict.fromkeys(names, value)
             case _:
                 raise self._refuse(statement.value if isinstance(statement, ast.Expr) else statement)
 
@@ -90,8 +91,8 @@ class Evaluator:
                 return [self._value(item) for item in items]
             case ast.Tuple(elts=items):
                 return tuple(self._value(item) for item in items)
-            case ast.Dict(keys=keys, values=values) if None not in keys:
-                keys = [self._value(key) for key in keys]
+            case ast.Dict(keys=nodes, values=values) if None not in nodes:
+                keys = [self._value(key) for key in nodes if key is not None]
                 if not all(isinstance(key, str | int | float | None) for key in keys):
                     raise self._error(node, "a dict key must be a string or a number")
                 return dict(zip(keys, map(self._value, values), strict=True))
@@ -112,12 +113,13 @@ class Evaluator:
 
     def _binary(self, node: ast.BinOp, left: Any, right: Any) -> Any:
         """Arithmetic on numbers; concatenation and repetition of strings and lists. Results are bounded in size."""
-        if isinstance(left, str | list | tuple) and isinstance(node.op, ast.Add) and type(left) is type(right):
-            self.budget.spend(len(left) + len(right), self._where(node))
-            return left + right
-        if isinstance(left, str | list | tuple) and isinstance(node.op, ast.Mult) and isinstance(right, int):
-            self.budget.spend(len(left) * max(right, 0), self._where(node))
-            return left * right
+        if type(left) in (str, list, tuple):
+            if isinstance(node.op, ast.Add) and type(left) is type(right):
+                self.budget.spend(len(left) + len(right), self._where(node))
+                return left + right
+            if isinstance(node.op, ast.Mult) and isinstance(right, int):
+                self.budget.spend(len(left) * max(right, 0), self._where(node))
+                return left * right
         for side in (left, right):
             self._number(node, side)
         if isinstance(node.op, ast.Pow) and isinstance(left, int) and left.bit_length() * abs(right) > MAX_INT_BITS:
@@ -141,4 +143,4 @@ class Evaluator:
         return ConfigError(f"{self._where(node)}: {problem}")
 
     def _where(self, node: ast.AST) -> str:
-        return f"{self.path}:{node.lineno}"
+        return f"{self.path}:{getattr(node, 'lineno', 1)}"

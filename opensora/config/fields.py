@@ -7,7 +7,7 @@ import logging
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING
+from dataclasses import MISSING, dataclass
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -56,8 +56,8 @@ def one_of(*names: str) -> Any:
 
 
 @lru_cache
-def field_types(settings: type) -> dict[str, Any]:
-    """Field name -> the type that its value is validated against."""
+def field_types(settings: Any) -> dict[str, Any]:
+    """Field name of a settings class -> the type that its value is validated against."""
     hints = typing.get_type_hints(settings, include_extras=True)
     return {field.name: _field_type(hints[field.name], field.metadata) for field in dataclasses.fields(settings)}
 
@@ -78,13 +78,15 @@ def _allows_none(hint: Any) -> bool:
     return type(None) in typing.get_args(hint)
 
 
+@dataclass(frozen=True)
 class SettingsBase:
     """Base of the frozen settings dataclasses. Construction raises ConfigError for an invalid value."""
 
     without_effect: ClassVar[tuple[str, ...]] = ()  # fields that this kind of run ignores
 
     def __post_init__(self) -> None:
-        for name, kind in field_types(type(self)).items():
+        settings: Any = type(self)  # mypy takes classes for unhashable
+        for name, kind in field_types(settings).items():
             value = check(kind, getattr(self, name), key=name)
             if name in SECTIONS and value is not None:
                 value = _section(name, value)
@@ -110,7 +112,7 @@ class SettingsBase:
             for name, table in sections.SECTIONS.items():
                 if isinstance(config.get(name), dict) and "type" in config[name]:
                     sections.check_type(name, config[name]["type"], table)
-            return cls(**{name: _shaped(value, fields[name].type) for name, value in config.items()})
+            return cls(**{name: _shaped(value, str(fields[name].type)) for name, value in config.items()})
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from error
 
@@ -133,7 +135,7 @@ def _section(name: str, value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shaped(value: Any, annotation: str) -> Any:
-    """Converts a list to an annotated tuple, and one text or None entries to a list of strings."""
+    """Converts a list to an annotated tuple; a string, or a list with None entries, to a list of strings."""
     if annotation.startswith("tuple") and isinstance(value, list):
         return tuple(value)
     if annotation.startswith("Sequence") and isinstance(value, str | list | tuple):

@@ -40,7 +40,7 @@ def upgrade(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if key == "num_frames" and isinstance(value, str):
             with suppress(ValueError):
                 value = int(value)
-        upgraded[LEGACY.get(path, key)] = value
+        upgraded[LEGACY.get(path) or key] = value
     return upgraded
 
 

@@ -10,8 +10,9 @@ import os
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, overload
 
 from pydantic import (
     AfterValidator,
@@ -21,6 +22,7 @@ from pydantic import (
     Field,
     TypeAdapter,
     ValidationError,
+    ValidatorFunctionWrapHandler,
     WrapValidator,
 )
 from pydantic_core import PydanticCustomError
@@ -65,17 +67,22 @@ def _openable(path: str) -> str:
     return path
 
 
-def described_as(description: str) -> WrapValidator:
-    """Annotation: any validation error below reads `must be {description}`."""
+@dataclass(frozen=True)
+class Described:
+    """Validator of an annotation: any error below reads `must be {description}`."""
 
-    def validate(value: Any, handler: Any) -> Any:
+    description: str  # docs/config.md shows it
+
+    def __call__(self, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         try:
             return handler(value)
-        except (ValidationError, ValueError):
-            raise PydanticCustomError("described", description) from None
+        except ValueError:
+            raise PydanticCustomError("described", self.description) from None
 
-    validate.description = description  # for docs/config.md
-    return WrapValidator(validate)
+
+def described_as(description: str) -> WrapValidator:
+    """Annotation: any validation error below reads `must be {description}`."""
+    return WrapValidator(Described(description))
 
 
 Int = Annotated[int, BeforeValidator(_as_whole), Field(ge=-(2**63), lt=2**63)]
@@ -102,10 +109,18 @@ class Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
+@overload
 def check(
-    kind: type[T] | Any, value: Any, where: str = "", error: type[OpenSoraError] = ConfigError, remedy: str = "",
+    kind: type[T], value: Any, where: str = "", error: type[OpenSoraError] = ConfigError, remedy: str = "",
     key: str = "",
-) -> T:  # fmt: skip
+) -> T: ...  # fmt: skip
+@overload
+def check(
+    kind: Any, value: Any, where: str = "", error: type[OpenSoraError] = ConfigError, remedy: str = "", key: str = ""
+) -> Any: ...
+def check(
+    kind: Any, value: Any, where: str = "", error: type[OpenSoraError] = ConfigError, remedy: str = "", key: str = ""
+) -> Any:
     """Validates `value` against `kind`, a `Schema` or any annotation, and returns it with ints and tuples normalized.
 
     Raises `error` with one line: `where`, the key (prefixed with `key`, the name of `value`), what is expected, what
@@ -113,10 +128,11 @@ def check(
     """
     try:
         return adapter(kind).validate_python(value)
-    except (ValidationError, RecursionError) as failure:
-        nested = isinstance(failure, RecursionError)
-        problem = f"{key} is nested too deep".lstrip() if nested else explain(failure, kind, value, key)
-        raise error("".join((f"{where}: " if where else "", problem, f"; {remedy}" if remedy else ""))) from None
+    except RecursionError:
+        problem = f"{key} is nested too deep".lstrip()
+    except ValidationError as failure:
+        problem = explain(failure, kind, value, key)
+    raise error("".join((f"{where}: " if where else "", problem, f"; {remedy}" if remedy else "")))
 
 
 @lru_cache(256)

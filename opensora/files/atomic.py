@@ -45,7 +45,7 @@ def atomic_create(
     free.
     """
     pairs = _with_temporaries(paths)
-    names: list[str] = []
+    names: list[Path] = []
     with _cleared(pairs, error):
         modes = [_create(temporary, False) for temporary, _ in pairs]
         yield [temporary for temporary, _ in pairs], names
@@ -68,9 +68,10 @@ def _cleared(
     pairs: list[tuple[Path, Path]], error: type[OpenSoraError], failures: tuple[type[Exception], ...] = ()
 ) -> Iterator[None]:
     """Removes the temporary files at the end; turns OSError and `failures` into `error`."""
+    caught: tuple[type[Exception], ...] = (OSError, *failures)
     try:
         yield
-    except (OSError, *failures) as failure:
+    except caught as failure:
         raise error(f"{pairs[0][1]}: cannot be written ({error_message(failure)})") from failure
     finally:
         with defer_stop_signals():

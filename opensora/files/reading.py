@@ -120,11 +120,11 @@ def _check_bounds(value: Any) -> None:
 
 def check_file_name(name: object, where: str, error: type[OpenSoraError] = MediaError) -> str:
     """Returns `name` if it is a plain file name. Raises `error` for paths, hidden names and control characters."""
-    plain = isinstance(name, str) and name.isprintable() and 0 < len(name.encode(errors="replace")) <= 255
-    kinds = (PurePosixPath, PureWindowsPath)
-    if not plain or name.startswith(".") or any(kind(name).name != name for kind in kinds):
-        raise error(f"{where}: {str(name)[:80]!r} is not a plain file name; refused")
-    return name
+    text = str(name)
+    fits = name == text and text.isprintable() and 0 < len(text.encode(errors="replace")) <= 255
+    if not fits or text.startswith(".") or not text == PurePosixPath(text).name == PureWindowsPath(text).name:
+        raise error(f"{where}: {text[:80]!r} is not a plain file name; refused")
+    return text
 
 
 def error_message(error: BaseException) -> str:

@@ -132,7 +132,7 @@ class _Bench:
             "platform": platform.platform(), "device": str(models.device), "device_name": device_name(models.device),
             "dtype": str(models.dtype).removeprefix("torch."), "peak_flops": self.peak,
             "model": settings.model["type"], "weights": {n: one.sha256 for n, one in models.summaries.items()},
-            "parameters": self.parameters, "scheduler": dict(settings.scheduler),
+            "parameters": self.parameters, "scheduler": settings.scheduler,
             "compile": settings.compile, "graphs": settings.graphs,
             "num_frames": job.size.num_frames, "height": job.frame_size[0], "width": job.frame_size[1],
             "loops": settings.loop, "prompt": self.request.prompt, "sample_name": settings.sample_name,

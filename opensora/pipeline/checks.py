@@ -52,7 +52,7 @@ def check_inputs(job: Job, components: Components) -> None:
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"scheduler '{job.settings.scheduler['type']}': {error}") from error
+        raise ConfigError(f"scheduler '{job.settings.section('scheduler')['type']}': {error}") from error
 
 
 def _check_length(tokens: int, config: dict[str, Any], what: str = "a prompt") -> None:

@@ -51,8 +51,8 @@ def _with_media(job: Job, requests: Sequence[Request], vae: Any) -> list[Request
     given = media_conditions.reference_settings(settings, job.size.num_frames, latent_frames, vae.group)
     job.align = given.align
     job.references.check(given.reference_path)
-    named = {"reference_path": given.reference_path, "mask_strategy": given.mask_strategy}
-    return [request._replace(**named) for request in requests]
+    paths, strategy = given.reference_path, given.mask_strategy
+    return [request._replace(reference_path=paths, mask_strategy=strategy) for request in requests]
 
 
 def overlapping_frames(vae: Any, num_frames: int, settings: InferenceSettings) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -52,7 +52,7 @@ def denoise_clip(
 def denoise(
     models: LoadedModels, job: Job, noise: Tensor, text: Tensor, texts: Texts, cache: Cache | None = None,
     **options: Any,
-) -> Iterator[SamplerState]:  # fmt: skip
+) -> Generator[SamplerState, None, None]:  # fmt: skip
     """The sampler's states from `noise` [B, C, T, H, W] with `text` [B, 1, L, C] or classes [B].
 
     `texts` holds the negative prompt; `cache` is that of the job by default; `options` are those of the sampler.

@@ -154,9 +154,9 @@ def resume(draft: Draft, generator: torch.Generator) -> SamplerState:
 
 def check_sampler(draft: Draft, num_steps: int, shape: tuple[int, ...]) -> None:
     """Raises ConfigError where a sampler of `num_steps` on latents [C, T, H, W] is not the one that was stopped."""
-    found, then = tuple(draft.state.x.shape[1:]), draft.state.num_steps
-    if (then, found) != (num_steps, tuple(shape)):
-        then, now = (f"{n} steps on latents {list(size)}" for n, size in ((then, found), (num_steps, shape)))
+    drafted, current = (draft.state.num_steps, tuple(draft.state.x.shape[1:])), (num_steps, tuple(shape))
+    if drafted != current:
+        then, now = (f"{steps} steps on latents {list(size)}" for steps, size in (drafted, current))
         raise ConfigError(f"{draft.file}: was made by {then}, but its settings now mean {now}; create the draft again")
 
 

@@ -78,7 +78,7 @@ def generate(
     if not keeps_text_encoder:
         models.drop_text_encoder()
     models.load(job.size)
-    warn_untrained(job.size, builder.trained_sizes(models.paths["model"]))
+    warn_untrained(job.size, builder.trained_sizes(models.path("model")))
     latent_shape = (models.vae.out_channels, *models.vae.get_latent_size(job.size))
     _check_drafts(models, job, requests, latent_shape)
     job.cache = calibrated_cache(models, job, latent_shape, texts)
@@ -145,7 +145,7 @@ def _generate_portion(
     """Every step, and the results in the order of the requests; one that is early waits for its turn."""
     finished: dict[Request, Result] = {}
     waiting = iter(requests)
-    expected = next(waiting)
+    expected = next(waiting, None)
     with memory_advice(job.size, models.plan):
         for batch in batches(models, job, requests, texts):
             for event in generate_batch(models, job, batch, texts, with_frames, progress):
@@ -187,7 +187,7 @@ def generate_batch(
                     synchronize(models.device)
                 frames[row].append(clip.frames[job.overlap if loop else 0 :])
             if continues:
-                latent = None if clip is None else encode(models, clip.video)
+                latent = torch.empty(0) if clip is None or clip.video is None else encode(models, clip.video)
                 references[row].append(broadcast_object(latent, models.layout))
         if not continues:
             break
@@ -200,7 +200,8 @@ def generate_batch(
 def _log_psnr(models: LoadedModels, job: Job, result: Result, texts: Texts) -> None:
     """Generates a result again without approximations and logs the distance."""
     with job.exact():
-        *_, exact = generate_batch(models, job, [result.request], texts)
+        events = generate_batch(models, job, [result.request], texts)
+        [exact] = [event for event in events if isinstance(event, Result)]
     if models.layout.is_main:
         logger.info("PSNR against the uncached run: %.1f dB", step_cache.psnr(result.frames, exact.frames))
 

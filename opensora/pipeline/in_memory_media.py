@@ -38,7 +38,7 @@ class InMemoryMedia:
     def __post_init__(self) -> None:
         size = "x".join(map(str, self.frames.shape[:3]))
         digest = hashlib.sha256(f"{size}:".encode())
-        digest.update(np.ascontiguousarray(self.frames))
+        digest.update(np.ascontiguousarray(self.frames).data)
         object.__setattr__(self, "sha256", digest.hexdigest())
 
     @classmethod

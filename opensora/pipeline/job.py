@@ -55,7 +55,7 @@ class Job:
         self.settings = settings
         self.size = make_size(settings)
         self.frame_size = self.size.rounded[1:]  # (height, width) in pixels of the output
-        self.scheduler = registry.build(settings.scheduler)
+        self.scheduler = registry.build(settings.section("scheduler"))
         self.cache = step_cache.from_settings(settings)
         self.stop = draft.steps_to_take(settings, self.scheduler)
         kind = settings.multi_resolution or conditioning_kind(settings.model["type"])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,6 +99,12 @@ class LoadedModels:
             self._unloaded.clear()
         self.tokenizer = self.tokenizer or builder.tokenizer_sha256(self.paths["text_encoder"])
 
+    def path(self, part: str) -> Path:
+        """The located file or folder of the weights of a part."""
+        path = self.paths[part]
+        assert path is not None, part  # only class labels have no weights
+        return path
+
     def locate_without_downloads(self) -> list[str]:
         """Finds the files that are here; returns the parts that would be downloaded."""
         absent = []
@@ -122,7 +127,7 @@ class LoadedModels:
         if self.text_encoder is None and "text_encoder" not in unloaded:
             unloaded["text_encoder"] = self._build_text_encoder()
         if "vae" not in unloaded:
-            unloaded["vae"] = builder.build_model(settings.vae, self.paths.get("vae"))
+            unloaded["vae"] = builder.build_model(settings.section("vae"), self.paths.get("vae"))
         text_encoder, vae = self.text_encoder or unloaded["text_encoder"], unloaded["vae"]
         latent_size = tuple(vae.get_latent_size(size))
         located = text_encoder is not None and "model" in self.paths  # else the model is the published one of its type
@@ -143,7 +148,7 @@ class LoadedModels:
     def _build_text_encoder(self) -> Any:
         if "text_encoder" not in self.paths:
             return None
-        return builder.build_text_encoder(self.settings.text_encoder, self.paths["text_encoder"], self.dtype)
+        return builder.build_text_encoder(self.settings.section("text_encoder"), self.paths["text_encoder"], self.dtype)
 
     def _is_rebuilt_for(self, latent_size: tuple[int, ...], built_for: tuple[int, ...] | None) -> bool:
         """Whether a model that was built for another latent size cannot take this one."""
@@ -173,7 +178,7 @@ class LoadedModels:
         if path := self.paths["text_encoder"]:
             where = (self.device, self.layout, self._offloader.place_text_encoder)
             before = self.summaries.get("text_encoder")
-            summary = builder.load_text_encoder_weights(encoder, self.settings.text_encoder, path, *where)
+            summary = builder.load_text_encoder_weights(encoder, self.settings.section("text_encoder"), path, *where)
             self._note_loaded("text_encoder", summary)
             if before and summary.sha256 != before.sha256:
                 raise WeightsError(f"{path}: has changed since the first prompts were encoded with it; start again")
@@ -208,7 +213,7 @@ class LoadedModels:
     def _fill(self, part: str, built: nn.Module, linear: str = "exact") -> Any:
         section = getattr(self.settings, part)
         self._note_loaded(
-            part, builder.load_model_weights(built, section, self.paths[part], self.device, self.dtype, linear)
+            part, builder.load_model_weights(built, section, self.path(part), self.device, self.dtype, linear)
         )
         return built
 
@@ -242,7 +247,7 @@ class LoadedModels:
         """Within it the weights of an offloaded part ("model" or "vae") are on the device."""
         return self._offloader.onloaded(part)
 
-    def hashes(self) -> Mapping[str, str]:
+    def hashes(self) -> dict[str, str]:
         """Part -> SHA-256 of its weights, and of the tokenizer."""
         return {part: one.sha256 for part, one in self.summaries.items()} | self.tokenizer
 

@@ -7,7 +7,6 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,16 +46,16 @@ class MediaReader:
 
         Raises ConfigError for a URL that is refused, MediaError for a source that cannot be read.
         """
-        to_size = partial(get_transform(transform), size=size)
+        to_size = get_transform(transform)
         most = max_frames(size)
         if is_in_memory(source):
             media = self._in_memory(source)
             with _named(source, source):
-                return torch.cat([to_size(picture) for picture in _pictures(media, most)], dim=1)
+                return torch.cat([to_size(picture, size) for picture in _pictures(media, most)], dim=1)
         path = self._path(source)
         try:
             with _named(source, path):
-                return torch.cat([to_size(picture) for picture in _decode(path, most)], dim=1)
+                return torch.cat([to_size(picture, size) for picture in _decode(path, most)], dim=1)
         except MediaError:
             if is_url(source):
                 path.unlink(missing_ok=True)

@@ -47,8 +47,8 @@ def is_enabled(settings: InferenceSettings) -> bool:
 
 def endpoint(settings: InferenceSettings) -> tuple[SplitResult, str, str]:
     """(base URL, model, key) from settings and environment. Raises ConfigError, which shows neither URL nor key."""
-    found = {"OPENAI_BASE_URL": settings.llm_base_url, "OPENAI_MODEL": settings.llm_model, "OPENAI_API_KEY": None}
-    found = {name: (given or os.environ.get(name, "")).strip() for name, given in found.items()}
+    given = {"OPENAI_BASE_URL": settings.llm_base_url, "OPENAI_MODEL": settings.llm_model, "OPENAI_API_KEY": None}
+    found = {name: (value or os.environ.get(name, "")).strip() for name, value in given.items()}
     if missing := [name for name, value in found.items() if not value]:
         raise ConfigError(f"llm_refine calls a language model; set {', '.join(missing)}")
     base, model, key = found.values()

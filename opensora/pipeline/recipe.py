@@ -113,7 +113,7 @@ def program() -> dict[str, str]:
 
 def frames_digest(frames: np.ndarray) -> str:
     """The SHA-256, in hexadecimal, of the bytes of frames uint8 [T, H, W, 3] in row-major order."""
-    return hashlib.sha256(np.ascontiguousarray(frames)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(frames).data).hexdigest()
 
 
 def with_output(recipe: Recipe, frames: np.ndarray, fps: float) -> Recipe:
@@ -161,12 +161,12 @@ def settings_of(recipe: Recipe, where: str) -> InferenceSettings:
     if recipe["sample_index"] >= stated.num_sample:
         problem = f"its recipe is of sample {recipe['sample_index']}, but makes {stated.num_sample} of the prompt"
         raise MediaError(f"{where}: {problem}")
-    users = {name: field.default for name, field in fields.items() if name not in DECIDED}
+    users: dict[str, Any] = {name: field.default for name, field in fields.items() if name not in DECIDED}
     if stated.llm_refine and stated.refined is None:
         problem = "it asks for prompts refined by a language model, but contains none"
         remedy = "a recipe cannot call a language model: generate again with --llm-refine True"
         raise MediaError(f"{where}: {problem}; {remedy}")
-    sections = {
+    sections: dict[str, Any] = {
         name: _decided_in_section(value, f"{where}: {name}")
         for name in DECIDED
         if isinstance(value := getattr(stated, name), dict) and name not in ("refined", "cache_table")

@@ -30,7 +30,7 @@ class Reference(NamedTuple):
 
     source: str
     kind: str | None = None
-    count: int = 0
+    length: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Reference:
@@ -46,16 +46,16 @@ class Reference(NamedTuple):
 
     def num_frames(self, available: int, size: tuple[int, int]) -> int:
         """The number of frames taken of a source with `available` frames of `size`. Raises MediaError for too few."""
-        if self.kind == "hold" and self.count > (most := max_frames(size)):
-            problem = f"#hold={self.count} is above {most}, the most frames of {size[0]}x{size[1]}"
+        if self.kind == "hold" and self.length > (most := max_frames(size)):
+            problem = f"#hold={self.length} is above {most}, the most frames of {size[0]}x{size[1]}"
             raise MediaError(f"reference {shown(self.source)}: {problem}; give fewer")
         if self.kind == "hold" and available > 1:
             problem = f"has {available} frames where an image is needed; give an image"
             raise MediaError(f"reference {shown(self.source)}: {problem}")
-        if self.kind == "last" and available < self.count:
-            problem = f"has {available} frames, and {self.count} are to be kept; give a longer video"
+        if self.kind == "last" and available < self.length:
+            problem = f"has {available} frames, and {self.length} are to be kept; give a longer video"
             raise MediaError(f"reference {shown(self.source)}: {problem}")
-        return {"hold": self.count, None: available}.get(self.kind, min(self.count, available))
+        return {"hold": self.length, None: available}.get(self.kind, min(self.length, available))
 
     def select(self, frames: Tensor) -> Tensor:
         """The frames taken of all frames [3, T, H, W] of the source."""

@@ -110,8 +110,8 @@ def _check_references(file: Path, recipe: Recipe, settings: InferenceSettings) -
     stated = settings.reference_path[0] if settings.reference_path else None
     named = prompts.split_json(recipe["prompt"])[1].get("reference_path", stated)
     text = check(Text | None, named, f"{file}: reference_path", MediaError)
-    if not settings.allow_downloads and (found := urls(text)):
-        problem = f"reference {shown(found[0])} is an address out of a recipe"
+    if not settings.allow_downloads and (addresses := urls(text)):
+        problem = f"reference {shown(addresses[0])} is a URL from a recipe"
         raise MediaError(f"{file}: {problem}; --allow-downloads fetches it")
     found, then = content_hashes(text), recipe["references"]
     for source, sha256 in then.items():

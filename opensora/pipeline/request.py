@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from opensora import registry
 from opensora.config.schema import shown
+from opensora.config.sections import check_type
 from opensora.config.settings import InferenceSettings
 from opensora.datasets.aspect import get_image_size, get_num_frames, get_num_pixels, parse_ratio
 from opensora.errors import ConfigError
@@ -79,22 +80,21 @@ def check_refiner(settings: InferenceSettings) -> None:
     if settings.offline:
         raise ConfigError("llm_refine calls a language model, but offline is set; remove one of the two")
     prompt_refiner.endpoint(settings)
-    if settings.text_encoder["type"] == "classes":
+    if settings.section("text_encoder")["type"] == "classes":
         raise ConfigError("llm_refine rewrites words, but these prompts are numbers of classes; remove it")
 
 
 def check_sections(settings: InferenceSettings) -> None:
     """Raises ConfigError for a section that is missing or of an unknown type, and for settings without support."""
     for section in (*PARTS, "scheduler"):
-        if getattr(settings, section) is None:
-            raise ConfigError(f"the configuration has no {section}; add {section} = dict(type=..., ...)")
+        settings.section(section)
     for name in NOT_YET:
         value = getattr(settings, name)
         if value != getattr(InferenceSettings, name) and any(value if isinstance(value, list) else [value]):
             raise ConfigError(f"{name} is not supported yet; remove it")
     tables = (registry.TEXT_ENCODERS, registry.AUTOENCODERS, registry.MODELS, registry.SCHEDULERS)
     for section, table in zip((*PARTS, "scheduler"), tables, strict=True):
-        registry.check_type(section, getattr(settings, section)["type"], table)
+        check_type(section, settings.section(section)["type"], table)
 
 
 def make_size(settings: InferenceSettings) -> Size:
@@ -150,7 +150,9 @@ def check_keeps_frames(
     if settings.loop == 1 and not media_given and not any(request.mask_strategy for request in requests):
         return
     if not scheduler.supports_edit:
-        raise ConfigError(f"scheduler '{settings.scheduler['type']}' cannot keep given frames; use rflow or iddpm")
+        raise ConfigError(
+            f"scheduler '{settings.section('scheduler')['type']}' cannot keep given frames; use rflow or iddpm"
+        )
     if "x_mask" not in inspect.signature(registry.builder(settings.model["type"]).forward).parameters:
         raise ConfigError(f"model '{settings.model['type']}' cannot keep given frames; use STDiT, STDiT2 or STDiT3")
 

@@ -52,6 +52,6 @@ def _mark(text: str, height: int, width: int) -> np.ndarray:
     if not text.strip() or any(bytes(font.getmask(one)) == bytes(unknown) or not one.isprintable() for one in text):
         raise ConfigError(f"watermark {text!r} cannot be drawn; write a text in Latin letters without accents")
     mark = Image.new("LA", (right - left + margin, bottom - top + margin))
-    edges = {"stroke_width": edge, "stroke_fill": (0, 255)}
-    ImageDraw.Draw(mark).text((-left, -top), text, fill=(255, 255), font=font, **edges)
+    draw = ImageDraw.Draw(mark)
+    draw.text((-left, -top), text, fill=(255, 255), font=font, stroke_width=edge, stroke_fill=(0, 255))
     return np.asarray(mark)

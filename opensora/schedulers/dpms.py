@@ -27,7 +27,7 @@ SKIP_TYPES, METHODS = ("time_uniform", "logSNR", "time_quadratic"), ("multistep"
 FEW_STEPS = 10  # with fewer, the last steps of a multistep run fall in order
 
 
-class Path(NamedTuple):
+class SchedulePoints(NamedTuple):
     """Points that a solver visits: time, scale of signal and of noise, and lambda = log(alpha / sigma), [N + 1] each.
 
     Lambda is half the logarithm of the signal-to-noise ratio. The solver steps in it.
@@ -95,11 +95,12 @@ class DPM_SOLVER(Sampler):
         return solve(data, state, path, self.order)
 
 
-def path_at(times: list[float]) -> Path:
+def path_at(times: list[float]) -> SchedulePoints:
     """The linear schedule in continuous time: log alpha runs straight between its values at t = n / 1000."""
     log_alphas = np.interp(times, *_schedule())
     log_sigmas = np.log(-np.expm1(2 * log_alphas)) / 2
-    return Path(times, *(x.tolist() for x in (np.exp(log_alphas), np.exp(log_sigmas), log_alphas - log_sigmas)))
+    lambdas = log_alphas - log_sigmas
+    return SchedulePoints(times, np.exp(log_alphas).tolist(), np.exp(log_sigmas).tolist(), lambdas.tolist())
 
 
 def times_at(lams: list[float]) -> list[float]:
@@ -112,12 +113,13 @@ def spaced_times(num_steps: int, skip_type: str = "time_uniform") -> list[float]
     """The `num_steps` + 1 times of that many steps, from 1 to 1/1000, even in time, in its root, or in lambda."""
     first, last = 1.0, 1 / NUM_TIMESTEPS
     if skip_type == "logSNR":
-        return times_at(np.linspace(*path_at([first, last]).lam, num_steps + 1).tolist())
+        start, end = path_at([first, last]).lam
+        return times_at(np.linspace(start, end, num_steps + 1).tolist())
     power = 2 if skip_type == "time_quadratic" else 1
     return (np.linspace(first ** (1 / power), last ** (1 / power), num_steps + 1) ** power).tolist()
 
 
-def multistep(data: Predictor, state: SamplerState, path: Path, order: int) -> Iterator[SamplerState]:
+def multistep(data: Predictor, state: SamplerState, path: SchedulePoints, order: int) -> Iterator[SamplerState]:
     """The states after `state`: each step uses the latest predictions of clean latents, `order` at most.
 
     The order rises to `order` over the first steps; in a run of few steps it falls to 1 over the last (algorithm 2 of
@@ -140,7 +142,7 @@ def multistep(data: Predictor, state: SamplerState, path: Path, order: int) -> I
         yield SamplerState(i + 1, num_steps, x, known[0], {f"known{n}": one for n, one in enumerate(known)})
 
 
-def singlestep(data: Predictor, state: SamplerState, path: Path, order: int) -> Iterator[SamplerState]:
+def singlestep(data: Predictor, state: SamplerState, path: SchedulePoints, order: int) -> Iterator[SamplerState]:
     """The states after `state`: each step spans `order` intervals of `path`, with an evaluation in each.
 
     The remaining intervals are a step of lower order; a run of third order always ends on a step of order 2 or 1
@@ -168,7 +170,7 @@ def step_sizes(num_evaluations: int, order: int) -> list[int]:
 
 
 def _advance(
-    path: Path, x: Tensor, i: int, j: int,
+    path: SchedulePoints, x: Tensor, i: int, j: int,
     data: Tensor, rate: Tensor | None = None, curve: Tensor | float | None = None,
 ) -> Tensor:  # fmt: skip
     """`x` at point j for clean latents that are `data` at point i and change by `rate`, and `curve`, up to j.

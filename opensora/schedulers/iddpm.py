@@ -194,7 +194,7 @@ class IDDPM(Sampler):
             scale = len(self.process) / 1000 if self.rescale_learned_sigmas else 1.0
             only_variance = torch.cat([output[:, :channels].detach(), output[:, channels:]], dim=1)
             terms["vb"] = self._bound(only_variance, x_start, x, t, mask) * scale
-        return {**terms, "loss": sum(terms.values())}
+        return {**terms, "loss": terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]}
 
     def draw_steps(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Steps to train on, int64 [count], uniform in 0..N - 1."""

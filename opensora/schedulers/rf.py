@@ -125,9 +125,10 @@ class RFLOW(Sampler):
     def _transform(self, times: Tensor, size: tuple[Number, Number, Number], scale: float = 1.0) -> Tensor:
         if not self.use_timestep_transform:
             return times
-        if any(value is None for value in size):
+        height, width, num_frames = size
+        if height is None or width is None or num_frames is None:
             raise ValueError("use_timestep_transform needs height, width and num_frames of the video")
-        return timestep_transform(times, *size, scale)
+        return timestep_transform(times, height, width, num_frames, scale)
 
 
 def add_noise(x: Tensor, noise: Tensor, time: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from opensora.acceleration.streams import pin_memory_for
 from opensora.checkpoints import builder
 from opensora.checkpoints.fit import load_weights
 from opensora.checkpoints.save import save_pretrained
+from opensora.config.sections import check_type
 from opensora.config.settings import TrainSettings, check_trainable
 from opensora.distributed import ranks
 from opensora.distributed.collectives import run_on_main
@@ -80,7 +81,7 @@ def check_training(settings: TrainSettings) -> tuple[Any, MaskRatios | None]:
     if not hasattr(scheduler, "training_loss"):
         name = settings.scheduler["type"]
         raise ConfigError(f"scheduler '{name}' only samples; train with rflow, iddpm or iddpm-speed")
-    registry.check_type("model", settings.model["type"], registry.MODELS)
+    check_type("model", settings.model["type"], registry.MODELS)
     ratios = None if settings.mask_ratios is None else MaskRatios(settings.mask_ratios)
     if ratios and "x_mask" not in inspect.signature(registry.builder(settings.model["type"]).forward).parameters:
         name = settings.model["type"]

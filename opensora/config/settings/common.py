@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from opensora.config.fields import SettingsBase, one_of, setting
 from opensora.config.schema import Name, Pair, Positive, described_as
 from opensora.config.sections.common import MAX_SIDE
+from opensora.errors import ConfigError
 
 SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32"}
 DTYPES = one_of("bf16", "bfloat16", "fp16", "float16", "half", "fp32", "float32", "float64")
@@ -35,6 +36,13 @@ class CommonSettings(SettingsBase):
     image_size: tuple[int, int] | None = setting(None, schema=ImageSize, doc="height and width", example=(256, 256))
     perceptual_loss_weight: float = setting(0.1, minimum=0, doc="autoencoders: weight of the perceptual loss")
     kl_loss_weight: float = setting(1e-6, minimum=0, doc="autoencoders: weight of the KL divergence")
+
+    def section(self, name: str) -> dict[str, Any]:
+        """The section `name`. Raises ConfigError if the configuration has none."""
+        section = getattr(self, name)
+        if section is None:
+            raise ConfigError(f"the configuration has no {name}; add {name} = dict(type=..., ...)")
+        return section
 
     def __post_init__(self) -> None:
         super().__post_init__()

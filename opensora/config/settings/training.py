@@ -142,7 +142,7 @@ class SearchSettings(TrainSettings):
 class ExtractSettings(TrainSettings):
     """One feature extraction. Of the training settings only those of the data have an effect."""
 
-    model: dict | None = None
+    model: dict | None = None  # type: ignore[assignment]  # features need no diffusion model
     save_dir: str = setting("features", "output folder of the features", schema=FilePath)
     start_index: int = setting(0, "first table row to encode", minimum=0)
     end_index: int | None = setting(None, "table row to stop before", example=1000)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,7 @@ def read_video(path: str | Path, max_frames: int | None = None) -> tuple[np.ndar
         return np.stack(list(_counted(pictures, path, most))), rate_of(video)
 
 
-def iterate_video(path: str | Path, max_frames: int) -> Iterator[np.ndarray]:
+def iterate_video(path: str | Path, max_frames: int) -> Generator[np.ndarray, None, None]:
     """Yields the frames of `read_video` one by one, uint8 [H, W, 3].
 
     Raises MediaError before decoding for more than 2**33 pixels in total, or 2**29 of an animated image.

@@ -20,6 +20,7 @@ from opensora.acceleration.allocator import keep_allocations_in_heap
 from opensora.acceleration.device import pick_device, set_device
 from opensora.acceleration.precision import DTYPES, inference_dtype
 from opensora.checkpoints import builder
+from opensora.config.sections import check_type
 from opensora.config.settings import ExtractSettings
 from opensora.datasets.bucket import Buckets
 from opensora.datasets.datasets import VariableVideoTextDataset, VideoTextDataset
@@ -171,7 +172,7 @@ def make_dataset(settings: ExtractSettings) -> VideoTextDataset | VariableVideoT
     section = settings.dataset
     if section is None:
         raise ConfigError("encoding needs a section dataset; add it to the configuration")
-    registry.check_type("dataset", section["type"], registry.DATASETS)
+    check_type("dataset", section["type"], registry.DATASETS)
     if (section["type"] == "VariableVideoTextDataset") != (settings.bucket_config is not None):
         problem = "VariableVideoTextDataset and bucket_config go together"
         raise ConfigError(f"dataset: {problem}; without buckets take VideoTextDataset with num_frames and image_size")
