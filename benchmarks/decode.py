@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import common, plain
-from opensora.acceleration.kernels.linear import multiplies_bf16
 from opensora.acceleration.placement import to_device
+from opensora.acceleration.precision import multiplies_bf16
 from opensora.datasets.video import to_uint8
 from opensora.models.vae.vae import OpenSoraVAE_V1_2, VideoAutoencoderPipeline
 

@@ -57,8 +57,6 @@ EXCEPTIONS = {
     ("from_pretrained()", "opensora.models.text_encoder.clip"): "the same, for CLIP",
     ("'cpu'", "opensora.checkpoints.fit"): "a checkpoint is read into host memory, whatever the model runs on",
     ("'cpu'", "opensora.checkpoints.save"): "the same, for what is written",
-    ("'cpu'", "opensora.acceleration.kernels.layout"): "a host's own sums are mended there alone",
-    ("'cpu'", "opensora.acceleration.kernels.linear"): "a host's own kernel",
     ("'cuda'", "opensora.config.settings.common"): "an example in the document of settings; nothing runs on it",
     ("get_device_module()", "opensora.profiling.memory_meter"): "the accounts of a device, whatever its name",
     ("torch.accelerator", "opensora.profiling.memory_meter"): "how much memory is free, whatever the device's name",

@@ -373,7 +373,7 @@ def test_what_is_done_again_costs_what_it_did(kind: str, size: tuple[int, int, i
     )
     z = torch.empty(1, vae.out_channels, *vae.get_latent_size(size), dtype=torch.bfloat16, device="meta")
     x = torch.empty(1, 3, *size, dtype=torch.bfloat16, device="meta")
-    copy = cost_model.meta_copy(vae, torch.bfloat16, CPU)
+    copy = cost_model.meta_copy(vae, torch.bfloat16)
     work = (lambda: copy.decode(z, num_frames=size[0]), lambda: copy.encode(x, sample=False))
     assert counted == tuple(operation_counter.count_operations(one, CPU) for one in work)
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from opensora.acceleration.chunked_forward import chunk_blocks
-from opensora.acceleration.kernels.winograd import KINDS, Kinds, without_winograd
 from opensora.models.vae.vae import frames_at_once
 
 CHUNK_TOKENS = 2**13  # of a chunked forward pass: enough for efficient matrix products
@@ -23,7 +22,6 @@ class MemoryPlan:
     single_frames: bool = False  # large frames are encoded one at a time
     chunked: bool = False  # the parts of transformer blocks take CHUNK_TOKENS tokens at a time
     offload: bool = False  # weights are on an accelerator only while they are used
-    winograd: Kinds = KINDS  # convolutions for which a CPU keeps transformed kernels beside the weights
 
     def split_video(self, video: Tensor) -> Sequence[Tensor]:
         """A video [..., T, H, W] as the parts that are encoded one after the other."""
@@ -35,15 +33,10 @@ class MemoryPlan:
         if self.chunked:
             chunk_blocks(model, CHUNK_TOKENS)
 
-    def prepare_vae(self, vae: nn.Module) -> None:
-        """Replaces the convolutions of a placed autoencoder whose kernels the plan does not keep."""
-        if self.winograd != KINDS:
-            without_winograd(vae, keep=self.winograd)
-
 
 FAST, BALANCED, LOW = PLANS = (
     MemoryPlan("fast"),
-    MemoryPlan("balanced", sequential_cfg=True, single_frames=True, winograd=(nn.Conv2d,)),
-    MemoryPlan("low", sequential_cfg=True, single_frames=True, chunked=True, offload=True, winograd=()),
+    MemoryPlan("balanced", sequential_cfg=True, single_frames=True),
+    MemoryPlan("low", sequential_cfg=True, single_frames=True, chunked=True, offload=True),
 )
 BY_NAME = {plan.name: plan for plan in PLANS}

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+from functools import cache
 
 import torch
 
 from opensora.acceleration.device import is_cpu
-from opensora.acceleration.kernels.linear import multiplies_bf16
 from opensora.errors import ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "float64": torch.float64}
+
+
+@cache
+def multiplies_bf16() -> bool:
+    """Whether oneDNN multiplies bfloat16 matrices on this processor."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def inference_dtype(device: torch.device, dtype: str, on_cpu: str = "fp32") -> torch.dtype:

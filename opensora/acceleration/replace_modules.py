@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-Kind = TypeVar("Kind", bound=nn.Module)
 Rule = Callable[[nn.Module], nn.Module]  # a module -> its replacement, or the module itself
 
 
@@ -25,22 +24,6 @@ def _replaced(module: nn.Module, rule: Rule, done: dict[nn.Module, nn.Module]) -
                 module.register_module(name, new)
         done[module] = rule(module)
     return done[module]
-
-
-def recast(module: nn.Module, kind: type[Kind]) -> Kind:
-    """A `kind` with the parameters, buffers, children, hooks and attributes of `module`.
-
-    One of the two classes must be derived from the other. The constructor of `kind` does not run.
-    """
-    assert issubclass(kind, type(module)) or issubclass(type(module), kind)
-    new = kind.__new__(kind)
-    new.__dict__.update(module.__dict__)
-    return new
-
-
-def is_frozen(module: nn.Module) -> bool:
-    """Whether none of the parameters is trained."""
-    return not any(parameter.requires_grad for parameter in module.parameters())
 
 
 class ModuleWrapper(nn.Module):

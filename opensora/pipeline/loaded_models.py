@@ -196,7 +196,6 @@ class LoadedModels:
         self.build(size)
         if self.vae is None:
             self.vae = self._fill("vae", self._unloaded.pop("vae"))
-            self.plan.prepare_vae(self.vae)
             self._offloader.offload("vae", self.vae)
         self.denoiser = self.model = None  # before the next one is read
         model = self._fill("model", self._unloaded.pop("model"), self.settings.linear)

@@ -10,7 +10,6 @@ import torch
 
 from opensora.acceleration import quantization
 from opensora.acceleration.device import is_cpu
-from opensora.acceleration.kernels.winograd import kernel_bytes
 from opensora.acceleration.memory_plan import BY_NAME, PLANS, MemoryPlan
 from opensora.acceleration.model_parts import blocks_of
 from opensora.checkpoints.hub import checkpoint_files
@@ -127,10 +126,10 @@ class ResourceEstimate:
             num_clips, steps = len(self.requests), steps * job.stop / job.scheduler.num_steps
         yield self._stage("sampling", "model", step.times(steps * num_clips))
         made = cost_model.decoding_cost(vae, job.size, *self.where, streamed=True).times(num_clips)
-        made = made._replace(peak=made.peak + self._frames_held(plan))
+        made = made._replace(peak=made.peak + self._frames_held())
         yield Stage("decoding", 0, 0, False, made)
 
-    def _frames_held(self, plan: MemoryPlan) -> int:
+    def _frames_held(self) -> int:
         """Bytes of decoded frames beside the work of the decoder."""
         loops, frames = self.job.settings.loop, self.job.size.num_frames
         held = self._float_frames(2)  # of a piece that becomes uint8
@@ -138,8 +137,6 @@ class ResourceEstimate:
             several = loops > 1
             held += self._float_frames(frames) // 4 * (loops + several) * self.job.batch_size
             held += self._float_frames(frames) if several else 0
-            used = ("decoder", "encoder") if self._encoded() else ("decoder",)
-            held += sum(self._kernels(part, plan) for part in used)
         return held
 
     def _timelines(self) -> list[list[Any]]:
@@ -162,14 +159,7 @@ class ResourceEstimate:
             work = work.then(cost_model.encoding_cost(vae, one, *self.where, at_once).times(sizes.count(one)))
         longest = max((frames for frames, *_ in sizes), default=0)
         held = self._float_frames(longest if self.on_host or at_once is None else min(longest, at_once))
-        if sizes and self.on_host:
-            held += self._kernels("encoder", plan)
         return work._replace(peak=work.peak + held)
-
-    def _kernels(self, within: str, plan: MemoryPlan) -> int:
-        """Bytes of the kernels that a host makes for a half of the autoencoder, in float32 alone."""
-        exact = self.dtype == torch.float32
-        return kernel_bytes(self.components.vae, within, plan.winograd) if exact else 0
 
     def _step(self, plan: MemoryPlan, tokens: int) -> Cost:
         """One evaluation of the model with all guidance branches, for one sample."""
@@ -187,7 +177,6 @@ class ResourceEstimate:
         module = getattr(self.components, part)
         held = cost_model.weight_bytes(module, self.dtype)
         files, copied = self._files(part, held)
-        copied |= part == "vae"  # its kernels are rearranged
         if part == "model" and self.models.settings.linear != "exact":
             held -= quantization.num_quantized(module) * (self.dtype.itemsize - 1)
             copied = True

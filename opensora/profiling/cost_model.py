@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora.acceleration.kernels.causal_conv import folded_causal_conv
 from opensora.acceleration.memory_plan import FAST, MemoryPlan
 from opensora.acceleration.model_parts import kept_in_float32
-from opensora.acceleration.placement import folds_time
-from opensora.acceleration.replace_modules import copy_structure, replace_modules
+from opensora.acceleration.replace_modules import copy_structure
 from opensora.profiling.operation_counter import (
     Cost,
     OperationCounter,
@@ -22,14 +20,13 @@ from opensora.profiling.operation_counter import (
 )
 
 
-def meta_copy(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A copy of `model` on the meta device, as inference in `dtype` runs it on `device`."""
+def meta_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of `model` on the meta device, in the number types of inference in `dtype`."""
 
     def convert(name: str, tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=_inference_dtype(name, tensor, dtype), device="meta")
 
-    copy = copy_structure(model, convert)
-    return replace_modules(copy, folded_causal_conv) if folds_time(device, half=dtype.itemsize == 2) else copy
+    return copy_structure(model, convert)
 
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype) -> int:
@@ -51,7 +48,7 @@ def step_cost(
     latent: (T, H, W); conditioning: its size conditioning; tokens: length of the text; batch: samples times guidance
     branches; frames_given: some frames are kept or edited.
     """
-    copy = meta_copy(model, dtype, device)
+    copy = meta_copy(model, dtype)
     plan.prepare_model(copy)
     inputs, others = _step_inputs(copy, latent, conditioning, tokens, dtype, batch, frames_given)
     return count_operations(lambda: copy(*inputs, **others), device)
@@ -96,7 +93,7 @@ def _autoencoder_cost(
     vae: nn.Module, dtype: torch.dtype, device: torch.device, method: str, *args: Any, **kwargs: Any
 ) -> Cost:
     counter = OperationCounter(device)
-    copy = count_repeats_once(meta_copy(vae, dtype, device), counter)
+    copy = count_repeats_once(meta_copy(vae, dtype), counter)
 
     def work() -> None:
         out = getattr(copy, method)(*args, **kwargs)

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from opensora.acceleration.kernels.causal_conv import folded_causal_conv
 from opensora.models.vae.vae import OpenSoraVAE_V1_2, VideoAutoencoderKL, VideoAutoencoderPipeline
-from opensora.models.vae.vae_temporal import CausalConv3d, VAE_Temporal
+from opensora.models.vae.vae_temporal import VAE_Temporal
 from tests.parity.cases import Case, discover, part
 
 CASES = discover("vae")
@@ -130,13 +129,3 @@ CHECKS = {
 @torch.no_grad()
 def test_case(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     CHECKS[case.facts["kind"]](case, monkeypatch)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 1)])
-def test_folding_time_into_channels_changes_nothing(kernel: int, stride: int) -> None:
-    conv = CausalConv3d(5, 7, kernel=kernel, time_stride=stride)
-    x = torch.randn(2, 5, 6, 4, 3)
-    plain = conv(x)
-    conv = folded_causal_conv(conv)
-    torch.testing.assert_close(conv(x), plain, rtol=1e-5, atol=1e-5)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -60,13 +57,6 @@ class RotaryFrequencies(nn.Module):
         self.freqs = nn.Parameter(theta**-exponents, requires_grad=False)
 
 
-class Kernels(NamedTuple):
-    """The functions that compute attention; a device may have its own."""
-
-    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = attention
-    rotate: Callable[[Tensor, Tensor], Tensor] = rotate
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, the quotient in float32 inside (Zhang & Sennrich 2019)."""
 
@@ -86,8 +76,6 @@ class SelfAttention(nn.Module):
     qk_norm_legacy rotates before it normalises (the order of Open-Sora 1.1.0).
     """
 
-    kernels = Kernels()
-
     def __init__(self, dim: int, num_heads: int, qk_norm: bool = False, qk_norm_legacy: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -101,13 +89,12 @@ class SelfAttention(nn.Module):
         if x.shape[1] == 1 and not torch.is_grad_enabled():  # a single token attends to itself
             return self.proj(self.compress(self.values(x)))
         q, k, v = (part.flatten(2, -2) for part in self.heads(x, rotation))
-        return self.proj(self.kernels.attention(q, k, v, None).view(x.shape))
+        return self.proj(attention(q, k, v).view(x.shape))
 
     def heads(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, ...]:
         """Queries, keys and values of x [N, L, ..., C], each [N, L or M, ..., H, D], normalised and rotated."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in (q, self.compress(k), self.compress(v)))
-        rotate = self.kernels.rotate
         if rotation is None:
             q, k = self.q_norm(q), self.k_norm(k)
         elif self.qk_norm_legacy:
@@ -133,8 +120,6 @@ class CrossAttention(nn.Module):
     In place of y its keys and values may be given, which are the same in all steps.
     """
 
-    kernels = Kernels()
-
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -144,11 +129,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor | Pair, text_mask: Tensor | None = None) -> Tensor:
         q = self.q_linear(x).unflatten(-1, (self.num_heads, -1))
-        return self.proj(self.kernels.attention(q, *(self.read(y) if isinstance(y, Tensor) else y), text_mask))
-
-    def prepare(self, y: Tensor, text_mask: Tensor | None) -> Any:
-        """What replaces the text y in all steps: its keys and values."""
-        return self.read(y)
+        return self.proj(attention(q, *(self.read(y) if isinstance(y, Tensor) else y), text_mask))
 
     def read(self, y: Tensor) -> Pair:
         """Keys and values of the text."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from opensora.models.layers.attention import Pair
 from opensora.models.layers.blocks import FinalLayer, Frames, Modulation, TextBlock
 from opensora.models.layers.embeddings import (
     CaptionEmbedder,
@@ -89,7 +90,7 @@ class StaticInputs(NamedTuple):
     """What the conditioning contributes to every step on latents of one shape."""
 
     shape: tuple[int, ...]  # of the latents, [B, C, T, H, W]
-    text: tuple[Any, ...]  # for each block the text [B, L, C], or what its cross-attention has prepared of it
+    text: tuple[Tensor | Pair, ...]  # for each block the text [B, L, C], or its keys and values
     text_mask: Tensor | None  # [B, L] bool, True for real tokens; None: all are real
     size: Tensor | float = 0.0  # [B or 1, C], added to the time embedding
     length: Tensor | float = 0.0  # [B or 1, C], the same for temporal blocks with a modulation of their own
@@ -113,7 +114,7 @@ class TextTransformer(PatchTransformer):
     def prepare(self, shape: Sequence[int], **conditioning: Any) -> dict[str, Any]:
         static = self.static_inputs(shape, **conditioning)
         text = zip(self.blocks_in_order(), static.text, strict=True)
-        return {"static": static._replace(text=tuple(b.cross_attn.prepare(y, static.text_mask) for b, y in text))}
+        return {"static": static._replace(text=tuple(b.cross_attn.read(y) for b, y in text))}
 
     def static_or_prepared(
         self, shape: Sequence[int], static: StaticInputs | None, **conditioning: Any

@@ -1,1 +1,0 @@
-"""Exact replacements for slow operations of a CPU."""
