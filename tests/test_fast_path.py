@@ -183,7 +183,7 @@ def test_a_processor_without_such_products_says_so(monkeypatch, tmp_path, capsys
     monkeypatch.setattr(precision, "multiplies_bf16", lambda: False)
     argv = ["generate", "a red circle", "--device", "cpu", "--cpu-dtype", "bf16", "--save-dir", str(tmp_path / "out")]
     assert cli.main(argv) != 0
-    assert "no products of bf16 for cpu_dtype; leave it out, or use 'fp32'" in capsys.readouterr().err
+    assert "no products of bf16 for cpu_dtype; remove it, or use 'fp32'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
