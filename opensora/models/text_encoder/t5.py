@@ -43,7 +43,7 @@ class T5EncoderModel(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.config = config
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.shared = _embedding(config.vocab_size, config.d_model)
         self.encoder = T5Stack(config, self.shared)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -123,7 +123,7 @@ class T5Attention(nn.Module):
         self.num_buckets = config.relative_attention_num_buckets
         self.max_distance = config.relative_attention_max_distance
         if has_bias:
-            self.relative_attention_bias = nn.Embedding(self.num_buckets, config.num_heads)
+            self.relative_attention_bias = _embedding(self.num_buckets, config.num_heads)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         q, k, v = (part(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
@@ -148,6 +148,11 @@ class T5Attention(nn.Module):
         growth = torch.log(far.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
         wide = (exact + (growth * (side - exact)).long()).clamp(max=side - 1)
         return torch.where(far < exact, far, wide) + side * (distance > 0)
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """An embedding without initial values: on the meta device `normal_` would import `torch._dynamo`, for seconds."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 class OutputLinear(nn.Linear):
