@@ -102,13 +102,13 @@ def append_scores(table: TableStream, names: Sequence[str]) -> TableStream:
 
 def count_tokens(table: TableStream, folder: str) -> TableStream:
     """With `num_tokens` of each caption by the T5 tokenizer in a folder, the end token included."""
-    from opensora.models.text_encoder.t5 import load_t5_tokenizer
+    from opensora.checkpoints.tokenizer import load_t5_tokenizer
 
     if not Path(folder).is_dir():
         raise ConfigError(f"--count-num-token {folder}: no such folder; name one that holds a T5 tokenizer")
     tokenizer = load_t5_tokenizer(Path(folder))
     place = table.index("text")
-    return table.with_columns(("num_tokens",), lambda row: [len(tokenizer(text_of(row[place]))["input_ids"])])
+    return table.with_columns(("num_tokens",), lambda row: [len(tokenizer.encode(text_of(row[place])))])
 
 
 def add_length(table: TableStream) -> TableStream:
