@@ -36,7 +36,7 @@ from opensora.pipeline.pipeline import VideoPipeline
 from opensora.pipeline.plan import cheaper, make_plan
 from opensora.pipeline.stage_costs import ResourceEstimate
 from opensora.profiling import cost_model, memory_meter
-from opensora.profiling.operation_counter import count_operations
+from opensora.profiling.operation_counter import OperationCounter
 from tests import zoo
 from tests.test_plain import error, inputs, models, prepared, randomize
 from tests.tiny import TINY_VAE, make_tiny_stdit3, make_tiny_t5
@@ -238,7 +238,7 @@ def test_the_work_is_counted_where_it_is_done(parts, monkeypatch):
     for plan in (BALANCED, LOW):
         model = copy_structure(fast)
         plan.prepare_model(model)
-        found.append(count_operations(partial(model, **told), CPU).peak)
+        found.append(OperationCounter(CPU).run(partial(model, **told)).peak)
     assert found[1] < 0.6 * found[0]
 
 

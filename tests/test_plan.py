@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from opensora import registry
+from opensora.acceleration.memory_plan import PLANS
 from opensora.checkpoints import builder
 from opensora.checkpoints.save import save_pretrained
 from opensora.cli import main
@@ -23,6 +24,7 @@ from opensora.cli.verbs.generation import request_settings
 from opensora.config.settings import InferenceSettings
 from opensora.datasets.video import write_image, write_video
 from opensora.errors import OpenSoraError
+from opensora.models.sizes import size_conditioning
 from opensora.pipeline import denoise, generation
 from opensora.pipeline.job import Job
 from opensora.pipeline.loaded_models import LoadedModels
@@ -362,20 +364,65 @@ def test_nothing_is_tried_where_the_weights_alone_do_not_fit(
     assert cheaper(plan) is None and "nothing smaller was found" in str(plan)
 
 
-@pytest.mark.parametrize(("kind", "size"), [("OpenSoraVAE_V1_2", (40, 64, 96)), ("VideoAutoencoderKL", (9, 64, 96))])
-def test_what_is_done_again_costs_what_it_did(kind: str, size: tuple[int, int, int]) -> None:
-    """Counting it once and adding it up gives the very figures of running all of it."""
-    with torch.device("meta"):
-        vae = registry.build({"type": kind, "micro_batch_size": 2})
-    counted = (
-        cost_model.decoding_cost(vae, size, torch.bfloat16, CPU),
-        cost_model.encoding_cost(vae, size, torch.bfloat16, CPU),
+def counted_in_full(model: Any, call: Any, device: torch.device) -> operation_counter.Cost:
+    """What `count_operations` returns, by running every operation with PyTorch's own rules for the meta device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operation_counter, "run_on_meta", lambda func, args, kwargs: func(*args, **kwargs))
+        return operation_counter.OperationCounter(device).run(lambda: call(model))
+
+
+def quick_and_full(cost: Any, *args: Any, **options: Any) -> tuple[operation_counter.Cost, operation_counter.Cost]:
+    quick = cost(*args, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost_model, "count_operations", counted_in_full)
+        return quick, cost(*args, **options)
+
+
+DTYPES = (torch.bfloat16, torch.float32) if FULL else (torch.bfloat16,)
+STEPS = [
+    (kind, plan, given, latent)
+    for number, (kind, plan, given, latent) in enumerate(
+        product(
+            ("STDiT3", "STDiT2", "STDiT", "PixArtMS", "PixArt", "DiT", "Latte"),
+            PLANS,
+            (False, True),
+            ((5, 32, 32), (1, 32, 32), (15, 18, 46)),
+        )
     )
-    z = torch.empty(1, vae.out_channels, *vae.get_latent_size(size), dtype=torch.bfloat16, device="meta")
-    x = torch.empty(1, 3, *size, dtype=torch.bfloat16, device="meta")
-    copy = cost_model.meta_copy(vae, torch.bfloat16)
-    work = (lambda: copy.decode(z, num_frames=size[0]), lambda: copy.encode(x, sample=False))
-    assert counted == tuple(operation_counter.count_operations(one, CPU) for one in work)
+    if FULL or number % 9 == 0
+]
+
+
+@pytest.mark.parametrize(("kind", "plan", "given", "latent"), STEPS)
+def test_a_step_costs_what_a_full_trace_counts(kind: str, plan: Any, given: bool, latent: tuple[int, int, int]):
+    """Blocks of one kind are traced once, whatever the model, the memory plan and the size."""
+    given, latent = given and kind in ("STDiT2", "STDiT3"), (1, *latent[1:]) if kind.startswith("PixArt") else latent
+    section = {"type": kind, "depth": 2} | ({"condition": "text"} if kind in ("DiT", "Latte") else {})
+    model = builder.build_model(section, None, None, {"input_size": latent})
+    sizes = {} if kind in ("STDiT", "PixArt", "DiT", "Latte") else conditioning(kind, latent)
+    tokens = 1 if kind in ("DiT", "Latte") else 40
+    for dtype in DTYPES:
+        options = dict(batch=1 if plan.sequential_cfg else 2, frames_given=given, plan=plan)
+        quick, full = quick_and_full(cost_model.step_cost, model, latent, sizes, tokens, dtype, CPU, **options)
+        assert quick == full
+
+
+def conditioning(kind: str, latent: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    pixels = (8 * latent[1], 8 * latent[2])
+    return size_conditioning("PixArtMS" if kind == "PixArtMS" else "STDiT2", 1, pixels, latent[0], 24.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [("OpenSoraVAE_V1_2", (20, 32, 48)), ("VideoAutoencoderKL", (9, 64, 96)), ("VideoAutoencoderKL", (17, 256, 256)),
+     ("VideoAutoencoderKLTemporalDecoder", (9, 64, 96)), ("OpenSoraVAE_V1_2", (40, 256, 256))][:None if FULL else 2],
+)  # fmt: skip
+def test_an_autoencoder_costs_what_a_full_trace_counts(kind: str, size: tuple[int, int, int]) -> None:
+    vae = builder.build_model({"type": kind, "micro_batch_size": 4}, None)
+    for dtype in DTYPES:
+        for cost, option in product((cost_model.decoding_cost, cost_model.encoding_cost), (None, 7)):
+            quick, full = quick_and_full(cost, vae, size, dtype, CPU, option)
+            assert quick == full
 
 
 def settings_of_command(config: Path, argv: list[str]) -> InferenceSettings:
@@ -474,7 +521,8 @@ def test_a_record_of_runs_that_says_nothing(steady: float, text: str) -> None:
 
 def test_counting_is_exact_where_it_can_be() -> None:
     layer = torch.nn.Linear(8, 16, device="meta")
-    cost = operation_counter.count_operations(lambda: layer(torch.empty(4, 8, device="meta")).relu(), CPU)
+    x = torch.empty(4, 8, device="meta")
+    cost = operation_counter.count_operations(layer, lambda layer: layer(x).relu(), CPU)
     assert cost.products == 2 * 4 * 8 * 16
     assert cost.peak == 4 * 2 * 4 * 16  # the input of the layer is gone when the last result is made
     assert cost.times(3)[:1] == (3 * cost.products,) and cost.times(3).peak == cost.peak

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,12 +12,7 @@ from torch import Tensor, nn
 from opensora.acceleration.memory_plan import FAST, MemoryPlan
 from opensora.acceleration.model_parts import kept_in_float32
 from opensora.acceleration.replace_modules import copy_structure
-from opensora.profiling.operation_counter import (
-    Cost,
-    OperationCounter,
-    count_operations,
-    count_repeats_once,
-)
+from opensora.profiling.operation_counter import Cost, count_operations
 
 
 def meta_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -51,7 +46,7 @@ def step_cost(
     copy = meta_copy(model, dtype)
     plan.prepare_model(copy)
     inputs, others = _step_inputs(copy, latent, conditioning, tokens, dtype, batch, frames_given)
-    return count_operations(lambda: copy(*inputs, **others), device)
+    return count_operations(copy, lambda copy: copy(*inputs, **others), device)
 
 
 def _step_inputs(
@@ -76,32 +71,22 @@ def decoding_cost(
 ) -> Cost:
     """Decoding one clip (T, H, W); `streamed`: in pieces, one of which is held at a time."""
     z = torch.empty(1, vae.out_channels, *vae.get_latent_size(size), dtype=dtype, device="meta")
-    return _autoencoder_cost(vae, dtype, device, "decoded" if streamed else "decode", z, num_frames=size[0])
+
+    def decode(vae: Any) -> None:
+        if streamed:
+            deque(vae.decoded(z, num_frames=size[0]), maxlen=1)
+        else:
+            vae.decode(z, num_frames=size[0])
+
+    return count_operations(meta_copy(vae, dtype), decode, device)
 
 
 def encoding_cost(
     vae: nn.Module, size: tuple[int, ...], dtype: torch.dtype, device: torch.device, frames_at_once: int | None = None
 ) -> Cost:
     """Encoding a video (T, H, W), `frames_at_once` frames at a time (None: all)."""
-    x = torch.empty(1, 3, *size, dtype=dtype, device="meta")
-    if frames_at_once is None:
-        return _autoencoder_cost(vae, dtype, device, "encode", x, sample=False)
-    return _autoencoder_cost(vae, dtype, device, "encoded", x.split(frames_at_once, dim=2))
-
-
-def _autoencoder_cost(
-    vae: nn.Module, dtype: torch.dtype, device: torch.device, method: str, *args: Any, **kwargs: Any
-) -> Cost:
-    counter = OperationCounter(device)
-    copy = count_repeats_once(meta_copy(vae, dtype), counter)
-
-    def work() -> None:
-        out = getattr(copy, method)(*args, **kwargs)
-        if isinstance(out, Iterator):
-            deque(out, maxlen=1)
-
-    counter.run(work)
-    return counter.cost
+    pieces = torch.empty(1, 3, *size, dtype=dtype, device="meta").split(frames_at_once or size[0], dim=2)
+    return count_operations(meta_copy(vae, dtype), lambda vae: vae.encoded(pieces), device)
 
 
 def text_cost(config: Any, parameters: int, tokens: int) -> Cost:

@@ -17,8 +17,11 @@ from torch.utils.flop_counter import flop_registry
 
 from opensora.acceleration.device import is_cpu
 from opensora.acceleration.replace_modules import ModuleWrapper, replace_modules
+from opensora.profiling.meta_shapes import run_on_meta
 
 PRODUCTS, CONVOLUTIONS, BANDWIDTH = 1e11, 5e10, 5e9  # operations and bytes a second at the nominal speed
+CONTAINERS = nn.ModuleList | nn.ModuleDict | nn.Sequential
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 class Cost(NamedTuple):
@@ -45,58 +48,50 @@ class Cost(NamedTuple):
         return self.products / PRODUCTS + self.convolutions / CONVOLUTIONS + self.moved / BANDWIDTH
 
 
-def count_operations(function: Callable[[], Any], device: torch.device) -> Cost:
-    """The cost on `device` of a function that works on meta tensors."""
-    counter = OperationCounter(device)
-    counter.run(function)
-    return counter.cost
-
-
 class OperationCounter(TorchDispatchMode):
     """Adds up the operations that run under it on the meta device, as `device` would execute them."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.on_cpu = is_cpu(device)
-        self.products = self.convolutions = self.moved = 0.0
-        self.calls = self.alive = self.peak = 0
+        self.cost = Cost()
+        self.alive = 0  # bytes allocated now
         self.storages: dict[int, Any] = {}
 
-    @property
-    def cost(self) -> Cost:
-        """What was counted so far."""
-        return Cost(self.products, self.convolutions, self.moved, self.calls, self.peak)
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True, the default, imports torch._dynamo
 
-    def run(self, function: Callable[[], Any]) -> None:
-        """Calls a function and counts what it does."""
+    def run(self, function: Callable[[], Any]) -> Cost:
+        """Calls a function; returns the cost of all that has run so far."""
         with torch.no_grad(), self, _FusedAttention(self):
             function()
+        return self.cost
+
+    def add(self, work: Cost) -> None:
+        """Adds work, whose peak includes what is allocated already."""
+        self.cost = self.cost.then(work)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        inputs = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-        known = {one.untyped_storage()._cdata for one in inputs}
-        outputs = [one for one in tree_leaves(out) if isinstance(one, Tensor)]
-        allocated = [one for one in outputs if one.untyped_storage()._cdata not in known]
+        kwargs = kwargs or {}
+        out = run_on_meta(func, args, kwargs)
+        inputs, outputs = _tensors((args, kwargs)), _tensors(out)
+        known = {_storage(one) for one in inputs}
+        allocated = [one for one in outputs if _storage(one) not in known]
         for tensor in allocated:
             self._allocate(tensor)
         if allocated or func._schema.is_mutable:
-            self.calls += 1
-            self.moved += sum(map(num_bytes, [*inputs, *outputs]))
-        self._count(func, args, kwargs or {}, out, inputs)
+            moved = sum(map(num_bytes, [*inputs, *outputs]))
+            self.add(Cost(moved=moved, calls=1, peak=self.alive))
+        if flops := flop_registry.get(func._overloadpacket):
+            self.add(self._arithmetic(flops(*args, **kwargs, out_val=out), func, inputs[0], out))
         return out
 
-    def _count(self, func: Any, args: Any, kwargs: Any, out: Any, inputs: list[Tensor]) -> None:
-        packet = func._overloadpacket
-        if packet not in flop_registry:
-            return
-        flops = flop_registry[packet](*args, **kwargs, out_val=out)
-        if packet is not torch.ops.aten.convolution:
-            self.products += flops
-            return
-        self.convolutions += flops
-        if self.on_cpu:  # its kernels copy input and output into another layout
-            self.peak = max(self.peak, self.alive + num_bytes(inputs[0]) + num_bytes(out))
+    def _arithmetic(self, flops: int, func: Any, x: Tensor, out: Tensor) -> Cost:
+        if func._overloadpacket is not torch.ops.aten.convolution:
+            return Cost(products=flops)
+        layouts = num_bytes(x) + num_bytes(out) if self.on_cpu else 0  # a CPU copies them into another layout
+        return Cost(convolutions=flops, peak=self.alive + layouts)
 
     def _allocate(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -104,7 +99,6 @@ class OperationCounter(TorchDispatchMode):
         if key not in self.storages:
             self.storages[key] = weakref.ref(storage, partial(self._free, key, size))
             self.alive += size
-            self.peak = max(self.peak, self.alive)
 
     def _free(self, key: int, size: int, _: Any) -> None:
         if self.storages.pop(key, None) is not None:
@@ -123,50 +117,67 @@ class _FusedAttention(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         query, key, value = args[:3]
         batch, heads, length, width = query.shape
-        self.counter.products += 2 * batch * heads * length * key.shape[-2] * (width + value.shape[-1])
+        self.counter.add(Cost(products=2 * batch * heads * length * key.shape[-2] * (width + value.shape[-1])))
         return query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
 
 
-class _CountedOnce(ModuleWrapper):
-    """Runs `wrapped` once for inputs of the same shapes; later calls add the cost of that run."""
+def count_operations(model: nn.Module, call: Callable[[Any], Any], device: torch.device) -> Cost:
+    """The cost on `device` of `call(model)`, where the model and its inputs are on the meta device.
 
-    def __init__(self, module: nn.Module, counter: OperationCounter) -> None:
+    Parts that are built alike are traced once for inputs of the same shapes; a later call adds the cost of the first.
+    For that the parts of `model` are wrapped.
+    """
+    counter = OperationCounter(device)
+    kinds: dict[Any, int] = {}
+    known: dict[Any, Any] = {}
+
+    def counted_once(module: nn.Module) -> nn.Module:
+        if isinstance(module, CONTAINERS) or not any(module.children()):
+            return module
+        return _CountedOnce(module, kinds.setdefault(_structure(module), len(kinds)), counter, known)
+
+    model = replace_modules(model, counted_once)
+    return counter.run(lambda: call(model))
+
+
+class _CountedOnce(ModuleWrapper):
+    """Traces `wrapped` once for inputs of the same shapes; later calls add the cost of the first.
+
+    kind: a number for all modules that are built alike; known: what was traced, by kind and shapes of the inputs.
+    """
+
+    def __init__(self, module: nn.Module, kind: int, counter: OperationCounter, known: dict[Any, Any]) -> None:
         super().__init__(module)
-        self.counter = counter
-        self.known: dict[tuple[Any, ...], tuple[Cost, tuple[Any, ...]]] = {}  # signature -> cost, output
+        self.kind, self.counter, self.known = kind, counter, known
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         counter, inputs = self.counter, tree_leaves((args, kwargs))
-        key = (*kwargs, *(_shape(one) if isinstance(one, Tensor) else repr(one) for one in inputs))
+        key = (self.kind, *kwargs, *(_layout(one) if isinstance(one, Tensor) else repr(one) for one in inputs))
         before, alive = counter.cost, counter.alive
         if key in self.known:
-            spent, (size, stride, dtype) = self.known[key]
+            work, (size, stride, dtype) = self.known[key]
             out = torch.empty_strided(size, stride, dtype=dtype, device="meta")
-            counter.products, counter.convolutions, counter.moved, counter.calls = (
-                was + more for was, more in zip(before[:4], spent[:4], strict=True)
-            )
-            counter.peak = max(alive + spent.peak, before.peak)
-            return out
-        counter.peak = alive
-        out = self.wrapped(*args, **kwargs)
-        after = counter.cost
-        counter.peak = max(after.peak, before.peak)
-        held = {one.untyped_storage()._cdata for one in inputs if isinstance(one, Tensor)}
-        if isinstance(out, Tensor) and out.untyped_storage()._cdata not in held:
-            spent = (now - was for now, was in zip(after[:4], before[:4], strict=True))
-            self.known[key] = Cost(*spent, after.peak - alive), _shape(out)
+        else:
+            counter.cost = Cost()
+            out = self.wrapped(*args, **kwargs)
+            work = counter.cost._replace(peak=counter.cost.peak - alive)
+            if isinstance(out, Tensor) and _storage(out) not in map(_storage, _tensors(inputs)):
+                self.known[key] = work, _layout(out)
+        counter.cost = before.then(work._replace(peak=alive + work.peak))
         return out
 
 
-def count_repeats_once(model: nn.Module, counter: OperationCounter) -> nn.Module:
-    """Wraps the parts of a meta model, so that `counter` traces each once for inputs of the same shapes."""
-    containers = nn.ModuleList | nn.ModuleDict | nn.Sequential
-
-    def wrapped(module: nn.Module) -> nn.Module:
-        has_parts = any(module.children()) and not isinstance(module, containers)
-        return _CountedOnce(module, counter) if has_parts else module
-
-    return replace_modules(model, wrapped)
+def _structure(module: nn.Module) -> tuple[Any, ...]:
+    """What decides the operations of a module: the same for modules that are built alike."""
+    if isinstance(module, _CountedOnce):
+        return (module.kind,)
+    tensors = (*module._parameters.items(), *module._buffers.items())
+    return (
+        type(module),
+        *((name, repr(value)) for name, value in vars(module).items() if name not in MODULE_ATTRIBUTES),
+        *((name, _layout(tensor)) for name, tensor in tensors if tensor is not None),
+        *((name, _structure(child)) for name, child in module.named_children()),
+    )
 
 
 def num_bytes(tensor: Tensor) -> int:
@@ -174,5 +185,13 @@ def num_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _shape(tensor: Tensor) -> tuple[Any, ...]:
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
