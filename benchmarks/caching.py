@@ -38,9 +38,10 @@ from opensora.datasets.synthetic.render import Clip, make_clip
 from opensora.files import atomic_write
 from opensora.pipeline.denoise import denoise
 from opensora.pipeline.job import Job
+from opensora.pipeline.job_spec import JobSpec
 from opensora.pipeline.loaded_models import LoadedModels
 from opensora.pipeline.noise import initial_noise, noise_generator
-from opensora.pipeline.output_files import check_folder
+from opensora.pipeline.output_folder import check_folder
 from opensora.pipeline.step_cache import psnr
 from opensora.pipeline.text_encoding import encode_texts
 
@@ -67,7 +68,7 @@ class Bench:
         config["scheduler"] = {**config["scheduler"], "num_sampling_steps": steps}
         self.settings = InferenceSettings.from_config(config, file.name)
         models = self.models = LoadedModels(self.settings)
-        job = self.job = Job(self.settings, models, to_files=False)
+        job = self.job = Job(JobSpec(self.settings, to_files=False), models)
         models.locate()
         self.texts = encode_texts(models, job, list(texts))
         models.load(job.size)
@@ -78,7 +79,7 @@ class Bench:
     def latents(self, text: str, number: int, method: Method, counter: list[int] | None = None) -> Tensor:
         """Clean latents of a text from noise number `number`."""
         scheduler = {**self.settings.scheduler, "num_sampling_steps": method.steps}
-        job = Job(dataclasses.replace(self.settings, scheduler=scheduler), self.models, to_files=False)
+        job = Job(JobSpec(dataclasses.replace(self.settings, scheduler=scheduler), to_files=False), self.models)
         noise, source = initial_noise(self.seed, number, 0, self.shape)[None], [noise_generator(self.seed, number, 0)]
         return self.denoise(job, noise, text, method.cache, counter=[] if counter is None else counter, source=source)
 

@@ -18,7 +18,7 @@ import torch
 from opensora.checkpoints.read import read_state_dict
 from opensora.checkpoints.save import save_file
 from opensora.cli import main
-from opensora.pipeline import denoise, outputs, pipeline
+from opensora.pipeline import denoise, output_files, pipeline
 from tests.checkpoints import SAMPLE, SCRIPT, run_script, snapshot, tree, use_cache
 from tests.tiny import make_tiny_stdit3, make_tiny_t5
 
@@ -65,7 +65,7 @@ NAMES = [
     (("--num-frames", "2x0"), "number of frames '2x0' is not known; did you mean '2x'?"),
     (("--num-frames", "3s"), "number of frames '3s' is not known; did you mean "),
     (("--dtype", "fp8"), "dtype 'fp8' is not known; did you mean 'fp32'? choose one of bf16"),
-    (("--device", "tpu9"), "device 'tpu9' cannot be used here; this machine has "),
+    (("--device", "tpu9"), "device 'tpu9' is not known; did you mean"),
     (("--cfg-options", "num_frame=3"), "sample.py: unknown setting 'num_frame'; did you mean 'num_frames'?"),
     (("--cfg-options", "model.dept=3"), "sample.py: unknown setting 'model.dept'; did you mean 'depth'?"),
     (("--cfg-options", "vae.micro_batch=3"), "unknown setting 'vae.micro_batch'; did you mean 'micro_batch_size'?"),
@@ -277,14 +277,14 @@ def test_full_disk(here, capsys, frames, limit):
 
 def test_what_was_made_before_stays(here, capsys, monkeypatch):
     """A failure at the second result leaves the first one whole, and no third."""
-    write = outputs.encode_output
+    write = output_files.encode_output
 
     def fill(frames, media, *rest):
         if media.name.endswith("0001.mp4"):
             raise pipeline.ConfigError("stopped")
         return write(frames, media, *rest)
 
-    monkeypatch.setattr(outputs, "encode_output", fill)
+    monkeypatch.setattr(output_files, "encode_output", fill)
     assert run_script(SAMPLE, *SMALL, "--prompt", "a", "b", "c", "--save-dir", "out") == 1
     assert sorted(path.name for path in (here / "out").iterdir()) == ["sample_0000.json", "sample_0000.mp4"]
 

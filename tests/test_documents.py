@@ -33,6 +33,7 @@ from opensora.datasets.synthetic.render import make_clip
 from opensora.datasets.video import write_image, write_video
 from opensora.pipeline.conditioning import place_media
 from opensora.pipeline.job import Job
+from opensora.pipeline.job_spec import JobSpec
 from opensora.pipeline.loaded_models import LoadedModels
 from opensora.training.result import TrainResult
 from tests import zoo
@@ -367,7 +368,7 @@ def here(prepared: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def check_request(settings: InferenceSettings) -> int:
     """All that can be said about a request without reading a weight: sizes, prompts, references, masks, loops."""
-    job = Job(settings, LoadedModels(settings))
+    job = Job(JobSpec(settings), LoadedModels(settings))
     assert job.requests
     vae = builder.build_model(settings.vae, builder.find_weights(settings.vae, "vae"))
     model = SimpleNamespace(patch_size=(1, 2, 2))  # its checkpoint may be what a command before this one writes

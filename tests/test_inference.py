@@ -30,6 +30,7 @@ from opensora.errors import ConfigError, WeightsError
 from opensora.models.text_encoder.t5 import T5Encoder
 from opensora.pipeline import denoise, generation, text_encoding
 from opensora.pipeline.job import Job
+from opensora.pipeline.job_spec import JobSpec
 from opensora.pipeline.loaded_models import LoadedModels
 from opensora.pipeline.pipeline import VideoPipeline
 from opensora.pipeline.recipe import frames_digest, read_recipe
@@ -335,7 +336,7 @@ def test_classes_have_no_negative_prompt(here):
 
 
 def job_of(settings: InferenceSettings) -> Job:
-    return Job(settings, LoadedModels(settings))
+    return Job(JobSpec(settings), LoadedModels(settings))
 
 
 def settings_of(**changes: Any) -> InferenceSettings:

@@ -19,7 +19,6 @@ from opensora.datasets.video import read_image
 from opensora.errors import ConfigError, MediaError, WeightsError
 from opensora.files import atomic as files
 from opensora.files import atomic_create, atomic_write
-from opensora.pipeline import outputs
 from opensora.pipeline.output_names import save_path_name
 from opensora.pipeline.outputs import Outputs
 from opensora.pipeline.recipe import make_recipe, read_recipe
@@ -282,7 +281,7 @@ def test_an_exception_at_any_line_leaves_all_or_nothing(
     assert found == new and at > 20 and False in seen
 
 
-@pytest.mark.parametrize("part", ["encode_output", "encode_image"])
+@pytest.mark.parametrize("part", ["pipeline.output_files.encode_output", "datasets.video.encode_image"])
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt(), MediaError("NaN")])
 def test_the_old_result_stays_until_all_parts_are_there(
     part: str, failure: BaseException, monkeypatch: pytest.MonkeyPatch
@@ -290,7 +289,7 @@ def test_the_old_result_stays_until_all_parts_are_there(
     settings = {"preview": True, "overwrite": True, "stops": True}
     make("a", **settings)
     before = tree(Path("out"))
-    monkeypatch.setattr(outputs, part, lambda *_: (_ for _ in ()).throw(failure))
+    monkeypatch.setattr(f"opensora.{part}", lambda *_: (_ for _ in ()).throw(failure))
     with pytest.raises((MediaError, KeyboardInterrupt)):
         make("b", **settings)
     assert tree(Path("out")) == before and len(before) == 4

@@ -13,7 +13,8 @@ from opensora.config.settings import InferenceSettings
 from opensora.datasets import video as media
 from opensora.errors import MediaError
 from opensora.pipeline import output_files
-from opensora.pipeline.output_files import check_folder, write_video
+from opensora.pipeline.output_files import write_video
+from opensora.pipeline.output_folder import check_folder
 from opensora.pipeline.outputs import Outputs
 from opensora.pipeline.recipe import frames_digest, make_recipe, read_recipe
 

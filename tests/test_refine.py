@@ -19,6 +19,7 @@ from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError
 from opensora.pipeline import prompt_refiner
 from opensora.pipeline.job import Job
+from opensora.pipeline.job_spec import JobSpec
 from opensora.pipeline.loaded_models import LoadedModels
 from opensora.pipeline.prompt_refiner import endpoint, refine_texts
 from opensora.pipeline.recipe import read_recipe
@@ -380,7 +381,7 @@ def test_nobody_is_asked_for_what_is_refused(here, server, capsys):
     ):
         assert run_script(SAMPLE, *ASK, *flags) == 1
     settings = parse_inference_args([SAMPLE, *ASK, "--prompt", "a"])
-    Job(settings, LoadedModels(settings))
+    Job(JobSpec(settings), LoadedModels(settings))
     assert not server.asked
 
 

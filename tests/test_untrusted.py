@@ -470,7 +470,7 @@ def test_the_other_samples_of_a_run_are_not_made_up(
     def counted(settings: InferenceSettings) -> list[Any]:
         raise ConfigError(f"{len(make_requests(settings))} requests")
 
-    monkeypatch.setattr("opensora.pipeline.job.make_requests", counted)
+    monkeypatch.setattr("opensora.pipeline.job_spec.make_requests", counted)
     forge(settings(num_sample=number))
     for command in ("replay", "continue"):
         assert "1 requests" in run(command, capsys)[1]

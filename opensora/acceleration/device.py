@@ -1,4 +1,4 @@
-"""The only module that names kinds of devices: which are available, which one a process uses, its memory and name."""
+"""The only module that asks for kinds of devices: which one a process uses, its memory and name."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from functools import cache
 
 import torch
 
-from opensora.errors import ConfigError, did_you_mean
+from opensora.acceleration.device_names import PACKAGES, check_device_name
+from opensora.errors import ConfigError
 
-# Kind of device -> the package that adds it to PyTorch; None for built-in ones.
-PACKAGES = {"cpu": None, "cuda": None, "mps": None, "xpu": None, "npu": "torch_npu", "gcu": "torch_gcu"}
 HOST = torch.device("cpu")
 
 
@@ -25,6 +24,7 @@ def pick_device(name: str | None = None) -> torch.device:
     if name is None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
+    check_device_name(name)
     _import_backend(name.partition(":")[0])
     try:
         device = torch.device(name)
@@ -57,8 +57,6 @@ def _import_backend(kind: str) -> None:
 def _missing(name: str) -> str:
     kind, here = name.partition(":")[0], pick_device().type
     text = f"device '{name}' cannot be used here; this machine has '{here}'"
-    if kind not in PACKAGES:
-        return f"{text}; known are {', '.join(PACKAGES)}{did_you_mean(kind, PACKAGES)}"
     if kind != here and kind != "cpu" and PACKAGES[kind] is None:
         return f"{text}; it needs a PyTorch that was built for {kind}, its driver and the device itself"
     return text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +14,24 @@ from opensora.acceleration.placement import to_device
 from opensora.acceleration.quantization import quantize
 from opensora.checkpoints.fit import load_weights
 from opensora.checkpoints.hub import locate, one_line, read_config_json
+from opensora.checkpoints.sections import WITHOUT_WEIGHTS, Section, check_section
 from opensora.checkpoints.summary import Summary
-from opensora.checkpoints.tokenizer import load_clip_tokenizer, load_t5_tokenizer, tokenizer_hash
+from opensora.checkpoints.tokenizer import check_tokenizer, tokenizer_hash
 from opensora.config.schema import check
-from opensora.config.sections import check_type, checked
-from opensora.config.sections.checkpoints import CLIPConfig, CLIPTextConfig, ModelMetadata, T5Config
+from opensora.config.sections import checked
+from opensora.config.sections.checkpoints import CLIPConfig, CLIPTextConfig, ModelMetadata, T5Config, TokenizerConfig
 from opensora.distributed.fsdp import shard
 from opensora.distributed.process_group import RankLayout
 from opensora.errors import ConfigError, OpenSoraError, WeightsError
+from opensora.files import read_json
 from opensora.models.text_encoder import t5
 from opensora.models.text_encoder.clip import make_clip
 from opensora.profiling.memory_meter import free_on_host
 
 TRAINING_ONLY = ("freeze", "freeze_y_embedder", "only_train_temporal", "drop_path", "freeze_vae_2d", "cal_loss")
-TABLES = {"model": registry.MODELS, "vae": registry.AUTOENCODERS, "text_encoder": registry.TEXT_ENCODERS}
 TEXT_CONFIGS = {"t5": T5Config, "clip": CLIPConfig, "clip_text": CLIPTextConfig}
-WITHOUT_WEIGHTS = ("classes",)
 MAX_LENGTHS = {"t5": 300, "clip": 77}  # tokens, where a section does not say
-Section = Mapping[str, Any]
 SINGLE_RANK = RankLayout()
-
-
-def check_section(section: Section, what: str) -> None:
-    """Raises ConfigError unless a "model", "vae" or "text_encoder" section is valid and names its weights."""
-    check_type(what, section.get("type"), TABLES[what])
-    checked(section, what)
-    if not section.get("from_pretrained") and section["type"] not in WITHOUT_WEIGHTS:
-        raise ConfigError(f"{what} has no weights: set from_pretrained to a folder, a file or a hub id")
 
 
 def find_weights(section: Section, what: str, offline: bool = False) -> Path | None:
@@ -123,20 +114,23 @@ def build_text_encoder(section: Section, path: Path | None, dtype: torch.dtype) 
     folder, kind, config = _folder(path), section["type"], config_json(path)
     schema = TEXT_CONFIGS["clip_text" if kind == "clip" and "text_config" not in config else kind]
     stated: Any = check(schema, config, str(config_file(path)), WeightsError)
-    length = section.get("model_max_length", MAX_LENGTHS[kind])
+    check_tokenizer(folder)
+    if (tokenizer := folder / "tokenizer_config.json").is_file():
+        check(TokenizerConfig, read_json(tokenizer, WeightsError), str(tokenizer), WeightsError)
     try:
+        length = section.get("model_max_length", MAX_LENGTHS[kind])
         encoder: Any
         if kind == "t5":
-            encoder = t5.make_t5(t5.T5Config(**dict(stated)), load_t5_tokenizer(folder), length, dtype)
+            encoder = t5.make_t5(t5.T5Config(**dict(stated)), folder, length, dtype)
         else:
-            encoder = make_clip(config, load_clip_tokenizer(folder), length, dtype)
+            encoder = make_clip(config, folder, length, dtype)
+        _check_vocabulary(encoder, folder)
+        return encoder
     except OpenSoraError:
         raise
-    except Exception as error:  # the tokenizers' libraries raise anything
+    except Exception as error:  # the tokenizer's libraries raise anything
         name = kind.upper()
         raise WeightsError(f"{folder}: no usable {name} configuration and tokenizer ({one_line(error)})") from error
-    _check_vocabulary(encoder, folder)
-    return encoder
 
 
 def tokenizer_sha256(path: Path | None) -> dict[str, str]:
@@ -149,13 +143,15 @@ def _folder(path: Path) -> Path:
 
 
 def _check_vocabulary(encoder: Any, folder: Path) -> None:
-    """Raises WeightsError for a tokenizer with more tokens than its model."""
+    """Raises WeightsError for a tokenizer with more tokens than its model, or without a padding token."""
     config = getattr(encoder.model, "text_model", encoder.model).config
     known, tokens = config.vocab_size, encoder.tokenizer.vocab_size
     if tokens > known:
         raise WeightsError(
             f"{folder}: its tokenizer has {tokens:,} tokens, its model {known:,}; they belong to different models"
         )
+    if encoder.tokenizer.pad_token_id is None:
+        raise WeightsError(f"{folder}: its tokenizer has no padding token; get tokenizer_config.json again")
 
 
 def load_text_encoder_weights(

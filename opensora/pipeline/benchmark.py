@@ -24,8 +24,9 @@ from opensora.pipeline import step_cache
 from opensora.pipeline.calibrated_cache import calibrated_cache
 from opensora.pipeline.generation import check, choose_memory_plan, generate_batch, refine
 from opensora.pipeline.job import Job
+from opensora.pipeline.job_spec import JobSpec
 from opensora.pipeline.loaded_models import LoadedModels
-from opensora.pipeline.output_files import check_folder
+from opensora.pipeline.output_folder import check_folder
 from opensora.pipeline.text_encoding import count_tokens, encode_texts
 from opensora.profiling import cost_model
 from opensora.profiling.operation_counter import Cost
@@ -37,7 +38,9 @@ STAGES = ("text", "denoise", "decode")
 Report = dict[str, Any]
 
 
-def run_benchmark(settings: InferenceSettings, warmup_count: int, eval_count: int) -> Report:
+def run_benchmark(
+    settings: InferenceSettings, warmup_count: int, eval_count: int, spec: JobSpec | None = None
+) -> Report:
     """The report of the first prompt, made `warmup_count` times untimed and `eval_count` times timed.
 
     For each stage: seconds of all timed runs, their median, and, where they can be counted, floating-point operations
@@ -47,7 +50,7 @@ def run_benchmark(settings: InferenceSettings, warmup_count: int, eval_count: in
         if value < least:
             raise ConfigError(f"{name} must be at least {least}; it is {value}")
     begin = time.perf_counter()
-    bench = _Bench(settings)
+    bench = _Bench(settings, spec)
     loading = time.perf_counter() - begin
     for _ in range(warmup_count):
         bench.run()
@@ -66,11 +69,9 @@ def run_benchmark(settings: InferenceSettings, warmup_count: int, eval_count: in
 class _Bench:
     """A request whose models are loaded and stay."""
 
-    def __init__(self, settings: InferenceSettings) -> None:
+    def __init__(self, settings: InferenceSettings, spec: JobSpec | None) -> None:
         models = self.models = LoadedModels(settings)
-        job = self.job = Job(settings, models)
-        if not job.requests:
-            raise ConfigError("no prompt given: give one with --prompt")
+        job = self.job = Job(spec or JobSpec(settings), models)
         if models.layout.world_size > 1:
             raise ConfigError("a benchmark runs on one device; start it without torchrun")
         models.locate()

@@ -14,8 +14,7 @@ from opensora.acceleration.step_cache.cached_sampling import Cache
 from opensora.pipeline import draft
 from opensora.pipeline.job import Job
 from opensora.pipeline.loaded_models import LoadedModels
-from opensora.pipeline.mask_strategy import condition_latents
-from opensora.pipeline.noise import initial_noise
+from opensora.pipeline.noise import condition_latents, initial_noise
 from opensora.pipeline.request import Request
 from opensora.pipeline.text_encoding import Texts
 from opensora.schedulers.common import SamplerState

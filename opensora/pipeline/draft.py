@@ -23,12 +23,12 @@ from opensora.config.schema import Name, Positive, Schema, check, shown
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError, WeightsError
 from opensora.files import check_file_name, open_bounded, parse_json
+from opensora.pipeline.output_names import DRAFT
 from opensora.pipeline.recipe import TOKENIZER, DraftRecipe, Recipe, check_recipe
 from opensora.schedulers.common import SamplerState
 
 FORMAT = 1
 KEY, DIGEST = "opensora_draft", "sha256"  # of the metadata
-SUFFIX = ".draft"  # of a result's name, before that of the file
 SHARE = 3  # --draft takes a third of the steps
 GENERATOR = "generator"  # the tensor with the state of the sampler's random numbers
 GIVEN = "given"  # the tensor that marks latent frames that are still clean
@@ -89,12 +89,12 @@ def load(file: str | Path) -> Draft:
     """The draft in a file. Raises WeightsError for one that is not a draft, damaged, or from a newer program."""
     file = Path(file)
     if not file.exists():
-        raise WeightsError(f"{file}: no such draft; give the {SUFFIX}.safetensors file that generate wrote")
+        raise WeightsError(f"{file}: no such draft; give the {DRAFT}.safetensors file that generate wrote")
     with open_bounded(file, MAX_BYTES, WeightsError):
         pass  # refuses devices and pipes
     metadata = read_metadata(file)
     if KEY not in metadata:
-        raise WeightsError(f"{file}: is not a draft; give the {SUFFIX}.safetensors file that generate wrote")
+        raise WeightsError(f"{file}: is not a draft; give the {DRAFT}.safetensors file that generate wrote")
     tensors = read_state_dict(file)
     if metadata.get(DIGEST) != _digest(metadata[KEY], tensors):
         raise WeightsError(f"{file}: is damaged, or was changed after it was written; create the draft again")
@@ -107,7 +107,7 @@ def load(file: str | Path) -> Draft:
         raise WeightsError(f"{file}: stands after {header.done} of {header.num_steps} steps; create the draft again")
     _check_tensors(file, tensors)
     name = check_file_name(header.name, str(file), WeightsError)
-    if (own := file.name.removesuffix(f"{SUFFIX}.safetensors")) != file.name:
+    if (own := file.name.removesuffix(f"{DRAFT}.safetensors")) != file.name:
         name = check_file_name(own, str(file), WeightsError)  # the file may have been renamed since
     x, generator = tensors.pop("x"), tensors.pop(GENERATOR)
     return Draft(

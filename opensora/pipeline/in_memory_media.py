@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias, Union
@@ -16,6 +15,7 @@ from torch import Tensor
 from opensora.datasets.video import MAX_PIXELS, check_pixels, check_side, image_to_uint8, to_uint8
 from opensora.errors import MediaError
 from opensora.files import error_message
+from opensora.pipeline.reference_path import MAX_FRAMES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 Pixels: TypeAlias = Union[np.ndarray, Tensor, "Image", Sequence["np.ndarray | Image"]]
 MediaInput: TypeAlias = Union[str, "os.PathLike[str]", Pixels]
 
-MAX_FRAMES = 4096  # of a reference
 TOLERANCE = 1e-3  # of float levels beyond their range, which rounding explains
-_NAME = re.compile(r"memory:[0-9a-f]{16}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +60,6 @@ class InMemoryMedia:
     def name(self) -> str:
         """`memory:` and the first 16 hexadecimal digits of the hash."""
         return f"memory:{self.sha256[:16]}"
-
-
-def is_in_memory(source: str) -> bool:
-    """Whether a source names media in memory rather than a file or a URL."""
-    return _NAME.fullmatch(source) is not None
 
 
 def media_sources(**inputs: MediaInput | None) -> tuple[dict[str, str], list[InMemoryMedia]]:

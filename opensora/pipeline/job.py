@@ -11,49 +11,29 @@ from typing import Any, TypeVar
 
 from opensora import registry
 from opensora.acceleration.step_cache.cached_sampling import Cache
-from opensora.config.settings import InferenceSettings
 from opensora.models.sizes import conditioning_kind, size_conditioning
 from opensora.pipeline import draft, media_conditions, step_cache, watermark
-from opensora.pipeline.draft import Draft
 from opensora.pipeline.in_memory_media import InMemoryMedia
+from opensora.pipeline.job_spec import JobSpec
 from opensora.pipeline.loaded_models import LoadedModels
 from opensora.pipeline.mask_strategy import ClipConditioning
-from opensora.pipeline.outputs import Outputs
-from opensora.pipeline.prompts import negative_text
 from opensora.pipeline.recipe import Recipe, make_recipe
 from opensora.pipeline.references import References
-from opensora.pipeline.request import (
-    Request,
-    check_addresses,
-    check_keeps_frames,
-    check_refiner,
-    check_sections,
-    make_requests,
-    make_size,
-)
+from opensora.pipeline.request import Request, check_keeps_frames
 
 logger = logging.getLogger("opensora")
 T = TypeVar("T")
 
 
 class Job:
-    """The requests of one call and their state. What needs no model is checked on construction.
+    """The requests of one call and their state.
 
-    sample: generate only this sample of each prompt
-    drafts: the drafts to finish, one for each prompt
-    media: images and videos in memory that the settings name
-    to_files: name the outputs of the requests, and refuse names that clash
-    Raises ConfigError or MediaError.
+    `media` holds the images and videos in memory that the settings name. Raises ConfigError or MediaError.
     """
 
-    def __init__(
-        self, settings: InferenceSettings, models: LoadedModels, *, sample: int | None = None,
-        drafts: Sequence[Draft] = (), media: Sequence[InMemoryMedia] = (), to_files: bool = True,
-    ) -> None:  # fmt: skip
-        check_sections(settings)
-        check_refiner(settings)
-        self.settings = settings
-        self.size = make_size(settings)
+    def __init__(self, spec: JobSpec, models: LoadedModels, media: Sequence[InMemoryMedia] = ()) -> None:
+        settings = self.settings = spec.settings
+        self.size, self.requests, self.outputs, self.to_files = spec.size, spec.requests, spec.outputs, spec.to_files
         self.frame_size = self.size.rounded[1:]  # (height, width) in pixels of the output
         self.scheduler = registry.build(settings.section("scheduler"))
         self.cache = step_cache.from_settings(settings)
@@ -62,30 +42,14 @@ class Job:
         height_width, num_frames = self.size[1:], self.size.num_frames
         self.conditioning = size_conditioning(kind, 1, height_width, num_frames, settings.fps, device=models.device)
         watermark.check(settings.watermark, self.frame_size)
-
-        named = settings if sample is None and not drafts else dataclasses.replace(settings, num_sample=1)
-        requests = make_requests(named)
-        self.outputs = Outputs(named, self.size.num_frames, bool(self.stop))
-        self.to_files = to_files
-        if to_files:
-            requests = self.outputs.assign_paths(requests)
-        if sample is not None:
-            requests = [request._replace(sample=sample) for request in requests]
-        if drafts:
-            pairs = zip(requests, drafts, strict=True)
-            requests = [one._replace(sample=begun.recipe["sample_index"], path=begun.path) for one, begun in pairs]
-        self.requests: list[Request] = requests
-        self.drafts = {one.path: one for one in drafts}
-
-        check_addresses(settings, requests)
-        self.negative_text = negative_text(settings)
+        self.drafts = {one.path: one for one in spec.drafts}
+        self.negative_text = spec.negative_text
         if self.negative_text is not None and self.scheduler.num_branches == 1:
             logger.warning("negative_prompt has no effect: at cfg_scale 1 nothing is guided")
             self.negative_text = None
-        given = media_conditions.media_paths(settings)
-        check_keeps_frames(settings, self.scheduler, requests, bool(given))
+        check_keeps_frames(settings, self.scheduler, self.requests, bool(spec.media))
         self.references = References(self.frame_size, offline=settings.offline, media=media)
-        for path in dict.fromkeys([*(one.reference_path for one in requests), ";".join(given)]):
+        for path in dict.fromkeys([*(one.reference_path for one in self.requests), ";".join(spec.media)]):
             self.references.check(path)
 
         self.align = settings.align  # latent frames that references start at multiples of

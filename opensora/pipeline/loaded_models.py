@@ -22,6 +22,7 @@ from opensora.acceleration.memory_plan import BY_NAME, FAST, MemoryPlan
 from opensora.acceleration.offload import Offloader
 from opensora.acceleration.precision import inference_dtype
 from opensora.checkpoints import builder
+from opensora.checkpoints.sections import check_section
 from opensora.checkpoints.summary import Summary
 from opensora.config.settings import InferenceSettings
 from opensora.distributed.failures import report_first_failure
@@ -63,7 +64,7 @@ class LoadedModels:
     def __init__(self, settings: InferenceSettings) -> None:
         """Checks what needs no file. Raises ConfigError."""
         for part in PARTS:
-            builder.check_section(getattr(settings, part), part)
+            check_section(getattr(settings, part), part)
         self.settings = settings
         self.device = pick_device(settings.device)
         self.layout = start(self.device, world_size())

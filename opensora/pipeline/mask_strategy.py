@@ -1,8 +1,8 @@
 """Mask strategies: which latent frames of a clip are taken from references, and which of those are repainted.
 
-`parse_mask_strategy` reads the text, `timeline` decides for every latent frame where it comes from, and
-`condition_latents` copies the frames into the noise. Latents are [C, T, H, W]; `edit` [T] is 0 for a latent frame that
-is kept, 1 for one that is generated, and between them the time from which on a reference is repainted.
+`parse_mask_strategy` reads the text, `timeline` decides for every latent frame where it comes from. `edit` [T] is 0 for
+a latent frame that is kept, 1 for one that is generated, and between them the time from which on a reference is
+repainted.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from opensora.config.schema import shown
 from opensora.errors import ConfigError
@@ -113,18 +110,6 @@ def clip_conditioning(
             edit[one.target_start + offset] = one.edit
             sources[one.target_start + offset] = (one.reference, one.reference_start + offset)
     return ClipConditioning(tuple(resolved), tuple(edit), tuple(sources))
-
-
-def condition_latents(
-    noise: Tensor, references: Sequence[Tensor], conditioning: ClipConditioning
-) -> tuple[Tensor, Tensor]:
-    """Noise [C, T, H, W] with frames of the encoded references [C, T', H, W] in place, and `edit` [T] float32."""
-    latents = noise.clone()
-    for frame, source in enumerate(conditioning.sources):
-        if source is not None:
-            reference, reference_frame = source
-            latents[:, frame] = references[reference][:, reference_frame].to(latents)
-    return latents, torch.tensor(conditioning.edit)
 
 
 def _resolve(

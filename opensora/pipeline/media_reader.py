@@ -17,8 +17,9 @@ from opensora.datasets.transforms import get_transform
 from opensora.datasets.video import is_image, iterate_video, read_image
 from opensora.errors import MediaError
 from opensora.files import error_message
-from opensora.pipeline.in_memory_media import MAX_FRAMES, InMemoryMedia, is_in_memory
-from opensora.pipeline.remote_media import check_url, fetch, is_url
+from opensora.pipeline.in_memory_media import InMemoryMedia
+from opensora.pipeline.reference_path import MAX_FRAMES, is_in_memory, is_url
+from opensora.pipeline.remote_media import check_url, fetch
 
 MAX_PIXELS = 2**30  # of all its frames at the requested size: 12 GiB as float32
 MAX_FILE_BYTES = 2**34  # of a local file

@@ -1,4 +1,4 @@
-"""Random generators keyed by (seed, sample, loop), so that noise does not depend on the batch."""
+"""The noise of a clip, keyed by (seed, sample, loop) so that it does not depend on the batch, and references in it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
+from opensora.pipeline.mask_strategy import ClipConditioning
 
 
 def noise_generator(seed: int, sample: int, loop: int = 0, stream: str = "edit") -> torch.Generator:
@@ -23,3 +26,15 @@ def noise_generator(seed: int, sample: int, loop: int = 0, stream: str = "edit")
 def initial_noise(seed: int, sample: int, loop: int, shape: Sequence[int]) -> torch.Tensor:
     """Standard-normal latent [C, T, H, W] of one clip, float32 on the CPU; move and split it afterwards."""
     return torch.randn(tuple(shape), generator=noise_generator(seed, sample, loop, stream="initial"))
+
+
+def condition_latents(
+    noise: Tensor, references: Sequence[Tensor], conditioning: ClipConditioning
+) -> tuple[Tensor, Tensor]:
+    """Noise [C, T, H, W] with frames of the encoded references [C, T', H, W] in place, and `edit` [T] float32."""
+    latents = noise.clone()
+    for frame, source in enumerate(conditioning.sources):
+        if source is not None:
+            reference, reference_frame = source
+            latents[:, frame] = references[reference][:, reference_frame].to(latents)
+    return latents, torch.tensor(conditioning.edit)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +13,6 @@ from opensora.errors import MediaError
 from opensora.files import atomic_write
 from opensora.pipeline.output_names import IMAGE, VIDEO
 from opensora.pipeline.recipe import KEY, Recipe, with_output
-from opensora.signals import defer_stop_signals
 
 
 def write_video(path: str | os.PathLike[str], frames: np.ndarray, fps: float, recipe: Recipe) -> Path:
@@ -66,31 +62,3 @@ def _encode_gif(frames: np.ndarray, path: Path, fps: float) -> None:
     first, *others = map(Image.fromarray, frames)
     duration = round(1000 / fps)  # milliseconds
     first.save(path, format="gif", save_all=True, append_images=others, duration=duration, loop=0)
-
-
-def check_folder(path: str | Path) -> Path:
-    """Creates the folder and writes a temporary file to it, before long work. Raises MediaError where that fails."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(4096))
-    except OSError as error:
-        reason = error.strerror or error
-        raise MediaError(f"{folder}: outputs cannot be saved there ({reason}); choose another --save-dir") from error
-    return folder
-
-
-@contextmanager
-def output_folder(path: str | Path) -> Iterator[None]:
-    """`check_folder` at the start; at the end, folders that it created and that are still empty are removed."""
-    folder = Path(path)
-    created = [part for part in (folder, *folder.parents) if not part.exists()]
-    try:
-        check_folder(folder)
-        yield
-    finally:
-        with defer_stop_signals():
-            for part in created:
-                with suppress(OSError):
-                    part.rmdir()

@@ -18,6 +18,7 @@ from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError
 
 IMAGE, VIDEO = ".png", ".mp4"
+DRAFT = ".draft"  # of the files of a draft, before their suffix
 MAX_NAME_BYTES = 200  # of a file name, which leaves room for a suffix below the usual limit of 255
 
 

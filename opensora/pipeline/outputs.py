@@ -10,19 +10,18 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple
 
 from opensora.config.settings import InferenceSettings
-from opensora.datasets.video import contact_sheet, encode_image
 from opensora.errors import ConfigError, MediaError, WeightsError
 from opensora.files import atomic_create, atomic_write, error_message
-from opensora.pipeline.draft import SUFFIX
-from opensora.pipeline.output_files import encode_output
-from opensora.pipeline.output_names import OutputNames, same_file_key
-from opensora.pipeline.recipe import Recipe
+from opensora.pipeline.output_names import DRAFT, OutputNames, same_file_key
 from opensora.pipeline.request import Request
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from opensora.pipeline.recipe import Recipe
 
 logger = logging.getLogger("opensora")
 
@@ -75,7 +74,7 @@ class Outputs:
 
     def files(self, path: str) -> list[Path]:
         """The files of a result: media, recipe, the preview if asked for, and the state of a draft."""
-        base = f"{path}{SUFFIX}" if self.stops else path
+        base = f"{path}{DRAFT}" if self.stops else path
         suffixes = [self.names.suffix, ".json"]
         suffixes += [".preview.png"] if self.settings.preview else []
         suffixes += [".safetensors"] if self.stops else []
@@ -91,18 +90,24 @@ class Outputs:
             logger.info("%s exists and is kept", found)
         return found is not None
 
-    def check(self, paths: Sequence[str]) -> None:
-        """Logs which files will be replaced. Raises MediaError for one that may not be."""
-        existing = [(path, file) for path in paths for file in self.files(path) if os.path.lexists(file)]
-        for path, file in existing:
+    def check_conflicts(self, paths: Sequence[str]) -> None:
+        """Raises MediaError for a file that exists and may not be replaced."""
+        for path, file in self._existing(paths):
             if not (file.is_file() or file.is_symlink()):
                 raise MediaError(f"{file}: is not a file, but a result must be written there; move it")
             if not self._replaces(path) and not self.names.is_numbered(path):
                 remedy = "move it, choose another name, or replace it with --overwrite"
                 raise MediaError(f"{file}: already exists, from another request; {remedy}")
-        if existing:
+
+    def check(self, paths: Sequence[str]) -> None:
+        """Logs which files will be replaced. Raises MediaError for one that may not be."""
+        self.check_conflicts(paths)
+        if existing := self._existing(paths):
             more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
             logger.info("replaces %s%s", existing[0][1], more)
+
+    def _existing(self, paths: Sequence[str]) -> list[tuple[str, Path]]:
+        return [(path, file) for path in paths for file in self.files(path) if os.path.lexists(file)]
 
     def write(
         self, path: str, frames: np.ndarray, recipe: Recipe, save_state: Callable[[Path, str], None] | None = None
@@ -111,6 +116,9 @@ class Outputs:
 
         `save_state(file, name)` writes the state of a draft. Raises MediaError.
         """
+        from opensora.datasets.video import contact_sheet, encode_image
+        from opensora.pipeline.output_files import encode_output
+
         with self._writing(path) as (temporaries, files):
             media, sidecar, *others = temporaries
             encode_output(frames, media, sidecar, self.settings.output_fps, recipe)

@@ -22,8 +22,9 @@ from opensora.pipeline.denoise import timesteps
 from opensora.pipeline.generation import Result, StepEnd, generate
 from opensora.pipeline.in_memory_media import MediaInput
 from opensora.pipeline.job import Job
+from opensora.pipeline.job_spec import JobSpec
 from opensora.pipeline.loaded_models import LoadedModels
-from opensora.pipeline.output_files import output_folder
+from opensora.pipeline.output_folder import output_folder
 from opensora.pipeline.outputs import Output
 from opensora.pipeline.plan import Plan, plan_job
 from opensora.pipeline.video import OUTPUT_TYPES, Video
@@ -118,15 +119,13 @@ class VideoPipeline:
         """Ends the running call within one step, which raises Cancelled. Any thread and callback may call this."""
         self._interrupt = True
 
-    def generate(self, job: Job | None = None) -> Iterator[Output]:
-        """Generates a job, or the prompts of the settings, into files, one after the other.
+    def generate(self, spec: JobSpec | None = None) -> Iterator[Output]:
+        """Generates what `spec` asks for, by default the prompts of the settings, into files, one after the other.
 
         With `prompt_as_path` those that exist are kept. Raises ConfigError, MediaError or WeightsError.
         """
         with self._exclusive(), report_first_failure():
-            job = job or Job(self.settings, self.models)
-            if not job.requests:
-                raise ConfigError("no prompt given: give one, or --prompt-path with a file of prompts")
+            job = Job(spec or JobSpec(self.settings), self.models)
             layout = self.models.layout
             wanted = broadcast_object([one for one in job.requests if not job.outputs.keeps_existing(one.path)], layout)
             if not wanted:
@@ -140,7 +139,7 @@ class VideoPipeline:
 
     def _job(self, given: Mapping[str, Any]) -> Job:
         settings, media = arguments.call_settings(self.settings, given)
-        return Job(settings, self.models, media=media, to_files=False)
+        return Job(JobSpec(settings, to_files=False), self.models, media)
 
     def _run(self, job: Job, output_type: str, callback: Callback | None) -> Iterator[Video]:
         if output_type not in OUTPUT_TYPES:

@@ -15,9 +15,10 @@ from opensora.errors import ConfigError
 from opensora.pipeline import prompt_refiner
 from opensora.pipeline.generation import check
 from opensora.pipeline.job import Job
+from opensora.pipeline.job_spec import JobSpec
 from opensora.pipeline.loaded_models import LoadedModels
 from opensora.pipeline.mask_strategy import ClipConditioning, ReferencePlacement, parse_mask_strategy
-from opensora.pipeline.output_files import output_folder
+from opensora.pipeline.output_folder import output_folder
 from opensora.pipeline.request import SPATIAL_FACTOR, Request
 from opensora.pipeline.stage_costs import ResourceEstimate, Stage
 from opensora.pipeline.text_encoding import portions
@@ -136,19 +137,19 @@ class Plan:
             yield "it does not fit; " + (f"this does: {found}" if found else "nothing smaller was found that does")
 
 
-def make_plan(settings: InferenceSettings) -> Plan:
-    """What a request would do. Raises whatever generation would raise before it reads a weight.
+def make_plan(settings: InferenceSettings, spec: JobSpec | None = None) -> Plan:
+    """What a request would do: `spec`, by default that of the settings.
+
+    Raises whatever generation would raise before it reads a weight.
 
     Nothing is downloaded but references. Weights that would have to be are taken to be those of their type.
     """
     models = LoadedModels(settings)
-    return plan_job(models, Job(settings, models))
+    return plan_job(models, Job(spec or JobSpec(settings), models))
 
 
 def plan_job(models: LoadedModels, job: Job) -> Plan:
     """The plan of a job on models, which need not be loaded and stay as they are."""
-    if not job.requests:
-        raise ConfigError("no prompt given: give one, or --prompt-path with a file of prompts")
     wanted = [request for request in job.requests if not job.outputs.keeps_existing(request.path)]
     with output_folder(job.outputs.folder) if job.to_files else nullcontext():
         if job.to_files:

@@ -13,7 +13,6 @@ import re
 import time
 from collections.abc import Iterable
 from contextlib import closing
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from urllib.parse import SplitResult, urlsplit
 
 from opensora.config.settings import InferenceSettings
@@ -70,6 +69,8 @@ def refine_texts(texts: Iterable[str], where: tuple[SplitResult, str, str]) -> d
 
     After a failed connection the remaining texts are not sent.
     """
+    from http.client import HTTPException
+
     refined = {text: text for text in texts}
     for text in filter(str.strip, refined):
         try:
@@ -102,6 +103,8 @@ def _refine(text: str, base: SplitResult, model: str, key: str) -> str:
 
 def _post(base: SplitResult, request: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
     """The status and body of the answer, the body at most a byte over the limit. Raises TimeoutError."""
+
+    from http.client import HTTPConnection, HTTPSConnection
 
     def post() -> tuple[int, bytes]:
         kind = HTTPSConnection if base.scheme == "https" else HTTPConnection

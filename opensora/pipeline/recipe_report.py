@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora.pipeline import draft
+from opensora.pipeline.output_names import DRAFT
 from opensora.pipeline.recipe import Recipe, read_recipe
 
 MEDIA = (".mp4", ".png", ".json", ".mov", ".mkv", ".webm", ".gif", ".webp", ".apng", ".jpg", ".jpeg")
@@ -20,7 +21,7 @@ def is_output(path: str | Path) -> bool:
 
 
 def _is_draft(path: str | Path) -> bool:
-    return str(path).lower().endswith(f"{draft.SUFFIX}.safetensors")
+    return str(path).lower().endswith(f"{DRAFT}.safetensors")
 
 
 def describe_output(path: str | Path) -> str:

@@ -1,68 +1,20 @@
-"""Reference images and videos of a prompt: parsed, checked before long work, and read at the requested size.
-
-A `reference_path` lists sources separated by `;`: paths, URLs, or names of media in memory. `#first=17` or `#last=17`
-after a source takes that many frames of a video, `#hold=17` repeats an image.
-"""
+"""Reference images and videos of a prompt: checked before long work, and read at the requested size."""
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from torch import Tensor
 
 from opensora.config.schema import shown
 from opensora.errors import ConfigError, MediaError
-from opensora.pipeline.in_memory_media import MAX_FRAMES, InMemoryMedia
+from opensora.pipeline.in_memory_media import InMemoryMedia
 from opensora.pipeline.media_reader import MediaReader, max_frames
-from opensora.pipeline.remote_media import is_url
+from opensora.pipeline.reference_path import Reference, is_url, parse_references, split_references, urls
 
-MAX_REFERENCES = 100  # of a prompt
 MAX_CACHED_BYTES = 2**29  # of frames between their check and their use
-_SELECTION = re.compile(r"(.+)#(first|last|hold)=([1-9]\d*)")
-
-
-class Reference(NamedTuple):
-    """A source and which of its frames are taken: all, the `first` or `last` ones, or an image on `hold`."""
-
-    source: str
-    kind: str | None = None
-    length: int = 0
-
-    @classmethod
-    def parse(cls, text: str) -> Reference:
-        """Raises ConfigError for a number of frames beyond the limit, and for two selections of one source."""
-        match = _SELECTION.fullmatch(text)
-        if match is None:
-            return cls(text)
-        if _SELECTION.fullmatch(match[1]):
-            raise ConfigError(f"reference {shown(text)}: takes a part of a part; give one of #first, #last, #hold")
-        if len(match[3]) > 9 or int(match[3]) > MAX_FRAMES:
-            raise ConfigError(f"reference {shown(text)}: #{match[2]} takes at most {MAX_FRAMES} frames")
-        return cls(match[1], match[2], int(match[3]))
-
-    def num_frames(self, available: int, size: tuple[int, int]) -> int:
-        """The number of frames taken of a source with `available` frames of `size`. Raises MediaError for too few."""
-        if self.kind == "hold" and self.length > (most := max_frames(size)):
-            problem = f"#hold={self.length} is above {most}, the most frames of {size[0]}x{size[1]}"
-            raise MediaError(f"reference {shown(self.source)}: {problem}; give fewer")
-        if self.kind == "hold" and available > 1:
-            problem = f"has {available} frames where an image is needed; give an image"
-            raise MediaError(f"reference {shown(self.source)}: {problem}")
-        if self.kind == "last" and available < self.length:
-            problem = f"has {available} frames, and {self.length} are to be kept; give a longer video"
-            raise MediaError(f"reference {shown(self.source)}: {problem}")
-        return {"hold": self.length, None: available}.get(self.kind, min(self.length, available))
-
-    def select(self, frames: Tensor) -> Tensor:
-        """The frames taken of all frames [3, T, H, W] of the source."""
-        count = self.num_frames(frames.shape[1], (frames.shape[2], frames.shape[3]))
-        if self.kind == "hold":
-            return frames.expand(-1, count, -1, -1)
-        return frames[:, -count:] if self.kind == "last" else frames[:, :count]
 
 
 class References:
@@ -93,7 +45,7 @@ class References:
 
     def read(self, text: str | None) -> list[Tensor]:
         """The frames of each reference as `read_reference` returns them; none for None and ""."""
-        return [reference.select(self._frames(reference.source)) for reference in parse_references(text)]
+        return [_select(reference, self._frames(reference.source)) for reference in parse_references(text)]
 
     def hashes(self, text: str | None) -> dict[str, str]:
         """The SHA-256 of each source, as `content_hashes` returns them."""
@@ -108,7 +60,7 @@ class References:
     def _count(self, reference: Reference) -> int:
         if reference.source not in self._available:
             self._frames(reference.source)
-        return reference.num_frames(self._available[reference.source], self.size)
+        return _num_frames(reference, self._available[reference.source], self.size)
 
     def _frames(self, source: str) -> Tensor:
         if source in self._cached:
@@ -140,7 +92,7 @@ def read_reference(
     """
     reference = Reference.parse(text)
     reader = MediaReader(cache=cache, allow_private=allow_private)
-    return reference.select(reader.read(reference.source, size, transform))
+    return _select(reference, reader.read(reference.source, size, transform))
 
 
 def content_hashes(
@@ -153,26 +105,28 @@ def content_hashes(
     return _hashes(text, MediaReader(media, allow_private=allow_private))
 
 
+def _num_frames(reference: Reference, available: int, size: tuple[int, int]) -> int:
+    """The number of frames taken of a source with `available` frames of `size`. Raises MediaError for too few."""
+    if reference.kind == "hold" and reference.length > (most := max_frames(size)):
+        problem = f"#hold={reference.length} is above {most}, the most frames of {size[0]}x{size[1]}"
+        raise MediaError(f"reference {shown(reference.source)}: {problem}; give fewer")
+    if reference.kind == "hold" and available > 1:
+        problem = f"has {available} frames where an image is needed; give an image"
+        raise MediaError(f"reference {shown(reference.source)}: {problem}")
+    if reference.kind == "last" and available < reference.length:
+        problem = f"has {available} frames, and {reference.length} are to be kept; give a longer video"
+        raise MediaError(f"reference {shown(reference.source)}: {problem}")
+    return {"hold": reference.length, None: available}.get(reference.kind, min(reference.length, available))
+
+
+def _select(reference: Reference, frames: Tensor) -> Tensor:
+    """The frames taken of all frames [3, T, H, W] of the source."""
+    count = _num_frames(reference, frames.shape[1], (frames.shape[2], frames.shape[3]))
+    if reference.kind == "hold":
+        return frames.expand(-1, count, -1, -1)
+    return frames[:, -count:] if reference.kind == "last" else frames[:, :count]
+
+
 def _hashes(text: str | None, reader: MediaReader) -> dict[str, str]:
     sources = dict.fromkeys(reference.source for reference in parse_references(text))
     return {source: reader.sha256(source) for source in sources}
-
-
-def urls(text: str | None) -> list[str]:
-    """The references that are URLs."""
-    return [one for one in split_references(text) if is_url(one)]
-
-
-def parse_references(text: str | None) -> list[Reference]:
-    """The references of "a.png;b.mp4#last=17". Raises ConfigError as `split_references` and `Reference.parse` do."""
-    return [Reference.parse(one) for one in split_references(text)]
-
-
-def split_references(text: str | None) -> list[str]:
-    """The texts between the `;` of "a.png;b.mp4". Raises ConfigError for an empty one, and for more than a hundred."""
-    if text and (count := text.count(";") + 1) > MAX_REFERENCES:
-        raise ConfigError(f"reference_path {shown(text)} has {count:,} entries; give at most {MAX_REFERENCES}")
-    sources = text.split(";") if text else []
-    if not all(source.strip() for source in sources):
-        raise ConfigError(f"reference_path {shown(text)} has an empty entry; remove the ';' too many")
-    return sources

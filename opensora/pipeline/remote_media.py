@@ -23,7 +23,7 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from opensora.datasets.video import is_image, iterate_video, read_image
 from opensora.errors import ConfigError, MediaError, printable
-from opensora.pipeline.in_memory_media import MAX_FRAMES
+from opensora.pipeline.reference_path import MAX_FRAMES
 from opensora.pipeline.timeout import call_with_timeout
 
 MAX_BYTES = 200 * 10**6
@@ -32,12 +32,6 @@ TOTAL_SECONDS = 60.0
 CONNECT_SECONDS = 10.0
 
 _NAT64 = ip_network("64:ff9b::/96")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-
-
-def is_url(source: str) -> bool:
-    """Whether a reference is a URL, of whatever scheme, rather than a path."""
-    return _URL.match(source) is not None
 
 
 @cache

@@ -21,11 +21,12 @@ from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError, MediaError, OpenSoraError, WeightsError
 from opensora.pipeline import prompts
 from opensora.pipeline.draft import Draft, differences, load
-from opensora.pipeline.job import Job
+from opensora.pipeline.job_spec import JobSpec
 from opensora.pipeline.outputs import Output
 from opensora.pipeline.pipeline import VideoPipeline
 from opensora.pipeline.recipe import DECIDED, TOKENIZER, USERS_IN_SECTIONS, Recipe, program, read_recipe, settings_of
-from opensora.pipeline.references import content_hashes, urls
+from opensora.pipeline.reference_path import urls
+from opensora.pipeline.references import content_hashes
 from opensora.pipeline.request import PARTS
 
 logger = logging.getLogger("opensora")
@@ -71,7 +72,7 @@ def replay(
     _check_references(file, recipe, settings)
     with _threads(recipe), _ways_out(settings):
         pipeline = VideoPipeline(settings)
-        output = next(pipeline.generate(Job(settings, pipeline.models, sample=recipe["sample_index"])))
+        output = next(pipeline.generate(JobSpec(settings, sample=recipe["sample_index"])))
     again = read_recipe(output.path)
     return Replay(output, again["output"]["sha256"] == recipe["output"]["sha256"], _explanations(recipe, again))
 
@@ -99,10 +100,10 @@ def finish(
         common = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ITS_OWN}
         key = json.dumps([common, str(one.file.parent), one.recipe["weights"], one.recipe.get("threads")])
         alike.setdefault(key, []).append((one, settings))
-    jobs = [(group[0], *_job(*zip(*group, strict=True))) for group in alike.values()]
-    for (first, settings), pipeline, job in jobs:
+    specs = [(group[0], *_spec(*zip(*group, strict=True))) for group in alike.values()]
+    for (first, settings), pipeline, spec in specs:
         with _threads(first.recipe), _ways_out(settings):
-            yield from pipeline.generate(job)
+            yield from pipeline.generate(spec)
 
 
 def _check_references(file: Path, recipe: Recipe, settings: InferenceSettings) -> None:
@@ -162,22 +163,21 @@ def _settings_now(draft: Draft, asked: Callable[[dict[str, Any]], dict[str, Any]
     return dataclasses.replace(now, offline=offline, llm_refine=False, llm_base_url=None, llm_model=None)
 
 
-def _job(drafts: Sequence[Draft], settings: Sequence[InferenceSettings]) -> tuple[VideoPipeline, Job]:
-    """The pipeline and the job that finish drafts whose settings differ in `ITS_OWN` alone."""
+def _spec(drafts: Sequence[Draft], settings: Sequence[InferenceSettings]) -> tuple[VideoPipeline, JobSpec]:
+    """The pipeline and the requests that finish drafts whose settings differ in `ITS_OWN` alone."""
     changed: dict[str, Any] = {"prompt": [one.recipe["prompt"] for one in drafts], "num_sample": 1}
     for name in ("reference_path", "mask_strategy"):
         given = [getattr(one, name) for one in settings]
         changed[name] = [value[0] if value else "" for value in given] if any(given) else None
     changed["save_dir"] = str(drafts[0].file.parent)
     whole = dataclasses.replace(settings[0], **changed)
-    pipeline = VideoPipeline(whole)
-    job = Job(whole, pipeline.models, drafts=drafts)
-    job.outputs.may_replace |= {one.path for one in drafts if _is_result(job.outputs.files(one.path)[0], one)}
+    spec, pipeline = JobSpec(whole, drafts=drafts), VideoPipeline(whole)
+    spec.outputs.may_replace |= {one.path for one in drafts if _is_result(spec.outputs.files(one.path)[0], one)}
     now = {**program(), "device": str(pipeline.models.device)}
     for one in drafts:
         if others := _other_versions({**one.recipe["program"], "device": one.device}, now):
             logger.warning("%s: the rest may not be what it would have been: %s", one.file, ", ".join(others))
-    return pipeline, job
+    return pipeline, spec
 
 
 def _is_result(media: Path, draft: Draft) -> bool:

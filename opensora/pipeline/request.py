@@ -13,7 +13,9 @@ from opensora.config.settings import InferenceSettings
 from opensora.datasets.aspect import get_image_size, get_num_frames, get_num_pixels, parse_ratio
 from opensora.errors import ConfigError
 from opensora.pipeline import prompt_refiner, prompts
+from opensora.pipeline.mask_strategy import parse_mask_strategy
 from opensora.pipeline.output_names import path_by_settings
+from opensora.pipeline.reference_path import urls
 
 SPATIAL_FACTOR = 8  # pixels along a side of what an autoencoder makes one latent pixel of
 MAX_SIDE, MAX_FRAMES = 16_384, 100_000  # of a clip
@@ -134,8 +136,6 @@ def check_addresses(settings: InferenceSettings, requests: Sequence[Request]) ->
     """Raises ConfigError where a file of prompts names a URL and downloads are not allowed."""
     if settings.prompt_path is None or settings.prompt or settings.allow_downloads:
         return
-    from opensora.pipeline.references import urls  # imports torch, which a refusal of sizes must not wait for
-
     given = {url for entry in settings.reference_path or () for url in urls(entry)}
     for request in requests:
         if named := [url for url in urls(request.reference_path) if url not in given]:
@@ -159,8 +159,6 @@ def check_keeps_frames(
 
 def make_requests(settings: InferenceSettings) -> list[Request]:
     """The results to make, in order. File numbers count from the first prompt of the list, whatever slice is made."""
-    from opensora.pipeline.mask_strategy import parse_mask_strategy
-
     texts = settings.prompt or (prompts.load_prompts(settings.prompt_path) if settings.prompt_path else [])
     if (count := len(texts[settings.start_index : settings.end_index]) * settings.num_sample) > MAX_RESULTS:
         raise ConfigError(f"{shown(count)} results are requested, but the maximum is {MAX_RESULTS:,}; request fewer")

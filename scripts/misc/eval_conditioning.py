@@ -31,7 +31,7 @@ from opensora.datasets.video import contact_sheet, tile, to_uint8, write_image
 from opensora.models.sizes import size_conditioning
 from opensora.models.text_encoder.cleaning import preprocess
 from opensora.pipeline.noise import initial_noise, noise_generator
-from opensora.pipeline.output_files import check_folder
+from opensora.pipeline.output_folder import check_folder
 
 SIZES = ("17x64x64", "34x64x64", "1x64x64", "17x48x80", "34x48x80", "1x48x80", "17x80x48", "34x80x48", "1x80x48")
 CHUNK, CHUNK_LATENTS = 17, 5

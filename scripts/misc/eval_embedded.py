@@ -28,7 +28,7 @@ from opensora.datasets.synthetic.measure import measure
 from opensora.datasets.synthetic.render import Clip, make_clip, render
 from opensora.datasets.video import contact_sheet, read_video, tile, write_image, write_video
 from opensora.errors import MediaError
-from opensora.pipeline.output_files import check_folder
+from opensora.pipeline.output_folder import check_folder
 from opensora.pipeline.recipe import read_recipe
 
 NUM_FRAMES, SIDE, FPS = 17, 64, 8  # of the clips that the embedded model was trained on

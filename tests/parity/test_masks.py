@@ -14,10 +14,10 @@ from opensora.pipeline.mask_strategy import (
     ReferencePlacement,
     carry,
     clip_conditioning,
-    condition_latents,
     nearest_multiple,
     parse_mask_strategy,
 )
+from opensora.pipeline.noise import condition_latents
 from tests.parity.cases import ROOT
 
 FACTS = json.loads((ROOT / "data" / "masks.json").read_text())

@@ -14,7 +14,9 @@ from opensora.cli.parser import Parser
 from opensora.cli.program import one_line
 from opensora.cli.verbs.verb import Verb
 from opensora.config.settings import InferenceSettings
+from opensora.distributed.ranks import ranks
 from opensora.errors import ConfigError
+from opensora.pipeline.job_spec import JobSpec
 
 if TYPE_CHECKING:
     from opensora.pipeline.outputs import Output
@@ -53,10 +55,19 @@ def _settings(args: argparse.Namespace) -> InferenceSettings:
 
 def generate(settings: InferenceSettings) -> int:
     """Generates the requested samples and prints the path of each."""
-    preflight.check_request(settings)
+    spec = _checked_spec(settings)
     from opensora.pipeline.pipeline import VideoPipeline
 
-    return _print_paths(VideoPipeline(settings).generate())
+    return _print_paths(VideoPipeline(settings).generate(spec))
+
+
+def _checked_spec(settings: InferenceSettings) -> JobSpec:
+    """What the settings ask for; refuses whatever needs no torch, whose import takes seconds."""
+    own = ranks(connecting=True)
+    spec = JobSpec(settings)
+    if own.rank == 0:
+        spec.check_outputs()
+    return spec
 
 
 def _print_paths(outputs: Iterator[Output]) -> int:
@@ -74,10 +85,10 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     settings = _settings(args)
-    preflight.check_request(settings)
+    spec = _checked_spec(settings)
     from opensora.pipeline.plan import make_plan
 
-    print(make_plan(settings))
+    print(make_plan(settings, spec))
     return 0
 
 
@@ -108,11 +119,11 @@ def _benchmark(args: argparse.Namespace) -> int:
 
 def benchmark(settings: InferenceSettings, args: argparse.Namespace) -> int:
     """Times a request, prints a table and the path of the report. `args` are those of `add_benchmark_flags`."""
-    preflight.check_request(settings)
+    spec = _checked_spec(settings)
     from opensora.pipeline.benchmark import check_report_path, run_benchmark, table_of, write_report
 
     check_report_path(args.benchmark_save_path)
-    report = run_benchmark(settings, args.warmup_count, args.eval_count)
+    report = run_benchmark(settings, args.warmup_count, args.eval_count, spec)
     print(table_of(report))
     print(one_line(write_report(report, args.benchmark_save_path)))
     return 0
