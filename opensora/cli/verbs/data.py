@@ -10,6 +10,7 @@ from opensora.cli import preflight
 from opensora.cli.parser import Parser
 from opensora.cli.program import one_line
 from opensora.cli.verbs.verb import Verb
+from opensora.curation.stages.names import STAGE_NAMES
 from opensora.curation.tables.operations import OPERATIONS, Operation
 
 CONVERT = {"integer": int, "number": float, "text": str, "list": str}
@@ -84,7 +85,49 @@ def _paths(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_curate(parser: Parser) -> None:
+    parser.add_argument("source", metavar="INPUT", help="folder of videos and images, or a table of them")
+    parser.add_argument("target", metavar="OUT", help="table to write: .csv, .jsonl or .parquet")
+    text = f"stages in order, with commas between them: {', '.join(STAGE_NAMES)} [probe]"
+    parser.add_argument("--stages", default="probe", metavar="NAMES", help=text)
+    parser.add_argument("--set", nargs="+", default=[], metavar="STAGE.NAME=VALUE", help="settings of stages [none]")
+    text = "results of all stages, taken up by the next run [OUT.ledger]; more are merged into the first"
+    parser.add_argument("--ledger", nargs="+", metavar="FILE", help=text)
+    text = "processes; 0 computes in this one, without limits [one per core]"
+    parser.add_argument("--workers", type=int, metavar="N", help=text)
+    parser.add_argument("--shard", metavar="I/N", help="compute every Nth item from item I on, counted from 0 [all]")
+    parser.add_argument(
+        "--seconds", type=float, default=600, metavar="N", help="time limit of one stage on one item [600]"
+    )
+    parser.add_argument("--memory", type=int, default=4096, metavar="MIB", help="memory limit of a process [4096]")
+    parser.add_argument("--retry-errors", action="store_true", help="try again what failed in earlier runs [no]")
+    parser.add_argument("--force", action="store_true", help="replace an existing table [no]")
+
+
+def _curate(args: argparse.Namespace) -> int:
+    preflight.check_exists(args.source)
+    from opensora.curation.curate import CurationSettings, curate
+    from opensora.curation.execution.local import Limits
+    from opensora.curation.options import parse_options, parse_shard
+
+    ledger, *others = args.ledger or [None]
+    workers = {} if args.workers is None else {"workers": args.workers}
+    report = curate(CurationSettings(
+        args.source, args.target, tuple(args.stages.split(",")), parse_options(args.set), ledger, tuple(others),
+        shard=parse_shard(args.shard), limits=Limits(args.seconds, args.memory), retry_errors=args.retry_errors,
+        force=args.force, **workers,
+    ))  # fmt: skip
+    print(f"{one_line(args.target)}: {report.rows:,} rows, {report.computed:,} results computed")
+    if report.quarantined:
+        print(f"{one_line(args.target)}.quarantine.jsonl: {report.quarantined:,} left out, with the reasons")
+    return 0
+
+
 SUBVERBS = {
+    "curate": Verb(
+        "make a training table from footage: scenes, scores, health; resumable",
+        "opensora data curate my-videos clips.csv --stages probe,scenes,health", _add_curate, _curate,
+    ),
     "edit": Verb(
         "filter, sort, merge, extend and convert tables",
         "opensora data edit videos.csv --info --fmin 17 --where 'height >= 240' --output clips.parquet",

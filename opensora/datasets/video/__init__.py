@@ -7,6 +7,7 @@ from opensora.datasets.video.contact_sheet import contact_sheet, tile
 from opensora.datasets.video.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES, check_pixels, check_side
 from opensora.datasets.video.reader import (
     MAX_PIXELS,
+    Span,
     count_frames,
     image_to_uint8,
     is_image,
@@ -19,7 +20,25 @@ from opensora.datasets.video.reader import (
 from opensora.datasets.video.writer import encode_image, encode_video, to_uint8, write_image, write_video
 
 __all__ = [
-    "IMAGE_SUFFIXES", "MAX_PIXELS", "VIDEO_SUFFIXES", "check_pixels", "check_side", "contact_sheet", "count_frames",
-    "encode_image", "encode_video", "image_to_uint8", "is_image", "iterate_video", "read_image", "read_metadata",
-    "read_span", "read_video", "tile", "to_uint8", "write_image", "write_video",
+    "IMAGE_SUFFIXES",
+    "MAX_PIXELS",
+    "VIDEO_SUFFIXES",
+    "Span",
+    "check_pixels",
+    "check_side",
+    "contact_sheet",
+    "count_frames",
+    "encode_image",
+    "encode_video",
+    "image_to_uint8",
+    "is_image",
+    "iterate_video",
+    "read_image",
+    "read_metadata",
+    "read_span",
+    "read_video",
+    "tile",
+    "to_uint8",
+    "write_image",
+    "write_video",
 ]  # fmt: skip

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -72,33 +73,58 @@ def count_frames(path: str | Path) -> int:
         return len(frame_times(video).shown)
 
 
+class Span(NamedTuple):
+    """The frames shown from `start` on and before `end` (None: to the last one), in units of the video track."""
+
+    start: int
+    end: int | None = None
+
+    def locate(self, shown: Sequence[int | None], path: str | Path) -> range:
+        """The indices of its frames among those shown at these times. Raises MediaError if there are none."""
+        if None in shown:
+            raise MediaError(f"{path}: has frames without a time, so that {self} cannot be found; re-encode it")
+        times = cast(Sequence[int], shown)
+        found = range(bisect_left(times, self.start), len(times) if self.end is None else bisect_left(times, self.end))
+        if not found:
+            raise MediaError(f"{path}: shows no frame in {self}; it has {len(times)}, at {times[0]} to {times[-1]}")
+        return found
+
+    def __str__(self) -> str:
+        return f"[{self.start}, {'end' if self.end is None else self.end})"
+
+
 def read_span(
     path: str | Path,
     choose: Callable[[int], Sequence[int]],
     convert: Callable[[np.ndarray], Any] = np.asarray,
+    span: Span | None = None,
 ) -> tuple[list[Any], float]:
     """Selected frames of a video or animated image, each converted from uint8 [H, W, 3]; and its frame rate.
 
-    `choose` maps the number of frames to ascending indices; it is called again if the file turns out to have fewer.
-    Decodes only from the key frame before the first index to the last one, one frame in memory at a time. Raises
-    MediaError as `read_video` does, and for a broken time table.
+    `choose` maps the number of frames, of the file or of `span`, to ascending indices; it is called again if the file
+    turns out to have fewer. Decodes only from the key frame before the first index to the last one, one frame in memory
+    at a time. Raises MediaError as `read_video` does, and for a broken time table or a span without frames.
     """
     if moving := webp.probe(path):
+        if span is not None:
+            raise MediaError(f"{path}: is an animated WebP, which has no spans; convert it to MP4")
         indices = list(choose(moving.num_frames))
         found, _ = _pick(webp.frames(path), indices, convert)
         return _complete(found, indices, path), moving.fps
     with opened_video(path) as video:
         shown, keys = frame_times(video)
-        fps, total = rate_of(video), len(shown)
-        indices = list(choose(total))
-        if None not in shown and len(set(shown)) == total and indices[-1] < total:
+        fps = rate_of(video)
+        within = range(len(shown)) if span is None else span.locate(shown, path)
+        indices = [within.start + index for index in choose(len(within))]
+        if None not in shown and len(set(shown)) == len(shown) and indices[-1] < len(shown):
             times = [shown[index] for index in indices]
             before = [key for key in keys if key <= times[0]]
             if before and (found := _span_from_key(video, max(before), times, convert)) is not None:
                 return found, fps
     found, count = _span_from_start(path, indices, convert)
-    if len(found) < len(indices) and count < total:
-        found, _ = _span_from_start(path, indices := list(choose(count)), convert)
+    if len(found) < len(indices) and within.start < count < within.stop:
+        indices = [within.start + index for index in choose(count - within.start)]
+        found, _ = _span_from_start(path, indices, convert)
     return _complete(found, indices, path), fps
 
 

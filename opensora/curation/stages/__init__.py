@@ -1,0 +1,1 @@
+"""The stages of curation: each computes columns of one clip."""

@@ -1,0 +1,51 @@
+"""Stages by name, their settings and their order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+from opensora.config.schema import check
+from opensora.curation.clip import Clip
+from opensora.curation.stages.health import Health
+from opensora.curation.stages.probe import Probe
+from opensora.curation.stages.scenes import Scenes
+from opensora.curation.stages.stage import Stage
+from opensora.datasets.video import Span
+from opensora.errors import ConfigError, did_you_mean
+
+STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Probe, Scenes, Health)}
+
+
+def make(name: str, options: Mapping[str, Any]) -> Stage:
+    """The stage called `name` with these settings. Raises ConfigError for unknown names and settings."""
+    if name not in STAGES:
+        raise ConfigError(f"stage '{name}' is not known; choose from {', '.join(STAGES)}{did_you_mean(name, STAGES)}")
+    known = [field.name for field in fields(STAGES[name])]  # type: ignore[arg-type]  # stages are dataclasses
+    for option in options:
+        if option not in known:
+            remedy = f"it has {', '.join(known) or 'none'}"
+            raise ConfigError(f"stage {name} has no setting '{option}'{did_you_mean(option, known)}; {remedy}")
+    hints = get_type_hints(STAGES[name])
+    checked = {option: check(hints[option], value, f"{name}.{option}") for option, value in options.items()}
+    return STAGES[name](**checked)
+
+
+def check_order(stages: Sequence[Stage]) -> None:
+    """Raises ConfigError if a stage is named twice."""
+    names = [stage.name for stage in stages]
+    doubled = next((name for name in names if names.count(name) > 1), None)
+    if doubled:
+        raise ConfigError(f"stage '{doubled}' is named twice; name each once")
+
+
+def split_after_scenes(stages: Sequence[Stage]) -> list[Sequence[Stage]]:
+    """The stages that run on files, then those that run on the clips that a splitting stage makes."""
+    first = next((number for number, stage in enumerate(stages, start=1) if stage.splits), len(stages))
+    return [stages[:first], stages[first:]]
+
+
+def part(clip: Clip, row: dict[str, Any]) -> Clip:
+    """The clip of a row that a splitting stage made."""
+    return Clip(clip.path, Span(row["start_pts"], row["end_pts"]), clip.crop, clip.row)

@@ -1,0 +1,209 @@
+"""From files to a table: stages, ledger, executors, and what cannot be used."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from opensora.curation.clip import Clip
+from opensora.curation.curate import CurationReport, CurationSettings, curate
+from opensora.curation.execution.ledger import open_ledger
+from opensora.curation.execution.local import Limits
+from opensora.curation.stages import registry
+from opensora.curation.stages.names import STAGE_NAMES
+from opensora.curation.stages.stage import Columns, Stage
+from opensora.datasets.video import write_image, write_video
+from opensora.errors import ConfigError, MediaError
+from tests.curation.footage import HEIGHT, WIDTH, footage, scene
+
+STAGES = ("probe", "scenes", "health")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("footage")
+    footage(folder / "three.mp4", (30, 25, 40), seed=1)
+    footage(folder / "one.mp4", (20,), seed=10)
+    (folder / "one.txt").write_text("a square")
+    (folder / "again.mp4").write_bytes((folder / "one.mp4").read_bytes())
+    (folder / "broken.mp4").write_bytes((folder / "three.mp4").read_bytes()[:3000])
+    return folder
+
+
+@pytest.fixture
+def settings(source: Path, tmp_path: Path) -> CurationSettings:
+    return CurationSettings(str(source), str(tmp_path / "out.csv"), STAGES, workers=0)
+
+
+def rows(settings: CurationSettings) -> list[dict[str, str]]:
+    with open(settings.target, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def quarantine(settings: CurationSettings) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(f"{settings.target}.quarantine.jsonl").read_text().splitlines()]
+
+
+def test_scenes_become_rows(settings: CurationSettings) -> None:
+    assert curate(settings) == CurationReport(5, 1, 9)
+    found = rows(settings)
+    assert [Path(row["path"]).name for row in found] == ["again.mp4", "one.mp4", "three.mp4", "three.mp4", "three.mp4"]
+    assert [row["num_frames"] for row in found] == ["20", "20", "30", "25", "40"]
+    assert [row["scene"] for row in found[2:]] == ["0", "1", "2"]
+    assert found[2]["end_pts"] == found[3]["start_pts"] and found[4]["end_pts"] == ""
+    assert found[1]["text"] == "a square" and found[0]["height"] == str(HEIGHT) and found[0]["width"] == str(WIDTH)
+    [bad] = quarantine(settings)
+    assert bad["stage"] == "probe" and "broken.mp4" in bad["path"] and "broken.mp4" in bad["error"]
+    with open_ledger(f"{settings.target}.ledger") as ledger:
+        tools = {stage: tool for (stage, _), tool in ledger.tools().items()}
+    assert tools["scenes"]["settings"]["detector"] == "adaptive" and set(tools) == set(STAGES)
+
+
+def test_only_what_has_changed_is_computed(settings: CurationSettings, source: Path) -> None:
+    assert curate(settings).computed == 9
+    again = replace(settings, force=True)
+    first = Path(settings.target).read_bytes()
+    assert curate(again).computed == 0 and Path(settings.target).read_bytes() == first
+    assert curate(replace(again, options={"health": {"dark": 30}})).computed == 4
+    assert curate(replace(again, retry_errors=True)).computed == 1
+
+
+def test_every_executor_writes_the_same_table(settings: CurationSettings, tmp_path: Path) -> None:
+    curate(settings)
+    serial = Path(settings.target).read_bytes()
+    pool = replace(settings, target=str(tmp_path / "pool.csv"), workers=2)
+    curate(pool)
+    assert Path(pool.target).read_bytes() == serial
+    for shard in (0, 1):
+        curate(replace(settings, target=str(tmp_path / f"{shard}.csv"), shard=(shard, 2)))
+    merged = replace(
+        settings, target=str(tmp_path / "merged.csv"),
+        other_ledgers=tuple(str(tmp_path / f"{n}.csv.ledger") for n in (0, 1)),
+    )  # fmt: skip
+    assert curate(merged).computed == 0 and Path(merged.target).read_bytes() == serial
+
+
+@dataclass(frozen=True)
+class Trouble(Stage):
+    """Does what the first letter of a file name says."""
+
+    name: ClassVar[str] = "trouble"
+    columns: ClassVar[tuple[str, ...]] = ("fine",)
+
+    def process(self, clip: Clip) -> Columns:
+        kind = Path(clip.path).name.split("_")[0]
+        if kind == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        elif kind == "exit":
+            os._exit(3)
+        elif kind == "hang":
+            time.sleep(60)
+        elif kind == "hog":
+            held = [np.ones(2**24) for _ in range(8)]  # 1 GiB
+            time.sleep(60 + len(held) * 0)
+        elif kind == "bug":
+            raise KeyError("x")
+        elif kind == "media":
+            raise MediaError(f"{clip.path}: has no colour; give it one")
+        return {"fine": 1}
+
+
+def test_trouble_ends_one_item_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.STAGES, "trouble", Trouble)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number, name in enumerate(("crash", "exit", "hang", "hog", "bug", "media", "good", "other")):
+        write_image(np.full((16, 16, 3), number, np.uint8), folder / f"{name}_{number}.png")
+    settings = CurationSettings(
+        str(folder), str(tmp_path / "out.csv"), ("trouble",), workers=2, limits=Limits(seconds=6, memory_mib=700)
+    )
+    report = curate(settings)
+    assert (report.rows, report.quarantined) == (2, 6)
+    errors = {Path(bad["path"]).name.split("_")[0]: (bad["error"], bad["attempts"]) for bad in quarantine(settings)}
+    assert "signal 11" in errors["crash"][0] and errors["crash"][1] == 2
+    assert "status 3" in errors["exit"][0] and "more than 6 s" in errors["hang"][0]
+    assert "more than 700 MiB" in errors["hog"][0] and "KeyError" in errors["bug"][0]
+    assert errors["media"] == (f"{folder}/media_5.png: has no colour; give it one", 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"stages": ("prob",)}, "did you mean 'probe'"), ({"stages": ("probe", "probe")}, "named twice"),
+        ({"options": {"scenes": {"detektor": "x"}}}, "no setting 'detektor'"), ({"target": "x.txt"}, "is a .csv"),
+        ({"options": {"scenes": {"detector": "x"}}}, "is not known"),
+        ({"options": {"scenes": {"threshold": "x"}}}, "scenes.threshold"),
+        ({"options": {"health": {"dark": 1.5}}}, "health.dark"), ({"source": "gone.csv"}, "cannot be read"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_at_once(settings: CurationSettings, change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        curate(replace(settings, **change))
+    assert not Path(settings.target).exists()
+
+
+def test_health(tmp_path: Path) -> None:
+    from opensora.curation.stages.health import Health
+
+    def health(frames: np.ndarray, fps: float = 10) -> Columns:
+        return Health().process(Clip(str(write_video(frames, tmp_path / "h.mp4", fps))))
+
+    moving = scene(5, 20)
+    assert health(moving)["repeated"] == 0 and health(moving)["bars"] == ""
+    doubled = health(np.repeat(moving[:10], 2, 0))
+    assert doubled["repeated"] == pytest.approx(10 / 19, abs=0.01) and doubled["real_fps"] == pytest.approx(
+        4.7, abs=0.1
+    )
+    frozen = health(np.concatenate([moving, np.repeat(moving[-1:], 15, 0)]))
+    assert frozen["frozen"] == pytest.approx(1.5, abs=0.11)
+    assert health(np.concatenate([moving[:10], np.zeros_like(moving[:10])]))["black"] == 0.5
+    barred = np.zeros((10, HEIGHT + 40, WIDTH, 3), np.uint8)
+    barred[:, 20:-20] = moving[:10]
+    assert health(barred)["bars"] in (f"20 0 {HEIGHT} {WIDTH}", f"19 0 {HEIGHT + 2} {WIDTH}")
+
+
+def test_the_list_of_names_is_complete() -> None:
+    assert tuple(registry.STAGES) == STAGE_NAMES
+
+
+@pytest.mark.parametrize("number", range(30 if os.environ.get("OPENSORA_FULL") else 2))
+def test_a_killed_run_goes_on(source: Path, settings: CurationSettings, tmp_path: Path, number: int) -> None:
+    """The table is that of an undisturbed run, and nothing is computed twice but what was in flight."""
+    curate(settings)
+    whole = Path(settings.target).read_bytes()
+    target = tmp_path / "killed.csv"
+    argv = [sys.executable, "-m", "opensora", "data", "curate", str(source), str(target), "--workers", "2"]
+    argv += ["--stages", ",".join(STAGES), "--force"]
+    ledger, computed = Path(f"{target}.ledger"), 0
+    process = subprocess.Popen(argv, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and stored(ledger) <= number % 8:
+        time.sleep(0.02)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    computed = stored(ledger)
+    report = curate(replace(settings, target=str(target), force=True))
+    assert target.read_bytes() == whole
+    assert computed + report.computed == 9
+
+
+def stored(ledger: Path) -> int:
+    """The number of results in a ledger that another process writes."""
+    try:
+        with sqlite3.connect(f"file:{ledger}?mode=ro", uri=True) as connection:
+            return int(connection.execute("SELECT count(*) FROM results").fetchone()[0])
+    except sqlite3.OperationalError:
+        return 0
