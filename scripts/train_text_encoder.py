@@ -17,12 +17,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from opensora.acceleration.device import HOST
+from opensora.checkpoints import builder
+from opensora.checkpoints.tokenizer import load_t5_tokenizer
 from opensora.cli.parser import Parser
 from opensora.cli.program import run_program
 from opensora.datasets.synthetic import render
-from opensora.models.text_encoder.t5 import T5Encoder, load_t5_tokenizer
+from opensora.models.text_encoder.t5 import T5Encoder
 
 VOCAB_SIZE, BATCH_SIZE = 512, 128
 ATTRIBUTES = {
@@ -118,7 +122,7 @@ def train_encoder(folder: Path, steps: int, seed: int) -> None:
     tokenizer = load_t5_tokenizer(folder)
     # With dropout, telling a blue square from a dark blue background takes far longer to learn.
     config = T5Config(
-        vocab_size=len(tokenizer), d_model=128, d_kv=32, d_ff=256, num_layers=3, num_heads=4, dropout_rate=0.0,
+        vocab_size=tokenizer.vocab_size, d_model=128, d_kv=32, d_ff=256, num_layers=3, num_heads=4, dropout_rate=0.0,
         feed_forward_proj="gated-gelu", architectures=["T5EncoderModel"],
     )  # fmt: skip
     model = T5EncoderModel(config).train()
@@ -134,9 +138,11 @@ def train_encoder(folder: Path, steps: int, seed: int) -> None:
     progress = tqdm(range(steps), desc="text encoder", mininterval=1.0)
     for step in progress:
         texts, labels = zip(*(draw_caption(rng) for _ in range(BATCH_SIZE)), strict=True)
-        tokens = tokenizer(list(texts), padding=True, return_tensors="pt")
-        features = model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state  # [B, L, C]
-        loss = attribute_loss(heads, features, tokens.attention_mask, torch.tensor(labels))
+        rows = [torch.tensor(tokenizer.encode(text)) for text in texts]
+        ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_id)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        features = model(ids, attention_mask=mask).last_hidden_state  # [B, L, C]
+        loss = attribute_loss(heads, features, mask, torch.tensor(labels))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -147,7 +153,8 @@ def train_encoder(folder: Path, steps: int, seed: int) -> None:
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if "embed_tokens" not in name}
     (folder / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
     config.to_json_file(folder / "config.json")
-    encoder = T5Encoder(model, tokenizer)
+    section = {"type": "t5", "from_pretrained": str(folder)}
+    encoder, _ = builder.load_component(section, "text_encoder", HOST, torch.float32)
     report("as in the clips", encoder, heads, seed, plain=True)
     report("held-out combinations", encoder, heads, seed, plain=True, held_out=True)
     report("roughened", encoder, heads, seed)

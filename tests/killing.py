@@ -24,7 +24,6 @@ from typing import Any
 
 import torch._dynamo  # imported before the first fork, like the others
 import torch.distributed.fsdp  # noqa: F401
-from transformers import T5EncoderModel, T5TokenizerFast  # noqa: F401
 
 from opensora.models.text_encoder.cleaning import preprocess
 from opensora.training import autoencoder, diffusion  # noqa: F401

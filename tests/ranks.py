@@ -21,7 +21,7 @@ from opensora.cli.program import run_program
 TIMEOUT = 250  # seconds, for all that the ranks do
 PRELOADED = [
     "torch.distributed.fsdp", "torch.distributed.tensor", "torch.multiprocessing.spawn", "torch._dynamo",
-    "transformers.models.t5.modeling_t5", "transformers.models.t5.tokenization_t5_fast",
+    "tokenizers",
     "opensora.models.vae.vae", "opensora.registry",
 ]  # fmt: skip
 

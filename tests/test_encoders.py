@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from opensora.checkpoints import builder
 from opensora.checkpoints.fit import load_weights
 from opensora.checkpoints.save import save_pretrained
+from opensora.checkpoints.tokenizer import load_clip_tokenizer
 from opensora.errors import ConfigError, WeightsError
 from opensora.models.text_encoder.classes import ClassIds
-from opensora.models.text_encoder.clip import CLIPEncoder, load_clip_tokenizer, make_clip
+from opensora.models.text_encoder.clip import CLIPEncoder, make_clip
 from opensora.models.vae.vae import FrameAutoencoder, VideoAutoencoderKL, VideoAutoencoderPipeline
 from opensora.models.vae.vae_svd import VideoAutoencoderKLTemporalDecoder
 
@@ -215,14 +216,20 @@ def make_clip_folder(folder: Path, **text_settings: Any) -> tuple[Path, nn.Modul
 
 
 def load_clip(folder: Path, **options: Any) -> CLIPEncoder:
-    encoder = make_clip(json.loads((folder / "config.json").read_text()), folder, **options)
+    encoder = make_clip(json.loads((folder / "config.json").read_text()), load_clip_tokenizer(folder), **options)
     load_weights(encoder.model, folder)
     return encoder
 
 
+def their_tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizerFast
+
+    return CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+
+
 def pooled(reference: nn.Module, folder: Path, texts: list[str]) -> Tensor:
     """transformers' pooled feature [B, C] of texts padded and cut to all positions."""
-    tokens = load_clip_tokenizer(folder)(
+    tokens = their_tokenizer(folder)(
         texts, truncation=True, max_length=POSITIONS, padding="max_length", return_tensors="pt"
     )
     return reference.text_model(input_ids=tokens["input_ids"]).pooler_output
@@ -239,7 +246,7 @@ def test_clip_equals_transformers(ids: str, tmp_path: Path) -> None:
     own = dict(bos_token_id=end - 1, eos_token_id=end, pad_token_id=end)
     folder, reference = make_clip_folder(tmp_path, **(own if ids == "own" else {}))
     encoder = load_clip(folder)
-    texts = [text for text in PROMPTS if len(encoder.tokenizer(text)["input_ids"]) <= POSITIONS]
+    texts = [text for text in PROMPTS if len(encoder.tokenizer.encode(text)) <= POSITIONS]
     assert len(texts) == 3 and encoder.output_dim == 16 and encoder.model_max_length == POSITIONS
     features, mask = encoder.encode(texts)
     assert mask is None and features.shape == (3, 1, 1, 16) and features.dtype == torch.float32
@@ -273,7 +280,7 @@ def test_a_file_of_the_text_encoder_alone(clip: tuple[Path, nn.Module], layout: 
     save_file(state, tmp_path / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())["text_config"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    load_clip_tokenizer(folder).save_pretrained(tmp_path)
+    their_tokenizer(folder).save_pretrained(tmp_path)
     (tmp_path / "vocab.json").unlink(missing_ok=True)
     assert torch.equal(load_clip(tmp_path).encode(["a red car"])[0], load_clip(folder).encode(["a red car"])[0])
 
@@ -313,7 +320,7 @@ def test_clip_errors_name_what_is_missing(clip: tuple[Path, nn.Module], tmp_path
     state = load_file(clip[0] / "model.safetensors")
     del state["text_model.final_layer_norm.bias"]
     save_file(state, tmp_path / "model.safetensors")
-    encoder = make_clip(json.loads((clip[0] / "config.json").read_text()), clip[0])
+    encoder = make_clip(json.loads((clip[0] / "config.json").read_text()), load_clip_tokenizer(clip[0]))
     with pytest.raises(WeightsError, match=r"missing text_model\.final_layer_norm\.bias"):
         load_weights(encoder.model, tmp_path)
 

@@ -44,17 +44,13 @@ MEDIA = {"av", "PIL"}
 DEVICES = {"cpu", "cuda", "gcu", "mps", "npu", "xpu"}
 COMMAND_LINE = {"argparse", "sys.argv", "click", "typer"}
 SLOW = {
-    "PIL", "av", "bs4", "ftfy", "huggingface_hub", "mmengine", "sentencepiece", "transformers",
+    "PIL", "av", "bs4", "ftfy", "huggingface_hub", "mmengine", "tokenizers", "transformers",
     "tensorboard", "torch.utils.tensorboard", "wandb",
 }  # fmt: skip
 NEVER = {"apex", "colossalai", "cv2", "decord", "diffusers", "flash_attn", "torchvision", "xformers"}
 
 # (what it uses, where) -> why it may
 EXCEPTIONS = {
-    ("pathlib", "opensora.models.text_encoder.t5"): "the tokenizer is a file",
-    ("from_pretrained()", "opensora.models.text_encoder.t5"): "transformers reads the tokenizer from its folder",
-    ("pathlib", "opensora.models.text_encoder.clip"): "the same, for CLIP",
-    ("from_pretrained()", "opensora.models.text_encoder.clip"): "the same, for CLIP",
     ("'cpu'", "opensora.checkpoints.fit"): "a checkpoint is read into host memory, whatever the model runs on",
     ("'cpu'", "opensora.checkpoints.save"): "the same, for what is written",
     ("'cuda'", "opensora.config.settings.common"): "an example in the document of settings; nothing runs on it",

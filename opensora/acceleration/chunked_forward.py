@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from opensora.acceleration.model_parts import blocks_of
 from opensora.acceleration.replace_modules import ModuleWrapper
+from opensora.models.layers.attention import CrossAttention
 
 
 def chunk_blocks(model: nn.Module, tokens: int) -> None:
@@ -40,6 +41,8 @@ class ChunkedSelfAttention(ChunkedModule):
 
 class ChunkedCrossAttention(ChunkedModule):
     """Tokens of x [B, N, C] in chunks; keys and values of the text are computed once."""
+
+    wrapped: CrossAttention
 
     def forward(self, x: Tensor, y: Any, keep: Tensor | None = None) -> Tensor:
         y = self.wrapped.read(y) if isinstance(y, Tensor) else y

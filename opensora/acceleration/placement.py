@@ -17,6 +17,6 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     if not is_cpu(device):
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Conv3d) and not module.weight.requires_grad:
-                flat = isinstance(module, nn.Conv2d)
-                module.to(memory_format=torch.channels_last if flat else torch.channels_last_3d)
+                layout = torch.channels_last if isinstance(module, nn.Conv2d) else torch.channels_last_3d
+                module.weight = nn.Parameter(module.weight.contiguous(memory_format=layout), requires_grad=False)
     return model

@@ -26,6 +26,9 @@ class EightBitLinear(nn.Module):
     """x [..., in] -> [..., out] with the weights of `linear` in 8 bits; for inference."""
 
     largest: float  # magnitude of the 8-bit type
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -40,6 +43,14 @@ class EightBitLinear(nn.Module):
         rows = rows.float()
         scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / self.largest
         return self.round(rows / scale), scale
+
+    def round(self, x: Tensor) -> Tensor:
+        """Values within +-`largest` in the 8-bit type."""
+        raise NotImplementedError
+
+    def multiply(self, small: Tensor, scale: Tensor) -> Tensor:
+        """The layer's output [N, out] for quantized rows and their scales."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.multiply(*self.quantize(x.flatten(0, -2)))
@@ -69,8 +80,7 @@ class Fp8Linear(EightBitLinear):
         return x.to(torch.float8_e4m3fn)
 
     def multiply(self, small: Tensor, scale: Tensor) -> Tensor:
-        scales = {"scale_a": scale, "scale_b": self.scale[None]}
-        out = torch._scaled_mm(small, self.weight.t(), out_dtype=torch.bfloat16, **scales)
+        out = torch._scaled_mm(small, self.weight.t(), scale, self.scale[None], out_dtype=torch.bfloat16)
         return out if self.bias is None else out + self.bias
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -72,7 +72,7 @@ def _insert_prefix(wrapper: nn.Module, state: dict[str, Tensor], prefix: str, *_
 def unwrap(module: nn.Module) -> nn.Module:
     """The module inside of all wrappers around it."""
     while isinstance(module, ModuleWrapper):
-        module = cast(nn.Module, module.wrapped)
+        module = module.wrapped
     return module
 
 

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opensora.acceleration.device import is_cpu, synchronize
-from opensora.acceleration.placement import to_device
 from opensora.acceleration.quantization import KINDS
 
-INPUTS, OUTPUTS = 1152, 4608  # of the timed layer, the widest of an XL block
-TOKENS, TOKENS_ON_CPU = 8192, 256  # of the timed layer
+LAYER = (8192, 1152, 4608)  # tokens, inputs and outputs of the timed layer, the widest of an XL block
+LAYER_ON_CPU = (32, 1152, 1152)  # takes milliseconds, even without fast 8-bit products
 HEADS, LENGTH = 16, 1024  # of the timed attention
 ROUNDS = 3
 SLOWER = 1.1  # from this ratio on an option is reported as slower
@@ -23,20 +22,15 @@ SLOWER = 1.1  # from this ratio on an option is reported as slower
 
 def linear(kind: str, device: torch.device, dtype: torch.dtype) -> float:
     """The duration of an 8-bit linear layer, relative to the exact one."""
-    x = torch.ones(_tokens(device), INPUTS, device=device, dtype=dtype)
-    layers = [nn.Linear(INPUTS, OUTPUTS) for _ in range(2)]
-    eight = to_device(KINDS[kind](layers[0]), device)
-    exact = to_device(nn.Sequential(layers[1].to(dtype)).requires_grad_(False), device)
-    return ratio(lambda: eight(x), lambda: exact(x), device)
+    exact, x = _layer(device, dtype)
+    quantized = KINDS[kind](exact).to(device)
+    return ratio(lambda: quantized(x), lambda: exact(x), device)
 
 
 def products(dtype: torch.dtype, other: torch.dtype, device: torch.device) -> float:
     """The duration of a linear layer in `dtype`, relative to the other dtype."""
-    work = []
-    for one in (dtype, other):
-        layer = to_device(nn.Sequential(nn.Linear(INPUTS, OUTPUTS)).to(one).requires_grad_(False), device)
-        work.append(_call(layer, torch.ones(_tokens(device), INPUTS, device=device, dtype=one)))
-    return ratio(*work, device)
+    (layer, x), (usual, other_x) = _layer(device, dtype), _layer(device, other)
+    return ratio(lambda: layer(x), lambda: usual(other_x), device)
 
 
 def attention(switch: Callable[[], None], device: torch.device, dtype: torch.dtype) -> float:
@@ -68,9 +62,8 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return min(found[1:])
 
 
-def _tokens(device: torch.device) -> int:
-    return TOKENS_ON_CPU if is_cpu(device) else TOKENS
-
-
-def _call(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    return lambda: layer(x)
+def _layer(device: torch.device, dtype: torch.dtype) -> tuple[nn.Linear, Tensor]:
+    """The timed layer, and its input."""
+    tokens, inputs, outputs = LAYER_ON_CPU if is_cpu(device) else LAYER
+    layer = nn.Linear(inputs, outputs, device=device, dtype=dtype)
+    return layer, torch.ones(tokens, inputs, device=device, dtype=dtype)

@@ -16,14 +16,13 @@ from opensora.checkpoints.fit import load_weights
 from opensora.checkpoints.hub import locate, one_line, read_config_json
 from opensora.checkpoints.sections import WITHOUT_WEIGHTS, Section, check_section
 from opensora.checkpoints.summary import Summary
-from opensora.checkpoints.tokenizer import check_tokenizer, tokenizer_hash
+from opensora.checkpoints.tokenizer import load_clip_tokenizer, load_t5_tokenizer, tokenizer_hash
 from opensora.config.schema import check
 from opensora.config.sections import checked
-from opensora.config.sections.checkpoints import CLIPConfig, CLIPTextConfig, ModelMetadata, T5Config, TokenizerConfig
+from opensora.config.sections.checkpoints import CLIPConfig, CLIPTextConfig, ModelMetadata, T5Config
 from opensora.distributed.fsdp import shard
 from opensora.distributed.process_group import RankLayout
 from opensora.errors import ConfigError, OpenSoraError, WeightsError
-from opensora.files import read_json
 from opensora.models.text_encoder import t5
 from opensora.models.text_encoder.clip import make_clip
 from opensora.profiling.memory_meter import free_on_host
@@ -114,23 +113,20 @@ def build_text_encoder(section: Section, path: Path | None, dtype: torch.dtype) 
     folder, kind, config = _folder(path), section["type"], config_json(path)
     schema = TEXT_CONFIGS["clip_text" if kind == "clip" and "text_config" not in config else kind]
     stated: Any = check(schema, config, str(config_file(path)), WeightsError)
-    check_tokenizer(folder)
-    if (tokenizer := folder / "tokenizer_config.json").is_file():
-        check(TokenizerConfig, read_json(tokenizer, WeightsError), str(tokenizer), WeightsError)
+    length = section.get("model_max_length", MAX_LENGTHS[kind])
     try:
-        length = section.get("model_max_length", MAX_LENGTHS[kind])
         encoder: Any
         if kind == "t5":
-            encoder = t5.make_t5(t5.T5Config(**dict(stated)), folder, length, dtype)
+            encoder = t5.make_t5(t5.T5Config(**dict(stated)), load_t5_tokenizer(folder), length, dtype)
         else:
-            encoder = make_clip(config, folder, length, dtype)
-        _check_vocabulary(encoder, folder)
-        return encoder
+            encoder = make_clip(config, load_clip_tokenizer(folder), length, dtype)
     except OpenSoraError:
         raise
-    except Exception as error:  # the tokenizer's libraries raise anything
+    except Exception as error:  # the tokenizers' libraries raise anything
         name = kind.upper()
         raise WeightsError(f"{folder}: no usable {name} configuration and tokenizer ({one_line(error)})") from error
+    _check_vocabulary(encoder, folder)
+    return encoder
 
 
 def tokenizer_sha256(path: Path | None) -> dict[str, str]:
@@ -143,15 +139,13 @@ def _folder(path: Path) -> Path:
 
 
 def _check_vocabulary(encoder: Any, folder: Path) -> None:
-    """Raises WeightsError for a tokenizer with more tokens than its model, or without a padding token."""
+    """Raises WeightsError for a tokenizer with more tokens than its model."""
     config = getattr(encoder.model, "text_model", encoder.model).config
     known, tokens = config.vocab_size, encoder.tokenizer.vocab_size
     if tokens > known:
         raise WeightsError(
             f"{folder}: its tokenizer has {tokens:,} tokens, its model {known:,}; they belong to different models"
         )
-    if encoder.tokenizer.pad_token_id is None:
-        raise WeightsError(f"{folder}: its tokenizer has no padding token; get tokenizer_config.json again")
 
 
 def load_text_encoder_weights(

@@ -45,8 +45,7 @@ def portions(job: Job, requests: Sequence[Request]) -> list[list[Request]]:
 def count_tokens(encoder: Any, text: str) -> int:
     """The number of features of a text; no weights are needed. Raises ConfigError for a text that is no class."""
     if isinstance(encoder, T5Encoder):
-        found = encoder.tokenizer(text, truncation=False, verbose=False)["input_ids"]
-        return min(len(found), encoder.model_max_length)
+        return min(len(encoder.tokenizer.encode(text)), encoder.model_max_length)
     if isinstance(encoder, ClassIds):
         encoder.encode([text])
     return 1

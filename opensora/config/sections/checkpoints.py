@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from opensora.config.schema import Count, Number, Positive, Schema, Triple
+from opensora.config.schema import Count, Number, Positive, Schema, Triple, as_tuple
 from opensora.config.sections.common import MAX_PARAMETERS, Depth, Width
 from opensora.config.sections.models import Heads
 
@@ -90,3 +90,26 @@ class TokenizerConfig(Schema):
     model_config = ConfigDict(extra="ignore")
 
     extra_ids: Annotated[Count, Field(le=1_000)] = 100
+
+
+class _Unigram(Schema):
+    model_config = ConfigDict(extra="ignore")
+
+    type: Literal["Unigram"]
+    vocab: list[Annotated[tuple[str, float], as_tuple]]  # pieces and their scores
+
+
+class _AddedToken(Schema):
+    model_config = ConfigDict(extra="ignore")
+
+    content: str
+
+
+class UnigramTokenizer(Schema):
+    """tokenizer.json of T5; a normalizer may hold a compiled character map."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: _Unigram
+    normalizer: dict[str, Any] | None = None
+    added_tokens: list[_AddedToken] = Field([])

@@ -16,7 +16,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None = None) 
     q [N, L, H, D]; k, v [N, M, H, D]; text_mask [N, M] bool is True for real tokens (None: all are real).
     """
     if q.shape[2] > MOST_HEADS:
-        parts = zip(*(x.split(MOST_HEADS, dim=2) for x in (q, k, v)), strict=True)
+        parts = zip(q.split(MOST_HEADS, 2), k.split(MOST_HEADS, 2), v.split(MOST_HEADS, 2), strict=True)
         return torch.cat([attention(*part, text_mask) for part in parts], dim=-1)
     mask = None if text_mask is None else text_mask[:, None, None, :]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [N, H, L, D]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from opensora.errors import WeightsError
-from opensora.models.text_encoder.tokens import tokenize
+from opensora.models.text_encoder.tokens import Tokenizer
 
-TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either will do
 # What a checkpoint holds beside the text encoder: patterns of names to leave out when loading.
 CLIP_DROPPED = ("vision_model.*", "visual_projection.*", "text_projection.*", "logit_scale", "*embeddings.position_ids")
 # Patterns of names in files that hold the text encoder alone, and what takes their place when loading.
@@ -37,7 +34,7 @@ class CLIPText(nn.Module):
 class CLIPEncoder:
     """A CLIP text encoder and its tokenizer; `output_dim` is the size of a prompt's feature."""
 
-    def __init__(self, model: CLIPText, tokenizer: Any, model_max_length: int = 77) -> None:
+    def __init__(self, model: CLIPText, tokenizer: Tokenizer, model_max_length: int = 77) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         config = model.text_model.config
@@ -50,18 +47,15 @@ class CLIPEncoder:
 
         A prompt of more than `model_max_length` tokens, 77 at most, is cut there, with a warning.
         """
-        rows = [torch.tensor(tokenize(self.tokenizer, text, self.model_max_length)) for text in texts]
-        ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        rows = [torch.tensor(self.tokenizer.ids(text, self.model_max_length)) for text in texts]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_id)
         return self.model(ids.to(next(self.model.parameters()).device)).float()[:, None, None], None
 
 
 def make_clip(
-    config: dict[str, Any], tokenizer_folder: Path, model_max_length: int = 77, dtype: torch.dtype = torch.float32
+    config: dict[str, Any], tokenizer: Tokenizer, model_max_length: int = 77, dtype: torch.dtype = torch.float32
 ) -> CLIPEncoder:
-    """A CLIPEncoder of a config.json, of a full CLIP or its text part, whose `model` lies on the meta device.
-
-    Raises WeightsError when the folder holds no tokenizer.
-    """
+    """A CLIPEncoder of a config.json, of a full CLIP or its text part, whose `model` lies on the meta device."""
     from transformers import CLIPConfig, CLIPTextConfig
 
     full = "text_config" in config
@@ -70,16 +64,4 @@ def make_clip(
         model = CLIPText(text_config).to(dtype)
     positions = torch.arange(text_config.max_position_embeddings)[None]  # no checkpoint fills this buffer
     model.text_model.embeddings.position_ids = positions
-    return CLIPEncoder(model, load_clip_tokenizer(tokenizer_folder), model_max_length)
-
-
-def load_clip_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint folder, from tokenizer.json, or vocab.json and merges.txt; nothing is downloaded.
-
-    Raises WeightsError when the folder has neither.
-    """
-    from transformers import CLIPTokenizerFast
-
-    if not any(all((Path(folder) / name).is_file() for name in names) for names in TOKENIZER_FILES):
-        raise WeightsError(f"{folder}: no CLIP tokenizer; it needs tokenizer.json, or vocab.json and merges.txt")
-    return CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    return CLIPEncoder(model, tokenizer, model_max_length)

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from opensora.errors import WeightsError
 from opensora.models.layers.attention import RMSNorm
-from opensora.models.text_encoder.tokens import tokenize
+from opensora.models.text_encoder.tokens import Tokenizer
 
 # What a full T5 checkpoint holds beside the encoder: patterns of names to leave out when loading.
 T5_DROPPED = ("decoder.*", "lm_head.weight")
@@ -45,7 +43,7 @@ class T5EncoderModel(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.config = config
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.shared = _embedding(config.vocab_size, config.d_model)
         self.encoder = T5Stack(config, self.shared)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -125,7 +123,7 @@ class T5Attention(nn.Module):
         self.num_buckets = config.relative_attention_num_buckets
         self.max_distance = config.relative_attention_max_distance
         if has_bias:
-            self.relative_attention_bias = nn.Embedding(self.num_buckets, config.num_heads)
+            self.relative_attention_bias = _embedding(self.num_buckets, config.num_heads)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         q, k, v = (part(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
@@ -150,6 +148,11 @@ class T5Attention(nn.Module):
         growth = torch.log(far.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
         wide = (exact + (growth * (side - exact)).long()).clamp(max=side - 1)
         return torch.where(far < exact, far, wide) + side * (distance > 0)
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """An embedding without initial values: on the meta device `normal_` would import `torch._dynamo`, for seconds."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 class OutputLinear(nn.Linear):
@@ -192,7 +195,7 @@ FEED_FORWARD: dict[str, Callable[[T5Config], nn.Module]] = {  # by a config.json
 class T5Encoder:
     """A T5 encoder and its tokenizer; `output_dim` is the size of a token's feature."""
 
-    def __init__(self, model: T5EncoderModel, tokenizer: Any, model_max_length: int = 300) -> None:
+    def __init__(self, model: T5EncoderModel, tokenizer: Tokenizer, model_max_length: int = 300) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.model_max_length = model_max_length
@@ -206,21 +209,20 @@ class T5Encoder:
         not depend on its neighbours. Features of padding are zero. A prompt of more than `model_max_length` tokens is
         cut there, with a warning.
         """
-        rows = [torch.tensor(tokenize(self.tokenizer, text, self.model_max_length)) for text in texts]
+        rows = [torch.tensor(self.tokenizer.ids(text, self.model_max_length)) for text in texts]
         device = next(self.model.parameters()).device
-        ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id).to(device)
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_id).to(device)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
         features = self.model(ids, mask).float()  # [B, L, C]
         return (features * mask[..., None])[:, None], mask
 
 
 def make_t5(
-    config: T5Config, tokenizer_folder: Path, model_max_length: int = 300, dtype: torch.dtype = torch.float32
+    config: T5Config, tokenizer: Tokenizer, model_max_length: int = 300, dtype: torch.dtype = torch.float32
 ) -> T5Encoder:
     """A T5Encoder whose `model` lies on the meta device: no memory is taken until weights are loaded.
 
-    `shared.weight` and `encoder.embed_tokens.weight` are one tensor; a checkpoint may hold either or both. Raises
-    WeightsError when the folder holds no tokenizer.
+    `shared.weight` and `encoder.embed_tokens.weight` are one tensor; a checkpoint may hold either or both.
     """
     with torch.device("meta"):
         model = T5EncoderModel(config).to(dtype)
@@ -228,16 +230,4 @@ def make_t5(
         for module in model.modules():
             if isinstance(module, OutputLinear):  # overflows in float16
                 module.float()
-    return T5Encoder(model, load_t5_tokenizer(tokenizer_folder), model_max_length)
-
-
-def load_t5_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint folder, from its tokenizer.json or spiece.model; nothing is downloaded.
-
-    Raises WeightsError when the folder has neither.
-    """
-    from transformers import T5TokenizerFast
-
-    if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "spiece.model")):
-        raise WeightsError(f"{folder}: no T5 tokenizer; the folder needs spiece.model or tokenizer.json")
-    return T5TokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    return T5Encoder(model, tokenizer, model_max_length)

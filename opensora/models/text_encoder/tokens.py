@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
 
 
-def tokenize(tokenizer: Any, text: str, most: int) -> list[int]:
-    """Token ids of one prompt with its end token; a prompt of more than `most` is cut there, with a warning."""
-    ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
-    if len(ids) <= most:
-        return ids
-    start = text if len(text) <= 60 else text[:57] + "..."
-    log.warning("prompt %r has %d tokens; only the first %d are used", start, len(ids), most)
-    return ids[: most - 1] + ids[-1:]
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer: `encode` gives the token ids of a text, with its end token."""
+
+    encode: Callable[[str], list[int]]
+    vocab_size: int
+    pad_id: int
+
+    def ids(self, text: str, max_length: int) -> list[int]:
+        """Token ids of a prompt with its end token; a prompt of more than `max_length` is cut there, with a warning."""
+        ids = self.encode(text)
+        if len(ids) <= max_length:
+            return ids
+        start = text if len(text) <= 60 else text[:57] + "..."
+        log.warning("prompt %r has %d tokens; only the first %d are used", start, len(ids), max_length)
+        return ids[: max_length - 1] + ids[-1:]
