@@ -140,7 +140,7 @@ class TestNothingToRead:
     @pytest.mark.parametrize("how", [{"epochs": 1}, {"max_steps": 5}, {"epochs": 3, "accumulation_steps": 4}])
     def test_a_run_without_a_sample_fails(self, tmp_path: Path, how: dict[str, Any]) -> None:
         run = run_of(tmp_path, Changing([6], set(range(100))), **how)
-        with pytest.raises(OpenSoraError, match=r"no sample (was trained on|of a whole epoch could be read)"):
+        with pytest.raises(OpenSoraError, match=r"no sample (could be read|of a whole epoch could be read)"):
             run.run()
         assert folders.checkpoints(run.folder) == []
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import nn
 
 from opensora.acceleration.device import is_cpu
 
+M = TypeVar("M", bound=nn.Module)
 
-def to_device(model: nn.Module, device: torch.device) -> nn.Module:
+
+def to_device(model: M, device: torch.device) -> M:
     """Moves `model` to `device`; returns it.
 
     On an accelerator the weights of frozen convolutions become channels-last, the layout of its matrix units.

@@ -110,9 +110,10 @@ class Buckets:
         entry, ratio, outcome = np.empty(count, np.int16), np.empty(count, np.int16), np.empty(count, np.int8)
         for start in range(0, count, CHUNK):
             rows = slice(start, start + CHUNK)
-            sizes = [_whole_numbers(column[rows]) for column in columns]
-            entry[rows], outcome[rows] = self._enter(*sizes, start, (int(seed), epoch, DRAWS), frame_interval)
-            ratio[rows] = self._ratios(entry[rows], *sizes[1:])
+            frames, heights, widths = (_whole_numbers(column[rows]) for column in columns)
+            drawn_by = (int(seed), epoch, DRAWS)
+            entry[rows], outcome[rows] = self._enter(frames, heights, widths, start, drawn_by, frame_interval)
+            ratio[rows] = self._ratios(entry[rows], heights, widths)
         return BucketAssignment(self.entries, entry, ratio, outcome)
 
     def _enter(

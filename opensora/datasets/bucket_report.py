@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from opensora.config.settings import TrainSettings
-from opensora.datasets.bucket import REASONS, Buckets
+from opensora.datasets.bucket import REASONS, Buckets, RowOutcome
 from opensora.datasets.samplers import BucketBatchSampler, Epoch
 from opensora.datasets.table import read_table
 from opensora.errors import ConfigError
@@ -138,7 +138,7 @@ def _bucket_lines(sampler: BucketBatchSampler) -> list[str]:
         for rank in range(sampler.world_size)
     ]
     least, most = np.min(ranks, 0), np.max(ranks, 0)
-    rows = [HEADS]
+    rows: list[tuple[str, ...]] = [HEADS]
     for group in _order(plan):
         bucket, num_rows, size = plan.buckets[group], plan.num_rows[group], plan.batch_sizes[group]
         used = plan.num_batches[group] * size
@@ -156,7 +156,7 @@ def _order(plan: Epoch) -> list[int]:
     return sorted(range(len(plan.buckets)), key=lambda g: (order[plan.buckets[g][:2]], float(plan.buckets[g].ratio)))
 
 
-def _without(plan: Epoch) -> list[tuple[int, np.ndarray]]:
+def _without(plan: Epoch) -> list[tuple[RowOutcome, np.ndarray]]:
     """(outcome, rows) of the rows without a bucket."""
     found = [(outcome, np.flatnonzero(plan.placement.outcome == outcome)) for outcome in REASONS]
     return [(outcome, rows) for outcome, rows in found if len(rows)]

@@ -61,7 +61,8 @@ class Notes:
     """Notes of a table reader: the columns found, and warnings with the number of rows and the first location."""
 
     def __init__(self, source: str) -> None:
-        self.source, self.columns = source, set()
+        self.source = source
+        self.columns: set[str] = set()
         self.counts: dict[str, int] = {}
         self.first: dict[str, str] = {}
 
@@ -130,7 +131,7 @@ def numbers(column: str, cells: Sequence[Any], where: Where, source: str, notes:
     return values
 
 
-def _number(cell: object) -> float:
+def _number(cell: Any) -> float:
     """A cell as float, or NaN."""
     try:
         return float(cell)

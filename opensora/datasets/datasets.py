@@ -93,6 +93,10 @@ class _TableDataset(Dataset):
             reason = str(error).removeprefix(f"{path}: ").removeprefix(f"{self.table.file(row)}: ")
             return UnreadableRow(row, path, reason)
 
+    def read(self, index: Any) -> dict[str, Any]:
+        """The sample of an index. Raises MediaError for an unreadable file."""
+        raise NotImplementedError
+
     def _row(self, index: Any) -> int:
         return int(index)
 
@@ -226,7 +230,8 @@ def _parsed(index: str) -> tuple[int, int, int, int]:
     parts = [int(part) for part in index.split("-")] if isinstance(index, str) else []
     if len(parts) != 4 or min(parts[1:]) < 1:
         raise ValueError(f"an index is row-T-H-W, as a bucket sampler gives it; not {index!r}")
-    return tuple(parts)
+    row, num_frames, height, width = parts
+    return row, num_frames, height, width
 
 
 def _size(size: Any) -> tuple[int, int]:

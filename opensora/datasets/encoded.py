@@ -170,7 +170,7 @@ class EncodedBatches(Sequence[list[int]]):
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, index: int) -> list[int]:
+    def __getitem__(self, index: int) -> list[int]:  # type: ignore[override]  # no slices
         return self._item_of[self.plan[index][1]].tolist()
 
 
@@ -188,7 +188,9 @@ def encoded_batches(
     entry[dataset.row[items]], item_of[dataset.row[items]] = dataset.group[items], items
     entry[np.asarray(without, np.int64)] = -1
     placed = _CropAssignment(entry, dataset.buckets, _batch_sizes(dataset, batch_size))
-    return EncodedBatches(make_epoch(placed, seed, epoch, shuffle=shuffle, drop_last=drop_last), item_of)
+    # It takes any rows with `entry` and `groups`.
+    plan = make_epoch(placed, seed, epoch, shuffle=shuffle, drop_last=drop_last)  # type: ignore[arg-type]
+    return EncodedBatches(plan, item_of)
 
 
 class EncodedBatchSampler(BucketBatchSampler):
@@ -208,7 +210,7 @@ class EncodedBatchSampler(BucketBatchSampler):
         """The batches of the whole epoch."""
         key = (self.seed, self.epoch)
         if self._batches is None or self._batches[0] != key:
-            how = {"seed": self.seed, "shuffle": self.shuffle, "drop_last": self.drop_last}
+            how: dict[str, Any] = {"seed": self.seed, "shuffle": self.shuffle, "drop_last": self.drop_last}
             self._batches = key, encoded_batches(self.dataset, self.epoch, batch_size=self.batch_size, **how)
         return self._batches[1]
 
@@ -217,7 +219,7 @@ class EncodedBatchSampler(BucketBatchSampler):
         """The whole epoch as table rows, independent of the number of ranks."""
         return self.batches.plan
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]  # items of shards, not keys of rows
         batches = self.batches
         for index in self.rank_batches().tolist():
             yield batches[index]
@@ -230,8 +232,10 @@ def _batch_sizes(dataset: EncodedDataset, batch_size: int | Mapping[str, Any] | 
     if isinstance(batch_size, int):
         return [batch_size] * len(dataset.sizes)
     entries = {(entry.resolution, entry.num_frames): entry.batch_size for entry in Buckets(dict(batch_size)).entries}
+    sizes = []
     for bucket in dataset.buckets:
-        if not entries.get(bucket[:2]):
+        if not (size := entries.get(bucket[:2])):
             problem = f"has features of {bucket}, and bucket_config no batch size for them"
             raise ConfigError(f"{dataset.folder} {problem}; add it, or encode into another folder")
-    return [entries[bucket[:2]] for bucket in dataset.buckets]
+        sizes.append(size)
+    return sizes

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from opensora.config.schema import Count, Name, Positive, Schema, Text, Triple, check
+from opensora.config.schema import Count, Name, Positive, Schema, Text, Triple, as_tuple, check
 from opensora.errors import ConfigError
 from opensora.files import read_json
 
@@ -35,7 +35,7 @@ class PlannedLatents(Schema):
 
     file: LatentFile
     crop: Count
-    bucket: Triple[Name | Positive]  # resolution, frames, ratio
+    bucket: Annotated[tuple[Name, Positive, Name], as_tuple]  # resolution, frames, ratio
     size: Triple[Positive]
     batch_size: Positive
 
@@ -69,7 +69,7 @@ class Shards:
         self.folder = Path(folder)
         self.identity, plan = (_read(self.folder / name) for name in (IDENTITY, PLAN))
         self.plan = check(FeaturePlan, plan, str(self.folder / PLAN), remedy=f"run {COMMAND} again, which rewrites it")
-        planned = self.files = [part.file for part in (*self.plan.latents, *self.plan.text)]
+        planned = self.files = [one.file for one in self.plan.latents] + [one.file for one in self.plan.text]
         missing = [name for name in planned if not (self.folder / name).is_file()]
         if missing:
             problem = f"{len(missing)} of {len(planned)} shards do not exist yet (the first is {missing[0]})"

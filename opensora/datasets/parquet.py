@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ ROW_BYTES = 40  # memory per row besides its texts
 LEAST_BYTES, MOST_TIMES = 2**26, 200
 
 
-def parts(source: str) -> Iterator[tuple[int, dict[str, Sequence[Any]]]]:
+def parts(source: str) -> Iterator[tuple[int, Mapping[str, Sequence[Any]]]]:
     """Yields (index of the first row, cells by column) per chunk. Raises ConfigError for an invalid table."""
     with opened(source) as content:
         from pyarrow import types

@@ -37,7 +37,7 @@ class TextColumn(Sequence[str]):
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         first = self.ends[index - 1] if index else 0
@@ -78,10 +78,11 @@ class Table:
 
     def sizes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The columns num_frames, height, width. Raises ConfigError if one is missing."""
-        for name in NUMBERS:
-            if getattr(self, name) is None:
-                raise ConfigError(f"{self.source}: has no column {name}, which bucket_config needs; add it")
-        return self.num_frames, self.height, self.width
+        num_frames, height, width = found = (self.num_frames, self.height, self.width)
+        if num_frames is None or height is None or width is None:
+            name = next(name for name, column in zip(NUMBERS, found, strict=True) if column is None)
+            raise ConfigError(f"{self.source}: has no column {name}, which bucket_config needs; add it")
+        return num_frames, height, width
 
     def file(self, row: int) -> str:
         """The file of a row: the first existing one of `candidate_paths`, or else the path as written."""
@@ -172,7 +173,9 @@ def read_table(path: str | Path | None) -> Table:
     if not parts:
         raise ConfigError(f"{source}: has no rows; give a table with at least one")
     notes.log()
-    whole = {name: (_joined if name in TEXTS else np.concatenate)(parts.pop(name)) for name in notes.columns}
+    whole: dict[str, Any] = {}
+    for name in notes.columns:
+        whole[name] = (_joined if name in TEXTS else np.concatenate)(parts.pop(name))
     return Table(source, **whole, folder=os.path.dirname(source), folder_first=laid_out)
 
 

@@ -7,7 +7,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +22,8 @@ from opensora.files import open_regular, parse_json
 CHUNK = 2**11  # rows per chunk; Python strings take many times the memory of the final arrays
 MAX_LINE = 2**20  # characters
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_CELL_END = re.compile(r"[,;\t|]")
 _SEPARATOR_LINE = re.compile(r'"?sep=([^"\w\r\n])"?(?:\1|[,;\t|\s])*', re.IGNORECASE)  # as spreadsheets write it
-_FIRST = re.compile(r"[^,;\t|]*")  # cell of a line
 _MARKS = {
     codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
@@ -33,7 +33,7 @@ _MARKS = {
 class Part(NamedTuple):
     """A chunk of rows: cells by column, and the location of each row."""
 
-    cells: dict[str, Sequence[Any]]
+    cells: Mapping[str, Sequence[Any]]
     where: Where
 
 
@@ -91,7 +91,7 @@ class CsvFile:
             self.before = before
             if match := _SEPARATOR_LINE.fullmatch(line.strip("\r\n")):
                 separator = match[1]
-            elif line.strip() and not (line.startswith("#") and not _names_media(_FIRST.match(line)[0])):
+            elif line.strip() and (not line.startswith("#") or _names_media(_CELL_END.split(line, 1)[0])):
                 break
         else:
             line = ""
@@ -239,13 +239,17 @@ def _numbered(numbers: Sequence[int]) -> Where:
     return lambda row: f"line {numbers[row]}"
 
 
+def _numbered_from(first: int) -> Where:
+    return lambda row: f"row {first + row}"
+
+
 def read_parquet(source: str, notes: Notes) -> Iterator[Part]:
     """Reads a Parquet file. Raises ConfigError if it is invalid or a column has the wrong type."""
     from opensora.datasets.parquet import parts
 
     for first, cells in parts(source):
         notes.columns.update(cells)
-        yield Part(cells, lambda row, first=first: f"row {first + row}")
+        yield Part(cells, _numbered_from(first))
 
 
 READERS = {".csv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}

@@ -63,7 +63,7 @@ def broadcast_object(value: T, layout: RankLayout) -> T:
     """The main rank's `value`, a picklable object, on every rank."""
     if layout.world_size == 1:
         return value
-    box = [value if layout.is_main else None]
+    box: list[Any] = [value if layout.is_main else None]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 

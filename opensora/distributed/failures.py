@@ -52,9 +52,11 @@ def _another_failed_first(default: bool) -> bool:
     `default` is returned if the store is gone with the rank that held it. A rank that has lost another one records
     nothing.
     """
+    from torch.distributed.rendezvous import rendezvous
+
     own, connected = str(rank()), dist.is_initialized()
     try:
-        store = dist.distributed_c10d._get_default_store() if connected else next(dist.rendezvous("env://"))[0]
+        store = dist.distributed_c10d._get_default_store() if connected else next(rendezvous("env://"))[0]
         if not default:
             return store.check([FAILED_KEY])
         return store.compare_set(FAILED_KEY, "", own).decode() != own

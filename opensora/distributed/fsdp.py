@@ -29,12 +29,12 @@ def shard(model: nn.Module, layout: RankLayout, dtype: torch.dtype | None = None
     device = layout.mesh.device_type
     mesh = init_device_mesh(device, (layout.world_size,))
     mixed = dtype is not None and device != HOST.type
-    policy = MixedPrecisionPolicy(*((dtype, torch.float32) if mixed else ()), cast_forward_inputs=False)
+    param_dtype, reduce_dtype = (dtype, torch.float32) if mixed else (None, None)
+    policy = MixedPrecisionPolicy(param_dtype, reduce_dtype, cast_forward_inputs=False)
     replicated = {parameter for name, parameter in model.named_parameters() if kept_in_float32(name)}
-    options = {"mesh": mesh, "reshard_after_forward": True, "mp_policy": policy, "ignored_params": replicated}
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # outputs are never written to
     for part in (*blocks_of(model), model):
-        fully_shard(part, **options)
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=replicated)
 
 
 def local_shard(tensor: Tensor) -> Tensor:

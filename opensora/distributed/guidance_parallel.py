@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opensora.distributed.process_group import RankLayout, start
 from opensora.distributed.sequence_parallel import AllGather, SequenceSplit, sequence_parallel
 from opensora.errors import ConfigError
+from opensora.models.layers.transformer import PatchTransformer
 
 
 def check_guidance_ranks(how: str, layout: RankLayout) -> None:
@@ -24,7 +25,7 @@ def check_guidance_ranks(how: str, layout: RankLayout) -> None:
         raise ConfigError(f"guidance_ranks 'apart' needs an even number of ranks, not {ranks}; use auto or together")
 
 
-def guidance_parallel(model: nn.Module, layout: RankLayout, how: str = "auto", batch: int = 1) -> Any:
+def guidance_parallel(model: PatchTransformer, layout: RankLayout, how: str = "auto", batch: int = 1) -> Any:
     """A model for inference over all ranks of a sequence; `batch` is the number of samples without guidance.
 
     how: "together" runs both branches over all ranks; "apart" and "auto" run each on half of the ranks, "auto" only if
@@ -46,7 +47,7 @@ class GuidanceParallel:
     `groups` is the layout by branch: data rank 0 computes the conditional branch, 1 the unconditional one.
     """
 
-    def __init__(self, model: nn.Module, split: SequenceSplit, groups: RankLayout, batch: int) -> None:
+    def __init__(self, model: PatchTransformer, split: SequenceSplit, groups: RankLayout, batch: int) -> None:
         assert groups.mesh is not None
         self.model, self.split, self.groups, self.batch = model, split, groups, batch
         self.branches = groups.mesh["data"].get_group()

@@ -101,4 +101,4 @@ def host_group(long_wait: bool = False) -> dist.ProcessGroup | None:
     """
     if not long_wait and dist.get_backend() == "gloo":
         return None
-    return dist.new_group(backend="gloo", **({"timeout": LONG_WAIT} if long_wait else {}))
+    return dist.new_group(backend="gloo", timeout=LONG_WAIT if long_wait else None)

@@ -142,9 +142,9 @@ def sequence_parallel(model: nn.Module, layout: RankLayout) -> SequenceSplit | N
         return None
     split, blocks = SequenceSplit(layout), blocks_of(model)
     blocks[0].register_forward_pre_hook(split.scatter)
-    model.final_layer.register_forward_hook(split.gather)
+    model.get_submodule("final_layer").register_forward_hook(split.gather)
     for block in blocks:
         if block.axis != "time":  # compiled, collectives may be issued in another order on each rank
-            block.attn.register_forward_pre_hook(torch.compiler.disable(split.to_rows))
-            block.attn.register_forward_hook(torch.compiler.disable(split.to_patches))
+            block.get_submodule("attn").register_forward_pre_hook(torch.compiler.disable(split.to_rows))
+            block.get_submodule("attn").register_forward_hook(torch.compiler.disable(split.to_patches))
     return split

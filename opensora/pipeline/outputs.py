@@ -45,7 +45,7 @@ class Outputs:
         """For results of `num_frames` frames, or with `stops` drafts of them. Raises ConfigError."""
         self.settings, self.stops = settings, stops
         self.names = OutputNames(settings, num_frames)
-        self.may_replace: set[str] = set()  # paths at which an older copy of the same result may exist
+        self._may_replace: set[str] = set()
 
     @property
     def folder(self) -> Path:
@@ -89,6 +89,10 @@ class Outputs:
         if found:
             logger.info("%s exists and is kept", found)
         return found is not None
+
+    def allow_replacing(self, path: str) -> None:
+        """Lets the result of this path replace an older copy of itself."""
+        self._may_replace.add(path)
 
     def check_conflicts(self, paths: Sequence[str]) -> None:
         """Raises MediaError for a file that exists and may not be replaced."""
@@ -145,4 +149,4 @@ class Outputs:
                 yield found
 
     def _replaces(self, path: str) -> bool:
-        return self.settings.overwrite or path in self.may_replace
+        return self.settings.overwrite or path in self._may_replace

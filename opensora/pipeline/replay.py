@@ -21,7 +21,6 @@ from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError, MediaError, OpenSoraError, WeightsError
 from opensora.pipeline import prompts
 from opensora.pipeline.draft import Draft, differences, load
-from opensora.pipeline.frame_difference import FrameDifference, compare_frames
 from opensora.pipeline.job_spec import JobSpec
 from opensora.pipeline.outputs import Output
 from opensora.pipeline.pipeline import VideoPipeline
@@ -41,13 +40,11 @@ MAY_DIFFER = (
 
 
 class Replay(NamedTuple):
-    """The repeated output, compared with the original."""
+    """The repeated output, whether its decoded frames are the same bytes, and what may explain a difference."""
 
     output: Output
-    identical: bool  # the decoded frames have the same bytes
-    differences: list[str]  # of weights and versions, which may explain other frames
-    made_by: str  # the version of opensora that made the original
-    frames: FrameDifference | None  # between both files; None if identical, or if the original cannot be compared
+    identical: bool
+    differences: list[str]
 
 
 def replay(
@@ -77,11 +74,7 @@ def replay(
         pipeline = VideoPipeline(settings)
         output = next(pipeline.generate(JobSpec(settings, sample=recipe["sample_index"])))
     again = read_recipe(output.path)
-    identical = again["output"]["sha256"] == recipe["output"]["sha256"]
-    original = file.with_suffix(output.path.suffix)
-    frames = None if identical else compare_frames(original, output.path, recipe["output"]["num_frames"])
-    made_by = recipe["program"].get("opensora", "of an unknown version")
-    return Replay(output, identical, _explanations(recipe, again), made_by, frames)
+    return Replay(output, again["output"]["sha256"] == recipe["output"]["sha256"], _explanations(recipe, again))
 
 
 def finish(
@@ -179,7 +172,9 @@ def _spec(drafts: Sequence[Draft], settings: Sequence[InferenceSettings]) -> tup
     changed["save_dir"] = str(drafts[0].file.parent)
     whole = dataclasses.replace(settings[0], **changed)
     spec, pipeline = JobSpec(whole, drafts=drafts), VideoPipeline(whole)
-    spec.outputs.may_replace |= {one.path for one in drafts if _is_result(spec.outputs.files(one.path)[0], one)}
+    for one in drafts:
+        if _is_result(spec.outputs.files(one.path)[0], one):
+            spec.outputs.allow_replacing(one.path)
     now = {**program(), "device": str(pipeline.models.device)}
     for one in drafts:
         if others := _other_versions({**one.recipe["program"], "device": one.device}, now):

@@ -135,6 +135,4 @@ def _normalize(model: VideoAutoencoderPipeline, data: MixedClips, device: torch.
     """Sets shift and scale to the mean and deviation of each latent channel over the first clips."""
     batches = range(-(-STATISTICS_CLIPS // data.sets[0].batch_size))
     z = torch.cat([model.encode(data.videos(step).to(device), sample=False).float() for step in batches])
-    model.shift = z.mean(dim=(0, 2, 3, 4)).view(1, -1, 1, 1, 1)
-    model.scale = z.std(dim=(0, 2, 3, 4)).view(1, -1, 1, 1, 1)
-    model.config |= {"shift": model.shift.flatten().tolist(), "scale": model.scale.flatten().tolist()}
+    model.set_normalization(z.mean(dim=(0, 2, 3, 4)).tolist(), z.std(dim=(0, 2, 3, 4)).tolist())

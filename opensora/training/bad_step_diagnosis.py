@@ -126,7 +126,11 @@ class Diagnosis:
             return []
         found = []
         for row, name in enumerate(ids):
-            with self._gradients(lambda row=row: recompute_sample(row).mean() / len(ids)) as gradients:
+
+            def share(row: int = row) -> Tensor:
+                return recompute_sample(row).mean() / len(ids)
+
+            with self._gradients(share) as gradients:
                 norm = float(nn.utils.get_total_norm(gradients.values()))
             if norm > DOMINANT * grad_norm if math.isfinite(grad_norm) else not math.isfinite(norm):
                 found.append(name)

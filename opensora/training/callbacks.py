@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
+from typing import Any, cast
 
 from opensora.config.settings import TrainSettings
 from opensora.distributed.process_group import RankLayout
+from opensora.models.layers.transformer import PatchTransformer
 from opensora.training.data.batch import Encoders, Size, clip_conditioning, encode_texts
 from opensora.training.data.diffusion_data import DiffusionData
+from opensora.training.data.sources import TableSource
 from opensora.training.trainer import Callback, Trainer
 from opensora.training.validation import Prompt, Samples, Validation, report
 
@@ -17,7 +17,7 @@ FPS = 24
 
 
 def make_callbacks(
-    settings: TrainSettings, model: nn.Module, scheduler: Any, data: DiffusionData, layout: RankLayout
+    settings: TrainSettings, model: PatchTransformer, scheduler: Any, data: DiffusionData, layout: RankLayout
 ) -> list[Callback]:
     """The callbacks that the settings ask for, as far as the data allows."""
     callbacks: list[Callback] = []
@@ -25,7 +25,7 @@ def make_callbacks(
         validation = Validation(model, scheduler, settings, data.held_out, layout)
         callbacks.append(lambda trainer: _validate(trainer, validation))
     if settings.sample_every and settings.sample_prompts and data.encoders is not None:
-        size = data.sizes[0] if data.sizes else data.source.batches(0)[0][1]
+        size = data.sizes[0] if data.sizes else cast(TableSource, data.source).batches(0)[0][1]
         prompts = [_encode_prompt(settings, text, data.encoders, size) for text in settings.sample_prompts]
         samples = Samples(model, scheduler, data.encoders.vae, settings, prompts, layout)
         callbacks.append(lambda trainer: _sample(trainer, samples))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from opensora import registry
 from opensora.acceleration.allocator import keep_allocations_in_heap
@@ -29,6 +28,7 @@ from opensora.distributed.parallelize import parallelize
 from opensora.distributed.process_group import RankLayout, start
 from opensora.errors import ConfigError
 from opensora.models.layers.fixed_positions import FixedPositions
+from opensora.models.layers.transformer import PatchTransformer
 from opensora.training.callbacks import make_callbacks
 from opensora.training.checkpoint.fingerprint import fingerprint
 from opensora.training.data.diffusion_data import DiffusionData, make_data
@@ -58,10 +58,12 @@ def train(settings: TrainSettings) -> TrainResult:
     data = make_data(settings, device, layout)
     model = build_model(settings, data, device)
     parallelize(model, layout, DTYPES[settings.dtype], settings.grad_checkpoint, settings.compile)
+    sizes = {"trained_sizes": [list(size) for size in data.sizes]} if data.sizes else {}
     workers = settings.num_workers if data.reads_files else 0
     loader = PrefetchLoader(data.source, layout.data_rank, layout.data_size, workers, pin_memory_for(device))
     trainer = Trainer(
         settings, model, DiffusionLoss(model, scheduler, ratios), device, loader, layout,
+        config={**model.config, **sizes},
         fingerprint=fingerprint(settings, **data.contents),
         encode=data.encode,
         cost=BatchCost(model, settings.model["type"]),
@@ -69,7 +71,7 @@ def train(settings: TrainSettings) -> TrainResult:
         callbacks=make_callbacks(settings, model, scheduler, data, layout),
     )  # fmt: skip
     checkpoint = trainer.run()
-    exported = export_average(settings, model, trainer, layout) if trainer.finished else None
+    exported = export_average(trainer, layout) if trainer.finished else None
     return TrainResult(trainer.folder, trainer.step, checkpoint, exported)
 
 
@@ -89,7 +91,7 @@ def check_training(settings: TrainSettings) -> tuple[Any, MaskRatios | None]:
     return scheduler, ratios
 
 
-def build_model(settings: TrainSettings, data: DiffusionData, device: torch.device) -> nn.Module:
+def build_model(settings: TrainSettings, data: DiffusionData, device: torch.device) -> PatchTransformer:
     """The model to train: with the same initial weights on all ranks, or those of the checkpoint it starts from.
 
     Raises ConfigError when a model of a fixed size is to be trained on several.
@@ -107,18 +109,15 @@ def build_model(settings: TrainSettings, data: DiffusionData, device: torch.devi
     model = builder.build_model({**section, "strict": False}, path, keywords, forced)
     if path:
         logger.info("%s", load_weights(model, path, strict=section.get("strict", False)))
-    if data.sizes:
-        model.config = {**model.config, "trained_sizes": [list(size) for size in data.sizes]}
     return to_device(model, device).train()
 
 
-def export_average(settings: TrainSettings, model: nn.Module, trainer: Trainer, layout: RankLayout) -> Path:
+def export_average(trainer: Trainer, layout: RankLayout) -> Path:
     """Writes the averaged model as inference reads it into `ema` of the run folder; returns its path."""
     averaged = full_state_dict(trainer.ema.state_dict(), layout)
 
     def write() -> Path:
-        config = {"model_type": settings.model["type"], **model.config}
-        save_pretrained(averaged, trainer.folder / "ema", config)
+        save_pretrained(averaged, trainer.folder / "ema", trainer.config)
         return publish(trainer.folder)
 
     return run_on_main(write, layout)

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 from opensora.config.schema import Count, Name, Schema, check
 from opensora.distributed import ranks
@@ -34,14 +34,15 @@ class Lock:
     """
 
     def __init__(self, folder: Path) -> None:
-        path, self._file = folder / FILE, None
+        path = folder / FILE
+        self._file: TextIO | None = None
         try:
             import fcntl
         except ImportError:
             logger.warning("there are no file locks here: make sure that only one run at a time uses %s", folder)
             return
         try:
-            file: Any = path.open("a+", encoding="utf-8")
+            file = path.open("a+", encoding="utf-8")
         except OSError as error:
             raise WeightsError(f"{path}: cannot be written ({error_message(error)})") from error
         try:
@@ -53,16 +54,16 @@ class Lock:
             logger.warning("%s: no locks there (%s); make sure that only one run uses it", folder, error_message(error))
             return
         self._file = file
-        self._write_holder()
+        self._write_holder(file)
 
-    def _write_holder(self) -> None:
+    def _write_holder(self, file: TextIO) -> None:
         own = Holder(host=socket.gethostname(), pid=os.getpid(), launcher=ranks.launch_id()[:1024])
         try:
-            self._file.truncate(0)
-            self._file.write(own.model_dump_json())
-            self._file.flush()
+            file.truncate(0)
+            file.write(own.model_dump_json())
+            file.flush()
         except OSError as error:
-            raise WeightsError(f"{self._file.name}: cannot be written ({error_message(error)})") from error
+            raise WeightsError(f"{file.name}: cannot be written ({error_message(error)})") from error
 
     def release(self) -> None:
         """Unlocks the folder."""

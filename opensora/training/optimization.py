@@ -41,8 +41,10 @@ class Optimization:
         self.settings, self.device = settings, device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         kernels = fastest_adamw(device)
-        hyperparameters = dict(betas=settings.adam_betas, eps=settings.adam_eps, weight_decay=settings.weight_decay)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, **hyperparameters, **kernels)
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            self.parameters, lr=settings.lr, betas=settings.adam_betas, eps=settings.adam_eps,
+            weight_decay=settings.weight_decay, **kernels,
+        )  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "fp16")
         self.ema = EMA(model, settings.ema_decay)
         self.guard = BadStepGuard(model, settings, layout, report)
@@ -65,7 +67,8 @@ class Optimization:
         grad_norm = clip_grad_norm(self.parameters, self.settings.grad_clip or math.inf)
         check = self.guard.launch(loss, grad_norm)
         if self.deferred_check:
-            self.optimizer.found_inf = check.bad  # the fused kernel leaves all as it is where this is 1
+            # As GradScaler does: the fused kernel changes nothing where it is 1.
+            self.optimizer.found_inf = check.bad  # type: ignore[attr-defined]
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return Update(grad_norm, check)

@@ -98,7 +98,7 @@ def refuse_running(settings: TrainSettings) -> None:
 
 def copy_history(opened: OpenedRun, step: int) -> None:
     """Copies the log up to `step` and the lists of unreadable files into the new folder of a resumed run."""
-    old = opened.checkpoint.parent
+    old = opened.checkpoint.parent if opened.checkpoint else opened.folder
     if old == opened.folder:
         return
     copy_log(old / "log.jsonl", opened.folder / "log.jsonl", step)
@@ -140,8 +140,8 @@ def newest_intact(found: list[Path], verify: Verify) -> Path:
         except WeightsError as error:
             broken.append(error)
             continue
-        for error in broken:
-            logger.warning("%s; resuming from %s", error, checkpoint.name)
+        for problem in broken:
+            logger.warning("%s; resuming from %s", problem, checkpoint.name)
         return checkpoint
     more = f" (nor can {len(broken) - 1} older ones be loaded)" if len(broken) > 1 else ""
     raise WeightsError(f"{broken[0]}{more}")
@@ -174,7 +174,8 @@ def _written(checkpoint: Path) -> tuple[float, int, int]:
         saved = found.saved if found else checkpoint.stat().st_mtime
     except (WeightsError, OSError):
         saved = 0.0
-    return saved, *(int(number) for number in folders.NAME.fullmatch(checkpoint.name).groups()[::-1])
+    name = folders.NAME.fullmatch(checkpoint.name)
+    return (saved, int(name[2]), int(name[1])) if name else (saved, 0, 0)
 
 
 def _is_latest_of(checkpoint: Path, run: RunIdentity) -> bool:

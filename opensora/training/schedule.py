@@ -34,7 +34,7 @@ class Schedule:
     @cached_property
     def _batches_left(self) -> int:
         epochs = range(self.position.epoch, self.settings.epochs)
-        return sum(self.source.count(epoch) for epoch in epochs) - self.position.index
+        return sum(self.source.count(epoch) for epoch in epochs) - self.position.batch
 
     @property
     def needs_length(self) -> bool:

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opensora.acceleration.device import HOST
 from opensora.checkpoints import builder
 from opensora.distributed.collectives import all_reduce_mean
 from opensora.distributed.process_group import RankLayout
+from opensora.models.layers.transformer import PatchTransformer
 from opensora.profiling import cost_model
 from opensora.profiling.peak_flops import peak_flops
 from opensora.training.data.batch import TrainingBatch
@@ -29,7 +30,7 @@ class StepCost:
     in PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). `model`, of `model_type`, may be sharded.
     """
 
-    def __init__(self, model: nn.Module, model_type: str) -> None:
+    def __init__(self, model: PatchTransformer, model_type: str) -> None:
         self.model = builder.build_model({"type": model_type}, None, model.config)
         matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
         trained = sum(matrix.numel() for matrix in matrices if matrix.requires_grad)
@@ -55,7 +56,7 @@ class BatchCost:
     """(clips, tokens, FLOPs) of a training step on a batch. Text lengths are rounded up to multiples of TEXT_MULTIPLE,
     so few shapes are counted."""
 
-    def __init__(self, model: nn.Module, model_type: str) -> None:
+    def __init__(self, model: PatchTransformer, model_type: str) -> None:
         self.cost = StepCost(model, model_type)
 
     def __call__(self, batch: TrainingBatch) -> tuple[int, int, float]:

@@ -138,7 +138,8 @@ class TensorBoard:
 
         shape = dict(height=frames.shape[1], width=frames.shape[2], colorspace=3)
         image = Summary.Image(encoded_image_string=_gif(frames, fps), **shape)
-        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+        events: Any = self.writer.file_writer
+        events.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
     def close(self) -> None:
         self.writer.close()

@@ -47,6 +47,7 @@ class Trainer:
 
     loader: batches of this rank; a number means batches that are just the number of the step, so many an epoch. Batches
         with `names` and a `weight` know their samples; a step needs at least one sample on some rank.
+    config: config.json of the checkpoints; that of the model by default
     fingerprint: what decides the numbers of the run, by name; a resumed run must have the same
     encode: turns a batch of the loader into what `loss` takes, on the device
     cost: (clips, tokens, FLOPs) of an encoded batch, for the log
@@ -57,8 +58,9 @@ class Trainer:
 
     def __init__(
         self, settings: TrainSettings, model: nn.Module, loss: Loss, device: torch.device,
-        loader: PrefetchLoader | int, layout: RankLayout | None = None, *, fingerprint: dict[str, str] | None = None,
-        encode: Encode = lambda batch: batch, cost: Callable[[Any], tuple[float, ...]] = lambda batch: (1,),
+        loader: PrefetchLoader | int, layout: RankLayout | None = None, *,
+        config: dict[str, Any] | None = None, fingerprint: dict[str, str] | None = None,
+        encode: Encode = lambda batch: batch, cost: Callable[[Any], tuple[int, int, float]] = lambda batch: (1, 0, 0.0),
         history: DataHistory | None = None, callbacks: Sequence[Callback] = (), deferred_check: bool | None = None,
     ) -> None:  # fmt: skip
         self.settings, self.model, self.device = settings, model, device
@@ -73,6 +75,7 @@ class Trainer:
             on_batch=lambda batch: self.throughput.add(*cost(batch)),
             roll_back=lambda: self.checkpoints.roll_back(self.folder),
         )  # fmt: skip
+        self.config = {"model_type": settings.model["type"], **(config or getattr(model, "config", {}))}
         self.checkpoints = CheckpointManager(model, self.optimization, self.layout)
         self.stop_signals = StopSignals()
         self.step = 0
@@ -220,16 +223,16 @@ class Trainer:
         if not self.checkpoints.weights_are_finite():
             raise self._broken_weights()
         position, losses = self.loader.position, self.train_step.losses
-        states = {
-            "epoch": position.epoch, "step": position.index // self.batches_per_step, "global_step": self.step,
-            "batch_size": self.settings.batch_size, "index": position.index, "samples": self.train_step.samples,
+        states: dict[str, Any] = {
+            "epoch": position.epoch, "step": position.batch // self.batches_per_step, "global_step": self.step,
+            "batch_size": self.settings.batch_size, "index": position.batch, "samples": self.train_step.samples,
             "fingerprint": {**self.fingerprint, **self.schedule.fingerprint()},
             "guard": self.optimization.guard.state_dict(),
         }  # fmt: skip
         if losses:  # replaced by their means over the ranks, as in a run that resumes here
             self.train_step.losses = list(all_reduce_mean(torch.stack(losses), self.layout))
             states["losses"] = torch.stack(self.train_step.losses).tolist()
-        return self.checkpoints.save(self.folder, self.settings.model["type"], states, self.keep, self.run_id)
+        return self.checkpoints.save(self.folder, self.config, states, self.keep, self.run_id)
 
     # Progress and reports
 
@@ -262,8 +265,8 @@ class Trainer:
         return broadcast_object(time.monotonic() >= started + 60 * minutes, self.layout)
 
     def _progress_bar(self) -> tqdm:
-        options = dict(unit="step", mininterval=5, disable=self.layout.rank > 0)
-        return tqdm(total=self.schedule.expected_steps, initial=self.step, **options)
+        steps, hidden = self.schedule.expected_steps, self.layout.rank > 0
+        return tqdm(total=steps, initial=self.step, unit="step", mininterval=5, disable=hidden)
 
     def _log(self, grad_norm: Tensor) -> float:
         """Logs the mean loss since the last line, and returns it: NaN if no step was good."""

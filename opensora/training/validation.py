@@ -6,7 +6,7 @@ ten bins of the range, so the same weights always give the same numbers. The gen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -160,12 +160,18 @@ def inference_mode(model: nn.Module, ema: EMA | None = None) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.callback(lambda: [setattr(module, "training", True) for module in training])
+        stack.callback(_set_training, training)
         model.eval()
         if ema is not None:
             _swap(ema.parameters, ema.averaged)
             stack.callback(_swap, ema.parameters, ema.averaged)
         yield
+
+
+def _set_training(modules: Iterable[nn.Module]) -> None:
+    """Puts these modules, but not those within them, into training mode."""
+    for module in modules:
+        module.training = True
 
 
 @torch.no_grad()

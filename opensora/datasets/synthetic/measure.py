@@ -90,7 +90,8 @@ def _find_object(video: np.ndarray, backdrop: np.ndarray) -> tuple[np.ndarray, n
 
 def _largest_region(mask: np.ndarray) -> np.ndarray:
     """The largest 4-connected region of each frame of `mask`, bool [T, H, W]."""
-    labels, before = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0), None
+    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
+    before = np.zeros(0)
     while not np.array_equal(labels, before):  # the largest label of a region spreads until it fills the region
         labels, before = np.where(mask, _spread(labels), 0), labels
     largest = np.zeros_like(mask)

@@ -24,5 +24,5 @@ def tile(images: Sequence[np.ndarray], columns: int, gap: int = 4) -> np.ndarray
     """Lays out images uint8 [H, W, 3] of one size in a grid on dark gray, `gap` pixels apart."""
     blank = -len(images) % columns
     tiles = np.pad(np.stack(images), ((0, blank), (gap, 0), (gap, 0), (0, 0)), constant_values=40)
-    rows = [np.hstack(tiles[first : first + columns]) for first in range(0, len(tiles), columns)]
+    rows = [np.hstack(list(tiles[first : first + columns])) for first in range(0, len(tiles), columns)]
     return np.pad(np.vstack(rows), ((0, gap), (0, gap), (0, 0)), constant_values=40)

@@ -49,7 +49,8 @@ class _StartDecoder:
     """Decodes the packets of a video until every later packet is a frame; knows which earlier ones are not."""
 
     def __init__(self, video: OpenedVideo) -> None:
-        self.video, self.made = video, set()  # packets that gave frames
+        self.video = video
+        self.decoded: set[int] = set()  # packets that gave frames
         self.sent: dict[int, int | None] = {}  # decoded packets: their presentation time
         self.key: tuple[int, int | None] | None = None  # the first key frame: number and time
         self.num_decoded: int | None = None  # None until it is known
@@ -74,14 +75,14 @@ class _StartDecoder:
     def _take(self, decoded: list[Any]) -> bool:
         """Records which packets gave frames; returns whether the remaining packets are all frames."""
         numbers = [frame.pts for frame in decoded if frame.pts in self.sent]
-        self.made.update(numbers)
+        self.decoded.update(numbers)
         return not self.to_the_end and any(self._behind_key(number) for number in numbers)
 
     def _behind_key(self, number: int) -> bool:
-        first, time = self.key
-        shown = self.sent[number]
-        return number >= first and (number == first or None in (time, shown) or shown >= time)
+        assert self.key is not None
+        (first, time), shown = self.key, self.sent[number]
+        return number >= first and (number == first or time is None or shown is None or shown >= time)
 
     def lacks(self, number: int) -> bool:
         """Whether a packet gives no frame."""
-        return self.num_decoded is not None and number < self.num_decoded and number not in self.made
+        return self.num_decoded is not None and number < self.num_decoded and number not in self.decoded

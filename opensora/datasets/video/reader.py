@@ -116,11 +116,12 @@ def read_span(
         fps = rate_of(video)
         within = range(len(shown)) if span is None else span.locate(shown, path)
         indices = [within.start + index for index in choose(len(within))]
-        if None not in shown and len(set(shown)) == len(shown) and indices[-1] < len(shown):
-            times = [shown[index] for index in indices]
+        known = [time for time in shown if time is not None]
+        if len(set(known)) == len(shown) and indices[-1] < len(shown):
+            times = [known[index] for index in indices]
             before = [key for key in keys if key <= times[0]]
-            if before and (found := _span_from_key(video, max(before), times, convert)) is not None:
-                return found, fps
+            if before and (frames := _span_from_key(video, max(before), times, convert)) is not None:
+                return frames, fps
     found, count = _span_from_start(path, indices, convert)
     if len(found) < len(indices) and within.start < count < within.stop:
         indices = [within.start + index for index in choose(count - within.start)]
@@ -221,7 +222,8 @@ def _span_from_start(
 
 
 def _pick(pictures: Iterable[Any], indices: Sequence[int], convert: Callable[[Any], Any]) -> tuple[list[Any], int]:
-    found, count = [], 0
+    found: list[Any] = []
+    count = 0
     for count, picture in enumerate(pictures, start=1):
         if count - 1 == indices[len(found)]:
             found.append(convert(picture))

@@ -42,7 +42,7 @@ def probe(path: str | Path) -> AnimationInfo | None:
             kind, length = file.read(4), int.from_bytes(file.read(4), "little")
             content = file.read(min(length, 16))
             if kind == b"VP8X":
-                size = tuple(int.from_bytes(content[at : at + 3], "little") + 1 for at in (7, 4))
+                size = (int.from_bytes(content[7:10], "little") + 1, int.from_bytes(content[4:7], "little") + 1)
             elif kind == b"ANMF":
                 durations.append(int.from_bytes(content[12:15], "little") or DEFAULT_DURATION)
             if len(content) < min(length, 16) or not kind:

@@ -153,16 +153,21 @@ class VideoAutoencoderPipeline(nn.Module):
         self.cal_loss = cal_loss
         self.micro_frame_size = micro_frame_size
         self.out_channels = self.temporal_vae.out_channels
-        for name, value in (("scale", scale), ("shift", shift)):
-            tensor = torch.as_tensor(value, dtype=torch.float32)
-            self.register_buffer(name, tensor.view(1, -1, 1, 1, 1) if tensor.ndim else tensor)
         self.config: dict[str, Any] = dict(
             vae_2d=dict(type="VideoAutoencoderKL", **self.spatial_vae.config),
             vae_temporal=dict(type="VAE_Temporal", **self.temporal_vae.config),
-            micro_frame_size=micro_frame_size, micro_batch_size=micro_batch_size, shift=shift, scale=scale,
+            micro_frame_size=micro_frame_size, micro_batch_size=micro_batch_size,
         )  # fmt: skip
+        self.set_normalization(shift, scale)
         if freeze_vae_2d:
             self.spatial_vae.requires_grad_(False)
+
+    def set_normalization(self, shift: float | Sequence[float], scale: float | Sequence[float]) -> None:
+        """Sets the shift and scale of the latents, one number or one per channel."""
+        self.config |= {"shift": shift, "scale": scale}
+        for name, value in (("scale", scale), ("shift", shift)):
+            tensor = torch.as_tensor(value, dtype=torch.float32)
+            self.register_buffer(name, tensor.view(1, -1, 1, 1, 1) if tensor.ndim else tensor)
 
     @property
     def group(self) -> tuple[int, int]:

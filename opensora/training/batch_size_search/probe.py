@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opensora import registry
 from opensora.acceleration.device import pick_device
 from opensora.acceleration.placement import to_device
 from opensora.acceleration.precision import DTYPES, inference_dtype, training_context
 from opensora.checkpoints import builder
+from opensora.checkpoints.sections import WITHOUT_WEIGHTS
 from opensora.config.settings import SearchSettings
 from opensora.datasets.aspect import SIZES
 from opensora.datasets.bucket import Buckets
@@ -28,6 +29,7 @@ from opensora.distributed.parallelize import parallelize
 from opensora.distributed.process_group import RankLayout
 from opensora.errors import ConfigError
 from opensora.models.layers.fixed_positions import FixedPositions
+from opensora.models.layers.transformer import PatchTransformer
 from opensora.profiling.memory_meter import MemoryMeter, bounded_host_memory, is_out_of_memory
 from opensora.training.batch_size_search.search import NoData, Outcome, OutOfMemory, Span, Step
 from opensora.training.data.batch import Size, TrainingBatch, clip_conditioning, encode_texts, encode_videos
@@ -88,11 +90,11 @@ class TrainingProbe:
     def _encoder(self, what: str, has_features: bool) -> Any:
         """The frozen encoder that training runs, or None if its features are loaded or random."""
         section = getattr(self.settings, what)
-        if section is None or has_features or section["type"] in builder.WITHOUT_WEIGHTS:
+        if section is None or has_features or section["type"] in WITHOUT_WEIGHTS:
             return None
         return builder.load_component(section, what, self.device, self.dtype, self.settings.offline)[0]
 
-    def _build_model(self) -> nn.Module:
+    def _build_model(self) -> PatchTransformer:
         """The model as training builds it, with random weights."""
         settings = self.settings
         fitting: dict[str, Any] = {"in_channels": self.vae.out_channels} if self.vae is not None else {}

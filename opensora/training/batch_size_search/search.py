@@ -87,11 +87,12 @@ def bisect(probe: Probe, span: Span, target: float) -> BucketResult:
     Of the sizes tried with a step below `target` seconds the one nearest to it wins; without a target (infinity) the
     largest. A table without any row for the bucket ends the search at once.
     """
-    low, high, steps, limit = span.lower, span.upper, {}, "range"
+    low, high, limit = span.lower, span.upper, "range"
+    steps: dict[int, float] = {}
     while low <= high:
         middle = (low + high) // 2
         outcome = probe(span, middle)
-        if meets_target(outcome, target):
+        if isinstance(outcome, Step) and meets_target(outcome, target):
             steps[middle] = outcome.seconds
             low = middle + 1
             continue

@@ -50,7 +50,7 @@ class LinearFit:
         self.columns = {key: number for number, key in enumerate(["base", "all", "images", *points])}
         per_token = float(np.median([value / (n * span.tokens) for span, n, value in flat]))
         least = min(value for *_, value in flat)
-        priors = {"base": BASE_SHARE * least, "images": KIND_SPREAD * per_token}
+        priors: dict[Hashable, float] = {"base": BASE_SHARE * least, "images": KIND_SPREAD * per_token}
         priors |= dict.fromkeys(points, SIZE_SPREAD * per_token)
         self.spread_of_new = SIZE_SPREAD * per_token
         rows = [self._row(_parts(span, n)) / (noise * value) for span, n, value in flat]
@@ -84,7 +84,8 @@ class LinearFit:
 def _parts(span: Span, n: int) -> Row:
     """The coefficients of the unknowns in the value of n samples."""
     size = n * span.tokens
-    return {"base": 1.0, "all": size, span: size} | ({"images": size} if span.num_frames == 1 else {})
+    row: dict[Hashable, float] = {"base": 1.0, "all": size, span: size}
+    return row | {"images": size} if span.num_frames == 1 else row
 
 
 def _solve(matrix: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +105,8 @@ class ModelSearch:
         self.failed: dict[Span, int] = {}  # the smallest size that was out of memory
 
     def __call__(self, probe: Probe, span: Span, target: float) -> BucketResult:
-        ok, bad, limit, outcomes = span.lower - 1, span.upper + 1, "range", []
+        ok, bad, limit = span.lower - 1, span.upper + 1, "range"
+        outcomes: list[bool] = []
         while bad - ok > 1:
             if ok >= span.lower and (ahead := self.blocked(span, ok + 1, target, len(outcomes))):
                 limit = ahead

@@ -47,7 +47,7 @@ def search_batch_sizes(settings: SearchSettings) -> list[Path]:
     if not plan.order:
         raise ConfigError("every range of bucket_config is 0, which leaves nothing to search; write (guess, range)")
     probe = TrainingProbe(settings)
-    methods = {"model": ModelSearch(), "bisect": search.bisect, "grid": search.grid}
+    methods: dict[str, search.Method] = {"model": ModelSearch(), "bisect": search.bisect, "grid": search.grid}
     found = search.search(plan, probe, methods[settings.method])
     print(result_text(plan, found))
     buckets = bucket_config(plan, found)

@@ -52,12 +52,11 @@ class CheckpointManager:
         norms = torch.stack(torch._foreach_norm([local_shard(one.detach()) for one in self.optimization.parameters]))
         return bool(all_reduce_mean(norms, self.layout).isfinite().all())
 
-    def save(self, folder: Path, model_type: str, running_states: dict[str, Any], keep: int, run: str) -> Path:
+    def save(self, folder: Path, config: dict[str, Any], running_states: dict[str, Any], keep: int, run: str) -> Path:
         """Copies the state and writes it in the background, after the previous checkpoint; returns its folder."""
         self.writer.wait()
         own = self.optimization
         state = take_snapshot(self.model, own.ema, own.optimizer, own.scaler, self.layout)
         if state is not None:
-            config = {"model_type": model_type, **getattr(self.model, "config", {})}
             self.writer.write(folder, state, config, running_states, keep, run)
         return folders.checkpoint_folder(folder, running_states)

@@ -72,7 +72,7 @@ def run_of(folder: Path) -> str | None:
         manifest = read(folder)
     except WeightsError:
         return None
-    return manifest and manifest.run
+    return None if manifest is None else manifest.run
 
 
 def _names(folder: Path) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -89,7 +89,7 @@ def _moments(optimizer: Any, pickled: Pickled) -> tuple[dict[int, dict[str, Tens
     params = [group.get("params") if isinstance(group, dict) else None for group in groups or ()]
     if not params or not all(isinstance(one, list) for one in params) or not isinstance(optimizer.get("state"), dict):
         raise WeightsError(f"{path}: holds no state of an optimizer; {REMEDY}")
-    flat = [index for group in params for index in group]
+    flat = [index for group in params for index in group or ()]
     check(list[Count], flat, f"{path}: params", WeightsError, REMEDY)
     known, state = set(flat), optimizer["state"]
     for index, own in state.items():
@@ -118,7 +118,7 @@ def _require_finite(where: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
             raise WeightsError(f"{where}: {name} is not finite; {REMEDY}")
 
 
-def check_fit(saved: LoadedCheckpoint, model: nn.Module, parameters: list[Tensor]) -> None:
+def check_fit(saved: LoadedCheckpoint, model: nn.Module, parameters: Sequence[Tensor]) -> None:
     """Raises WeightsError unless a checkpoint fits `model` and its trained `parameters`."""
     own, kind = model.state_dict(), type(model).__name__
     for what, found in (("model", saved.model), ("averaged weights", saved.ema)):
@@ -132,9 +132,9 @@ def check_fit(saved: LoadedCheckpoint, model: nn.Module, parameters: list[Tensor
         remedy = "train the same parts, or load only the weights, with --ckpt-path"
         raise WeightsError(f"{saved.folder}: {problem}; {remedy}")
     for index, own_moments in saved.moments.items():
-        found, wanted = tuple(own_moments["exp_avg"].shape), tuple(parameters[index].shape)
-        if found != wanted:
-            problem = f"the moments of parameter {index} have the shape {found}, not {wanted}"
+        shape, wanted = tuple(own_moments["exp_avg"].shape), tuple(parameters[index].shape)
+        if shape != wanted:
+            problem = f"the moments of parameter {index} have the shape {shape}, not {wanted}"
             raise WeightsError(f"{saved.folder / OPTIMIZER}: {problem}; {REMEDY}")
 
 

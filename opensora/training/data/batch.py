@@ -10,10 +10,10 @@ from torch import Tensor
 
 from opensora.acceleration.precision import inference_dtype, training_context
 from opensora.checkpoints import builder
+from opensora.checkpoints.sections import WITHOUT_WEIGHTS
 from opensora.config.settings import TrainSettings
 from opensora.datasets.datasets import to_model_range
 from opensora.distributed.process_group import RankLayout
-from opensora.errors import ConfigError
 from opensora.models.sizes import conditioning_kind, size_conditioning
 from opensora.models.text_encoder.classes import ClassIds
 from opensora.models.text_encoder.cleaning import preprocess
@@ -85,17 +85,14 @@ class Encoders:
     """
 
     def __init__(self, settings: TrainSettings, device: torch.device, layout: RankLayout) -> None:
-        for name in ("vae", "text_encoder"):
-            if getattr(settings, name) is None:
-                raise ConfigError(f"training a diffusion model needs a section {name}")
         self.settings, self.device = settings, device
         self.dtype = inference_dtype(device, settings.dtype)
-        self.vae, vae = builder.load_component(settings.vae, "vae", device, self.dtype, settings.offline)
+        self.vae, vae = builder.load_component(settings.section("vae"), "vae", device, self.dtype, settings.offline)
         self.contents = {"weights of the vae": vae.sha256}
-        self.text = self._load_text_encoder(settings.text_encoder, layout)
+        self.text = self._load_text_encoder(settings.section("text_encoder"), layout)
 
     def _load_text_encoder(self, section: dict[str, Any], layout: RankLayout) -> Any:
-        if section["type"] in builder.WITHOUT_WEIGHTS:
+        if section["type"] in WITHOUT_WEIGHTS:
             return builder.build_text_encoder(section, None, self.dtype)
         offline = self.settings.offline
         encoder, summary = builder.load_component(section, "text_encoder", self.device, self.dtype, offline, layout)

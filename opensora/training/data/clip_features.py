@@ -100,7 +100,7 @@ def held_out_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoder
     """Held-out batches with the name of their set: the clips after its last one; none without validation."""
     held = []
     for one in clips.sets if settings.validate_every else ():
-        first = one.num_clips or settings.dataset["num_clips"]
+        first = one.num_clips or settings.section("dataset")["num_clips"]
         more = ShapeClips(one.num_frames, one.image_size, one.batch_size, one.seed, None, one.continued)
         for start in range(0, settings.validation_samples, one.batch_size):
             rows = range(first + start, first + min(start + one.batch_size, settings.validation_samples))

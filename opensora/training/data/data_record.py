@@ -17,9 +17,10 @@ import torch
 
 from opensora.checkpoints.read import read_state_dict
 from opensora.checkpoints.save import save_file
+from opensora.datasets.columns import NUMBERS
 from opensora.datasets.encoded import EncodedDataset
 from opensora.datasets.file_content import KEY_BYTES, content_key, content_keys
-from opensora.datasets.table import NUMBERS, Table, TextColumn
+from opensora.datasets.table import Table, TextColumn
 from opensora.errors import WeightsError
 
 FILE = "data.safetensors"
@@ -46,7 +47,8 @@ class DataRecord:
     def save(self, folder: Path) -> None:
         """Writes the record into the folder of a run."""
         texts = self.names if isinstance(self.names, TextColumn) else TextColumn(self.names)
-        columns = {"ends": texts.ends, "names": texts.data, "cells": self.cells, "files": self.files}
+        columns: dict[str, np.ndarray] = {"ends": texts.ends, "names": texts.data}
+        columns |= {"cells": self.cells, "files": self.files}
         save_file({name: torch.from_numpy(column.copy()) for name, column in columns.items()}, folder / FILE)
 
     def changes_since(self, other: DataRecord) -> str:

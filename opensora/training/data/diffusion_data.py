@@ -24,7 +24,7 @@ from opensora.training.data.data_record import DataRecord, cells_of, record_of_f
 from opensora.training.data.held_out import encode_held_out
 from opensora.training.data.history import DataHistory
 from opensora.training.data.loader import BatchSource
-from opensora.training.data.sources import table_source
+from opensora.training.data.sources import TableDataset, table_source
 from opensora.training.data.table_checks import check_texts, missing_files, same_on_all_ranks
 
 logger = logging.getLogger("opensora")
@@ -97,7 +97,7 @@ def _table(settings: TrainSettings, device: torch.device, layout: RankLayout) ->
     """A table is checked before the encoders are loaded."""
     gather_all = partial(all_gather_objects, layout=layout)
 
-    def check(dataset: VideoTextDataset) -> list[UnreadableRow]:
+    def check(dataset: TableDataset) -> list[UnreadableRow]:
         check_texts(dataset.table, dataset.captions)
         return missing_files(dataset.table, gather_all)
 
@@ -107,7 +107,7 @@ def _table(settings: TrainSettings, device: torch.device, layout: RankLayout) ->
     record, digest = _record(lambda: record_of_table(table, cells), layout)
     encoders = Encoders(settings, device, layout)
     contents = {"the table": digest, **encoders.contents}
-    sizes = [source.batches(0).size] if isinstance(source.dataset, VideoTextDataset) else []
+    sizes = [source.batches(0)[0][1]] if isinstance(source.dataset, VideoTextDataset) else []
     held_out, unreadable = encode_held_out(source, encoders.encode, gather_all)
     history = DataHistory(layout, record, table, [*source.unreadable, *unreadable])
     return DiffusionData(

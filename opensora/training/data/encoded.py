@@ -44,7 +44,7 @@ class EncodedSource:
     """The batches of a features folder, each of one size. Raises ConfigError if there would be no step."""
 
     def __init__(self, settings: TrainSettings, ranks: int) -> None:
-        folder = settings.dataset.get("data_path")
+        folder = settings.section("dataset").get("data_path")
         if not folder:
             raise ConfigError("data_path is not set; give a folder of encoded features with --data-path")
         self.settings, self.dataset = settings, EncodedDataset(folder)
@@ -94,7 +94,8 @@ def refuse_stale(dataset: EncodedDataset) -> None:
 
     The features folder names that table, so messages show nothing of its content.
     """
-    shards, folder, planned = dataset.shards, dataset.folder, []
+    shards, folder = dataset.shards, dataset.folder
+    planned: list[LatentShard | TextShard] = []
     if shards.plan.table is None or not Path(shards.plan.table).is_file():
         return
     try:

@@ -21,7 +21,7 @@ class DataPosition(NamedTuple):
     """Batch number `index` of an epoch."""
 
     epoch: int = 0
-    index: int = 0
+    batch: int = 0
 
 
 class BatchSource(Protocol):
@@ -104,7 +104,7 @@ class PrefetchLoader:
             position = following
 
     def _advance(self, position: DataPosition, count: int) -> DataPosition:
-        epoch, index = position.epoch, position.index + count
+        epoch, index = position.epoch, position.batch + count
         while index >= (size := self.source.count(epoch)):
             epoch, index = epoch + 1, index - size
         return DataPosition(epoch, index)

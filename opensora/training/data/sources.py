@@ -73,6 +73,9 @@ def read_batch(dataset: Any, keys: Sequence[Key], size: Size) -> dict[str, Any]:
     return batch
 
 
+TableDataset = VideoTextDataset | VariableVideoTextDataset
+
+
 @dataclass(frozen=True)
 class FixedSizeBatches(Sequence):
     """Full batches of the rows in `order` [N], all of one size."""
@@ -84,7 +87,7 @@ class FixedSizeBatches(Sequence):
     def __len__(self) -> int:
         return len(self.order) // self.batch_size
 
-    def __getitem__(self, index: int) -> tuple[list[Key], Size]:
+    def __getitem__(self, index: int) -> tuple[list[Key], Size]:  # type: ignore[override]  # no slices
         if not 0 <= index < len(self):
             raise IndexError(index)
         first = index * self.batch_size
@@ -100,14 +103,15 @@ class BucketBatches(Sequence):
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, index: int) -> tuple[list[Key], Size]:
+    def __getitem__(self, index: int) -> tuple[list[Key], Size]:  # type: ignore[override]  # no slices
         bucket, rows = self.plan[index]
         return _keys(bucket, rows), bucket.size
 
 
-def open_table(settings: TrainSettings) -> VideoTextDataset | VariableVideoTextDataset:
+def open_table(settings: TrainSettings) -> TableDataset:
     """The data set of a `dataset` section with a table; frames are uint8. Raises ConfigError."""
-    if settings.dataset["type"] == "VariableVideoTextDataset":
+    section = settings.section("dataset")
+    if section["type"] == "VariableVideoTextDataset":
         if not settings.bucket_config:
             raise ConfigError("training on VariableVideoTextDataset needs a bucket_config")
     else:
@@ -115,13 +119,13 @@ def open_table(settings: TrainSettings) -> VideoTextDataset | VariableVideoTextD
             logger.warning("bucket_config has no effect with VideoTextDataset; VariableVideoTextDataset makes buckets")
         if settings.batch_size is None:
             raise ConfigError("training on VideoTextDataset needs a batch_size")
-    return registry.build({**settings.dataset, "seed": settings.seed, "as_uint8": True})
+    return registry.build({**section, "seed": settings.seed, "as_uint8": True})
 
 
 def table_source(
     settings: TrainSettings,
     ranks: int,
-    check: Callable[[VideoTextDataset], list[UnreadableRow]] = lambda dataset: missing_files(dataset.table),
+    check: Callable[[TableDataset], list[UnreadableRow]] = lambda dataset: missing_files(dataset.table),
 ) -> TableSource:
     """The batches of a `dataset` section with a table, without the rows that `check` finds broken.
 
@@ -130,15 +134,18 @@ def table_source(
     dataset = open_table(settings)
     unreadable = check(dataset)
     rows = np.setdiff1d(np.arange(len(dataset)), np.array([one.row for one in unreadable], np.int64))
-    make = _in_buckets if isinstance(dataset, VariableVideoTextDataset) else _of_one_size
-    return TableSource(dataset, *make(settings, dataset, rows, ranks), unreadable)
+    if isinstance(dataset, VariableVideoTextDataset):
+        batches, held_out = _in_buckets(settings, dataset, rows, ranks)
+    else:
+        batches, held_out = _of_one_size(settings, dataset, rows, ranks)
+    return TableSource(dataset, batches, held_out, unreadable)
 
 
 def _of_one_size(
     settings: TrainSettings, dataset: VideoTextDataset, rows: np.ndarray, ranks: int
 ) -> tuple[BatchesOfEpoch, list[HeldOutBatch]]:
     """The batches of `rows` at one size, and those held out."""
-    seed, batch_size, size = settings.seed, settings.batch_size, (dataset.num_frames, *dataset.image_size)
+    seed, batch_size, size = settings.seed, settings.batch_size or 1, (dataset.num_frames, *dataset.image_size)
     name, kept = "x".join(map(str, size)), hold_out(settings, rows, len(dataset))
     held_out = [HeldOutBatch(name, part.tolist(), size) for part in _split(kept, batch_size)]
     if settings.validate_every and not held_out:
@@ -155,7 +162,7 @@ def _in_buckets(
     settings: TrainSettings, dataset: VariableVideoTextDataset, rows: np.ndarray, ranks: int
 ) -> tuple[BatchesOfEpoch, list[HeldOutBatch]]:
     """The batches of `rows` in buckets, and those held out."""
-    seed, buckets, (lengths, *sides) = settings.seed, Buckets(settings.bucket_config), dataset.table.sizes()
+    seed, buckets, (lengths, *sides) = settings.seed, Buckets(settings.bucket_config or {}), dataset.table.sizes()
     interval, num_frames = dataset.frame_interval, np.full(len(lengths), np.nan)  # no bucket takes NaN
     num_frames[rows] = lengths[rows]
 

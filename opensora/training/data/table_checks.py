@@ -12,7 +12,7 @@ import numpy as np
 
 from opensora.datasets.datasets import CAPTIONS
 from opensora.datasets.quarantine import UnreadableRow, max_unreadable
-from opensora.datasets.table import Table
+from opensora.datasets.table import Table, TextColumn
 from opensora.errors import ConfigError, MediaError
 
 logger = logging.getLogger("opensora")
@@ -63,7 +63,7 @@ def check_texts(table: Table, captions: str = CAPTIONS[0], rows: np.ndarray | No
             raise ConfigError(f"{table.source}: {problem}; add it, or set captions='optional' in the section dataset")
         logger.warning("%s: has no column text; every text is empty", table.source)
         return
-    empty = empty_texts(table, rows)
+    empty = empty_texts(table.text, rows)
     if not len(empty):
         return
     names = _some(table, empty)
@@ -76,9 +76,9 @@ def check_texts(table: Table, captions: str = CAPTIONS[0], rows: np.ndarray | No
     logger.warning("%s; they are trained on as they are", problem)
 
 
-def empty_texts(table: Table, rows: np.ndarray) -> np.ndarray:
+def empty_texts(texts: TextColumn, rows: np.ndarray) -> np.ndarray:
     """The `rows` whose texts are empty or blank."""
-    return rows[np.fromiter((not table.text[row].strip() for row in rows.tolist()), bool, len(rows))]
+    return rows[[not texts[row].strip() for row in rows.tolist()]]
 
 
 def same_on_all_ranks(cells: np.ndarray, source: str, gather: Gather = single_rank) -> None:

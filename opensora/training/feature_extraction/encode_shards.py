@@ -28,6 +28,7 @@ def encode_texts(
 ) -> None:
     """Encodes and writes the captions of `shards`, without padding."""
     progress = progress_bar("texts", sum(len(shard.rows) for shard in shards), "text", show_progress)
+    assert table.text is not None
     for shard in shards:
         captions = [table.text[row] for row in shard.rows.tolist()]
         encoded: dict[int, Tensor] = {}

@@ -111,6 +111,7 @@ class Extraction:
     def _groups(self, rows: np.ndarray, crop: int) -> tuple[list[Group], np.ndarray]:
         settings = self.settings
         if settings.bucket_config is None:
+            assert isinstance(self.dataset, VideoTextDataset)
             size = (self.dataset.num_frames, *self.dataset.image_size)
             return [fixed_group(rows, size, settings.batch_size or 1)], rows
         drawn_by = {"seed": settings.seed, "crop": crop, "frame_interval": self.dataset.frame_interval}

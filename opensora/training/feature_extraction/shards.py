@@ -136,6 +136,7 @@ def _why_stale(path: Path, shard: LatentShard | TextShard, table: Table) -> str 
 
 
 def _why_text_is_stale(held: np.ndarray, keys: np.ndarray, wanted: np.ndarray, table: Table) -> str | None:
+    assert table.text is not None
     for row, key in zip(held.tolist(), keys, strict=True):
         if row >= len(table) or not np.array_equal(caption_key(table.text[row]), key):
             return f"the caption of row {row} has changed since it was encoded"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from opensora.models.layers.transformer import PatchTransformer
 from opensora.training.data.batch import TrainingBatch
 from opensora.training.masks import MaskRatios
 
@@ -20,7 +21,7 @@ class DiffusionLoss:
     batch continue from their first half.
     """
 
-    def __init__(self, model: nn.Module, scheduler: Any, ratios: MaskRatios | None) -> None:
+    def __init__(self, model: PatchTransformer, scheduler: Any, ratios: MaskRatios | None) -> None:
         self.model, self.scheduler, self.ratios = model, scheduler, ratios
 
     def __call__(self, batch: TrainingBatch, generator: torch.Generator) -> Tensor:
@@ -36,7 +37,7 @@ class DiffusionLoss:
         return losses * batch.weight
 
 
-def drop_text(model: nn.Module, y: Tensor, generator: torch.Generator) -> Tensor:
+def drop_text(model: PatchTransformer, y: Tensor, generator: torch.Generator) -> Tensor:
     """`y` [B, ...] with some rows replaced by the unconditional text, for classifier-free guidance."""
     drop = torch.rand(len(y), generator=generator) < model.class_dropout_prob
     if not drop.any():
