@@ -1,9 +1,8 @@
 """Runs a training program and kills it (SIGKILL) again and again before letting it finish, resuming each time.
 
-python -m tests.killing SCRIPT CONFIG OUTPUTS SEED [KILLS] [RANKS]. Every rank of every run is a process of its own,
-forked so that the imports are paid once. Saves are slowed down so that kills fall into them too. Prints the moments of
-the kills, one a line. `seen.RANK.jsonl` in OUTPUTS has a line for each batch: its step, its number in the step, the
-names of its samples and its loss, those of steps that were taken twice included.
+Every rank of every run is a process of its own, forked so that the imports are paid once. Saves are slowed down so that
+kills fall into them too. `seen.RANK.jsonl` in the outputs has a line for each batch: its step, its number in the step,
+the names of its samples and its loss, those of steps that were taken twice included.
 """
 
 from __future__ import annotations
@@ -18,34 +17,46 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch._dynamo  # imported before the first fork, like the others
-import torch.distributed.fsdp  # noqa: F401
-
 from opensora.models.text_encoder.cleaning import preprocess
-from opensora.training import autoencoder, diffusion  # noqa: F401
 from opensora.training.checkpoint import folders, write
 from opensora.training.step import TrainStep
 from opensora.training.throughput import StepCost
+from tests.ranks import fork_server
 
+ROOT = Path(__file__).parents[1]
 MOMENTS = ("start", "step", "save", "save", "step")
 
 
-def main(script: str, config: str, outputs: Path, seed: int, kills: int = len(MOMENTS), ranks: int = 1) -> None:
+def run(script: str, config: Path, outputs: Path, seed: int = 0, kills: int = 0, ranks: int = 1) -> list[str]:
+    """Runs a program to its end, killed `kills` times; the moments of the kills that came before the end."""
+    outputs.mkdir(exist_ok=True)
+    process = fork_server().Process(target=_killed, args=(script, config, outputs, seed, kills, ranks))
+    process.start()
+    try:
+        process.join()
+    finally:
+        process.kill()
+    assert process.exitcode == 0, (outputs / "printed.txt").read_text()[-2000:]
+    return json.loads((outputs / "kills.json").read_text())
+
+
+def _killed(script: str, config: Path, outputs: Path, seed: int, kills: int, ranks: int) -> None:
+    os.chdir(ROOT)
     slow_down_saves()
     record(outputs)
     preprocess("imports what it needs")
     StepCost.__call__ = lambda *_: (1, 0.0)  # a second for each new size
-    rng = random.Random(seed)
-    outputs.mkdir(exist_ok=True)
+    rng, moments = random.Random(seed), []
     for moment in rng.sample(MOMENTS * kills, kills):
         children = start(script, config, outputs, ranks)
-        killed = wait_until(children, reached(moment, outputs, rng)) and kill(children, rng)
-        print(f"killed: {moment}" if killed else "finished before the kill", flush=True)
+        if wait_until(children, reached(moment, outputs, rng)) and kill(children, rng):
+            moments.append(moment)
     wait_until(start(script, config, outputs, ranks), lambda: False)
+    (outputs / "kills.json").write_text(json.dumps(moments))
 
 
 def slow_down_saves() -> None:
@@ -80,11 +91,11 @@ def newest_experiment(outputs: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def start(script: str, config: str, outputs: Path, ranks: int = 1, flags: Sequence[str] = ()) -> list[int]:
+def start(script: str, config: Path, outputs: Path, ranks: int = 1) -> list[int]:
     """Starts the program in new processes, resuming where there is something to resume; returns their ids."""
     experiment = newest_experiment(outputs)
     load = ("--load", str(experiment)) if experiment else ()
-    sys.argv = [script, config, "--outputs", str(outputs), *load, *flags]
+    sys.argv = [script, str(config), "--outputs", str(outputs), *load]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -161,7 +172,3 @@ def kill(children: list[int], rng: random.Random) -> bool:
             os.kill(child, signal.SIGKILL)
             statuses.append(os.waitpid(child, 0)[1])
     return any(os.WIFSIGNALED(status) for status in statuses)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), *map(int, sys.argv[4:]))

@@ -21,19 +21,23 @@ from opensora.cli.program import run_program
 TIMEOUT = 250  # seconds, for all that the ranks do
 PRELOADED = [
     "torch.distributed.fsdp", "torch.distributed.tensor", "torch.multiprocessing.spawn", "torch._dynamo",
-    "tokenizers",
-    "opensora.models.vae.vae", "opensora.registry",
+    "tokenizers", "opensora.models.text_encoder.cleaning", "opensora.models.vae.vae", "opensora.pipeline.pipeline",
+    "opensora.training.autoencoder", "opensora.training.diffusion",
 ]  # fmt: skip
 
 
-def run(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
-    """What `function(*args)`, of the top level of a module, returns on each rank. Raises what a rank has met.
+def fork_server() -> Any:
+    """The context whose processes are forks of a server that has imported torch once, and has done nothing else."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
-    They are forks of a server that has imported torch once, and has never done anything else.
-    """
+
+def run(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
+    """What `function(*args)`, of the top level of a module, returns on each rank. Raises what a rank has met."""
     with TemporaryDirectory() as folder:
         deadline = time.monotonic() + timeout
-        get_context("forkserver").set_forkserver_preload(PRELOADED)
+        fork_server()
         how = {"join": False, "start_method": "forkserver"}
         context = mp.start_processes(_rank, (ranks, folder, function, args), ranks, **how)
         try:
@@ -59,8 +63,7 @@ class End(NamedTuple):
 def ends(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[End]:
     """How the ranks end that run `function(*args)` as the program of each of them."""
     with TemporaryDirectory() as folder:
-        context = get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context = fork_server()
         processes = [
             context.Process(target=_program, args=(rank, ranks, folder, function, args)) for rank in range(ranks)
         ]

@@ -15,11 +15,12 @@ from opensora.acceleration.model_parts import blocks_of
 from opensora.cli import main
 from opensora.models.sizes import size_conditioning
 from opensora.models.stdit.stdit3 import STDiT3
+from tests.full import count
 from tests.test_plain import error, randomize
 
 CPU = torch.device("cpu")
 SIZES = [(5, 8, 14), (7, 6, 22), (11, 12, 10), (3, 26, 4)]  # latent, of lengths that are no others by chance
-SETTINGS = dict(hidden_size=32, depth=2, num_heads=2, caption_channels=16, model_max_length=8, qk_norm=True)
+SETTINGS = dict(hidden_size=32, depth=1, num_heads=2, caption_channels=16, model_max_length=8, qk_norm=True)
 
 
 @pytest.fixture
@@ -68,11 +69,11 @@ def test_the_flag_compiles_the_model(
     assert ("nothing is compiled" in caplog.text) == ("low" in flags)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU takes a C++ compiler")
 def test_compiled_blocks_compute_the_same(model: STDiT3) -> None:
-    expected = [step(model, size) for size in SIZES]
+    sizes = SIZES[: count(2, 4)]
+    expected = [step(model, size) for size in sizes]
     compile_blocks(model)
-    for size, tensor in zip(SIZES, expected, strict=True):
+    for size, tensor in zip(sizes, expected, strict=True):
         assert error(step(model, size), tensor) < 1e-5

@@ -13,17 +13,18 @@ from opensora.errors import ConfigError
 from opensora.training.data.batch import TrainingBatch
 from opensora.training.losses.diffusion import DiffusionLoss
 from opensora.training.masks import MaskRatios
+from tests.full import count
 
 SIZES = ((64, 64), (48, 80), (80, 48))
 
 
-def clips(count: int):
-    return [(make_continued_clip(5, index, 34, *SIZES[index % 3]), SIZES[index % 3]) for index in range(count)]
+def clips(number: int):
+    return [(make_continued_clip(5, index, 34, *SIZES[index % 3]), SIZES[index % 3]) for index in range(number)]
 
 
 def test_caption_and_scene_tell_the_second_half():
     right = []
-    for clip, _ in clips(90):
+    for clip, _ in clips(count(30, 90)):
         shown = measure(clip.video[17:])
         assert (shown.shape, shown.colour, shown.background) == (
             clip.scene.shape,
@@ -37,7 +38,7 @@ def test_caption_and_scene_tell_the_second_half():
 
 
 def test_nothing_jumps_and_nothing_leaves():
-    for clip, (height, width) in clips(90):
+    for clip, (height, width) in clips(count(30, 90)):
         change = np.abs(np.diff(clip.video.astype(float), axis=0)).mean((1, 2, 3))
         assert change[16] <= 1.5 * max(change[15], change[17], 0.1)
         end = np.array(clip.scene.start) + clip.scene.travel
@@ -45,7 +46,7 @@ def test_nothing_jumps_and_nothing_leaves():
 
 
 def test_half_go_on_as_they_did_and_half_change():
-    changed = [measure(clip.video[:17]).motion != clip.scene.motion for clip, _ in clips(120)]
+    changed = [measure(clip.video[:17]).motion != clip.scene.motion for clip, _ in clips(count(40, 120))]
     assert 0.2 < np.mean(changed) < 0.6
 
 

@@ -261,7 +261,7 @@ def test_a_crop_is_a_function_of_seed_epoch_and_row(clip, tmp_path):
     table = table_of(tmp_path, *[clip] * 3)
     full, _ = media.read_video(clip)
 
-    def starts(seed: int, epochs: range = range(12)) -> list[list[int]]:
+    def starts(seed: int, epochs: range = range(6)) -> list[list[int]]:
         data, found = VariableVideoTextDataset(table, seed=seed), []
         for epoch in epochs:
             data.set_epoch(epoch)
@@ -275,7 +275,7 @@ def test_a_crop_is_a_function_of_seed_epoch_and_row(clip, tmp_path):
     first = starts(0)
     assert {start for epoch in first for start in epoch} == {0, 1, 2}  # the last frame is used too
     assert first == starts(0) and first != starts(1)
-    assert starts(0, range(7, 8)) == first[7:8]
+    assert starts(0, range(4, 5)) == first[4:5]
     assert len({tuple(epoch) for epoch in first}) > 3
     assert torch.equal(state[0], torch.get_rng_state()) and state[1] == np.random.get_state()[1].tolist()
 

@@ -34,7 +34,7 @@ def encoded(video: np.ndarray, path: Path) -> np.ndarray:
 @pytest.mark.parametrize("degrade", [clean, noisy, encoded])
 def test_rendered_clips(degrade, tmp_path):
     right = dict.fromkeys(ATTRIBUTES, 0)
-    number = count(60, 300)
+    number = count(20, 300)
     for index in range(number):
         clip = make_clip(11, index, 9, 64, 64, held_out=index % 2 == 0)
         measured = measure(degrade(clip.video, tmp_path / "clip.mp4"))
