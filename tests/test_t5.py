@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import opensora
 from opensora.acceleration.quantization import Int8Linear, num_quantized, quantize
@@ -106,6 +108,29 @@ def test_half_precision_equals_transformers(dtype: torch.dtype, error: float) ->
     found = ours(ids)
     assert found.dtype == expected.dtype == dtype
     assert (found - expected).float().norm() <= error * expected.float().norm()
+
+
+class Casts(TorchDispatchMode):
+    """Counts the bytes of casts by the device on which they are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and out.dtype != args[0].dtype:
+            self.bytes[args[0].device.type] += out.nbytes
+        return out
+
+
+def test_weights_are_cast_on_the_device(folder: Path) -> None:
+    """The meta device stands for an accelerator."""
+    section = {"type": "t5", "from_pretrained": str(folder)}
+    encoder = builder.build_text_encoder(section, folder, torch.bfloat16)
+    with Casts() as casts:
+        builder.load_text_encoder_weights(encoder, section, folder, torch.device("meta"))
+    assert casts.bytes["cpu"] == 0 and casts.bytes["meta"] == sum(p.nbytes for p in encoder.model.parameters())
 
 
 def test_layers_are_quantized() -> None:

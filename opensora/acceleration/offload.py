@@ -11,7 +11,6 @@ from torch import nn
 
 from opensora.acceleration.device import HOST, is_cpu
 from opensora.acceleration.model_parts import blocks_of
-from opensora.acceleration.placement import to_device
 
 
 class OffloadedModule:
@@ -59,13 +58,6 @@ class Offloader:
             return nullcontext()
         offloaded, module = self.modules[name]
         return offloaded.onloaded(module)
-
-    def place_text_encoder(self, model: nn.Module, device: torch.device) -> None:
-        """Moves a text encoder from the host to the device; its layers are offloaded one by one if enabled."""
-        if self.enabled and blocks_of(model):
-            offload_blocks(model, device)
-        else:
-            to_device(model, device)
 
 
 def offload_blocks(model: nn.Module, device: torch.device) -> None:

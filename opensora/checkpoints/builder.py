@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from opensora import registry
+from opensora.acceleration.offload import offload_blocks
 from opensora.acceleration.placement import to_device
 from opensora.acceleration.quantization import quantize
 from opensora.checkpoints.fit import load_weights
@@ -100,7 +101,7 @@ def load_model_weights(
 
     `linear` "int8" or "fp8" quantizes the linear layers of its blocks, which is approximate.
     """
-    summary = load_weights(model, path, dtype=dtype, strict=section.get("strict", True))
+    summary = load_weights(model, path, dtype=dtype, strict=section.get("strict", True), device=device)
     model = model.eval().requires_grad_(False)
     to_device(model if linear == "exact" else quantize(model, linear), device)
     return summary
@@ -150,17 +151,23 @@ def _check_vocabulary(encoder: Any, folder: Path) -> None:
 
 def load_text_encoder_weights(
     encoder: Any, section: Section, path: Path, device: torch.device, layout: RankLayout = SINGLE_RANK,
-    put: Callable[[nn.Module, torch.device], Any] = to_device,
+    offload: bool = False,
 ) -> Summary:  # fmt: skip
-    """Loads the weights of a built text encoder, which `put` then moves to the device; returns a summary.
+    """Loads the weights of a built text encoder; returns a summary of the checkpoint.
 
-    `shardformer=True` in the section shards them over the ranks, which must then encode in step.
+    `shardformer=True` in the section shards them over the ranks, which must then encode in step. Otherwise `offload`
+    keeps those of its blocks on the host, except while a block runs.
     """
-    summary = load_weights(encoder.model, path)
     if section.get("shardformer"):
+        summary = load_weights(encoder.model, path)
         shard(encoder.model, layout)
-        put = to_device
-    put(encoder.model, device)
+    elif offload:
+        summary = load_weights(encoder.model, path)
+        offload_blocks(encoder.model, device)
+        return summary
+    else:
+        summary = load_weights(encoder.model, path, device=device)
+    to_device(encoder.model, device)
     return summary
 
 

@@ -20,6 +20,7 @@ from opensora.checkpoints.hub import locate
 from opensora.checkpoints.key_mapping import Drop, KeyMapping, TensorDict, mapping_for
 from opensora.checkpoints.prefixes import check_no_adapter, strip_wrappers
 from opensora.checkpoints.read import read_state_dict
+from opensora.checkpoints.remembered_hash import FileIdentity
 from opensora.checkpoints.summary import Summary, summarize
 from opensora.errors import WeightsError
 
@@ -28,18 +29,19 @@ logger = logging.getLogger("opensora")
 
 def load_weights(
     model: nn.Module, source: str | os.PathLike[str], *, mapping: KeyMapping | None = None,
-    dtype: torch.dtype | None = None, strict: bool = True,
+    dtype: torch.dtype | None = None, strict: bool = True, device: torch.device | None = None,
 ) -> Summary:  # fmt: skip
     """Loads a file, folder or hub id into `model` and returns a summary of the checkpoint.
 
     `mapping` replaces the key mapping of the model's class. Floating tensors become `dtype` (None: the model's own),
-    except those `kept_in_float32`. Tensors on the meta device are replaced, others are overwritten in place; fixed
-    positions come from the model's `positions()`. The model changes only after everything fits. With `strict=False`,
-    tensors missing from the file keep their values (not possible on the meta device) and unexpected ones are ignored;
-    summary and log name both. Raises WeightsError naming each tensor that is missing, unexpected, of another shape, or
-    not finite as `dtype`.
+    except those `kept_in_float32`. Tensors on the meta device are replaced by ones on `device` (None: the host), moved
+    and then cast one by one; others are overwritten in place. Fixed positions come from the model's `positions()`. The
+    model changes only after everything fits. With `strict=False`, tensors missing from the file keep their values (not
+    possible on the meta device) and unexpected ones are ignored; summary and log name both. Raises WeightsError naming
+    each tensor that is missing, unexpected, of another shape, or not finite as `dtype`.
     """
     path = locate(source, what=f"{type(model).__name__} weights")
+    identity = FileIdentity(path)
     found = read_state_dict(path)
     tensors, changes = fit(model, found, path, mapping, strict)
     own = model.state_dict(keep_vars=True)
@@ -50,8 +52,8 @@ def load_weights(
     check_finite(
         path, {name: (tensor, _target_dtype(name, own[name], dtype)) for name, tensor in tensors.items() if name in own}
     )
-    _fill(model, own, tensors, dtype)
-    summary = summarize(path, found)._replace(**changes)
+    _fill(model, own, tensors, dtype, device)
+    summary = summarize(path, found, identity.content_hash(found))._replace(**changes)
     if summary.initial or summary.ignored:
         logger.warning("%s does not match the %s exactly", summary, type(model).__name__)
     return summary
@@ -106,7 +108,9 @@ def fit(
     }  # fmt: skip
 
 
-def _fill(model: nn.Module, own: TensorDict, tensors: TensorDict, dtype: torch.dtype | None) -> None:
+def _fill(
+    model: nn.Module, own: TensorDict, tensors: TensorDict, dtype: torch.dtype | None, device: torch.device | None
+) -> None:
     replaced: dict[str, Tensor] = {}
     loaded: dict[int, nn.Parameter] = {}  # by id, so that tied parameters stay tied
     for name, mine in own.items():
@@ -116,10 +120,17 @@ def _fill(model: nn.Module, own: TensorDict, tensors: TensorDict, dtype: torch.d
             if name in tensors:
                 mine.data.copy_(tensors[name])
         elif isinstance(mine, nn.Parameter):
-            replaced[name] = loaded.setdefault(id(mine), nn.Parameter(tensors[name].to(wanted), mine.requires_grad))
+            if id(mine) not in loaded:
+                loaded[id(mine)] = nn.Parameter(_placed(tensors[name], device, wanted), mine.requires_grad)
+            replaced[name] = loaded[id(mine)]
         else:
-            replaced[name] = tensors[name].to(wanted)
+            replaced[name] = _placed(tensors[name], device, wanted)
     model.load_state_dict(replaced, strict=False, assign=True)
+
+
+def _placed(tensor: Tensor, device: torch.device | None, dtype: torch.dtype) -> Tensor:
+    """A tensor moved, then cast: no copy of it is made on the host."""
+    return tensor.to(device=device).to(dtype)
 
 
 def _target_dtype(name: str, mine: Tensor, dtype: torch.dtype | None) -> torch.dtype:

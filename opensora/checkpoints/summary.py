@@ -42,10 +42,12 @@ class Summary(NamedTuple):
         return f"{line}, sha256 {self.sha256[:12]}{''.join(notes)}"
 
 
-def summarize(path: Path, tensors: TensorDict) -> Summary:
-    """Summarizes tensors read from `path`."""
+def summarize(path: Path, tensors: TensorDict, sha256: str | None = None) -> Summary:
+    """Summarizes tensors read from `path`; `sha256` is their content hash, if it is known."""
     dtypes = {SHORT_DTYPES.get(name, name) for name in map(dtype_name, tensors.values())}
-    return Summary(path, len(tensors), count_parameters(tensors), tuple(sorted(dtypes)), content_hash(tensors))
+    return Summary(
+        path, len(tensors), count_parameters(tensors), tuple(sorted(dtypes)), sha256 or content_hash(tensors)
+    )
 
 
 def count_parameters(tensors: TensorDict) -> int:

@@ -19,6 +19,7 @@ from opensora import __version__
 from opensora.config import find_config
 from opensora.distributed.ranks import ranks
 from opensora.errors import OpenSoraError
+from opensora.files import cache_path
 
 MAX_FILES = 100_000  # of a cache that are counted
 SHOWN_VARIABLES = (
@@ -186,7 +187,7 @@ def _caches() -> Iterator[Entry]:
     hub = Path(constants.HF_HUB_CACHE)
     repositories = len(list(hub.glob("models--*")))
     yield Entry("hub", f"{without_user(str(hub))}, {repositories} repositories, {_folder_size(hub)}")
-    own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "opensora").expanduser()
+    own = cache_path()
     yield Entry("run times", f"{without_user(str(own))}, {_folder_size(own)}")
 
 

@@ -177,7 +177,7 @@ class LoadedModels:
         keep_allocations_in_heap()
         encoder = self._unloaded.pop("text_encoder", None) or self._build_text_encoder()
         if path := self.paths["text_encoder"]:
-            where = (self.device, self.layout, self._offloader.place_text_encoder)
+            where = (self.device, self.layout, self._offloader.enabled)
             before = self.summaries.get("text_encoder")
             summary = builder.load_text_encoder_weights(encoder, self.settings.section("text_encoder"), path, *where)
             self._note_loaded("text_encoder", summary)

@@ -23,6 +23,7 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from opensora.datasets.video import is_image, iterate_video, read_image
 from opensora.errors import ConfigError, MediaError, printable
+from opensora.files import cache_path
 from opensora.pipeline.reference_path import MAX_FRAMES
 from opensora.pipeline.timeout import call_with_timeout
 
@@ -42,8 +43,7 @@ def fetch(url: str, folder: str | Path | None = None, allow_private: bool = Fals
     ConfigError for a URL that is malformed or not http(s), and for one that leads, also by a redirect, to a private
     address without `allow_private`; MediaError for everything else that goes wrong.
     """
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "opensora", "references")
-    folder = Path(folder or default).expanduser()
+    folder = Path(folder or cache_path("references")).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".", ignore_cleanup_errors=True) as workspace:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from contextlib import suppress
@@ -17,7 +16,7 @@ from pydantic import Field
 from opensora.acceleration.device import is_cpu, synchronize
 from opensora.config.schema import Name, Number, Schema, check
 from opensora.errors import MediaError
-from opensora.files import atomic_write, read_json
+from opensora.files import atomic_write, cache_path, read_json
 from opensora.profiling.memory_meter import MemoryMeter
 from opensora.profiling.operation_counter import Cost, num_bytes
 from opensora.profiling.peak_flops import known_peak
@@ -91,7 +90,7 @@ def _runs() -> list[_Run]:
 
 
 def _file() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "opensora", "paces.json").expanduser()
+    return cache_path("paces.json")
 
 
 def device_key(device: torch.device, dtype: torch.dtype) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from opensora.acceleration.step_cache.calibration import Calibration
 from opensora.acceleration.step_cache.table import CacheTable
 from opensora.errors import ConfigError, MediaError
-from opensora.files import atomic_write
+from opensora.files import atomic_write, cache_path
 
 FORMAT = 2
 
@@ -40,4 +39,4 @@ def save(key: str, found: Calibration) -> None:
 
 
 def _file(key: str) -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "opensora", "caching", f"{key}.json").expanduser()
+    return cache_path("caching", f"{key}.json")

@@ -12,7 +12,7 @@ import numpy as np
 
 from opensora.checkpoints.hub import locate
 from opensora.checkpoints.read import read_state_dict
-from opensora.checkpoints.summary import content_hash
+from opensora.checkpoints.remembered_hash import FileIdentity
 from opensora.config.settings import TrainSettings
 from opensora.datasets.bucket import Bucket
 from opensora.datasets.encoded import EncodedBatchSampler, EncodedDataset, collate_encoded
@@ -37,7 +37,8 @@ def refuse_other_encoders(dataset: EncodedDataset, settings: TrainSettings) -> N
             path = locate(section["from_pretrained"], what=name, subfolder=section.get("subfolder"), offline=True)
         except WeightsError:  # they are not needed
             continue
-        dataset.require(**{name: content_hash(read_state_dict(path))})
+        identity = FileIdentity(path)
+        dataset.require(**{name: identity.content_hash(read_state_dict(path))})
 
 
 class EncodedSource:
