@@ -170,7 +170,6 @@ PRODUCTS = {
     "aten::baddbmm",
     "aten::bmm",
     "aten::mm",
-    "mkldnn::_linear_pointwise",
     "aten::mkldnn_linear_backward_weights",
 }
 ATTENTION = {"aten::_scaled_dot_product_flash_attention_for_cpu"}

@@ -2,10 +2,8 @@
 
 python -m benchmarks.decode [--size 96 160] [--frames 17] [--repeats 3] [--threads N] [--output results]
 
-Plainly a clip is decoded as a whole; the fast path gives its frames one after the other, as uint8. Products are
-counted in the plain formulation; the fast path computes fewer (none over padding in time, 4/9 of those of wide 3 x 3
-kernels, 1/4 of those that follow a doubling), so its share may exceed what is left of the bound. `bf16` is the fast
-path in that type (`--cpu-dtype bf16` of a request), where the processor has products for it.
+The plain side decodes a clip as a whole; the package gives its frames in pieces, as uint8. `bf16` is the package in
+that type (`--cpu-dtype bf16` of a request), where the processor has products for it.
 """
 
 from __future__ import annotations

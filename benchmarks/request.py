@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from benchmarks import common, plain
 from opensora.acceleration.placement import to_device
@@ -65,14 +66,16 @@ def fast_request(parts: Parts, config: dict[str, Any], steps: int) -> np.ndarray
 def plain_request(parts: Parts, config: dict[str, Any], steps: int) -> np.ndarray:
     """The same frames by the plain formulation."""
     encoder, longest = parts.encoder, parts.encoder.model_max_length
-    found = encoder.tokenizer(PROMPT, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
+    real = torch.tensor(encoder.tokenizer.ids(PROMPT, longest))
+    ids = F.pad(real, (0, longest - len(real)), value=encoder.tokenizer.pad_id)[None]
+    mask = F.pad(torch.ones_like(real), (0, longest - len(real)))[None]
     with torch.no_grad():
-        y = encoder.model(**found).last_hidden_state[:, None]
+        y = encoder.model(ids, mask)[:, None]
     noise, told = start(parts, config)
     null, times = parts.model.y_embedder.y_embedding[None, None, :longest], sampling_times(steps).tolist()
     scale, source = config["scheduler"]["cfg_scale"], noise_generator(config["seed"], 0, 0)
     told = {name: told[name] for name in ("fps", "height", "width")}
-    z = plain.sample(parts.model, noise, y, found["attention_mask"], null, times, scale, source, **told)
+    z = plain.sample(parts.model, noise, y, mask, null, times, scale, source, **told)
     return to_uint8(plain.decode(parts.vae, z, config["num_frames"])[0])
 
 
