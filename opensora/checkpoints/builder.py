@@ -27,6 +27,7 @@ from opensora.errors import ConfigError, OpenSoraError, WeightsError
 from opensora.models.text_encoder import t5
 from opensora.models.text_encoder.clip import make_clip
 from opensora.profiling.memory_meter import free_on_host
+from opensora.profiling.meta_shapes import MetaShapes
 
 TRAINING_ONLY = ("freeze", "freeze_y_embedder", "only_train_temporal", "drop_path", "freeze_vae_2d", "cal_loss")
 TEXT_CONFIGS = {"t5": T5Config, "clip": CLIPConfig, "clip_text": CLIPTextConfig}
@@ -67,7 +68,7 @@ def build_model(
     keywords = {**{key: value for key, value in (defaults or {}).items() if key in known}, **stated}
     forced = {key: value for key, value in (forced or {}).items() if key in known}
     section = {**keywords, **section, **forced}
-    with torch.device("meta"):
+    with torch.device("meta"), MetaShapes():
         built = registry.build(section)
     if section.get("strict", True):
         return built

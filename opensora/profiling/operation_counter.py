@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from opensora.acceleration.device import is_cpu
 from opensora.acceleration.replace_modules import ModuleWrapper, replace_modules
-from opensora.profiling.meta_shapes import run_on_meta
+from opensora.profiling.meta_shapes import MetaShapes, run_on_meta, tensors_in
 
 PRODUCTS, CONVOLUTIONS, BANDWIDTH = 1e11, 5e10, 5e9  # operations and bytes a second at the nominal speed
 CONTAINERS = nn.ModuleList | nn.ModuleDict | nn.Sequential
@@ -48,7 +47,7 @@ class Cost(NamedTuple):
         return self.products / PRODUCTS + self.convolutions / CONVOLUTIONS + self.moved / BANDWIDTH
 
 
-class OperationCounter(TorchDispatchMode):
+class OperationCounter(MetaShapes):
     """Adds up the operations that run under it on the meta device, as `device` would execute them."""
 
     def __init__(self, device: torch.device) -> None:
@@ -57,10 +56,6 @@ class OperationCounter(TorchDispatchMode):
         self.cost = Cost()
         self.alive = 0  # bytes allocated now
         self.storages: dict[int, Any] = {}
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True, the default, imports torch._dynamo
 
     def run(self, function: Callable[[], Any]) -> Cost:
         """Calls a function; returns the cost of all that has run so far."""
@@ -75,7 +70,7 @@ class OperationCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = run_on_meta(func, args, kwargs)
-        inputs, outputs = _tensors((args, kwargs)), _tensors(out)
+        inputs, outputs = tensors_in(args, kwargs), tensors_in(out)
         known = {_storage(one) for one in inputs}
         allocated = [one for one in outputs if _storage(one) not in known]
         for tensor in allocated:
@@ -161,7 +156,7 @@ class _CountedOnce(ModuleWrapper):
             counter.cost = Cost()
             out = self.wrapped(*args, **kwargs)
             work = counter.cost._replace(peak=counter.cost.peak - alive)
-            if isinstance(out, Tensor) and _storage(out) not in map(_storage, _tensors(inputs)):
+            if isinstance(out, Tensor) and _storage(out) not in map(_storage, tensors_in(inputs)):
                 self.known[key] = work, _layout(out)
         counter.cost = before.then(work._replace(peak=alive + work.peak))
         return out
@@ -191,7 +186,3 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
