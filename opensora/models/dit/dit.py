@@ -89,7 +89,7 @@ class DiT(FixedPositions):
         super().initialize()
         for module in self.modules():
             if isinstance(module, Adaptive):
-                nn.init.zeros_(module[1].weight)
+                nn.init.zeros_(module.get_parameter("1.weight"))
             elif isinstance(module, LabelEmbedder):
                 nn.init.normal_(module.embedding_table.weight, std=0.02)
 

@@ -18,6 +18,10 @@ class FixedPositions(PatchTransformer):
     those of another size, or none.
     """
 
+    pos_embed: Tensor  # those that a model has
+    pos_embed_spatial: Tensor
+    pos_embed_temporal: Tensor
+
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
         size = self.input_size = tuple(config["input_size"])

@@ -52,11 +52,12 @@ class PatchTransformer(nn.Module):
         """The type that tokens are computed in."""
         return self.x_embedder.proj.weight.dtype
 
-    def token_grid(self, size: Size3) -> Size3:
+    def token_grid(self, size: Sequence[int]) -> Size3:
         """(T', rows, columns) of the tokens of a latent of this size, padded up to whole patches."""
-        return tuple(-(-side // patch) for side, patch in zip(size, self.patch_size, strict=True))
+        frames, rows, columns = (-(-side // patch) for side, patch in zip(size, self.patch_size, strict=True))
+        return frames, rows, columns
 
-    def unpatch(self, patches: Tensor, size: Size3) -> Tensor:
+    def unpatch(self, patches: Tensor, size: Sequence[int]) -> Tensor:
         """Patches [B, T', S, pt * ph * pw * C_out] as [B, C_out, T, H, W] float32, the padding cut off."""
         x = patches.unflatten(2, self.token_grid(size)[1:]).unflatten(4, (*self.patch_size, -1))
         x = (

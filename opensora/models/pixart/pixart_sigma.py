@@ -31,7 +31,7 @@ class CompressedAttention(SelfAttention):
         if sampling == "conv":
             self.sr = nn.Conv2d(dim, dim, factor, factor, groups=dim)
             nn.init.constant_(self.sr.weight, 1 / factor**2)  # starts as an average
-            nn.init.zeros_(self.sr.bias)
+            nn.init.zeros_(self.sr.get_parameter("bias"))
             self.norm = nn.LayerNorm(dim)
 
     def compress(self, x: Tensor) -> Tensor:
