@@ -88,12 +88,12 @@ def _resized_center(frame: np.ndarray, scaled: tuple[int, int], size: tuple[int,
     """
     rows, down = _taps(frame.shape[0], scaled[0], size[0])
     columns, right = _taps(frame.shape[1], scaled[1], size[1])
-    picked = torch.from_numpy(frame.take(rows, axis=0)).index_select(1, torch.from_numpy(columns))
-    levels = picked.view(2, size[0], 2, 3 * size[1]).float().div_(255)
-    right = right.repeat_interleave(3)
-    lines = (levels[:, :, 0] * (1 - right)).add_(levels[:, :, 1] * right)  # [2, H, 3 W]
-    middle = (lines[0] * (1 - down[:, None])).add_(lines[1] * down[:, None])
-    return middle.sub_(0.5).div_(0.5).view(*size, 3).permute(2, 0, 1)
+    channels = (3 * columns[:, None] + np.arange(3)).ravel()
+    picked = frame.take(rows, axis=0).reshape(len(rows), -1).take(channels, axis=1)
+    levels = torch.from_numpy(picked).view(2, size[0], 2, 3 * size[1]).float()
+    lines = torch.lerp(levels[:, :, 0], levels[:, :, 1], right.repeat_interleave(3))  # [2, H, 3 W]
+    middle = torch.lerp(lines[0], lines[1], down[:, None])
+    return middle.mul_(2 / 255).sub_(1).view(*size, 3).permute(2, 0, 1)
 
 
 @lru_cache(maxsize=256)

@@ -17,6 +17,7 @@ from opensora.models.vae.vae_temporal import VAE_Temporal, VAE_Temporal_SD
 
 SPATIAL_FACTOR = 8
 MOST_PIXELS = 2**16  # of a batch of frames to decode: many small ones, a single large one
+ENCODED_PIXELS = 2**18  # of a batch of frames to encode, which takes less memory
 SPATIAL_SCALE = 0.18215  # applied whatever the autoencoder's own scaling factor, as the published weights expect
 # Patterns of names in published files, old attention layers included, and what takes their place when loading.
 FRAMES_RENAMED = (
@@ -80,8 +81,9 @@ class FrameAutoencoder(nn.Module):
         return self._by_frames(encode_frames, x)
 
     def moments(self, frames: Tensor) -> Tensor:
-        """Mean and log variance [N, 2 C, H / 8, W / 8] of frames [N, 3, H, W]."""
-        return self.module.encode(frames)
+        """Mean and log variance [N, 2 C, H / 8, W / 8] of frames [N, 3, H, W], computed ENCODED_PIXELS at a time."""
+        at_once = max(1, ENCODED_PIXELS // (frames.shape[2] * frames.shape[3]))
+        return torch.cat([self.module.encode(part) for part in frames.split(at_once)])
 
     def encoded(self, pieces: Iterable[Tensor]) -> Tensor:
         """`encode` with sample=False of a video that comes in pieces [B, 3, n, H, W], one in memory at a time."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opensora.models.layers.arguments import arguments_of
+from opensora.models.vae.blocks import ACTIVATIONS, Activation
 from opensora.models.vae.posterior import DiagonalGaussian
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 
 
 class CausalConv3d(nn.Module):
@@ -23,10 +22,6 @@ class CausalConv3d(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride=(time_stride, 1, 1), bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.convolve(x)
-
-    def convolve(self, x: Tensor) -> Tensor:
-        """The padded convolution. Subclasses may compute it in another way."""
         side = self.kernel // 2
         return self.conv(F.pad(x, (side, side, side, side, self.past, 0)))
 
@@ -38,7 +33,7 @@ class Layout(NamedTuple):
     num_res_blocks: int
     temporal_downsample: tuple[bool, ...]
     num_groups: int
-    activation: Callable[[Tensor], Tensor]
+    activation: Activation
 
     def res_blocks(self, before: int, width: int) -> nn.ModuleList:
         """The blocks of one level, the first of which comes from `before` channels."""
@@ -49,7 +44,7 @@ class Layout(NamedTuple):
 class ResBlock(nn.Module):
     """Norm, activation, convolution, twice, around a (projected) skip."""
 
-    def __init__(self, in_channels: int, out_channels: int, num_groups: int, activation: Callable[[Tensor], Tensor]):
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int, activation: Activation):
         super().__init__()
         self.activation = activation
         self.norm1 = nn.GroupNorm(num_groups, in_channels)
@@ -60,9 +55,13 @@ class ResBlock(nn.Module):
             self.conv3 = CausalConv3d(in_channels, out_channels, kernel=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        inplace = not torch.is_grad_enabled()
+        hidden = self.activation(self.norm1(x), inplace=inplace)
+        hidden = self.conv1(hidden)
+        hidden = self.activation(self.norm2(hidden), inplace=inplace)
+        hidden = self.conv2(hidden)
         skip = self.conv3(x) if hasattr(self, "conv3") else x
-        x = self.conv1(self.activation(self.norm1(x)))
-        return skip + self.conv2(self.activation(self.norm2(x)))
+        return hidden.add_(skip) if inplace else hidden + skip
 
 
 class Encoder(nn.Module):
@@ -138,7 +137,7 @@ class VAE_Temporal(nn.Module):
 
     Args: in_out_channels, latent_embed_dim, embed_dim: channels of the input, inside, and of the latent; filters and
     channel_multipliers: width of each level; num_res_blocks a level; temporal_downsample: which level transitions
-    halve the frames; num_groups of the group norms; activation_fn: swish, silu, relu or gelu.
+    halve the frames; num_groups of the group norms; activation_fn: a name in ACTIVATIONS.
     """
 
     def __init__(
