@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from opensora.checkpoints.hub import _unreachable
 from opensora.checkpoints.read import read_state_dict
 from opensora.checkpoints.save import save_file
 from opensora.cli import main
 from opensora.pipeline import denoise, output_files, pipeline
-from tests.checkpoints import SAMPLE, SCRIPT, run_script, snapshot, tree, use_cache
+from tests.checkpoints import SAMPLE, run_script, snapshot, tree, use_cache
+from tests.ranks import fork_server
 from tests.tiny import make_tiny_stdit3, make_tiny_t5
 
 SMALL = ("--num-sampling-steps", "2", "--image-size", "16", "24", "--num-frames", "17", "--verbose", "0")
@@ -304,27 +305,32 @@ def test_more_than_fits_into_memory(capsys, monkeypatch):
     assert "memory does not suffice for 17 frames of 16x24; use a smaller size or fewer frames" in error
 
 
-def environment(cache: Path, **more: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    return {**kept, "HF_HUB_CACHE": str(cache), "PYTHONPATH": str(SCRIPT.parents[1]), **more}
+def sample_for_long(cache: Path, folder: Path, told: Path) -> None:
+    """The program of a process that is to be interrupted."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where the tests run
+    os.chdir(folder)
+    os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT), 2)
+    with pytest.MonkeyPatch.context() as patch:
+        use_cache(cache, patch)
+        argv = (SAMPLE, *SMALL, "--num-sampling-steps", "10000", "--verbose", "1", "--prompt", "x")
+        sys.exit(run_script(*argv, "--save-dir", OUTPUT))
 
 
-def test_interrupted_while_sampling(here, hub_cache):
-    argv = (SAMPLE, *SMALL, "--num-sampling-steps", "10000", "--verbose", "1", "--prompt", "x", "--save-dir", OUTPUT)
-    program = subprocess.Popen(
-        [sys.executable, SCRIPT, *argv], env=environment(hub_cache), cwd=here, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    with program:
-        seen = b""
-        while b"sampling" not in seen and (more := program.stderr.read1()):
-            seen += more
+def test_interrupted_while_sampling(here, hub_cache, tmp_path_factory):
+    told = tmp_path_factory.mktemp("told") / "stderr"
+    process = fork_server().Process(target=sample_for_long, args=(hub_cache, here, told))
+    process.start()
+    try:
+        while process.is_alive() and not (told.exists() and b"sampling" in told.read_bytes()):
+            time.sleep(0.05)
         time.sleep(0.2)
-        program.send_signal(signal.SIGINT)
-        out, error = program.communicate(timeout=60)
-    assert (program.returncode, out) == (130, b"")
-    assert error.decode().splitlines()[-1] == "interrupted; nothing half-written was left"
-    assert b"Traceback" not in error and tree(here) == {}
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
+        assert process.exitcode == 130
+    finally:
+        process.kill()
+    assert told.read_text().splitlines()[-1] == "interrupted; nothing half-written was left"
+    assert "Traceback" not in told.read_text() and tree(here) == {}
 
 
 def test_interrupted_while_writing(here, capsys, monkeypatch):
@@ -337,18 +343,16 @@ def test_interrupted_while_writing(here, capsys, monkeypatch):
     assert tree(here) == {}
 
 
-def test_hub_that_cannot_be_reached(here):
+def test_hub_that_cannot_be_reached(here, capsys, monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
-        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        done = subprocess.run(
-            [sys.executable, "-m", "opensora.cli", "generate", "a cat", "--model", SAMPLE, "--save-dir", OUTPUT],
-            env=environment(here / "cache", HF_ENDPOINT=address), cwd=here, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-    assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
-    assert "the hub cannot be reached" in done.stderr
-    assert all(way in done.stderr for way in ("give a local path", "fill the hub cache", "--model embedded"))
-    assert not (here / "new").exists()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", f"{here}-cache")
+        monkeypatch.setattr("opensora.checkpoints.hub._unreachable", _unreachable)
+        error = refused(capsys, "generate", "a cat", "--model", SAMPLE, script=False)
+    assert "the hub cannot be reached" in error
+    assert all(way in error for way in ("give a local path", "fill the hub cache", "--model embedded"))
 
 
 def test_offline_says_so(here, capsys, monkeypatch):

@@ -26,6 +26,7 @@ from opensora.errors import ConfigError
 from opensora.pipeline import step_cache
 from opensora.pipeline.recipe import read_recipe
 from opensora.pipeline.replay import replay
+from tests.full import FULL
 from tests.tiny import TINY_STDIT3
 
 SHAPE, STEPS, SCALE = (1, 4, 2, 4, 4), 12, 3.0
@@ -403,6 +404,7 @@ def test_other_approximations_repeat(flags: tuple[str, ...], tmp_path: Path) -> 
     assert replay(tmp_path / "one" / "sample_0000.mp4", tmp_path / "again").identical
 
 
+@pytest.mark.skipif(not FULL, reason="a program of the measurements: set OPENSORA_FULL=1")
 def test_the_benchmark_compares_all_methods(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from benchmarks import caching as benchmark
 

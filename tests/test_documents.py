@@ -1,6 +1,6 @@
 """Every command of the documents is understood as it stands, and does its job with tiny stand-ins for the weights.
 
-A block runs if it has a program that no block before it has run, and with OPENSORA_FULL=1 every block does.
+A block runs if it has a verb that no block before it has run, and with OPENSORA_FULL=1 every block does.
 A block of commands starts in a folder of its own that holds what the documents name: weights, prompts, pictures, an
 earlier training run. The blocks of a document in `IN_ORDER` go on from one another. A program that has no row in
 `SMALLER` fails the test.
@@ -26,7 +26,7 @@ import pytest
 
 from opensora import cli, registry
 from opensora.checkpoints import builder
-from opensora.cli.verbs import make_parser
+from opensora.cli.verbs import VERBS, make_parser
 from opensora.config import model_zoo, read_config
 from opensora.config.settings import InferenceSettings, TrainSettings, check_trainable
 from opensora.datasets.synthetic.render import make_clip
@@ -42,7 +42,10 @@ from tests.full import FULL
 from tests.tiny import make_tiny_t5, make_tiny_vae
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted(ROOT.glob("docs/**/*.md")),
+]
 DOCUMENTS += sorted(ROOT.glob("configs/**/README.md"))
 IN_ORDER = ("docs/training.md",)
 
@@ -84,6 +87,7 @@ SETTINGS_OF = {
     "embedded/train/finetune_buckets": SMALL_BUCKETS,
     "configs/opensora-v1-2/misc/extract.py": SMALL_BUCKETS,
 }
+ON_TWO = ("--cfg-options", "batch_size=1", "num_workers=0", "max_steps=1", "validate_every=0")
 SMALLER = {
     "opensora generate": INFERENCE,
     "opensora plan": PLANNING,
@@ -95,7 +99,10 @@ SMALLER = {
     "opensora table": (),
     "opensora buckets": (),
     "opensora train": FINETUNING,
-    "torchrun scripts/train.py": ("--cfg-options", "batch_size=1", "num_workers=0", "max_steps=1", "validate_every=0"),
+    "opensora benchmark": ("--warmup-count", "0", "--eval-count", "1", *INFERENCE),
+    "opensora doctor": (),
+    "torchrun -m opensora train": ON_TWO,
+    "torchrun scripts/train.py": ON_TWO,
     "demo_open_sora.py": INFERENCE,
     "benchmark_open_sora.py": ("--warmup-count", "0", "--eval-count", "1", *INFERENCE),
     "scripts/inference.py": INFERENCE,
@@ -111,6 +118,25 @@ SMALLER = {
     "opensora search-bs": SEARCH,
     "scripts/misc/eval_embedded.py": ("--num-prompts", "2", "--from-scenes", "--reconstruction", "1"),
 }
+
+# Program -> the verb that it is a door to, or None where only the full run has the time.
+VERB_OF = {
+    "demo_open_sora.py": "generate",
+    "benchmark_open_sora.py": "benchmark",
+    "scripts/inference.py": "generate",
+    "scripts/inference-long.py": "generate",
+    "scripts/train.py": "train",
+    "scripts/train_vae.py": "train-vae",
+    "scripts/misc/export.py": "export",
+    "scripts/misc/extract_feat.py": "extract",
+    "scripts/misc/search_bs.py": "search-bs",
+    "scripts/misc/reproduce_embedded.py": None,  # tests/test_export.py runs its stages
+    "scripts/misc/eval_embedded.py": None,
+    "torchrun -m opensora train": None,  # tests/test_wheel.py runs it
+    "torchrun scripts/train.py": None,
+}
+RUN_BY_PREPARED = {"train", "train-vae"}
+RUN_ELSEWHERE = {"data"}  # by tests/curation
 
 # What the documents call a file -> what makes it.
 WEIGHTS = {
@@ -176,37 +202,45 @@ def jobs() -> Iterator[Block]:
 
 
 def chosen(blocks: Iterable[Block]) -> Iterator[Block]:
-    """The blocks that run. Without FULL these are blocks with a new program, in order the first command of each."""
-    seen: set[str] = set()
+    """The blocks that run. Without FULL these are blocks with a new verb, in order the first command of each verb."""
+    seen = {*RUN_BY_PREPARED, None}
     for block in blocks:
         commands = [command for command in block.commands if command not in BY_CI]
-        new = {program_of(command)[0] for command in commands} - seen
-        if FULL or not commands:
+        if FULL:
             yield block
-        elif new:
-            yield Block(block.place, first_of_each(commands)) if block.place in IN_ORDER else block
-            seen |= new
+        elif block.place in IN_ORDER:
+            yield Block(block.place, first_of_each(commands))
+        elif not {verb_of(command) for command in commands} <= seen:
+            yield block
+        else:
+            continue
+        seen |= {verb_of(command) for command in commands}
+
+
+def verb_of(command: list[str]) -> str | None:
+    program, _ = program_of(command)
+    return VERB_OF.get(program, program.removeprefix("opensora "))
 
 
 def first_of_each(commands: Iterable[list[str]]) -> list[list[str]]:
-    """The first command of each program."""
-    first: dict[str, list[str]] = {}
+    """The first command of each verb."""
+    first: dict[str | None, list[str]] = {}
     for command in commands:
-        first.setdefault(program_of(command)[0], command)
+        first.setdefault(verb_of(command), command)
+    first.pop(None, None)
     return list(first.values())
 
 
-def links(document: Path) -> Iterator[tuple[str, str]]:
-    """(document, target) of the links and pictures that stay in the repository."""
-    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text("utf-8")):
-        if "://" not in target:
-            yield document.relative_to(ROOT).as_posix(), target
+def links(document: Path) -> list[str]:
+    """The targets of the links and pictures that stay in the repository."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", document.read_text("utf-8"))
+    return [target for target in targets if "://" not in target]
 
 
-def anchors(document: Path) -> set[str]:
+def anchors(document: Path, level: str = "#+") -> list[str]:
     """The anchors of a document's headings."""
-    titles = re.findall(r"^#+ (.*)", document.read_text("utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+    titles = re.findall(rf"^{level} (.*)", document.read_text("utf-8"), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
 
 
 BLOCKS = list(blocks())
@@ -234,9 +268,10 @@ def _under_torchrun(command: Sequence[str]) -> tuple[str, list[str]]:
     while words and words[0] in TORCHRUN:
         flags += words[: TORCHRUN[words[0]]]
         words = words[TORCHRUN[words[0]] :]
-    name, known = " ".join(["torchrun", *words[:1]]), ["--standalone", "--nproc_per_node", "2"]
+    size = 3 if words[:1] == ["-m"] else 1
+    name, known = " ".join(["torchrun", *words[:size]]), ["--standalone", "--nproc_per_node", "2"]
     assert name in SMALLER and flags == known, f"no test knows how to run {shlex.join(command)!r}"
-    return name, words[1:]
+    return name, words[size:]
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
@@ -246,7 +281,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
     if name == "scripts/misc/reproduce_embedded.py":
         return reproduce(arguments)
     if name.startswith("torchrun "):
-        return run_on_two(name.removeprefix("torchrun "), arguments)
+        return run_on_two(name.split()[1:], arguments)
     before, sys.argv = sys.argv, [name, *arguments]
     try:
         runpy.run_path(str(ROOT / name), run_name="__main__")
@@ -257,9 +292,9 @@ def run(name: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-def run_on_two(script: str, arguments: Sequence[str]) -> int:
+def run_on_two(program: Sequence[str], arguments: Sequence[str]) -> int:
     """The exit code of a program on two ranks, which tell what they have to say to this process's stderr."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, env=environment)
     print(ended.stdout)
@@ -349,20 +384,34 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return zoo.fill_hub_cache(tmp_path_factory.mktemp("documents_hub"))
 
 
-@pytest.fixture
-def here(prepared: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder of its own for a block, and models of full size made small below what a section says."""
-    folder = tmp_path / "here"
-    shutil.copytree(prepared, folder, symlinks=True)
+def use(folder: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes this the working folder, with models of full size made small below what a section says."""
     monkeypatch.chdir(folder)
     use_cache(hub, monkeypatch)
     large = {name: {**registry.VARIANTS.get(name, {}), **zoo.SMALL} for name in registry.MODELS if "/" in name}
     monkeypatch.setattr(registry, "VARIANTS", large)
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     monkeypatch.setattr(
         "opensora.pipeline.prompt_refiner.refine_texts", lambda texts, where: {text: text for text in texts}
     )
+
+
+@pytest.fixture
+def here(prepared: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder of its own for a block."""
+    folder = tmp_path / "here"
+    shutil.copytree(prepared, folder, symlinks=True)
+    use(folder, hub, monkeypatch)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what a command before another one writes."""
+    folder = shutil.copytree(prepared, tmp_path_factory.mktemp("written") / "here", symlinks=True)
+    (folder / "my-videos.csv").touch()
+    (folder / "features/my-videos").mkdir(parents=True)
     return folder
 
 
@@ -382,21 +431,30 @@ def check_training(settings: TrainSettings) -> TrainResult:
     return TrainResult(Path("000-a"), 0)
 
 
+CHECKS = {  # what takes the place of an action
+    "cli.verbs.generation.generate": check_request,
+    "cli.verbs.generation.benchmark": lambda settings, args: check_request(settings),
+    "training.diffusion.train": check_training,
+    "training.autoencoder.train_vae": check_training,
+    "training.feature_extraction.extract.extract": lambda settings: Path(settings.save_dir),
+    "training.batch_size_search.search_report.search_batch_sizes": lambda settings: None,
+}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_is_understood_as_it_stands(command: list[str], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_understood_as_it_stands(
+    command: list[str], written: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name, arguments = program_of(command)
-    monkeypatch.setattr("opensora.cli.verbs.generation.generate", check_request)
-    monkeypatch.setattr("opensora.training.diffusion.train", check_training)
-    monkeypatch.setattr("opensora.training.autoencoder.train_vae", check_training)
-    Path("my-videos.csv").touch()  # what a command before this one writes
-    programs = ("scripts/inference.py", "scripts/inference-long.py", "scripts/train.py", "scripts/train_vae.py")
-    name = name.removeprefix("torchrun ")
-    if name in (*programs, "demo_open_sora.py"):
-        assert run(name, arguments) == 0
-    elif name == "opensora generate":
-        assert cli.main(command[1:]) == 0
-    elif command[0] == "opensora":
-        assert make_parser().parse_args(command[1:]).run
+    name = name.removeprefix("torchrun ").replace("-m opensora", "opensora")
+    verb = VERB_OF.get(name, name.removeprefix("opensora "))
+    use(written, hub, monkeypatch)
+    for action, check in CHECKS.items():
+        monkeypatch.setattr(f"opensora.{action}", check)
+    if verb in ("generate", "benchmark", "train", "train-vae", "extract", "search-bs"):
+        assert run(name, arguments) in (0, None)
+    elif verb in VERBS:
+        assert make_parser().parse_args([verb, *arguments]).run
 
 
 @pytest.mark.timeout(900)  # for a document as a whole, on a machine that has other things to do
@@ -425,7 +483,7 @@ def check_runs(outputs: Path) -> None:
     assert [line["step"] for line in lines if "validation/17x64x64/t0.95" in line] == list(range(2, steps + 1, 2))
     assert (first / "latest").resolve().name.endswith(f"global_step{steps}")
     assert len(list((first / "samples").glob("step0000002-*.mp4"))) == 1
-    for name in ("finetune", "two", *(("finetune_buckets", "encoded", "together", "temporal") if FULL else ())):
+    for name in ("finetune", *(("finetune_buckets", "encoded", "two", "together", "temporal") if FULL else ())):
         assert (outputs / name / "ema/model.safetensors").is_file(), name
 
 
@@ -435,6 +493,11 @@ def test_commands_are_taken_apart() -> None:
     for text in ("a | b", "a > b", "a; b", "(a)", "a & b"):
         with pytest.raises(AssertionError, match="only && may join"):
             split(text)
+
+
+def test_every_verb_is_run() -> None:
+    commands = [command for block in chosen(jobs()) for command in block.commands if command not in BY_CI]
+    assert set(VERBS) == {verb_of(command) for command in commands} | RUN_BY_PREPARED | RUN_ELSEWHERE
 
 
 def test_every_document_is_read() -> None:
@@ -457,14 +520,13 @@ def test_configurations_of_the_documents_are_read(document: Path, tmp_path: Path
         assert kind.from_config(config, document.name).model
 
 
-@pytest.mark.parametrize("link", [link for path in DOCUMENTS for link in links(path)], ids=str)
-def test_links_lead_somewhere(link: tuple[str, str]) -> None:
-    document, target = link
-    path, _, anchor = target.partition("#")
-    file = (ROOT / document).parent / path if path else ROOT / document
-    assert file.exists(), f"{document} links to {target}"
-    if anchor and file.suffix == ".md":
-        assert anchor in anchors(file), f"{document} links to {target}"
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in links(document):
+        path, _, anchor = target.partition("#")
+        file = document.parent / path if path else document
+        assert file.exists(), target
+        assert not anchor or file.suffix != ".md" or anchor in anchors(file), target
 
 
 @pytest.mark.parametrize(
@@ -487,6 +549,7 @@ def test_what_the_published_documents_link_to_is_there(link: str) -> None:
         "python scripts/other.py",
         "python -m other",
         "torchrun --standalone --nproc_per_node 2 scripts/other.py",
+        "torchrun --standalone --nproc_per_node 2 -m opensora paint",
         "torchrun",
     ],
 )
@@ -511,9 +574,9 @@ def test_models_of_the_readme_are_those_of_the_program() -> None:
 
 
 def test_contents_lead_to_their_sections() -> None:
-    text = (ROOT / "docs" / "commands.md").read_text("utf-8")
-    anchors = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in re.findall(r"^## (.*)", text, re.M)]
-    assert re.findall(r"^- \[.*\]\(#(.*)\)$", text, re.MULTILINE) == anchors
+    document = ROOT / "docs" / "commands.md"
+    listed = re.findall(r"^- \[.*\]\(#(.*)\)$", document.read_text("utf-8"), re.MULTILINE)
+    assert listed == anchors(document, "##")
 
 
 def test_stand_ins_are_those_that_the_documents_name() -> None:

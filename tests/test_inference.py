@@ -35,6 +35,7 @@ from opensora.pipeline.loaded_models import LoadedModels
 from opensora.pipeline.pipeline import VideoPipeline
 from opensora.pipeline.recipe import frames_digest, read_recipe
 from tests.checkpoints import SAMPLE, SCRIPT, run_script, snapshot
+from tests.full import count
 from tests.tiny import make_tiny_stdit3, make_tiny_t5
 
 SHIPPED = Path(opensora.__file__).parent / "embedded"
@@ -283,13 +284,13 @@ def test_a_negative_prompt_takes_the_place_of_the_null_text(here, capsys):
     [
         ("--num-frames", "34", "--loop", "2"),
         ("--draft",),
+        ("--cfg-options", "scheduler={'type': 'dpm-solver', 'num_sampling_steps': 3, 'cfg_scale': 4.0}"),
+        ("--cfg-options", "scheduler={'type': 'iddpm', 'num_sampling_steps': 3, 'cfg_scale': 4.0}"),
         ("--cache", "mag", "--cache-threshold", "0.5"),
         ("--cfg-options", "guidance_interval=(0.0,0.6)"),
         ("--memory", "low"),
-        ("--cfg-options", "scheduler={'type': 'iddpm', 'num_sampling_steps': 3, 'cfg_scale': 4.0}"),
-        ("--cfg-options", "scheduler={'type': 'dpm-solver', 'num_sampling_steps': 3, 'cfg_scale': 4.0}"),
-    ],
-    ids=["loop", "draft", "cache", "interval", "memory", "iddpm", "dpm-solver"],
+    ][: count(3, 7)],
+    ids=lambda argv: argv[-1].partition(",")[0],
 )
 def test_a_negative_prompt_goes_with_everything(here, argv, capsys):
     base = (SAMPLE, "--image-size", "16", "24", "--num-frames", "17", "--num-sampling-steps", "3", "--prompt", "a cat")
@@ -353,7 +354,7 @@ def settings_of(**changes: Any) -> InferenceSettings:
     [
         ["a cat", "a dog", "a fox", "the sea", "a city"],
         ["a cat", "a cat", "a dog", "a cat", "the sea", "a dog"],
-        ["|0|a cat|1|a dog", "a fox", "|0|a fox|1|the sea", "|0|one|1|two|2|three", "a fox"],
+        ["|0|a cat|1|a dog", "a fox", "|0|one|1|two|2|three"],
     ],
     ids=["unique", "repeated", "several texts each"],
 )
@@ -400,13 +401,13 @@ def test_a_text_encoder_that_changes_between_portions_is_refused(here, hub_cache
 @needs_shipped
 def test_embedded_model_from_prompt_to_video(here, capsys):
     prompt = "a red circle moving right on a black background"
-    others = ["a blue square growing on a gray background", "a white triangle standing still", "a cyan circle"]
-    assert main(["generate", prompt, "--save-dir", "alone", "--preview"]) == 0
+    few = ["--steps", "10"]
+    assert main(["generate", prompt, *few, "--save-dir", "alone", "--preview"]) == 0
     assert capsys.readouterr().out.split() == ["alone/sample_0000.mp4", "alone/sample_0000.preview.png"]
     frames, fps = read_video(here / "alone/sample_0000.mp4")
     assert frames.shape == (17, 64, 64, 3) and fps == 8
     background = np.median(frames.reshape(-1, 3), axis=0)
     assert background.max() < 60
 
-    assert main(["generate", *others, prompt, "--batch-size", "4", "--save-dir", "batch"]) == 0
-    assert digests(here / "batch")["sample_0003"] == digests(here / "alone")["sample_0000"]
+    assert main(["generate", "a white triangle", prompt, *few, "--batch-size", "2", "--save-dir", "batch"]) == 0
+    assert digests(here / "batch")["sample_0001"] == digests(here / "alone")["sample_0000"]

@@ -1,8 +1,8 @@
 """The commands of the five published documents, as they are written there, on tiny stand-ins.
 
 What the documents leave to the reader (`CKPT_PATH`, `$path_to_dit_dir`) is filled in; settings that make it quick are
-appended; torchrun with one process runs within this process, with eight on two. `OPENSORA_AS_WRITTEN=1` starts
-torchrun with as many processes as the document says. `NOT_RUN` has the others, each with its reason.
+appended; programs run within this process. `OPENSORA_AS_WRITTEN=1` starts torchrun with as many processes as a document
+says. `NOT_RUN` has the others, each with its reason.
 """
 
 from __future__ import annotations
@@ -184,14 +184,12 @@ def quickened(words: Sequence[str]) -> list[str]:
 
 
 def run(processes: int, words: Sequence[str]) -> int:
-    """The exit code of a program: within this process where it is one, else under torchrun on small models."""
-    as_written = bool(os.environ.get("OPENSORA_AS_WRITTEN"))
-    if processes == 1 and not as_written:
+    """The exit code of a program: within this process, or under torchrun on small models."""
+    if not os.environ.get("OPENSORA_AS_WRITTEN"):
         return documents.run(words[0], words[1:])
     small = [f"model.{name}={value}" for name, value in zoo.SMALL.items()]
     options = [] if any(word.startswith("model.depth") for word in words) else small
-    many = processes if as_written else 2
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(many)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     environment["PYTHONPATH"] = os.pathsep.join((str(Path.cwd()), str(ROOT)))
     ended = subprocess.run([*launcher, *words, *options], capture_output=True, text=True, timeout=600, env=environment)
