@@ -84,9 +84,9 @@ class DiT(FixedPositions):
         """The axis along which block number `index` attends."""
         return "both"
 
-    def initialize(self) -> None:
+    def _initialize(self) -> None:
         """Blocks start at zero effect (adaLN-Zero)."""
-        super().initialize()
+        super()._initialize()
         for module in self.modules():
             if isinstance(module, Adaptive):
                 nn.init.zeros_(module.get_parameter("1.weight"))

@@ -53,8 +53,10 @@ class RotaryFrequencies(nn.Module):
         super().__init__()
         if head_dim % 2:
             raise ValueError(f"rotary positions need an even head size; hidden_size / num_heads is {head_dim}")
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        self.freqs = nn.Parameter(theta**-exponents, requires_grad=False)
+        freqs = torch.empty(head_dim // 2)
+        if not freqs.is_meta:  # where arithmetic would import torch._dynamo, for seconds
+            freqs = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        self.freqs = nn.Parameter(freqs, requires_grad=False)
 
 
 class RMSNorm(nn.Module):

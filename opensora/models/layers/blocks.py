@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opensora.models.layers.attention import CrossAttention, Pair, SelfAttention
-from opensora.models.layers.embeddings import Mlp
+from opensora.models.layers.embeddings import Mlp, normal_rows
 
 EPS = 1e-6
 Axis = Literal["space", "time", "both"]
@@ -77,7 +77,7 @@ class TextBlock(Block):
 
     def __init__(self, dim: int, attn: SelfAttention, mlp_ratio: float, axis: Axis) -> None:
         super().__init__(dim, attn, mlp_ratio, axis)
-        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+        self.scale_shift_table = nn.Parameter(normal_rows(6, dim))
         self.cross_attn = CrossAttention(dim, attn.num_heads)
 
     def forward(
@@ -105,7 +105,7 @@ class FinalLayer(nn.Module):
     def __init__(self, dim: int, out_features: int) -> None:
         super().__init__()
         self.linear = nn.Linear(dim, out_features)
-        self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+        self.scale_shift_table = nn.Parameter(normal_rows(2, dim))
 
     def forward(self, x: Tensor, t: Tensor, frames: Frames | None = None) -> Tensor:
         x = self.modulate(x, t)

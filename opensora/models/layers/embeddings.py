@@ -85,6 +85,15 @@ class SizeEmbedder(TimestepEmbedder):
         return super().forward(s.flatten()).unflatten(0, s.shape).flatten(1)
 
 
+def normal_rows(rows: int, width: int) -> Tensor:
+    """[rows, width] of normal values with variance 1 / width.
+
+    Without values on the meta device, where drawing them would import torch._dynamo, for seconds.
+    """
+    empty = torch.empty(rows, width)
+    return empty if empty.is_meta else torch.randn(rows, width) / width**0.5
+
+
 def tile(x: Tensor, batch_size: int) -> Tensor:
     """x repeated whole along its first axis until it has `batch_size` rows (x0 x1 x0 x1 ...)."""
     if len(x) == batch_size:
@@ -102,7 +111,7 @@ class CaptionEmbedder(nn.Module):
     def __init__(self, in_channels: int, hidden_size: int, token_num: int) -> None:
         super().__init__()
         self.y_proj = Mlp(in_channels, hidden_size, hidden_size)
-        self.register_buffer("y_embedding", torch.randn(token_num, in_channels) / in_channels**0.5)
+        self.register_buffer("y_embedding", normal_rows(token_num, in_channels))
 
     def null_like(self, y: Tensor) -> Tensor:
         """The unconditional text [1, 1, L, C_in] of the length of `y` [B, 1, L, C_in]."""

@@ -66,6 +66,11 @@ class PatchTransformer(nn.Module):
         return x[:, :, : size[0], : size[1], : size[2]].float()
 
     def initialize(self) -> None:
+        """Sets the initial weights; not on the meta device, where that would import torch._dynamo, for seconds."""
+        if not self.x_embedder.proj.weight.is_meta:
+            self._initialize()
+
+    def _initialize(self) -> None:
         """Xavier weights, small ones in the embedders, and a final layer that starts at zero (DiT, PixArt-alpha)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -161,9 +166,9 @@ class TextTransformer(PatchTransformer):
         """The rows [B, 1, n, C] that `block` makes of the time embedding t [B, C]."""
         return block(t).unflatten(-1, (-1, self.hidden_size))[:, None]
 
-    def initialize(self) -> None:
+    def _initialize(self) -> None:
         """New blocks start without text (PixArt-alpha)."""
-        super().initialize()
+        super()._initialize()
         nn.init.normal_(self.t_block[1].weight, std=0.02)
         for name, parameter in self.named_parameters():
             if name.endswith("cross_attn.proj.weight"):

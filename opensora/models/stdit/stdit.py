@@ -58,9 +58,9 @@ class STDiT(FixedPositions, TextTransformer):
         self.initialize()
         self.freeze(freeze, temporal=("attn_temp",))
 
-    def initialize(self) -> None:
+    def _initialize(self) -> None:
         """New temporal attention starts at zero effect."""
-        super().initialize()
+        super()._initialize()
         for block in self.blocks:
             nn.init.zeros_(block.attn_temp.proj.weight)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from opensora.models.layers.arguments import arguments_of
 from opensora.models.layers.attention import Pair, RotaryFrequencies, SelfAttention, rotation_table
 from opensora.models.layers.blocks import TextBlock, along, modulated, rows_of
-from opensora.models.layers.embeddings import Size3, SizeEmbedder
+from opensora.models.layers.embeddings import Size3, SizeEmbedder, normal_rows
 from opensora.models.layers.transformer import StaticInputs, TextTransformer
 
 
@@ -21,7 +21,7 @@ class STDiT2Block(TextBlock):
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool, qk_norm_legacy: bool) -> None:
         super().__init__(dim, SelfAttention(dim, num_heads, qk_norm, qk_norm_legacy), mlp_ratio, "space")
         self.attn_temp = SelfAttention(dim, num_heads, qk_norm, qk_norm_legacy)
-        self.scale_shift_table_temporal = nn.Parameter(torch.randn(3, dim) / dim**0.5)
+        self.scale_shift_table_temporal = nn.Parameter(normal_rows(3, dim))
 
     def forward(
         self, x: Tensor, modulation: Tensor, temporal: Tensor, y: Tensor | Pair, text_mask: Tensor | None,
@@ -64,9 +64,9 @@ class STDiT2(TextTransformer):
         self.initialize()
         self.freeze(freeze, temporal=("attn_temp", "scale_shift_table_temporal", "t_block_temp", "fl_", "fps_"))
 
-    def initialize(self) -> None:
+    def _initialize(self) -> None:
         """New temporal attention starts at zero effect."""
-        super().initialize()
+        super()._initialize()
         nn.init.normal_(self.t_block_temp[1].weight, std=0.02)
         for block in self.blocks:
             nn.init.zeros_(block.attn_temp.proj.weight)

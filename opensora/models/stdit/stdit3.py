@@ -55,9 +55,9 @@ class STDiT3(TextTransformer):
         if freeze_y_embedder:
             self.y_embedder.requires_grad_(False)
 
-    def initialize(self) -> None:
+    def _initialize(self) -> None:
         """New temporal blocks start at zero effect; the spatial ones keep their text."""
-        super().initialize()
+        super()._initialize()
         for block in self.spatial_blocks:
             nn.init.xavier_uniform_(block.cross_attn.proj.weight)
         for block in self.temporal_blocks:
