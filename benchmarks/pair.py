@@ -66,7 +66,7 @@ def fast_step(fast: STDiT3, x: torch.Tensor, texts: Sequence[Any], timestep: tor
     """The tokens after the pair; `texts` has the text of each block, or its keys and values."""
     modulation, rotation = fast.modulation(timestep, 0, None), rotation_table(fast.rope.freqs, x.shape[1])
     for block, text in zip(fast.blocks_in_order(), texts, strict=True):
-        x = block(x, modulation.blocks, text, None, rotation if block.axis == "time" else None)
+        x = block(x, modulation.blocks, text, None, *((rotation,) if block.axis == "time" else ()))
     return x
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,18 +10,26 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from opensora import registry
 from opensora.acceleration.compile import compile_blocks
 from opensora.acceleration.model_parts import blocks_of
 from opensora.cli import main
 from opensora.models.sizes import size_conditioning
 from opensora.models.stdit.stdit3 import STDiT3
-from tests.full import count
+from tests.full import FULL, count
 from tests.test_plain import error, randomize
 
 CPU = torch.device("cpu")
 SIZES = [(5, 8, 14), (7, 6, 22), (11, 12, 10), (3, 26, 4)]  # latent, of lengths that are no others by chance
 SETTINGS = dict(hidden_size=32, depth=1, num_heads=2, caption_channels=16, model_max_length=8, qk_norm=True)
+# Batches of one or more, clips of one latent frame or more, with and without given frames: all that sizes are not
+# symbolic for. By default two of them, beyond a limit that is lower than PyTorch's own.
+BUCKETS = list(itertools.product((1, 2), (1, 5), (False, True)))[:: 1 if FULL else 6]
+LIMIT = 8 if FULL else 1
+# Model -> kinds of blocks, each with a graph for every bucket that the model can tell apart.
+KINDS = {"STDiT3": 2} | ({"STDiT2": 1, "STDiT": 1, "Latte": 2, "DiT": 1, "PixArt": 1, "PixArtMS": 1} if FULL else {})
 
 
 @pytest.fixture
@@ -55,6 +64,47 @@ def test_a_block_is_one_graph_for_every_size(model: STDiT3) -> None:
     for size in SIZES[1:]:
         step(model, size)
         assert len(graphs) == first > 0, size
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_on_buckets_never_falls_back(kind: str) -> None:
+    """A graph for each bucket and kind of block, and none for another size of the same bucket."""
+    torch.compiler.reset()
+    fixed = "input_size" in registry.keywords(kind) and kind not in ("STDiT2", "STDiT3")
+    masks = "x_mask" in registry.builder(kind).forward.__annotations__
+    found = {(batch, frames, given and masks) for batch, frames, given in BUCKETS}
+    counter, models = CompileCounterWithBackend("eager"), {}
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=LIMIT):
+        for batch, frames, given in sorted(found):
+            for size in [(8, 8)] if fixed else [(8, 14), (6, 22)]:
+                built_for = (frames, *size) if fixed else ()
+                if built_for not in models:
+                    models[built_for] = made = small(kind, built_for)
+                    compile_blocks(made, counter)
+                train(models[built_for], kind, batch * 2 - 1, (frames, *size), given)
+    assert counter.frame_count == KINDS[kind] * len(found)
+
+
+def small(kind: str, built_for: tuple[int, ...]) -> nn.Module:
+    settings = {
+        **SETTINGS,
+        "depth": 2 if kind == "Latte" else 1,
+        "hidden_size": 36,
+        **({"input_size": built_for} if built_for else {}),
+    }
+    return registry.build({"type": kind, **{k: v for k, v in settings.items() if k in registry.keywords(kind)}})
+
+
+def train(model: nn.Module, kind: str, batch: int, size: tuple[int, int, int], given: bool) -> None:
+    """A forward and a backward pass; with `given`, the first frame is."""
+    frames, height, width = size
+    pixels = (8 * height, 8 * width)
+    told = size_conditioning("PixArtMS" if kind == "PixArtMS" else "STDiT2", batch, pixels, frames, 24, device=CPU)
+    if given:
+        told["x_mask"] = torch.arange(frames).expand(batch, -1) > 0
+    y = torch.zeros(batch, 1, 8 if "STDiT" in kind or "Pix" in kind else 1, 16)
+    model(torch.zeros(batch, 4, *size), torch.full((batch,), 500.0), y, **told).sum().backward()
 
 
 @pytest.mark.parametrize(("flags", "times"), [([], 0), (["--compile"], 1), (["--compile", "--memory", "low"], 0)])

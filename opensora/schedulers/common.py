@@ -70,17 +70,27 @@ def frame_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     return values.mean(dim=1) if mask is None else (values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
-def draw(source: NoiseSource, x: Tensor, rows: Tensor | None = None) -> Tensor:
+def upload(values: Tensor, like: Tensor) -> Tensor:
+    """`values` on the device of `like`. The host waits for the copy only where its memory cannot be pinned."""
+    if values.device == like.device:
+        return values
+    try:
+        return values.pin_memory().to(like.device, non_blocking=True)
+    except (RuntimeError, NotImplementedError):
+        return values.to(like.device)
+
+
+def draw(source: NoiseSource, x: Tensor, rows: Sequence[bool] | None = None) -> Tensor:
     """Standard-normal numbers of the shape of `x`, drawn where the generators live and moved to `x`.
 
     Where `rows` [B] is False a sample has no use for them: its generator is left alone, and it gets zeros.
     """
     if callable(source):
-        return source().to(x)
+        return upload(source(), x).to(x.dtype)
     if len(source) != len(x):
         raise ValueError(f"{len(source)} generators for a batch of {len(x)}; pass one per sample")
     noise = torch.zeros_like(x)
     for row, one in enumerate(source):
         if rows is None or rows[row]:
-            noise[row] = torch.randn(x.shape[1:], generator=one, device=one.device).to(x)
+            noise[row] = upload(torch.randn(x.shape[1:], generator=one, device=one.device), x)
     return noise

@@ -8,6 +8,7 @@ use a subset of the timesteps it was defined on: `timestep_map` maps its steps t
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from opensora.errors import ConfigError
-from opensora.schedulers.common import per_sample
+from opensora.schedulers.common import per_sample, upload
 
 MAX_BETA = 0.999
 BINS = 255  # intervals between the values of 8-bit data scaled to -1..1
@@ -82,6 +83,7 @@ class Diffusion:
         kept = (1 - betas.double()).cumprod(0)[self.timestep_map]
         one, zero = torch.ones(1, dtype=dtype), torch.zeros(1, dtype=dtype)
         self.betas = (1 - kept / torch.cat([one.double(), kept[:-1]])).to(dtype)
+        self.log_betas = self.betas.log()
         self.alphas_cumprod = (1 - self.betas).cumprod(0)
         self.alphas_cumprod_prev = torch.cat([one, self.alphas_cumprod[:-1]])
         self.alphas_cumprod_next = torch.cat([self.alphas_cumprod[1:], zero])
@@ -100,6 +102,13 @@ class Diffusion:
 
     def __len__(self) -> int:
         return len(self.betas)
+
+    def to(self, like: Tensor) -> Diffusion:
+        """The process with its tables on the device and in the dtype of `like`, where steps look them up."""
+        placed = copy.copy(self)
+        for name, table in vars(self).items():
+            setattr(placed, name, upload(table.to(like.dtype) if table.is_floating_point() else table, like))
+        return placed
 
     def timestep(self, t: Tensor, like: Tensor) -> Tensor:
         """The timesteps that the model gets at steps `t` [B], float32, on the device of `like`."""
@@ -127,7 +136,7 @@ class Diffusion:
 
     def learned_log_variance(self, v: Tensor, t: Tensor) -> Tensor:
         """Between the posterior's log variance (v = -1) and log beta (v = 1): IDDPM, equation 15."""
-        high, low = (look_up(table, t, v) for table in (self.betas.log(), self.posterior_log_variance_clipped))
+        high, low = (look_up(table, t, v) for table in (self.log_betas, self.posterior_log_variance_clipped))
         return low + (v + 1) / 2 * (high - low)
 
     def bound(self, x_start: Tensor, x: Tensor, t: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:

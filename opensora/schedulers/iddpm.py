@@ -7,7 +7,7 @@ the original timestep of a step, 0..diffusion_steps - 1, and gives C channels of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -78,6 +78,17 @@ class IDDPM(Sampler):
         kept = space_timesteps(self.diffusion_steps, sections)
         return Diffusion(NOISE_SCHEDULES[self.noise_schedule](self.diffusion_steps), kept, TABLES[self.tables])
 
+    @cached_property
+    def _placed(self) -> dict[tuple[torch.device, torch.dtype], Diffusion]:
+        return {}
+
+    def process_on(self, x: Tensor) -> Diffusion:
+        """The process on the device and in the dtype of `x`. Its tables are copied once, not in every step."""
+        key = (x.device, x.dtype)
+        if key not in self._placed:
+            self._placed[key] = self.process.to(x)
+        return self._placed[key]
+
     @property
     def num_steps(self) -> int:
         return len(self.process)
@@ -104,30 +115,33 @@ class IDDPM(Sampler):
             raise ValueError("iddpm draws noise in every step; pass one generator per sample as source")
         x, num_steps = state.x, self.num_steps
         starts = None if edit is None else (edit * num_steps).long()
+        edited = None if starts is None else (starts < num_steps).any(dim=1).tolist()
+        starts = None if starts is None else common.upload(starts, x)
         for step in range(state.step, num_steps):
-            x, x0 = self.step(denoise, x, num_steps - 1 - step, source, starts)
+            x, x0 = self.step(denoise, x, num_steps - 1 - step, source, starts, edited)
             yield SamplerState(step + 1, num_steps, x, x0)
 
     def step(
-        self, denoise: Denoiser, x: Tensor, index: int, source: NoiseSource, starts: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, denoise: Denoiser, x: Tensor, index: int, source: NoiseSource, starts: Tensor | None,
+        edited: Sequence[bool] | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`x` at step `index` - 1 from `x` at step `index`, and the predicted clean latents.
 
         `denoise(x, timestep)` gives all channels of the model. A frame is left alone as long as `index` is above its
-        entry of `starts` (int64 [B, T]), and noised first where both are equal.
+        entry of `starts` (int64 [B, T]), and noised first where both are equal. Samples without such a frame, False in
+        `edited` [B], draw no numbers for it.
         """
-        t, frames = torch.full((len(x),), index), {}
+        process, t, frames = self.process_on(x), torch.full((len(x),), index, device=x.device), {}
         if starts is not None:
-            some = (starts < len(self.process)).any(dim=1)
-            noised = self.process.q_sample(x, t, common.draw(source, x, some))
+            noised = process.q_sample(x, t, common.draw(source, x, edited))
             x = torch.where(per_frame(starts == index), noised, x)
             frames["x_mask"] = starts > index
-        predicted = self.predict(denoise(x, self.process.timestep(t, x), **frames), x, t)
+        predicted = self.predict(denoise(x, process.timestep(t, x), **frames), x, t)
         noise = common.draw(source, x)
         if self.ddim_eta is None:
             moved = ancestral_step(predicted, t, noise)
         else:
-            moved = ddim_step(self.process, x, predicted.x_start, t, noise, self.ddim_eta)
+            moved = ddim_step(process, x, predicted.x_start, t, noise, self.ddim_eta)
         if starts is None:
             return moved, predicted.x_start
         started = per_frame(starts >= index)
@@ -135,14 +149,14 @@ class IDDPM(Sampler):
 
     def predict(self, output: Tensor, x: Tensor, t: Tensor, clip: bool = False) -> Prediction:
         """The prediction of `output` for `x` at `t`; `clip` clamps clean latents to -1..1 (DDPM, algorithm 2)."""
-        channels, process = x.shape[1], self.process
+        channels, process = x.shape[1], self.process_on(x)
         if self.learn_sigma and output.shape[1] != 2 * channels:
             raise ValueError(f"learn_sigma needs {2 * channels} channels from the model; it gave {output.shape[1]}")
         if self.learn_sigma:
             log_variance = process.learned_log_variance(output[:, channels:], t)
         else:
             low = process.posterior_log_variance_clipped
-            table = low if self.sigma_small else torch.cat([low[:1], process.betas[1:].log()])
+            table = low if self.sigma_small else torch.cat([low[:1], process.log_betas[1:]])
             log_variance = look_up(table, t, x)
         output = output[:, :channels]
         x_start = output if self.predict_xstart else process.x_start_of(x, t, output)
@@ -174,13 +188,14 @@ class IDDPM(Sampler):
         device, frames = x_start.device if generator is None else generator.device, {}
         t = self.draw_steps(len(x_start), generator, device) if timestep is None else timestep
         if noise is None:
-            noise = torch.randn(x_start.shape, generator=generator, device=device).to(x_start.device)
-        x = self.process.q_sample(x_start, t, noise)
+            noise = common.upload(torch.randn(x_start.shape, generator=generator, device=device), x_start)
+        t, process = common.upload(t, x_start), self.process_on(x_start)
+        x = process.q_sample(x_start, t, noise)
         if mask is not None:
             mask = mask.bool()
-            x = torch.where(per_frame(mask), x, self.process.q_sample(x_start, torch.zeros_like(t), noise))
+            x = torch.where(per_frame(mask), x, process.q_sample(x_start, torch.zeros_like(t), noise))
             frames["x_mask"] = mask
-        output = model(x, self.process.timestep(t, x), **cond, **frames).float()
+        output = model(x, process.timestep(t, x), **cond, **frames).float()
         if self.use_kl:
             return {"loss": self._bound(output, x_start, x, t, mask) * len(self.process)}
 
@@ -189,7 +204,7 @@ class IDDPM(Sampler):
         error = (output[:, :channels] - target).square().mean(dim=(1, 3, 4))  # [B, T]
         terms = {"mse": common.frame_mean(error, mask)}
         if weights is not None:
-            terms["mse"] = terms["mse"] * weights[t.to(weights.device)].to(x.device)
+            terms["mse"] = terms["mse"] * common.upload(weights, x)[t]
         if self.learn_sigma:
             scale = len(self.process) / 1000 if self.rescale_learned_sigmas else 1.0
             only_variance = torch.cat([output[:, :channels].detach(), output[:, channels:]], dim=1)
@@ -202,7 +217,7 @@ class IDDPM(Sampler):
 
     def _bound(self, output: Tensor, x_start: Tensor, x: Tensor, t: Tensor, mask: Tensor | None) -> Tensor:
         predicted = self.predict(output, x, t)
-        bits = self.process.bound(x_start, x, t, predicted.mean, predicted.log_variance)
+        bits = self.process_on(x).bound(x_start, x, t, predicted.mean, predicted.log_variance)
         return common.frame_mean(bits.mean(dim=(1, 3, 4)), mask)
 
 

@@ -62,7 +62,7 @@ class RFLOW(Sampler):
     def _solve(
         self, denoise: Denoiser, state: SamplerState, size: Size, edit: Tensor | None, source: NoiseSource | None
     ) -> Iterator[SamplerState]:
-        times = self._sampling_times(size).to(state.x.device)
+        times = common.upload(self._sampling_times(size), state.x)
 
         def velocity(x: Tensor, time: Tensor, **masks: Tensor) -> Tensor:
             return denoise(x, time * self.num_timesteps, **masks)
@@ -71,7 +71,7 @@ class RFLOW(Sampler):
             return euler(velocity, state, times)
         if source is None:
             raise ValueError("frames are kept or edited, which draws noise; pass one generator per sample as source")
-        return euler_edit(velocity, state, times, edit, source)
+        return euler_edit(velocity, state, times, common.upload(edit, state.x), source)
 
     def _sampling_times(self, size: Size) -> Tensor:
         """The times [N + 1, 1 or B] of a run."""
@@ -106,10 +106,10 @@ class RFLOW(Sampler):
         device = x_start.device if generator is None else generator.device
         if time is None:
             draw = torch.randn if self.sample_method == "logit-normal" else torch.rand
-            drawn = draw(len(x_start), generator=generator, device=device).to(x_start.device)
-            time = self.training_times(drawn, height, width, num_frames)
+            drawn = draw(len(x_start), generator=generator, device=device)
+            time = common.upload(self.training_times(drawn, height, width, num_frames), x_start)
         if noise is None:
-            noise = torch.randn(x_start.shape, generator=generator, device=device).to(x_start.device)
+            noise = common.upload(torch.randn(x_start.shape, generator=generator, device=device), x_start)
         x_time, timestep, frames = add_noise(x_start, noise, time), time * self.num_timesteps, {}
         if mask is not None:
             mask = mask.bool()
@@ -119,7 +119,7 @@ class RFLOW(Sampler):
         error = (predicted.float() - (x_start.float() - noise.float())).square().mean(dim=(1, 3, 4))  # [B, T]
         loss = common.frame_mean(error, mask)
         if weights is not None:
-            loss = loss * weights[timestep.round().long().clamp(max=len(weights) - 1)]
+            loss = loss * common.upload(weights, loss)[timestep.round().long().clamp(max=len(weights) - 1)]
         return loss
 
     def _transform(self, times: Tensor, size: tuple[Number, Number, Number], scale: float = 1.0) -> Tensor:

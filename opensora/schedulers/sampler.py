@@ -73,7 +73,7 @@ class Sampler(ABC):
         )  # fmt: skip
         x = noise.float()
         start = SamplerState(0, self.num_steps, x, x) if resume is None else resume.to(x)
-        edit = None if edit is None or bool((edit >= 1).all()) else edit.to(x)
+        edit = None if edit is None or bool((edit >= 1).all()) else edit.to(x.dtype)
         yield from self._solve(denoise, start, (height, width, num_frames), edit, source)
 
     def sample(self, *args: Any, **options: Any) -> Tensor:
@@ -86,4 +86,4 @@ class Sampler(ABC):
     def _solve(
         self, denoise: Denoiser, state: SamplerState, size: Size, edit: Tensor | None, source: NoiseSource | None
     ) -> Iterator[SamplerState]:
-        """The states after `state`. `denoise` is guided; `edit` is None if it generates every frame."""
+        """The states after `state`. `denoise` is guided; `edit` is on any device, None if it generates every frame."""

@@ -1,7 +1,8 @@
 """Two CUDA devices that compute nothing: fake tensors on "cuda:0" and "cuda:1", and a log of what the host waited for.
 
-Fake tensors have shape, dtype and device, and no memory, so models of any size run. An operation on tensors of two
-devices raises, and so do `item()` and `bool()` of a tensor, for which the host would wait. What cannot run here:
+Fake tensors have shape, dtype and device, and no memory, so models of any size run. The host's own tensors are real.
+An operation on tensors of two devices raises, and so do `item()` and `bool()` of a tensor on a device, for which the
+host would wait. What cannot run here:
 
 | what | why |
 |---|---|
@@ -27,8 +28,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 SOURCE = Path(__file__).with_name("guard.cpp")
 TORCH = Path(torch.__file__).parent
@@ -73,7 +75,7 @@ class FakeMachine:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: self.current)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.accelerator, "current_stream", torch.Stream)
-        monkeypatch.setattr(Tensor, "pin_memory", self._pin)
+        monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: self._pin(tensor))
         monkeypatch.setattr(nn.Module, "_apply", replace_tensors)
 
     def _logged(self, name: str, answer: Any) -> Callable[..., Any]:
@@ -105,7 +107,7 @@ class FakeMachine:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Within it tensors are fake and the devices are there; `waits` lists what the host waits for."""
-        with FakeTensorMode(allow_non_fake_inputs=True), _Waits(self):
+        with FakeTensorMode(allow_non_fake_inputs=True), _Host(self):
             yield
 
     def copied(self, source: Tensor, target: torch.device, non_blocking: bool) -> None:
@@ -116,8 +118,8 @@ class FakeMachine:
             self.waits.append(f"{memory}{source.device} {list(source.shape)} -> {target}")
 
 
-class _Waits(TorchDispatchMode):
-    """Notes copies for which the host waits."""
+class _Host(TorchDispatchMode):
+    """Computes what concerns the host alone with real tensors, and notes the copies for which it waits."""
 
     def __init__(self, machine: FakeMachine) -> None:
         super().__init__()
@@ -125,10 +127,14 @@ class _Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        target = kwargs.get("device")
+        if all(type(one) is not FakeTensor and one.is_cpu for one in tensors) and str(target or "cpu") == "cpu":
+            with _disable_current_modes():
+                return func(*args, **kwargs)
         later = kwargs.get("non_blocking", False)
         if func is torch.ops.aten._to_copy.default:
-            target = torch.device(kwargs.get("device") or args[0].device)
-            self.machine.copied(args[0], target, later)
+            self.machine.copied(args[0], torch.device(target or args[0].device), later)
         elif func is torch.ops.aten.copy_.default:
             self.machine.copied(args[1], args[0].device, args[2] if len(args) > 2 else later)
         return func(*args, **kwargs)

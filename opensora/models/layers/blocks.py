@@ -80,15 +80,26 @@ class TextBlock(Block):
         self.scale_shift_table = nn.Parameter(normal_rows(6, dim))
         self.cross_attn = CrossAttention(dim, attn.num_heads)
 
+    def forward(self, x: Tensor, modulation: Tensor, y: Tensor | Pair, text_mask: Tensor | None) -> Tensor:
+        rows = rows_of(self.scale_shift_table + modulation)
+        return self.feed_forward(self.attend_text(self.self_attend(x, rows), y, text_mask), rows)
+
+    def attend_text(self, x: Tensor, y: Tensor | Pair, text_mask: Tensor | None) -> Tensor:
+        """x plus its cross-attention to the text y [B, L, C], or to its keys and values; text_mask [B, L] bool."""
+        return x + self.cross_attn(x.flatten(1, 2), y, text_mask).view_as(x)
+
+
+class TemporalTextBlock(TextBlock):
+    """A TextBlock along frames, with rotary positions. Its `forward` is compiled apart from that of other blocks."""
+
+    def __init__(self, dim: int, attn: SelfAttention, mlp_ratio: float) -> None:
+        super().__init__(dim, attn, mlp_ratio, "time")
+
     def forward(
         self, x: Tensor, modulation: Tensor, y: Tensor | Pair, text_mask: Tensor | None, rotation: Tensor | None = None
     ) -> Tensor:
         rows = rows_of(self.scale_shift_table + modulation)
         return self.feed_forward(self.attend_text(self.self_attend(x, rows, rotation), y, text_mask), rows)
-
-    def attend_text(self, x: Tensor, y: Tensor | Pair, text_mask: Tensor | None) -> Tensor:
-        """x plus its cross-attention to the text y [B, L, C], or to its keys and values; text_mask [B, L] bool."""
-        return x + self.cross_attn(x.flatten(1, 2), y, text_mask).view_as(x)
 
 
 def rows_of(modulation: Tensor) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from opensora.models.layers.arguments import arguments_of
 from opensora.models.layers.attention import RotaryFrequencies, SelfAttention, rotation_table, unpack_text
-from opensora.models.layers.blocks import Axis, TextBlock
+from opensora.models.layers.blocks import TemporalTextBlock, TextBlock
 from opensora.models.layers.embeddings import Size3, SizeEmbedder
 from opensora.models.layers.transformer import StaticInputs, TextTransformer
 
@@ -42,12 +42,15 @@ class STDiT3(TextTransformer):
         self.rope = RotaryFrequencies(hidden_size // num_heads)
         self.fps_embedder = SizeEmbedder(hidden_size)
 
-        def blocks(axis: Axis) -> nn.ModuleList:
-            attentions = (SelfAttention(hidden_size, num_heads, qk_norm) for _ in range(depth))
-            return nn.ModuleList(TextBlock(hidden_size, attention, mlp_ratio, axis) for attention in attentions)
+        def attention() -> SelfAttention:
+            return SelfAttention(hidden_size, num_heads, qk_norm)
 
-        self.spatial_blocks = blocks("space")
-        self.temporal_blocks = blocks("time")
+        self.spatial_blocks = nn.ModuleList(
+            TextBlock(hidden_size, attention(), mlp_ratio, "space") for _ in range(depth)
+        )
+        self.temporal_blocks = nn.ModuleList(
+            TemporalTextBlock(hidden_size, attention(), mlp_ratio) for _ in range(depth)
+        )
         self.initialize()
         if only_train_temporal:
             self.requires_grad_(False)
@@ -82,8 +85,8 @@ class STDiT3(TextTransformer):
         tokens = self.x_embedder(x.to(self.dtype)) + static.positions
         rotation = rotation_table(self.rope.freqs, tokens.shape[1])
         for block, text in zip(self.blocks_in_order(), static.text, strict=True):
-            positions = rotation if block.axis == "time" else None
-            tokens = block(tokens, modulation.blocks, text, static.text_mask, positions)
+            positions = (rotation,) if block.axis == "time" else ()
+            tokens = block(tokens, modulation.blocks, text, static.text_mask, *positions)
         return self.unpatch(self.final_layer(tokens, modulation.final, modulation.frames), x.shape[2:])
 
     def static_inputs(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from opensora.models.layers.transformer import PatchTransformer
+from opensora.schedulers.common import upload
 from opensora.training.data.batch import TrainingBatch
 from opensora.training.masks import MaskRatios
 
@@ -28,7 +29,7 @@ class DiffusionLoss:
         latents, y = batch.latents, drop_text(self.model, batch.cond["y"], generator)
         mask, ratios = None, FIRST_HALF if batch.continued else self.ratios
         if ratios is not None:
-            mask = ratios.draw(len(latents), latents.shape[2], generator).to(latents.device)
+            mask = upload(ratios.draw(len(latents), latents.shape[2], generator), latents)
             latents = latents if batch.last is None else end_in_image(latents, batch.last, mask)
         frames, height, width = batch.size
         size = {"height": height, "width": width, "num_frames": frames}
@@ -42,7 +43,7 @@ def drop_text(model: PatchTransformer, y: Tensor, generator: torch.Generator) ->
     drop = torch.rand(len(y), generator=generator) < model.class_dropout_prob
     if not drop.any():
         return y
-    return torch.where(drop.to(y.device).view(-1, *(1,) * (y.ndim - 1)), model.null_caption(y), y)
+    return torch.where(upload(drop, y).view(-1, *(1,) * (y.ndim - 1)), model.null_caption(y), y)
 
 
 def end_in_image(latents: Tensor, last: Tensor, mask: Tensor) -> Tensor:
