@@ -364,7 +364,7 @@ def test_texts_are_encoded_in_portions(here, texts, monkeypatch):
     at_once = [one.frames for one in VideoPipeline(settings).generate()]
     monkeypatch.setattr(text_encoding, "HELD_TEXTS", 2)
     encoded, held, events = [], [], []
-    encode, generate_batch = T5Encoder.encode, generation.generate_batch
+    encode, generate_batch = T5Encoder.encode_each, generation.generate_batch
 
     def encoding(self: T5Encoder, given: list[str]) -> Any:
         events.append("text")
@@ -378,7 +378,7 @@ def test_texts_are_encoded_in_portions(here, texts, monkeypatch):
         assert encoded[-1]() is None, "the text encoder is kept while frames are made"
         return generate_batch(models, job, batch, texts, *options)
 
-    monkeypatch.setattr(T5Encoder, "encode", encoding)
+    monkeypatch.setattr(T5Encoder, "encode_each", encoding)
     monkeypatch.setattr(generation, "generate_batch", generating)
     in_portions = [one.frames for one in VideoPipeline(dataclasses.replace(settings, save_dir="again")).generate()]
     assert len(in_portions) == len(at_once) == len(texts)

@@ -292,8 +292,8 @@ def test_a_text_encoder_comes_layer_by_layer(tmp_path):
         layer.layer[-1].register_forward_hook(
             lambda *_: seen.append([next(one.parameters()).is_meta for one in model.encoder.block])
         )
-    model(torch.zeros(1, 5, dtype=torch.int64, device=META))
-    assert seen == [[True, False], [False, True]]
+    model([(torch.zeros(1, length, dtype=torch.int64, device=META), None) for length in (5, 3)])
+    assert seen == [[True, False]] * 2 + [[False, True]] * 2  # a layer comes once, for both
     for name, value in layers[0].state_dict(prefix="encoder.block.0.").items():
         assert torch.equal(value, expected[name])
     gone = weakref.ref(layers[0])

@@ -16,6 +16,7 @@ import opensora
 from opensora.acceleration.quantization import Int8Linear, num_quantized, quantize
 from opensora.checkpoints import builder
 from opensora.config.sections import checkpoints as schemas
+from opensora.models.text_encoder import t5
 from opensora.models.text_encoder.t5 import T5Config, T5Encoder, T5EncoderModel
 from tests.tiny import TINY_SENTENCES, make_tiny_t5
 
@@ -51,6 +52,17 @@ def test_padding_takes_part_in_nothing(tiny: T5Encoder) -> None:
     assert both_mask.sum(1).tolist() == [length, both.shape[2]]
     torch.testing.assert_close(both[:1, :, :length], alone, atol=1e-5, rtol=0)
     assert not both[0, :, length:].any()
+
+
+def test_each_prompt_is_encoded_alone(tiny: T5Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(t5, "TOGETHER", 2)
+    passes: list[int] = []
+    hook = tiny.model.encoder.block[1].register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+    found = tiny.encode_each([*TINY_SENTENCES])
+    hook.remove()
+    assert passes == [2, 2, 1] and tiny.encode_each([]) == []
+    for text, features in zip(TINY_SENTENCES, found, strict=True):
+        assert torch.equal(features, tiny.encode([text])[0])
 
 
 SHAPES = {
@@ -92,9 +104,9 @@ def test_equals_transformers(shape: str) -> None:
         mask = (torch.arange(length) < torch.tensor([[length], [max(length // 2, 1)], [1]])).long()
         for rows in (slice(1), slice(3)):
             expected = theirs(input_ids=ids[rows], attention_mask=mask[rows]).last_hidden_state
-            found, real = ours(ids[rows], mask[rows]), mask[rows].bool()
+            [found], real = ours([(ids[rows], mask[rows])]), mask[rows].bool()
             assert (found - expected)[real].norm() <= 1e-6 * expected[real].norm()
-        assert torch.equal(ours(ids[:1]), ours(ids[:1], mask[:1]))
+        assert torch.equal(*ours([(ids[:1], None), (ids[:1], mask[:1])]))
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
@@ -105,7 +117,7 @@ def test_half_precision_equals_transformers(dtype: torch.dtype, error: float) ->
             module.float()
     ids = torch.arange(40)[None]
     expected = theirs(input_ids=ids).last_hidden_state
-    found = ours(ids)
+    [found] = ours([(ids, None)])
     assert found.dtype == expected.dtype == dtype
     assert (found - expected).float().norm() <= error * expected.float().norm()
 
@@ -136,9 +148,9 @@ def test_weights_are_cast_on_the_device(folder: Path) -> None:
 def test_layers_are_quantized() -> None:
     _, model = both_models({**SHAPES["tiny"], "d_model": 128, "d_kv": 64, "d_ff": 256})
     ids = torch.arange(20)[None]
-    exact = model(ids)
+    [exact] = model([(ids, None)])
     assert num_quantized(model) == 2 * (4 * 128 * 128 + 3 * 128 * 256)
-    found = quantize(model)(ids)
+    [found] = quantize(model)([(ids, None)])
     assert isinstance(model.get_submodule("encoder.block.1.layer.1.DenseReluDense.wo"), Int8Linear)
     assert 0 < (found - exact).norm() < 0.05 * exact.norm()
 

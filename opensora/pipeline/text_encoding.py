@@ -21,11 +21,14 @@ Texts = dict[str, Tensor]  # text -> features [1, 1, L, C] at its real length, o
 def encode_texts(models: LoadedModels, job: Job, texts: Sequence[str]) -> Texts:
     """The conditioning of each text and of the job's negative prompt, on the device of the models."""
     encoder = models.load_text_encoder()
-    encoded: Texts = {}
-    for text in dict.fromkeys(texts if job.negative_text is None else [*texts, job.negative_text]):
-        value = encoder.encode([text])[0].to(models.device)
-        encoded[text] = value.to(models.dtype) if value.is_floating_point() else value
-    return encoded
+    once = list(dict.fromkeys(texts if job.negative_text is None else [*texts, job.negative_text]))
+    each = isinstance(encoder, T5Encoder)
+    values = encoder.encode_each(once) if each else [encoder.encode([text])[0] for text in once]
+    on_device = (value.to(models.device) for value in values)
+    return {
+        text: value.to(models.dtype) if value.is_floating_point() else value
+        for text, value in zip(once, on_device, strict=True)
+    }
 
 
 def portions(job: Job, requests: Sequence[Request]) -> list[list[Request]]:

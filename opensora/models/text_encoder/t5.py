@@ -7,7 +7,7 @@ checkpoints.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from opensora.models.text_encoder.tokens import Tokenizer
 
 # What a full T5 checkpoint holds beside the encoder: patterns of names to leave out when loading.
 T5_DROPPED = ("decoder.*", "lm_head.weight")
+TOGETHER = 16  # prompts in one pass: XXL's attention bias takes up to 12 MB for each
 
 
 class T5Config(NamedTuple):
@@ -38,7 +39,11 @@ class T5Config(NamedTuple):
 
 
 class T5EncoderModel(nn.Module):
-    """T5's encoder: token ids [B, L] and their mask [B, L] (0 padding) -> features [B, L, d_model]."""
+    """T5's encoder: batches of token ids [B, L] and masks [B, L] (0 padding) -> features [B, L, d_model] of each.
+
+    Every block computes all batches before the next block starts, so that weights that are not on the device, or are
+    sharded, are fetched once.
+    """
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -46,8 +51,8 @@ class T5EncoderModel(nn.Module):
         self.shared = _embedding(config.vocab_size, config.d_model)
         self.encoder = T5Stack(config, self.shared)
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.encoder(ids, mask)
+    def forward(self, batches: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+        return self.encoder(batches)
 
 
 class T5Stack(nn.Module):
@@ -59,11 +64,19 @@ class T5Stack(nn.Module):
         self.block = nn.ModuleList(T5Block(config, first=i == 0) for i in range(config.num_layers))
         self.final_layer_norm = T5LayerNorm(config.d_model, config.layer_norm_epsilon)
 
-    def forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        x, bias = self.embed_tokens(ids), None
+    def forward(self, batches: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+        states = [State(self.embed_tokens(ids), mask) for ids, mask in batches]
         for block in self.block:
-            x, bias = block(x, mask, bias)
-        return self.final_layer_norm(x)
+            states = block(states)
+        return [self.final_layer_norm(state.x) for state in states]
+
+
+class State(NamedTuple):
+    """A batch between two blocks: x [B, L, C], mask [B, L], bias of attention [B or 1, heads, L, L]."""
+
+    x: Tensor
+    mask: Tensor | None
+    bias: Tensor | None = None
 
 
 class T5Block(nn.Module):
@@ -73,11 +86,10 @@ class T5Block(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList((SelfAttentionLayer(config, first), FeedForwardLayer(config)))
 
-    def forward(self, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [B, L, C] and the bias [B or 1, heads, L, L]; both come from the block before."""
+    def forward(self, states: list[State]) -> list[State]:
         attention, feed_forward = self.layer
-        x, bias = attention(x, mask, bias)
-        return feed_forward(x), bias
+        attended = [attention(state) for state in states]
+        return [state._replace(x=feed_forward(state.x)) for state in attended]
 
 
 class SelfAttentionLayer(nn.Module):
@@ -88,9 +100,10 @@ class SelfAttentionLayer(nn.Module):
         self.SelfAttention = T5Attention(config, has_bias=first)
         self.layer_norm = T5LayerNorm(config.d_model, config.layer_norm_epsilon)
 
-    def forward(self, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, state: State) -> State:
+        x, mask, bias = state
         bias = self.SelfAttention.bias(x.shape[1], mask) if bias is None else bias
-        return x + self.SelfAttention(self.layer_norm(x), bias), bias
+        return State(x + self.SelfAttention(self.layer_norm(x), bias), mask, bias)
 
 
 class FeedForwardLayer(nn.Module):
@@ -209,12 +222,27 @@ class T5Encoder:
         not depend on its neighbours. Features of padding are zero. A prompt of more than `model_max_length` tokens is
         cut there, with a warning.
         """
-        rows = [torch.tensor(self.tokenizer.ids(text, self.model_max_length)) for text in texts]
-        device = next(self.model.parameters()).device
+        rows, device = self._rows(texts), next(self.model.parameters()).device
         ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_id).to(device)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
-        features = self.model(ids, mask).float()  # [B, L, C]
+        features = self.model([(ids, mask)])[0].float()  # [B, L, C]
         return (features * mask[..., None])[:, None], mask
+
+    @torch.no_grad()
+    def encode_each(self, texts: list[str]) -> list[Tensor]:
+        """Features [1, 1, L, C] float32 of each prompt at its own length: to the bit those of `encode([prompt])`.
+
+        The weights travel once for `TOGETHER` prompts where they are offloaded or sharded.
+        """
+        device = next(self.model.parameters()).device
+        batches = [(row[None].to(device), torch.ones_like(row)[None].to(device)) for row in self._rows(texts)]
+        found = []
+        for start in range(0, len(batches), TOGETHER):
+            found += [x.float()[:, None] for x in self.model(batches[start : start + TOGETHER])]
+        return found
+
+    def _rows(self, texts: list[str]) -> list[Tensor]:
+        return [torch.tensor(self.tokenizer.ids(text, self.model_max_length)) for text in texts]
 
 
 def make_t5(
