@@ -11,7 +11,7 @@ import numpy as np
 
 from opensora.curation.tables.stream import Cell
 from opensora.datasets.file_content import content_key
-from opensora.datasets.video.container import opened_video
+from opensora.datasets.video.container import opened_video, rate_of
 from opensora.datasets.video.frame_times import frame_times
 from opensora.datasets.video.reader import Span, read_span
 from opensora.errors import MediaError
@@ -55,6 +55,11 @@ class Clip:
         span = "" if self.span is None else f":{self.span.start}-{self.span.end}"
         crop = "" if self.crop is None else f":{','.join(map(str, self.crop))}"
         return f"{self.source_hash}{span}{crop}"
+
+    def frames_per_second(self) -> float:
+        """The frame rate of the source."""
+        with opened_video(self.path) as video:
+            return rate_of(video)
 
     def times(self) -> list[int]:
         """The presentation times of its frames. Raises MediaError if some have none."""

@@ -8,14 +8,16 @@ from typing import Any, get_type_hints
 
 from opensora.config.schema import check
 from opensora.curation.clip import Clip
+from opensora.curation.stages.camera import Camera
 from opensora.curation.stages.health import Health
+from opensora.curation.stages.motion import Motion
 from opensora.curation.stages.probe import Probe
 from opensora.curation.stages.scenes import Scenes
 from opensora.curation.stages.stage import Stage
 from opensora.datasets.video import Span
 from opensora.errors import ConfigError, did_you_mean
 
-STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Probe, Scenes, Health)}
+STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Probe, Scenes, Health, Motion, Camera)}
 
 
 def make(name: str, options: Mapping[str, Any]) -> Stage:
