@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from opensora.acceleration.device import set_device
+from opensora.acceleration.device import HOST, is_cpu, set_device
 from opensora.distributed.failures import exit_with_launcher
-from opensora.distributed.ranks import ranks
+from opensora.distributed.ranks import Ranks, ranks
 from opensora.errors import ConfigError
 
 if TYPE_CHECKING:  # imported where it is used: it takes as long as all of torch
     from torch.distributed.device_mesh import DeviceMesh
 
+TIMEOUT = 1800  # seconds
 LONG_WAIT = timedelta(days=1)  # for what one rank does while the others wait: encoding, hashing, writing
 
 
@@ -57,11 +58,11 @@ class RankLayout:
         return self.rank == 0
 
 
-def start(device: torch.device, sp_size: int = 1, timeout: float | None = None) -> RankLayout:
+def start(device: torch.device, sp_size: int = 1, timeout: float = TIMEOUT) -> RankLayout:
     """The layout of the ranks that torchrun has started, `sp_size` to a sequence; the first call connects them.
 
-    Collectives time out after `timeout` seconds (default: the back end's). Ranks other than the first log errors only.
-    Raises ConfigError if the environment, `sp_size` or the devices do not fit.
+    Collectives time out after `timeout` seconds. Those of tensors on the host go by gloo. Ranks other than the first
+    log errors only. Raises ConfigError if the environment, `sp_size` or the devices do not fit.
     """
     connected = dist.is_initialized()
     own = ranks(connecting=not connected)
@@ -73,10 +74,7 @@ def start(device: torch.device, sp_size: int = 1, timeout: float | None = None) 
     from torch.distributed.device_mesh import init_device_mesh
 
     if not connected:
-        set_device(device, own.local_rank)
-        options = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
-        backend = dist.get_default_backend_for_device(device)
-        dist.init_process_group(backend, rank=own.rank, world_size=own.world_size, **options)
+        connect(set_device(device, own.local_rank), own, timeout)
         atexit.register(stop)
         exit_with_launcher()
     if own.rank:
@@ -84,6 +82,16 @@ def start(device: torch.device, sp_size: int = 1, timeout: float | None = None) 
     shape = (own.world_size // sp_size, sp_size)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "sequence"))
     return RankLayout(own.rank, own.world_size, sp_size, mesh)
+
+
+def connect(device: torch.device, own: Ranks, timeout: float) -> None:
+    """Creates the process group of ranks whose tensors are on `device`, their own, and on the host."""
+    backend, own_device = dist.get_default_backend_for_device(device), None
+    if not is_cpu(device):
+        backend, own_device = f"{HOST.type}:gloo,{device.type}:{backend}", device
+    dist.init_process_group(
+        backend, rank=own.rank, world_size=own.world_size, timeout=timedelta(seconds=timeout), device_id=own_device
+    )
 
 
 def stop() -> None:
