@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+import opensora
 from opensora.checkpoints.read import read_state_dict
 from opensora.checkpoints.save import save_file
 from opensora.cli import main
 from opensora.datasets.video import read_image, read_video, write_image, write_video
 from opensora.pipeline import generation
+from opensora.pipeline.frame_difference import compare_frames
 from opensora.pipeline.recipe import read_recipe
 from opensora.pipeline.replay import _explanations
 from tests.checkpoints import SAMPLE, run_script, snapshot, tree
@@ -102,7 +104,27 @@ def test_another_version_is_reported(here, own_weights, capsys):
     sidecar.write_text(json.dumps(recipe))
     capsys.readouterr()
     assert main(["replay", str(sidecar), "--save-dir", "again"]) == 1
-    assert capsys.readouterr().out.splitlines()[1].startswith("different: torch 1.0 then, ")
+    _, why, distance = capsys.readouterr().out.splitlines()
+    assert why.startswith("different: torch 1.0 then, ")
+    made_by = f"made by opensora {opensora.__version__}; difference of the frames: "
+    assert distance == made_by + "none"
+    (here / "made/sample_0000.mp4").unlink()
+    assert main(["replay", str(sidecar), "--save-dir", "without"]) == 1
+    assert capsys.readouterr().out.splitlines()[2] == made_by + "unknown, because the original cannot be read"
+
+
+def test_frames_are_compared(here):
+    """Videos and images; files that are damaged, of other sizes or lengths are not."""
+    one, two = np.zeros((3, 16, 24, 3), np.uint8), np.zeros((2, 16, 24, 3), np.uint8)
+    write_image(one[0], here / "a.png"), write_video(one, here / "a.mp4", 8)
+    one[0, :2, :2] = 5
+    write_image(one[0], here / "b.png"), write_video(two, here / "short.mp4", 8)
+    (here / "damaged.mp4").write_bytes(b"no video")
+    found = compare_frames(here / "a.png", here / "b.png", 1)
+    assert found == (5, 12 / 1152, pytest.approx(10 * np.log10(255**2 * 1152 / (12 * 25))))
+    assert compare_frames(here / "a.mp4", here / "a.mp4", 3) == (0, 0.0, float("inf"))
+    for other in ("short.mp4", "damaged.mp4", "missing.mp4", "a.png"):
+        assert compare_frames(here / "a.mp4", here / other, 3) is None
 
 
 def test_moved_weights(here, own_weights, capsys):

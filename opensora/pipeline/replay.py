@@ -21,6 +21,7 @@ from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError, MediaError, OpenSoraError, WeightsError
 from opensora.pipeline import prompts
 from opensora.pipeline.draft import Draft, differences, load
+from opensora.pipeline.frame_difference import FrameDifference, compare_frames
 from opensora.pipeline.job_spec import JobSpec
 from opensora.pipeline.outputs import Output
 from opensora.pipeline.pipeline import VideoPipeline
@@ -40,11 +41,13 @@ MAY_DIFFER = (
 
 
 class Replay(NamedTuple):
-    """The repeated output, whether its decoded frames are the same bytes, and what may explain a difference."""
+    """The repeated output, compared with the original."""
 
     output: Output
-    identical: bool
-    differences: list[str]
+    identical: bool  # the decoded frames have the same bytes
+    differences: list[str]  # of weights and versions, which may explain other frames
+    made_by: str  # the version of opensora that made the original
+    frames: FrameDifference | None  # between both files; None if identical, or if the original cannot be compared
 
 
 def replay(
@@ -74,7 +77,11 @@ def replay(
         pipeline = VideoPipeline(settings)
         output = next(pipeline.generate(JobSpec(settings, sample=recipe["sample_index"])))
     again = read_recipe(output.path)
-    return Replay(output, again["output"]["sha256"] == recipe["output"]["sha256"], _explanations(recipe, again))
+    identical = again["output"]["sha256"] == recipe["output"]["sha256"]
+    original = file.with_suffix(output.path.suffix)
+    frames = None if identical else compare_frames(original, output.path, recipe["output"]["num_frames"])
+    made_by = recipe["program"].get("opensora", "of an unknown version")
+    return Replay(output, identical, _explanations(recipe, again), made_by, frames)
 
 
 def finish(

@@ -110,6 +110,8 @@ def _replay(args: argparse.Namespace) -> int:
         print("identical: every decoded frame has the same bytes")
         return 0
     print(f"different: {', '.join(result.differences) or 'same weights and versions, other frames'}")
+    distance = result.frames or "unknown, because the original cannot be read"
+    print(f"made by opensora {result.made_by}; difference of the frames: {distance}")
     return 1
 
 
