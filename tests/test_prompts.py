@@ -138,6 +138,19 @@ LONG = {
 }  # fmt: skip
 
 
+def test_characters_are_fixed_as_ftfy_does() -> None:
+    """Printable ASCII is left alone without ftfy, which takes a quarter of a second to import."""
+    import ftfy
+
+    rng = random.Random(0)
+    plain = [chr(code) for code in range(32, 127)]
+    others = ["&amp;", "&lt", "\x1b[1m", "\x00", "é", "Ã©", "’", "ﬁ", "\\u00e9", "<b>"]
+    for parts in (plain, [*plain, *others, "\n", "\r\n", "\t"]):
+        for _ in range(2000):
+            text = "".join(rng.choices(parts, k=rng.randrange(30)))
+            assert cleaning._fix_characters(text) == ftfy.fix_text(text)
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("unit", LONG.values(), ids=LONG)
 def test_cleaning_takes_time_in_proportion_to_the_text(unit: str) -> None:

@@ -87,6 +87,15 @@ def _without_addresses(text: str, scheme: re.Pattern[str]) -> str:
     return "".join([*kept, text[end:]])
 
 
+def _fix_characters(text: str) -> str:
+    """`ftfy.fix_text(text)`, which leaves printable ASCII without character references as it is."""
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return text
+    import ftfy
+
+    return ftfy.fix_text(text)
+
+
 def normalize(text: str) -> str:
     """`text` in lower case without surrounding space: all that is done where cleaning is switched off."""
     return text.lower().strip()
@@ -94,18 +103,17 @@ def normalize(text: str) -> str:
 
 def clean(text: str) -> str:
     """`text` after one pass of the rules; it may come out empty."""
-    import ftfy
-    from bs4 import BeautifulSoup
-
     text = normalize(unquote_plus(text)).replace("<person>", "person")
     for scheme in _SCHEMES:
         text = _without_addresses(text, scheme)
     if "<" in text or "&" in text:
+        from bs4 import BeautifulSoup
+
         text = BeautifulSoup(text, features="html.parser").text
     text = _apply(_CHARACTERS, text)
     if len(re.findall("[-_]", text)) > 3:  # this-is-my-cute-cat
         text = re.sub("[-_]", " ", text)
-    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    text = html.unescape(html.unescape(_fix_characters(text))).strip()
     return _apply(_WORDS_AND_SPACING, text).strip()
 
 
