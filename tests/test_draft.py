@@ -336,7 +336,7 @@ def forge(file: Path, change: dict[str, object], **tensors: torch.Tensor) -> Non
         ({"format": 99}, "a newer program wrote this draft"),
         ({"num_steps": 9}, "was made by 9 steps on latents"),
         ({"recipe": {"encoded_prompts": ["a dog"]}}, "encoded_prompts was ['a dog'] for the draft and is"),
-        ({"recipe": {"weights": {"model": "0" * 64}}}, "was made with other model weights, sha256 000000000000; say"),
+        ({"recipe": {"weights": {"model": "0" * 64}}}, "was made with other model weights, sha256 000000000000; give"),
     ],
 )
 def test_what_changed_since_is_found(
