@@ -93,7 +93,8 @@ def test_a_changed_reference_is_refused(here, capsys):
     capsys.readouterr()
     assert main(["replay", "made/sample_0000.mp4", "--save-dir", "other"]) == 1
     error, found = capsys.readouterr().err, hashlib.sha256((here / "a.png").read_bytes()).hexdigest()
-    assert f"reference 'a.png' is not what it was, sha256 {digest[:12]} then; put" in error and found[:6] not in error
+    assert f"reference 'a.png' is not what it was, sha256 {digest[:12]} then; restore" in error
+    assert found[:6] not in error
     assert tree(here) == before
 
 
