@@ -123,6 +123,10 @@ def test_frames_are_compared(here):
     (here / "damaged.mp4").write_bytes(b"no video")
     found = compare_frames(here / "a.png", here / "b.png", 1)
     assert found == (5, 12 / 1152, pytest.approx(10 * np.log10(255**2 * 1152 / (12 * 25))))
+    assert str(found) == "at most 5 of 255 levels, in 1.04% of the values; PSNR 54.0 dB: " + (
+        "no more than rounding and compression cause"
+    )
+    assert str(found._replace(psnr=30.0)).endswith("PSNR 30.0 dB")
     assert compare_frames(here / "a.mp4", here / "a.mp4", 3) == (0, 0.0, float("inf"))
     for other in ("short.mp4", "damaged.mp4", "missing.mp4", "a.png"):
         assert compare_frames(here / "a.mp4", here / other, 3) is None
