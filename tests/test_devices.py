@@ -26,13 +26,6 @@ import tests.fake_torch_gcu as fake
 sys.modules["torch_gcu"] = fake
 import benchmark_open_sora, demo_open_sora, opensora.pipeline.benchmark
 opensora.pipeline.benchmark.peak_flops = lambda device, dtype: 1e12  # a trial for a large device takes a host too long
-folder, device = sys.argv[1], sys.argv[2]
-common = ["--device", device, "--image-size", "16", "24", "--num-frames", "5", "--num-sampling-steps", "2"]
-common += ["--dtype", "fp32", "--verbose", "0", "--save-dir", folder, "--prompt", "a red circle"]
-assert demo_open_sora.main(common) == 0
-report = ["--warmup-count", "0", "--eval-count", "1", "--benchmark-save-path", folder + "/report.json"]
-assert benchmark_open_sora.main([*common, *report]) == 0
-
 import torch
 from opensora.acceleration.device import pick_device
 from opensora.config.settings import TrainSettings
@@ -43,15 +36,27 @@ class Event:
     def record(self): fake.CALLS["events"] += 1
 
 torch.Event = Event
-torch.manual_seed(0)
-there = pick_device(device)
-model = torch.nn.Linear(4, 4).to(there)
-loss = lambda step, generator: model(torch.randn(2, 4, generator=generator).to(there)).square().mean()
-settings = dict(model={"type": "Linear"}, dtype="fp32", max_steps=4, log_every=3, outputs=folder, tensorboard=False)
-trainer = Trainer(TrainSettings(**settings), model, loss, there, 8)
-trainer.run()
-assert trainer.optimization.deferred_check == (device == "gcu")
-torch.save(model.weight.detach(), folder + "/weight.pt")
+
+def run(folder, device):
+    argv = ["--device", device, "--image-size", "16", "24", "--num-frames", "5", "--num-sampling-steps", "2"]
+    argv += ["--dtype", "fp32", "--verbose", "0", "--save-dir", folder, "--prompt", "a red circle"]
+    assert demo_open_sora.main(argv) == 0
+    if device == "gcu":
+        report = ["--warmup-count", "0", "--eval-count", "1", "--benchmark-save-path", folder + "/report.json"]
+        assert benchmark_open_sora.main([*argv, *report]) == 0
+    torch.manual_seed(0)
+    there = pick_device(device)
+    model = torch.nn.Linear(4, 4).to(there)
+    loss = lambda step, generator: model(torch.randn(2, 4, generator=generator).to(there)).square().mean()
+    settings = dict(model={"type": "Linear"}, dtype="fp32", max_steps=4, log_every=3, outputs=folder, tensorboard=False)
+    trainer = Trainer(TrainSettings(**settings), model, loss, there, 8)
+    trainer.run()
+    assert trainer.optimization.deferred_check == (device == "gcu")
+    torch.save(model.weight.detach(), folder + "/weight.pt")
+
+run(sys.argv[1], "cpu")
+assert "placed" not in fake.CALLS
+run(sys.argv[2], "gcu")
 print(json.dumps(fake.CALLS))
 """
 
@@ -99,16 +104,12 @@ def test_the_host_has_accounts() -> None:
 
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], Path, Path]:
-    """What was asked of a made-up "gcu" while both programs ran on it, their outputs, and those on the host."""
-    folders, calls = [], {}
-    for device in ("gcu", "cpu"):
-        folders.append(tmp_path_factory.mktemp(device))
-        command = [sys.executable, "-c", PROGRAM, str(folders[-1]), device]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
-        assert done.returncode == 0, done.stderr[-3000:]
-        calls[device] = json.loads(done.stdout.splitlines()[-1])
-    assert "placed" not in calls["cpu"]
-    return calls["gcu"], *folders
+    """What was asked of a made-up "gcu" while the programs ran on it, their outputs, and those on the host."""
+    here, there = (tmp_path_factory.mktemp(device) for device in ("cpu", "gcu"))
+    command = [sys.executable, "-c", PROGRAM, str(here), str(there)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), there, here
 
 
 def test_a_backend_from_outside_runs_everything(simulated: tuple[dict[str, int], Path, Path]) -> None:

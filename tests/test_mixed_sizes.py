@@ -98,7 +98,7 @@ def parts(tmp_path: Path) -> dict[str, Any]:
         text_encoder=dict(type="t5", from_pretrained=str(t5), model_max_length=32),
         scheduler=dict(type="rflow"),
         mask_ratios={"image_head": 0.4, "image_tail": 0.2, "half_head": 0.2},
-        dtype="fp32", device="cpu", batch_size=4, lr=1e-2, log_every=1, max_steps=6,
+        dtype="fp32", device="cpu", batch_size=2, lr=1e-2, log_every=1, max_steps=4,
     )  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def test_the_model_lists_its_sizes_and_resumes_exactly(tmp_path: Path, parts: di
     folders = {path.name for path in (tmp_path / "features").iterdir()}
     assert folders == {"17x16x24", "34x16x24", "1x24x16"}
     outputs = str(tmp_path / "parts")
-    first = train(TrainSettings(outputs=outputs, **{**parts, "max_steps": 3})).path
+    first = train(TrainSettings(outputs=outputs, **{**parts, "max_steps": 2})).path
     second = train(TrainSettings(outputs=outputs, load=str(first.parent / "000-STDiT3"), **parts)).path
     found, expected = load_file(second / "model.safetensors"), load_file(whole / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
