@@ -29,7 +29,7 @@ from opensora.pipeline import denoise, generation
 from opensora.pipeline.job import Job
 from opensora.pipeline.loaded_models import LoadedModels
 from opensora.pipeline.pipeline import VideoPipeline
-from opensora.pipeline.plan import cheaper, make_plan
+from opensora.pipeline.plan import make_plan
 from opensora.profiling import cost_model, memory_meter, operation_counter, speed_history
 from tests import zoo
 from tests.checkpoints import SAMPLE
@@ -348,7 +348,7 @@ def test_the_nearest_setting_that_fits(
     needed = plan.memory - plan.base
     monkeypatch.setattr(memory_meter, "available_memory", lambda device: int(room * needed))
     assert not plan.fits and "it does not fit; this does: " in str(plan)
-    found = cheaper(plan)
+    found = plan.cheaper()
     assert found.startswith(part)
     again = make_plan(settings_of_command(embedded, [*argv, *found.split()]))
     assert again.memory - again.base <= room * needed
@@ -359,9 +359,9 @@ def test_nothing_is_tried_where_the_weights_alone_do_not_fit(
 ) -> None:
     plan = make_plan(settings_for(parts))
     assert plan.base < plan.least <= plan.memory
-    monkeypatch.setattr("opensora.pipeline.plan.make_plan", lambda settings: pytest.fail("tried"))
+    monkeypatch.setattr("opensora.pipeline.plan.plan_job", lambda *_: pytest.fail("tried"))
     monkeypatch.setattr(memory_meter, "available_memory", lambda device: plan.least - plan.base - 1)
-    assert cheaper(plan) is None and "nothing smaller was found" in str(plan)
+    assert plan.cheaper() is None and "nothing smaller was found" in str(plan)
 
 
 def counted_in_full(model: Any, call: Any, device: torch.device) -> operation_counter.Cost:

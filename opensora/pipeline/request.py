@@ -37,6 +37,11 @@ class Request(NamedTuple):
     mask_strategy: str | None = None
 
     @property
+    def reference_paths(self) -> list[str]:
+        """The images and videos, one by one."""
+        return self.reference_path.split(";") if self.reference_path else []
+
+    @property
     def texts(self) -> list[str]:
         """The texts of the prompt as given, without loop numbers and JSON."""
         return prompts.split_segments(prompts.split_json(self.prompt)[0])[0]

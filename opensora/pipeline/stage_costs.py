@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -113,7 +113,7 @@ class ResourceEstimate:
 
     def _stages(self, plan: MemoryPlan) -> Iterator[Stage]:
         """Text, autoencoder and model, in order."""
-        job, vae = self.job, self.components.vae
+        job = self.job
         tokens, text = self._text()
         if plan.offload and not self.on_host:
             text = text._replace(weights=_by_layers(self.components.text_encoder, text.weights))
@@ -125,9 +125,13 @@ class ResourceEstimate:
         if job.stop:
             num_clips, steps = len(self.requests), steps * job.stop / job.scheduler.num_steps
         yield self._stage("sampling", "model", step.times(steps * num_clips))
-        made = cost_model.decoding_cost(vae, job.size, *self.where, streamed=True).times(num_clips)
-        made = made._replace(peak=made.peak + self._frames_held())
-        yield Stage("decoding", 0, 0, False, made)
+        yield Stage("decoding", 0, 0, False, self._decoding.times(num_clips))
+
+    @cached_property
+    def _decoding(self) -> Cost:
+        """Decoding one clip, under any plan."""
+        cost = cost_model.decoding_cost(self.components.vae, self.job.size, *self.where, streamed=True)
+        return cost._replace(peak=cost.peak + self._frames_held())
 
     def _frames_held(self) -> int:
         """Bytes of decoded frames beside the work of the decoder."""

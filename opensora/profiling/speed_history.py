@@ -104,12 +104,13 @@ def _trial(device: torch.device, dtype: torch.dtype) -> float:
     """Seconds for each second at the nominal speed, from some milliseconds of matrix products and sums."""
     one = torch.ones(1024, 1024, device=device, dtype=dtype)
     large = torch.ones(8, 1024, 1024, device=device, dtype=dtype)
-    work, times = Cost(products=4 * 2.0 * 1024**3, moved=4 * 3.0 * num_bytes(large)), []
+    count, times = 1 if is_cpu(device) else 32, []  # an accelerator's launches take longer than one product
     for _attempt in range(3):  # the first starts threads and loads kernels
         begin = time.perf_counter()
-        for _ in range(4):
+        for _ in range(count):
             one @ one
             large + large
         synchronize(device)
         times.append(time.perf_counter() - begin)
+    work = Cost(products=2.0 * 1024**3, moved=3.0 * num_bytes(large)).times(count)
     return min(times) / work.nominal_seconds
