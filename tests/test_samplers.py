@@ -11,7 +11,7 @@ from opensora import registry
 from opensora.errors import ConfigError
 from opensora.pipeline.noise import initial_noise, noise_generator
 from opensora.schedulers.diffusion import linear_betas, space_timesteps
-from opensora.schedulers.dpms import DPM_SOLVER, path_at
+from opensora.schedulers.dpms import DPM_SOLVER, schedule_at
 from opensora.schedulers.guidance import GuidedDenoiser
 from opensora.schedulers.iddpm import IDDPM
 from opensora.schedulers.iddpm_speed import IDDPM_SPEED
@@ -234,7 +234,7 @@ def gaussian_data(mean: float, deviation: float):
 
     def scales(timestep):
         (time,) = set(((timestep + 1) / 1000).tolist())
-        path = path_at([time])
+        path = schedule_at([time])
         return path.alpha[0], path.sigma[0]
 
     def model(x, timestep):
@@ -242,7 +242,7 @@ def gaussian_data(mean: float, deviation: float):
         return sigma * (x - alpha * mean) / (alpha**2 * deviation**2 + sigma**2)
 
     def solution(x):
-        (first, last), (start, end) = (path_at([1.0, 0.001])[i] for i in (1, 2))
+        (first, last), (start, end) = (schedule_at([1.0, 0.001])[i] for i in (1, 2))
         ratio = math.hypot(last * deviation, end) / math.hypot(first * deviation, start)
         return last * mean + ratio * (x - first * mean)
 

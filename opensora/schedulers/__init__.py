@@ -1,1 +1,1 @@
-"""Samplers and training losses: rectified flow, IDDPM, DPM-Solver++. They call any model; may import `errors` only."""
+"""Samplers and training losses of any callable model: rectified flow, IDDPM, DPM-Solver++. May import `errors` only."""

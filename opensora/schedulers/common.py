@@ -1,4 +1,4 @@
-"""What the samplers share: the state after a step, checks of settings, shapes, random numbers, masks of frames.
+"""Shared by the samplers: the state after a step, checks of settings, broadcasting, random numbers, frame masks.
 
 Axes: latents [B, C, T, H, W], frame masks and values [B, T].
 """
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from opensora.errors import ConfigError, did_you_mean
 
-Number = float | Tensor | None  # one value, or one per sample [B]; None where no transform needs it
+Number = float | Tensor | None  # one value, or one per sample [B]; None if no timestep transform uses it
 NoiseSource = Sequence[torch.Generator] | Callable[[], Tensor]  # one generator per sample, or a function that draws
 
 
 @dataclass(frozen=True)
 class SamplerState:
-    """The state of sampling after a step. With it, the model and the conditioning, a sampler resumes bit for bit.
+    """The state of sampling after a step. A sampler resumes from it bit for bit, with the same model and conditioning.
 
     step: steps done, of num_steps
     x: the noisy latents [B, C, T, H, W], float32
     x0: the clean latents that the step predicts; `x` itself before any step has run
-    carry: the method's memory, such as earlier predictions, by name
+    carry: other tensors that the solver needs to resume, such as earlier predictions (its history), by name
     """
 
     step: int
@@ -40,14 +40,14 @@ class SamplerState:
         return SamplerState(self.step, self.num_steps, self.x.to(like), self.x0.to(like), carry)
 
     def carried(self, name: str, initial: Tensor) -> Tensor:
-        """The tensor `name` of the carry, or `initial` before the first step. Raises ConfigError if it is missing."""
+        """`carry[name]`, or `initial` before the first step. Raises ConfigError if it is missing."""
         if self.step and name not in self.carry:
             raise ConfigError(f"the draft lacks the sampler's tensor '{name}'; create the draft again")
         return self.carry[name] if self.step else initial
 
 
 def check(settings: Any, positive: Sequence[str], **choices: Collection[str]) -> None:
-    """Raises ConfigError when a `positive` field of `settings` is below 1, or another is none of its `choices`."""
+    """Raises ConfigError when a `positive` field of `settings` is below 1, or another is not among its `choices`."""
     for name in positive:
         if (value := getattr(settings, name)) is not None and value < 1:
             raise ConfigError(f"scheduler: {name} is {value}; it must be at least 1")
@@ -66,12 +66,12 @@ def per_frame(value: Tensor) -> Tensor:
 
 
 def frame_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean [B] of `values` [B, T] over the frames where `mask` [B, T] is True; 0 where no frame is."""
+    """The mean [B] of `values` [B, T] over the frames where `mask` [B, T] is True; 0 for a sample without any."""
     return values.mean(dim=1) if mask is None else (values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
 def upload(values: Tensor, like: Tensor) -> Tensor:
-    """`values` on the device of `like`. The host waits for the copy only where its memory cannot be pinned."""
+    """`values` on the device of `like`. The copy is asynchronous if the memory can be pinned."""
     if values.device == like.device:
         return values
     try:
@@ -81,16 +81,16 @@ def upload(values: Tensor, like: Tensor) -> Tensor:
 
 
 def draw(source: NoiseSource, x: Tensor, rows: Sequence[bool] | None = None) -> Tensor:
-    """Standard-normal numbers of the shape of `x`, drawn where the generators live and moved to `x`.
+    """Standard-normal noise like `x`, drawn on the device of the generators.
 
-    Where `rows` [B] is False a sample has no use for them: its generator is left alone, and it gets zeros.
+    A sample whose entry of `rows` [B] is False gets zeros, and its generator is not advanced.
     """
     if callable(source):
         return upload(source(), x).to(x.dtype)
     if len(source) != len(x):
         raise ValueError(f"{len(source)} generators for a batch of {len(x)}; pass one per sample")
     noise = torch.zeros_like(x)
-    for row, one in enumerate(source):
+    for row, generator in enumerate(source):
         if rows is None or rows[row]:
-            noise[row] = upload(torch.randn(x.shape[1:], generator=one, device=one.device), x)
+            noise[row] = upload(torch.randn(x.shape[1:], generator=generator, device=generator.device), x)
     return noise

@@ -1,4 +1,4 @@
-"""Gaussian diffusion in discrete steps: the forward process, its posterior, and the terms of its bound.
+"""Gaussian diffusion in discrete steps: the forward process, its posterior, and the variational bound.
 
 Sources: DDPM (Ho et al. 2020, arXiv:2006.11239) and IDDPM (Nichol and Dhariwal 2021, arXiv:2102.09672).
 
@@ -19,7 +19,7 @@ from opensora.errors import ConfigError
 from opensora.schedulers.common import per_sample, upload
 
 MAX_BETA = 0.999
-BINS = 255  # intervals between the values of 8-bit data scaled to -1..1
+BINS = 255  # intervals between the 256 values of 8-bit data scaled to -1..1
 
 
 def linear_betas(num_timesteps: int = 1000) -> Tensor:
@@ -41,8 +41,8 @@ NOISE_SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": linear_betas, "
 def space_timesteps(num_timesteps: int, sections: str | Sequence[int]) -> list[int]:
     """The timesteps to keep of 0..num_timesteps - 1, ascending.
 
-    `sections` "ddimN" keeps N of them at one whole stride (DDIM, Song et al. 2020, arXiv:2010.02502); "10,15,20" or
-    [10, 15, 20] cuts the range into equal sections and keeps so many of each, from its first to its last; "" keeps
+    `sections` "ddimN" keeps N of them at an integer stride (DDIM, Song et al. 2020, arXiv:2010.02502); "10,15,20" or
+    [10, 15, 20] cuts the range into equal sections and keeps that many of each, evenly spaced, ends included; "" keeps
     all. Raises ConfigError when there are not that many.
     """
     if isinstance(sections, str) and sections.startswith("ddim") and sections[4:].isdigit():
@@ -70,12 +70,12 @@ def space_timesteps(num_timesteps: int, sections: str | Sequence[int]) -> list[i
 
 
 class Diffusion:
-    """The process on the kept timesteps of `betas` [num_timesteps], with every table that its steps look up.
+    """The process on a subset `timesteps` of those of `betas` [num_timesteps], with the tables of its coefficients.
 
-    A kept step's beta is 1 minus the ratio of alpha-bar there and at the step kept before it. By default all tables
-    are float64, as in Open-Sora 1.0, and rounded when a value is looked up. `dtype=torch.float32` rounds these betas,
-    and derives everything from them in float32, as Open-Sora 1.1 and 1.2 did: 1 - alpha-bar then carries round-off of
-    up to 2e-4 near t = 0, which the recorded samples contain.
+    The beta of a kept step is 1 - alpha_bar / alpha_bar of the previous kept step. By default all tables are float64,
+    as in Open-Sora 1.0, and rounded when a value is looked up. `dtype=torch.float32` rounds these betas and computes
+    the other tables from them in float32, as Open-Sora 1.1 and 1.2 did: 1 - alpha_bar then has rounding errors of up
+    to 2e-4 near t = 0, as the recorded samples do.
     """
 
     def __init__(self, betas: Tensor, timesteps: Sequence[int], dtype: torch.dtype = torch.float64) -> None:
@@ -92,7 +92,7 @@ class Diffusion:
         self.log_one_minus_alphas_cumprod = (1 - self.alphas_cumprod).log()
         self.sqrt_recip_alphas_cumprod = (1 / self.alphas_cumprod).sqrt()
         self.sqrt_recipm1_alphas_cumprod = (1 / self.alphas_cumprod - 1).sqrt()
-        # q(x_{t-1} | x_t, x_0), DDPM equations 6 and 7. Its variance is 0 at t = 0: the logarithm takes that of t = 1.
+        # q(x_{t-1} | x_t, x_0), DDPM equations 6 and 7. Its variance is 0 at t = 0: the logarithm repeats t = 1.
         ratio = 1 / (1 - self.alphas_cumprod)
         self.posterior_variance = self.betas * (1 - self.alphas_cumprod_prev) * ratio
         lowest = self.posterior_variance[1:2] if len(timesteps) > 1 else self.betas
@@ -104,18 +104,18 @@ class Diffusion:
         return len(self.betas)
 
     def to(self, like: Tensor) -> Diffusion:
-        """The process with its tables on the device and in the dtype of `like`, where steps look them up."""
-        placed = copy.copy(self)
+        """A copy whose tables are on the device and in the dtype of `like`."""
+        moved = copy.copy(self)
         for name, table in vars(self).items():
-            setattr(placed, name, upload(table.to(like.dtype) if table.is_floating_point() else table, like))
-        return placed
+            setattr(moved, name, upload(table.to(like.dtype) if table.is_floating_point() else table, like))
+        return moved
 
     def timestep(self, t: Tensor, like: Tensor) -> Tensor:
         """The timesteps that the model gets at steps `t` [B], float32, on the device of `like`."""
         return self.timestep_map[t.to(self.timestep_map.device)].to(like.device, torch.float32)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t of clean `x_start` and standard-normal `noise` (DDPM, equation 4)."""
+        """`x_start` noised to step t with standard-normal `noise` (DDPM, equation 4)."""
         signal = look_up(self.sqrt_alphas_cumprod, t, x_start)
         return signal * x_start + look_up(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
 
@@ -124,25 +124,26 @@ class Diffusion:
         mean = look_up(self.posterior_mean_coef1, t, x) * x_start + look_up(self.posterior_mean_coef2, t, x) * x
         return mean, look_up(self.posterior_log_variance_clipped, t, x)
 
-    def x_start_of(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The clean latents from which `eps` leads to `x` at t."""
+    def x_start_from_eps(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The clean latents, from noisy `x` and its noise `eps`."""
         scale = look_up(self.sqrt_recip_alphas_cumprod, t, x)
         return scale * x - look_up(self.sqrt_recipm1_alphas_cumprod, t, x) * eps
 
-    def eps_of(self, x: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
-        """The noise that leads from `x_start` to `x` at t."""
+    def eps_from_x_start(self, x: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
+        """The noise in `x`, from the clean latents `x_start`."""
         scale = look_up(self.sqrt_recip_alphas_cumprod, t, x)
         return (scale * x - x_start) / look_up(self.sqrt_recipm1_alphas_cumprod, t, x)
 
     def learned_log_variance(self, v: Tensor, t: Tensor) -> Tensor:
-        """Between the posterior's log variance (v = -1) and log beta (v = 1): IDDPM, equation 15."""
+        """`v` interpolates between the posterior's log variance (-1) and log beta (1): IDDPM, equation 15."""
         high, low = (look_up(table, t, v) for table in (self.log_betas, self.posterior_log_variance_clipped))
         return low + (v + 1) / 2 * (high - low)
 
     def bound(self, x_start: Tensor, x: Tensor, t: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-        """The term of the variational bound at t for a predicted x_{t-1}, in bits, elementwise (IDDPM, equation 4).
+        """The term of the variational bound at t, in bits per element (IDDPM, equation 4).
 
-        It is the divergence from the posterior, at t = 0 the negative log likelihood of the data.
+        `mean` and `log_variance` are the predicted ones of x_{t-1}. The term is the KL divergence from the posterior,
+        at t = 0 the negative log likelihood of the data.
         """
         true_mean, true_log_variance = self.q_posterior(x_start, x, t)
         distance = (true_mean - mean).square() * torch.exp(-log_variance)
@@ -160,8 +161,8 @@ def look_up(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
 def discretised_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """Log probability of the 8-bit value around each element of `x` in -1..1 (DDPM, equation 13), in nats.
 
-    The two outermost values take all that is past them. The normal distribution function is the approximation by
-    a hyperbolic tangent (Page 1977) with which the recorded losses were computed.
+    The lowest and the highest value include their tails. The normal CDF is approximated by a hyperbolic tangent (Page
+    1977), as for the recorded losses.
     """
 
     def cdf(value: Tensor) -> Tensor:

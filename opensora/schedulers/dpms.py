@@ -1,7 +1,7 @@
 """DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095): few steps along the probability-flow ODE, exact in its linear part.
 
-Time falls from 1 (noise) to 1/1000; the model, which predicts noise, gets it as a timestep 999..0. All samples share
-their times, so everything that depends on time alone is a list of floats, one for each point between two steps.
+Time falls from 1 (noise) to 1/1000; the model predicts noise and gets time as a timestep 999..0. All samples share
+their times, so alpha, sigma and lambda are lists of floats, one for each time between two steps.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from opensora.schedulers.sampler import Sampler, Size
 
 NUM_TIMESTEPS = 1000
 SKIP_TYPES, METHODS = ("time_uniform", "logSNR", "time_quadratic"), ("multistep", "singlestep")
-FEW_STEPS = 10  # with fewer, the last steps of a multistep run fall in order
+FEW_STEPS = 10  # with fewer, the last steps of a multistep run have a lower order
 
 
 class SchedulePoints(NamedTuple):
-    """Points that a solver visits: time, scale of signal and of noise, and lambda = log(alpha / sigma), [N + 1] each.
+    """The noise schedule at the times of a run: time, alpha, sigma and lambda = log(alpha / sigma), [N + 1] each.
 
-    Lambda is half the logarithm of the signal-to-noise ratio. The solver steps in it.
+    Lambda is half the logarithm of the signal-to-noise ratio; the solver integrates over it.
     """
 
     time: list[float]
@@ -39,7 +39,7 @@ class SchedulePoints(NamedTuple):
     lam: list[float]
 
 
-Predictor = Callable[[Tensor, int], Tensor]  # (x, number of a point) -> clean latents
+Predictor = Callable[[Tensor, int], Tensor]  # (x, index into the schedule) -> clean latents
 
 
 @dataclass(frozen=True)
@@ -82,21 +82,21 @@ class DPM_SOLVER(Sampler):
     def _solve(
         self, denoise: Denoiser, state: SamplerState, size: Size, edit: Tensor | None, source: NoiseSource | None
     ) -> Iterator[SamplerState]:
-        """Raises ConfigError for an `edit`: the method combines several steps, which a frame cannot join in between."""
+        """Raises ConfigError for an `edit`: a frame cannot start midway, as the solver combines earlier steps."""
         if edit is not None:
             raise ConfigError("dpm-solver cannot keep or edit frames; use rflow or iddpm, or no reference and mask")
-        path = path_at(spaced_times(self.num_sampling_steps, self.skip_type))
+        schedule = schedule_at(spaced_times(self.num_sampling_steps, self.skip_type))
 
-        def data(x: Tensor, point: int) -> Tensor:
-            timestep = torch.full((len(x),), path.time[point] * NUM_TIMESTEPS - 1, device=x.device)
-            return (x - path.sigma[point] * denoise(x, timestep)) / path.alpha[point]
+        def predict_x0(x: Tensor, index: int) -> Tensor:
+            timestep = torch.full((len(x),), schedule.time[index] * NUM_TIMESTEPS - 1, device=x.device)
+            return (x - schedule.sigma[index] * denoise(x, timestep)) / schedule.alpha[index]
 
         solve = multistep if self.method == "multistep" else singlestep
-        return solve(data, state, path, self.order)
+        return solve(predict_x0, state, schedule, self.order)
 
 
-def path_at(times: list[float]) -> SchedulePoints:
-    """The linear schedule in continuous time: log alpha runs straight between its values at t = n / 1000."""
+def schedule_at(times: list[float]) -> SchedulePoints:
+    """The linear schedule in continuous time: log alpha is interpolated linearly between its values at t = n / 1000."""
     log_alphas = np.interp(times, *_schedule())
     log_sigmas = np.log(-np.expm1(2 * log_alphas)) / 2
     lambdas = log_alphas - log_sigmas
@@ -104,61 +104,65 @@ def path_at(times: list[float]) -> SchedulePoints:
 
 
 def times_at(lams: list[float]) -> list[float]:
-    """The times at which lambda has these values."""
+    """The times of these values of lambda: the inverse of `schedule_at`."""
     times, log_alphas = _schedule()
     return np.interp(-np.log1p(np.exp(-2 * np.asarray(lams))) / 2, log_alphas[::-1], times[::-1]).tolist()
 
 
 def spaced_times(num_steps: int, skip_type: str = "time_uniform") -> list[float]:
-    """The `num_steps` + 1 times of that many steps, from 1 to 1/1000, even in time, in its root, or in lambda."""
+    """`num_steps` + 1 times from 1 to 1/1000, evenly spaced in time, in its square root, or in lambda."""
     first, last = 1.0, 1 / NUM_TIMESTEPS
     if skip_type == "logSNR":
-        start, end = path_at([first, last]).lam
+        start, end = schedule_at([first, last]).lam
         return times_at(np.linspace(start, end, num_steps + 1).tolist())
     power = 2 if skip_type == "time_quadratic" else 1
     return (np.linspace(first ** (1 / power), last ** (1 / power), num_steps + 1) ** power).tolist()
 
 
-def multistep(data: Predictor, state: SamplerState, path: SchedulePoints, order: int) -> Iterator[SamplerState]:
-    """The states after `state`: each step uses the latest predictions of clean latents, `order` at most.
+def multistep(
+    predict_x0: Predictor, state: SamplerState, schedule: SchedulePoints, order: int
+) -> Iterator[SamplerState]:
+    """The states after `state`: each step uses the latest predictions of x0, `order` at most.
 
     The order rises to `order` over the first steps; in a run of few steps it falls to 1 over the last (algorithm 2 of
-    the paper, and the third order of DPM-Solver's, arXiv:2206.00927, in its terms). The carry has these predictions,
+    the paper; the third order is that of DPM-Solver, arXiv:2206.00927, for x0). `carry` has these predictions,
     "known0" the latest.
     """
-    x, lam, num_steps = state.x, path.lam, len(path.time) - 1
-    known = [state.carried(f"known{n}", x) for n in range(min(order, state.step))]
+    x, lam, num_steps = state.x, schedule.lam, len(schedule.time) - 1
+    history = [state.carried(f"known{n}", x) for n in range(min(order, state.step))]
     for i in range(state.step, num_steps):
-        known = [data(x, i), *known[: order - 1]]  # latest first
-        used, h = min(len(known), num_steps - i if num_steps < FEW_STEPS else order), lam[i + 1] - lam[i]
-        # Divided differences of the predictions, in units of this step.
-        rates = [(known[n] - known[n + 1]) * (h / (lam[i - n] - lam[i - n - 1])) for n in range(used - 1)]
-        if used == 3:
+        history = [predict_x0(x, i), *history[: order - 1]]  # latest first
+        step_order, h = min(len(history), num_steps - i if num_steps < FEW_STEPS else order), lam[i + 1] - lam[i]
+        # Divided differences of the predictions (D1 and D2 of the paper), in units of this step.
+        rates = [(history[n] - history[n + 1]) * (h / (lam[i - n] - lam[i - n - 1])) for n in range(step_order - 1)]
+        if step_order == 3:
             curve = (rates[0] - rates[1]) * (h / (lam[i] - lam[i - 2]))
             rate = rates[0] + curve * ((lam[i] - lam[i - 1]) / h)
-            x = _advance(path, x, i, i + 1, known[0], rate, curve)
+            x = _advance(schedule, x, i, i + 1, history[0], rate, curve)
         else:
-            x = _advance(path, x, i, i + 1, known[0], *rates)
-        yield SamplerState(i + 1, num_steps, x, known[0], {f"known{n}": one for n, one in enumerate(known)})
+            x = _advance(schedule, x, i, i + 1, history[0], *rates)
+        yield SamplerState(i + 1, num_steps, x, history[0], {f"known{n}": x0 for n, x0 in enumerate(history)})
 
 
-def singlestep(data: Predictor, state: SamplerState, path: SchedulePoints, order: int) -> Iterator[SamplerState]:
-    """The states after `state`: each step spans `order` intervals of `path`, with an evaluation in each.
+def singlestep(
+    predict_x0: Predictor, state: SamplerState, schedule: SchedulePoints, order: int
+) -> Iterator[SamplerState]:
+    """The states after `state`: each step spans `order` intervals of `schedule`, with one evaluation each.
 
     The remaining intervals are a step of lower order; a run of third order always ends on a step of order 2 or 1
-    (DPM-Solver, Lu et al. 2022, arXiv:2206.00927, algorithms 1 and 2 and "DPM-Solver-fast", for clean latents).
+    (DPM-Solver, Lu et al. 2022, arXiv:2206.00927, algorithms 1 and 2 and "DPM-Solver-fast", for x0).
     """
-    x, sizes = state.x, step_sizes(len(path.time) - 1, order)
+    x, sizes = state.x, step_sizes(len(schedule.time) - 1, order)
     for step in range(state.step, len(sizes)):
         i = sum(sizes[:step])
-        end, first, rate, curve = i + sizes[step], data(x, i), None, None
-        for point in range(i + 1, end):
-            share = (path.lam[point] - path.lam[i]) / (path.lam[end] - path.lam[i])
-            inner = _advance(path, x, i, point, first, None if rate is None else rate * share, 0.0)
-            rate = (data(inner, point) - first) / share
+        end, x0, rate, curve = i + sizes[step], predict_x0(x, i), None, None
+        for index in range(i + 1, end):
+            r = (schedule.lam[index] - schedule.lam[i]) / (schedule.lam[end] - schedule.lam[i])
+            inner = _advance(schedule, x, i, index, x0, None if rate is None else rate * r, 0.0)
+            rate = (predict_x0(inner, index) - x0) / r
             curve = 0.0 if sizes[step] == 3 else None
-        x = _advance(path, x, i, end, first, rate, curve)
-        yield SamplerState(step + 1, len(sizes), x, first)
+        x = _advance(schedule, x, i, end, x0, rate, curve)
+        yield SamplerState(step + 1, len(sizes), x, x0)
 
 
 def step_sizes(num_evaluations: int, order: int) -> list[int]:
@@ -170,23 +174,23 @@ def step_sizes(num_evaluations: int, order: int) -> list[int]:
 
 
 def _advance(
-    path: SchedulePoints, x: Tensor, i: int, j: int,
-    data: Tensor, rate: Tensor | None = None, curve: Tensor | float | None = None,
+    schedule: SchedulePoints, x: Tensor, i: int, j: int,
+    x0: Tensor, rate: Tensor | None = None, curve: Tensor | float | None = None,
 ) -> Tensor:  # fmt: skip
-    """`x` at point j for clean latents that are `data` at point i and change by `rate`, and `curve`, up to j.
+    """Advances `x` from time i to j, where the prediction is `x0` at i; `rate` and `curve` are its differences up to j.
 
-    The linear part of the ODE is exact. With `rate` and no `curve` the clean latents of the middle stand for all of
-    the step (DPM-Solver++, algorithms 1 and 2), a second-order method; with `curve`, even 0, their integral is exact.
+    The linear part of the ODE is exact. With `rate` and no `curve`, x0 of the middle of the step stands for all of it
+    (DPM-Solver++, algorithms 1 and 2), a second-order method; with `curve`, even 0, the integral of x0 is exact.
     """
-    h = path.lam[j] - path.lam[i]
+    h = schedule.lam[j] - schedule.lam[i]
     phi_1 = math.expm1(-h)
-    x = path.sigma[j] / path.sigma[i] * x - path.alpha[j] * phi_1 * data
+    x = schedule.sigma[j] / schedule.sigma[i] * x - schedule.alpha[j] * phi_1 * x0
     if rate is None:
         return x
     if curve is None:
-        return x - path.alpha[j] * phi_1 / 2 * rate
+        return x - schedule.alpha[j] * phi_1 / 2 * rate
     phi_2 = phi_1 / h + 1
-    return x + path.alpha[j] * (phi_2 * rate - (phi_2 / h - 0.5) * curve)
+    return x + schedule.alpha[j] * (phi_2 * rate - (phi_2 / h - 0.5) * curve)
 
 
 def _schedule() -> tuple[np.ndarray, np.ndarray]:

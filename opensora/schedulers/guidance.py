@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598), and the protocol of the models under it."""
+"""Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598), and the model interface that it calls."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Conditioning = Mapping[str, Any]  # keyword arguments of a model: text, text mas
 
 
 class Denoiser(Protocol):
-    """A model as a sampler calls it; a plain function will do.
+    """A model as a sampler calls it, or any function with this signature.
 
     x: noisy latents [B, C, T, H, W]
     timestep: [B], or [1] where all samples share it
-    conditioning: tensors of B rows, or of one row that serves all
+    conditioning: tensors of B rows, or of one row for all samples
     Returns [B, C or more, T, H, W]; channels beyond C are a learned variance.
     """
 
@@ -24,7 +24,7 @@ class Denoiser(Protocol):
 
 
 class PreparableDenoiser(Denoiser, Protocol):
-    """A model that can precompute what its conditioning contributes to every step."""
+    """A model that can compute once what depends on the conditioning alone."""
 
     def prepare(self, shape: Sequence[int], **conditioning: Any) -> dict[str, Any]:
         """Keyword arguments that replace `conditioning` in calls of the model on latents of this shape."""
@@ -40,7 +40,7 @@ class GuidedDenoiser:
 
     model: predicts [B, C or more, T, H, W], of which the first C channels are used
     cond: the conditioning with the prompt
-    null: what differs without the prompt, usually `y` alone; not used at scale 1
+    null: the entries that replace those of `cond` without the prompt, usually `y` alone; not used at scale 1
     channels: if given, all predicted channels are used; the first `channels` are guided, the rest (learned variance)
         come from the conditional branch
     sequential: evaluate the branches one after the other, which takes less memory. Otherwise they share a batch
@@ -54,15 +54,15 @@ class GuidedDenoiser:
         channels: int | None = None, *, sequential: bool = False, precompute: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.scale, self.channels, self.precompute = model, scale, channels, precompute
-        self.batches, self.joins = [cond], False
+        self.batches, self.joined = [cond], False
         self._prepared: list[Conditioning] | None = None
         if num_branches(scale) == 2:
             if null is None:
                 raise ValueError(f"guidance scale {scale} needs the unconditional arguments; pass null, or use scale 1")
             uncond = {**cond, **null}
-            joined = None if sequential else _joined(cond, uncond)
-            self.batches = [cond, uncond] if joined is None else [joined]
-            self.joins = joined is not None
+            batch = None if sequential else _join(cond, uncond)
+            self.batches = [cond, uncond] if batch is None else [batch]
+            self.joined = batch is not None
 
     def __call__(self, x: Tensor, timestep: Tensor, **masks: Tensor) -> Tensor:
         """The guided prediction [B, C or more, T, H, W]; `masks` are arguments of this step, such as `x_mask`."""
@@ -72,13 +72,13 @@ class GuidedDenoiser:
 
     def branches(self, x: Tensor, timestep: Tensor, **masks: Tensor) -> tuple[Tensor, Tensor]:
         """The predictions of the conditional and the unconditional branch."""
-        if not self.joins:
+        if not self.joined:
             cond, uncond = (self._predict(arguments, x, timestep, masks) for arguments in self._arguments(x))
             return cond, uncond
         timestep = timestep if len(timestep) == 1 else torch.cat([timestep, timestep])
-        twice = {name: torch.cat([mask, mask]) for name, mask in masks.items()}
+        doubled = {name: torch.cat([mask, mask]) for name, mask in masks.items()}
         x = torch.cat([x, x])
-        cond, uncond = self._predict(self._arguments(x)[0], x, timestep, twice).chunk(2)
+        cond, uncond = self._predict(self._arguments(x)[0], x, timestep, doubled).chunk(2)
         return cond, uncond
 
     def combine(self, cond: Tensor, uncond: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class GuidedDenoiser:
         return out if channels is None else torch.cat([out[:, :channels], cond[:, channels:]], dim=1)
 
     def _arguments(self, x: Tensor) -> list[Conditioning]:
-        """The conditioning of each batch for latents like x, precomputed in the first evaluation if that is wanted."""
+        """The conditioning of each batch for latents like x, precomputed in the first evaluation with `precompute`."""
         if not self.precompute:
             return self.batches
         if self._prepared is None:
@@ -101,15 +101,15 @@ class GuidedDenoiser:
         return (out[:, : x.shape[1]] if self.channels is None else out).to(x.dtype)
 
 
-def _joined(cond: Conditioning, uncond: Conditioning) -> dict[str, Any] | None:
+def _join(cond: Conditioning, uncond: Conditioning) -> dict[str, Any] | None:
     """The conditioning of the batch [cond, uncond], or None if the two cannot share a batch."""
     joined: dict[str, Any] = {}
-    for name, without in uncond.items():
+    for name, other in uncond.items():
         value = cond.get(name)
-        if value is without and not (isinstance(value, Tensor) and value.ndim and len(value) > 1):
-            joined[name] = value  # one row serves any batch
-        elif isinstance(value, Tensor) and value.ndim and value.shape == getattr(without, "shape", None):
-            joined[name] = torch.cat([value, without])
+        if value is other and not (isinstance(value, Tensor) and value.ndim and len(value) > 1):
+            joined[name] = value  # one row is broadcast
+        elif isinstance(value, Tensor) and value.ndim and value.shape == getattr(other, "shape", None):
+            joined[name] = torch.cat([value, other])
         else:
             return None
     return joined

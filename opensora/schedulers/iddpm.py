@@ -1,7 +1,7 @@
-"""Improved DDPM (Nichol and Dhariwal 2021, arXiv:2102.09672): noise removed in discrete steps, the variance learned.
+"""Improved DDPM (Nichol and Dhariwal 2021, arXiv:2102.09672): discrete steps, learned variance.
 
-Axes: latents [B, C, T, H, W], steps t [B] of the process from N - 1 (noise) to 0, frame masks [B, T]. The model gets
-the original timestep of a step, 0..diffusion_steps - 1, and gives C channels of noise (or of clean latents, with
+Axes: latents [B, C, T, H, W], steps t [B] from N - 1 (noise) to 0, frame masks [B, T]. The model gets the timestep of a
+step before respacing, 0..diffusion_steps - 1, and predicts C channels of noise (or of clean latents, with
 `predict_xstart`), then C of variance.
 """
 
@@ -37,11 +37,11 @@ class Prediction(NamedTuple):
 class IDDPM(Sampler):
     """IDDPM, training loss and sampler; its fields are the keys of a configuration.
 
-    The process keeps `num_sampling_steps` of the `diffusion_steps` timesteps, or those of `timestep_respacing`
-    (`diffusion.space_timesteps`), or all. `cfg_channel` latent channels are guided, all by default. `ddim_eta` samples
-    by DDIM with that share of noise, 0 to 1, instead of ancestrally. Without `learn_sigma` the variance is beta, or
-    with `sigma_small` that of the posterior. `use_kl` trains on the whole variational bound; `rescale_learned_sigmas`
-    scales the bound's share of the usual loss. `tables="float32"` repeats a rounding of Open-Sora 1.1 and 1.2, see
+    The steps are `num_sampling_steps` of the `diffusion_steps` timesteps, or those of `timestep_respacing`
+    (`diffusion.space_timesteps`), or all. `cfg_channel` latent channels are guided, all by default. `ddim_eta` (eta, 0
+    to 1) samples by DDIM instead of ancestral sampling. Without `learn_sigma` the variance is beta, or
+    with `sigma_small` that of the posterior. `use_kl` trains on the variational bound alone; `rescale_learned_sigmas`
+    scales the bound in the default loss. `tables="float32"` rounds as Open-Sora 1.1 and 1.2 did, see
     `diffusion.Diffusion`. Raises ConfigError for invalid settings.
     """
 
@@ -69,25 +69,25 @@ class IDDPM(Sampler):
             raise ConfigError("scheduler: num_sampling_steps and timestep_respacing exclude each other; give one")
         if not 0 <= (self.ddim_eta or 0) <= 1:
             raise ConfigError(f"scheduler: ddim_eta is {self.ddim_eta}; it must be between 0 and 1")
-        _ = self.process  # refuses a respacing that cannot be
+        _ = self.process  # raises ConfigError for an invalid respacing
 
     @cached_property
     def process(self) -> Diffusion:
-        """The diffusion process on the kept timesteps."""
+        """The diffusion process on the timesteps of the steps."""
         sections = self.timestep_respacing or [self.num_sampling_steps or self.diffusion_steps]
         kept = space_timesteps(self.diffusion_steps, sections)
         return Diffusion(NOISE_SCHEDULES[self.noise_schedule](self.diffusion_steps), kept, TABLES[self.tables])
 
     @cached_property
-    def _placed(self) -> dict[tuple[torch.device, torch.dtype], Diffusion]:
+    def _process_copies(self) -> dict[tuple[torch.device, torch.dtype], Diffusion]:
         return {}
 
     def process_on(self, x: Tensor) -> Diffusion:
         """The process on the device and in the dtype of `x`. Its tables are copied once, not in every step."""
         key = (x.device, x.dtype)
-        if key not in self._placed:
-            self._placed[key] = self.process.to(x)
-        return self._placed[key]
+        if key not in self._process_copies:
+            self._process_copies[key] = self.process.to(x)
+        return self._process_copies[key]
 
     @property
     def num_steps(self) -> int:
@@ -97,7 +97,7 @@ class IDDPM(Sampler):
         return self.process.timestep_map.flip(0).float().tolist()
 
     def guided_channels(self, channels: int) -> int:
-        """Raises ConfigError if `cfg_channel` is more than there are channels."""
+        """Raises ConfigError if `cfg_channel` is above `channels`."""
         if (self.cfg_channel or 0) > channels:
             raise ConfigError(f"scheduler: cfg_channel is {self.cfg_channel}, but latents have {channels} channels")
         return self.cfg_channel or channels
@@ -105,71 +105,71 @@ class IDDPM(Sampler):
     def _solve(
         self, denoise: Denoiser, state: SamplerState, size: Size, edit: Tensor | None, source: NoiseSource | None
     ) -> Iterator[SamplerState]:
-        """Each step draws a tensor from `source`, with `edit` one more before it.
+        """Each step draws one tensor from `source`; with `edit`, another one first.
 
-        A frame whose `edit` is m is left alone until step int(m N), noised to that step, and generated from there. So a
-        frame with 0 is kept but for the last step, which noises it to the lowest level and cleans it again. `x_mask`
-        holds the frames with int(m N) above the step.
+        A frame with `edit` m is unchanged down to step int(m N), noised there, and denoised from that step on. So a
+        frame with 0 is changed by the last step only, which adds the least noise and removes it again. `x_mask` marks
+        the frames with int(m N) above the step.
         """
         if source is None:
             raise ValueError("iddpm draws noise in every step; pass one generator per sample as source")
         x, num_steps = state.x, self.num_steps
-        starts = None if edit is None else (edit * num_steps).long()
-        edited = None if starts is None else (starts < num_steps).any(dim=1).tolist()
-        starts = None if starts is None else common.upload(starts, x)
+        start_steps = None if edit is None else (edit * num_steps).long()
+        edited = None if start_steps is None else (start_steps < num_steps).any(dim=1).tolist()
+        start_steps = None if start_steps is None else common.upload(start_steps, x)
         for step in range(state.step, num_steps):
-            x, x0 = self.step(denoise, x, num_steps - 1 - step, source, starts, edited)
+            x, x0 = self.step(denoise, x, num_steps - 1 - step, source, start_steps, edited)
             yield SamplerState(step + 1, num_steps, x, x0)
 
     def step(
-        self, denoise: Denoiser, x: Tensor, index: int, source: NoiseSource, starts: Tensor | None,
+        self, denoise: Denoiser, x: Tensor, index: int, source: NoiseSource, start_steps: Tensor | None,
         edited: Sequence[bool] | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`x` at step `index` - 1 from `x` at step `index`, and the predicted clean latents.
 
-        `denoise(x, timestep)` gives all channels of the model. A frame is left alone as long as `index` is above its
-        entry of `starts` (int64 [B, T]), and noised first where both are equal. Samples without such a frame, False in
-        `edited` [B], draw no numbers for it.
+        `denoise(x, timestep)` returns all channels of the model. A frame is unchanged while `index` is above its entry
+        of `start_steps` (int64 [B, T]), and noised where both are equal. Samples without edited masks, False in
+        `edited` [B], draw no noise for it.
         """
-        process, t, frames = self.process_on(x), torch.full((len(x),), index, device=x.device), {}
-        if starts is not None:
+        process, t, masks = self.process_on(x), torch.full((len(x),), index, device=x.device), {}
+        if start_steps is not None:
             noised = process.q_sample(x, t, common.draw(source, x, edited))
-            x = torch.where(per_frame(starts == index), noised, x)
-            frames["x_mask"] = starts > index
-        predicted = self.predict(denoise(x, process.timestep(t, x), **frames), x, t)
+            x = torch.where(per_frame(start_steps == index), noised, x)
+            masks["x_mask"] = start_steps > index
+        predicted = self.predict(denoise(x, process.timestep(t, x), **masks), x, t)
         noise = common.draw(source, x)
         if self.ddim_eta is None:
-            moved = ancestral_step(predicted, t, noise)
+            x_prev = ancestral_step(predicted, t, noise)
         else:
-            moved = ddim_step(process, x, predicted.x_start, t, noise, self.ddim_eta)
-        if starts is None:
-            return moved, predicted.x_start
-        started = per_frame(starts >= index)
-        return torch.where(started, moved, x), torch.where(started, predicted.x_start, x)
+            x_prev = ddim_step(process, x, predicted.x_start, t, noise, self.ddim_eta)
+        if start_steps is None:
+            return x_prev, predicted.x_start
+        active = per_frame(start_steps >= index)
+        return torch.where(active, x_prev, x), torch.where(active, predicted.x_start, x)
 
     def predict(self, output: Tensor, x: Tensor, t: Tensor, clip: bool = False) -> Prediction:
-        """The prediction of `output` for `x` at `t`; `clip` clamps clean latents to -1..1 (DDPM, algorithm 2)."""
+        """What `output` of the model means for `x` at `t`; `clip` clamps x_start to -1..1 (DDPM, algorithm 2)."""
         channels, process = x.shape[1], self.process_on(x)
         if self.learn_sigma and output.shape[1] != 2 * channels:
             raise ValueError(f"learn_sigma needs {2 * channels} channels from the model; it gave {output.shape[1]}")
         if self.learn_sigma:
             log_variance = process.learned_log_variance(output[:, channels:], t)
         else:
-            low = process.posterior_log_variance_clipped
-            table = low if self.sigma_small else torch.cat([low[:1], process.log_betas[1:]])
+            min_log = process.posterior_log_variance_clipped
+            table = min_log if self.sigma_small else torch.cat([min_log[:1], process.log_betas[1:]])
             log_variance = look_up(table, t, x)
         output = output[:, :channels]
-        x_start = output if self.predict_xstart else process.x_start_of(x, t, output)
+        x_start = output if self.predict_xstart else process.x_start_from_eps(x, t, output)
         if clip:
             x_start = x_start.clamp(-1, 1)
         return Prediction(process.q_posterior(x_start, x, t)[0], log_variance, x_start)
 
     def training_loss(
         self, model: Denoiser, x_start: Tensor, cond: Conditioning, *,
-        height: Number = None, width: Number = None, num_frames: Number = None, **given: Any,
+        height: Number = None, width: Number = None, num_frames: Number = None, **options: Any,
     ) -> Tensor:  # fmt: skip
         """The "loss" of `training_terms`, float32 [B]; sizes have no effect."""
-        return self.training_terms(model, x_start, cond, **given)["loss"]
+        return self.training_terms(model, x_start, cond, **options)["loss"]
 
     def training_terms(
         self, model: Denoiser, x_start: Tensor, cond: Conditioning, *,
@@ -178,14 +178,14 @@ class IDDPM(Sampler):
     ) -> dict[str, Tensor]:  # fmt: skip
         """`loss` and its terms, each float32 [B].
 
-        `loss` is `mse`, the squared error of the prediction, plus `vb`, the variational bound in bits, which teaches
+        `loss` is `mse`, the squared error of the prediction, plus `vb`, the variational bound in bits, which trains
         the variance alone (L_hybrid of IDDPM, section 3.1); with `use_kl` it is the bound times N. Frames where `mask`
-        [B, T] is False get the noise of step 0, are passed to the model as `x_mask`, and do not count (a sample without
-        any True frame has loss 0). `weights` [N] multiply the `mse` of their steps. `timestep`, steps of the process
-        as int64 [B], and `noise` are drawn when absent: from `generator`, which lives on any device, or from the
-        default generator of the device of `x_start`.
+        [B, T] is False get the noise of step 0, are marked for the model by `x_mask`, and do not count (a sample
+        without any True frame has loss 0). `weights` [N] multiply the `mse` of their steps. `timestep`, steps as int64
+        [B], and `noise` are drawn when absent: from `generator`, on any device, or from the default generator of the
+        device of `x_start`.
         """
-        device, frames = x_start.device if generator is None else generator.device, {}
+        device, masks = x_start.device if generator is None else generator.device, {}
         t = self.draw_steps(len(x_start), generator, device) if timestep is None else timestep
         if noise is None:
             noise = common.upload(torch.randn(x_start.shape, generator=generator, device=device), x_start)
@@ -194,8 +194,8 @@ class IDDPM(Sampler):
         if mask is not None:
             mask = mask.bool()
             x = torch.where(per_frame(mask), x, process.q_sample(x_start, torch.zeros_like(t), noise))
-            frames["x_mask"] = mask
-        output = model(x, process.timestep(t, x), **cond, **frames).float()
+            masks["x_mask"] = mask
+        output = model(x, process.timestep(t, x), **cond, **masks).float()
         if self.use_kl:
             return {"loss": self._bound(output, x_start, x, t, mask) * len(self.process)}
 
@@ -231,13 +231,15 @@ def ddim_step(
     process: Diffusion, x: Tensor, x_start: Tensor, t: Tensor, noise: Tensor | None = None, eta: float = 0.0
 ) -> Tensor:
     """x_{t-1} by DDIM (Song et al. 2020, arXiv:2010.02502, equations 12 and 16); `eta` 0 needs no noise."""
-    now, before = (look_up(table, t, x) for table in (process.alphas_cumprod, process.alphas_cumprod_prev))
-    sigma = eta * ((1 - before) / (1 - now)).sqrt() * (1 - now / before).sqrt()
-    moved = before.sqrt() * x_start + (1 - before - sigma.square()).sqrt() * process.eps_of(x, t, x_start)
-    return moved if noise is None else moved + sigma * noise
+    tables = process.alphas_cumprod, process.alphas_cumprod_prev
+    alpha_bar, alpha_bar_prev = (look_up(table, t, x) for table in tables)
+    sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / alpha_bar_prev).sqrt()
+    eps = process.eps_from_x_start(x, t, x_start)
+    x_prev = alpha_bar_prev.sqrt() * x_start + (1 - alpha_bar_prev - sigma.square()).sqrt() * eps
+    return x_prev if noise is None else x_prev + sigma * noise
 
 
 def ddim_reverse_step(process: Diffusion, x: Tensor, x_start: Tensor, t: Tensor) -> Tensor:
-    """x_{t+1} on the path that DDIM without noise follows (DDIM, equation 14): from data towards noise."""
-    after = look_up(process.alphas_cumprod_next, t, x)
-    return after.sqrt() * x_start + (1 - after).sqrt() * process.eps_of(x, t, x_start)
+    """x_{t+1} by DDIM inversion (eta 0; DDIM, equation 14): from data towards noise."""
+    alpha_bar_next = look_up(process.alphas_cumprod_next, t, x)
+    return alpha_bar_next.sqrt() * x_start + (1 - alpha_bar_next).sqrt() * process.eps_from_x_start(x, t, x_start)

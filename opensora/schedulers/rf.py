@@ -19,17 +19,17 @@ from opensora.schedulers.common import NoiseSource, Number, SamplerState, per_fr
 from opensora.schedulers.guidance import Conditioning, Denoiser
 from opensora.schedulers.sampler import Sampler, Size
 
-CHUNK, CHUNK_LATENTS = 17, 5  # pixel frames in a chunk of the video autoencoder, and their latent frames
+CHUNK, CHUNK_LATENTS = 17, 5  # pixel frames that the video autoencoder encodes together, and their latent frames
 
 
 @dataclass(frozen=True)
 class RFLOW(Sampler):
     """Rectified flow, training loss and sampler; its fields are the keys of a configuration.
 
-    `use_timestep_transform` shifts times by video size, when training by `transform_scale` in addition;
+    `use_timestep_transform` shifts times by video size (timestep shift); training multiplies by `transform_scale` too;
     `sample_method="logit-normal"` draws training times as sigmoid(Normal(`loc`, `scale`)). Both are from Esser et al.
     2024 (Stable Diffusion 3, arXiv:2403.03206). `height` and `width` (pixels) and `num_frames` (pixel frames) of a
-    video matter to the transform only. Raises ConfigError for invalid settings.
+    video are used by the transform only. Raises ConfigError for invalid settings.
     """
 
     num_sampling_steps: int = 10
@@ -42,7 +42,7 @@ class RFLOW(Sampler):
     scale: float = 1.0
     transform_scale: float = 1.0
 
-    draws_noise: ClassVar[bool] = False  # but for edited frames
+    draws_noise: ClassVar[bool] = False  # except for edited frames
     supports_edit: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -79,14 +79,14 @@ class RFLOW(Sampler):
         return self._transform(times[:, None], size)
 
     def training_times(
-        self, draw: Tensor, height: Number = None, width: Number = None, num_frames: Number = None
+        self, drawn: Tensor, height: Number = None, width: Number = None, num_frames: Number = None
     ) -> Tensor:
-        """Times [B] for random numbers `draw` [B]: standard normal for "logit-normal", otherwise uniform in [0, 1)."""
-        times = draw
+        """Times [B] from random numbers `drawn` [B]: standard normal for "logit-normal", else uniform in [0, 1)."""
+        times = drawn
         if self.sample_method == "logit-normal":
-            times = torch.sigmoid(self.loc + self.scale * draw)
+            times = torch.sigmoid(self.loc + self.scale * drawn)
         elif self.use_discrete_timesteps:
-            times = (draw * self.num_timesteps).floor() / self.num_timesteps
+            times = (drawn * self.num_timesteps).floor() / self.num_timesteps
         return self._transform(times, (height, width, num_frames), self.transform_scale)
 
     def training_loss(
@@ -97,25 +97,25 @@ class RFLOW(Sampler):
     ) -> Tensor:  # fmt: skip
         """Mean squared error of the predicted velocity, per sample: float32 [B].
 
-        Only the first C predicted channels count. Frames where `mask` [B, T] is False stay clean, are passed to the
-        model as `x_mask`, and are left out of the mean (a sample without any True frame has loss 0).
+        Only the first C predicted channels count. Frames where `mask` [B, T] is False stay clean, are marked for
+        the model by `x_mask`, and are left out of the mean (a sample without any True frame has loss 0).
         `weights` [num_timesteps] multiplies each loss by the entry of its nearest whole timestep. `noise` and `time`
-        ([B], used as it is) are drawn when absent: from `generator`, which lives on any device, or from the default
+        ([B], not transformed) are drawn when absent: from `generator`, which lives on any device, or from the default
         generator of the device of `x_start`.
         """
         device = x_start.device if generator is None else generator.device
         if time is None:
-            draw = torch.randn if self.sample_method == "logit-normal" else torch.rand
-            drawn = draw(len(x_start), generator=generator, device=device)
+            random = torch.randn if self.sample_method == "logit-normal" else torch.rand
+            drawn = random(len(x_start), generator=generator, device=device)
             time = common.upload(self.training_times(drawn, height, width, num_frames), x_start)
         if noise is None:
             noise = common.upload(torch.randn(x_start.shape, generator=generator, device=device), x_start)
-        x_time, timestep, frames = add_noise(x_start, noise, time), time * self.num_timesteps, {}
+        x_t, timestep, masks = add_noise(x_start, noise, time), time * self.num_timesteps, {}
         if mask is not None:
             mask = mask.bool()
-            x_time = torch.where(per_frame(mask), x_time, x_start)
-            frames["x_mask"] = mask
-        predicted = model(x_time, timestep, **cond, **frames)[:, : x_start.shape[1]]
+            x_t = torch.where(per_frame(mask), x_t, x_start)
+            masks["x_mask"] = mask
+        predicted = model(x_t, timestep, **cond, **masks)[:, : x_start.shape[1]]
         error = (predicted.float() - (x_start.float() - noise.float())).square().mean(dim=(1, 3, 4))  # [B, T]
         loss = common.frame_mean(error, mask)
         if weights is not None:
@@ -132,7 +132,7 @@ class RFLOW(Sampler):
 
 
 def add_noise(x: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-    """The point at `time` [B] on the line from data `x` to `noise`: (1 - time) x + time noise."""
+    """`x` noised to `time` [B]: (1 - time) x + time noise."""
     time = per_sample(time)
     return (1 - time) * x + time * noise
 
@@ -141,7 +141,7 @@ Velocity = Callable[..., Tensor]  # (x [B, C, T, H, W], time [1 or B], x_mask=[B
 
 
 def euler(velocity: Velocity, state: SamplerState, times: Tensor) -> Iterator[SamplerState]:
-    """The states after `state` of Euler's method along `times` [N + 1, 1 or B], which fall from 1 to 0."""
+    """Euler's method from `state` over `times` [N + 1, 1 or B], which fall from 1 to 0; yields each state."""
     x, num_steps = state.x, len(times) - 1
     for step in range(state.step, num_steps):
         v = velocity(x, times[step])
@@ -152,36 +152,36 @@ def euler(velocity: Velocity, state: SamplerState, times: Tensor) -> Iterator[Sa
 def euler_edit(
     velocity: Velocity, state: SamplerState, times: Tensor, edit: Tensor, source: NoiseSource
 ) -> Iterator[SamplerState]:
-    """As `euler`, where frames whose `edit` [B, T] is below 1 hold clean latents.
+    """As `euler`, where frames whose `edit` [B, T] is below 1 start as clean latents.
 
-    Such a frame is left alone until the time has fallen to its value, then noised to that time and generated from
-    there. Every step draws one tensor of the latents' shape. The carry has the frames that are still clean, "given".
+    Such a frame is unchanged until the time has fallen to its `edit`, then noised to that time and denoised from there
+    on. Every step draws one tensor like `x`. `carry["given"]` marks the frames that are still clean.
     """
-    x, num_steps, given = state.x, len(times) - 1, state.carried("given", edit < 1)
+    x, num_steps, clean = state.x, len(times) - 1, state.carried("given", edit < 1)
     for step in range(state.step, num_steps):
-        time, following = times[step], times[step + 1]
+        time, next_time = times[step], times[step + 1]
         active = edit >= time[:, None]
-        x = torch.where(per_frame(active & given), add_noise(x, common.draw(source, x), time), x)
-        given = given & ~active
+        x = torch.where(per_frame(active & clean), add_noise(x, common.draw(source, x), time), x)
+        clean = clean & ~active
         v = velocity(x, time, x_mask=active)
-        x = torch.where(per_frame(active), x + v * per_sample(time - following), x)
-        x0 = x + v * (per_sample(following) * per_frame(active))
-        yield SamplerState(step + 1, num_steps, x, x0, {"given": given})
+        x = torch.where(per_frame(active), x + v * per_sample(time - next_time), x)
+        x0 = x + v * (per_sample(next_time) * per_frame(active))
+        yield SamplerState(step + 1, num_steps, x, x0, {"given": clean})
 
 
 def timestep_transform(
     time: Tensor, height: float | Tensor, width: float | Tensor, num_frames: float | Tensor,
     scale: float = 1.0, base_resolution: float = 512 * 512, base_num_frames: float = 1,
 ) -> Tensor:  # fmt: skip
-    """`time` (0..1, broadcast against the samples) shifted towards noise for large videos; keeps 0 and 1 in place.
+    """Timestep shift: moves `time` (0..1, broadcast against the samples) towards noise for large videos; 0 and 1 stay.
 
     The shift is r t / (1 + (r - 1) t) with r = scale * sqrt(height * width / base_resolution) * sqrt(latent frames /
-    base_num_frames): Esser et al. 2024 (Stable Diffusion 3, arXiv:2403.03206), section 5.3.2, with time added.
+    base_num_frames): Esser et al. 2024 (Stable Diffusion 3, arXiv:2403.03206), section 5.3.2, extended to videos.
     `height` and `width` are pixels, `num_frames` pixel frames. A batch whose first sample is an image is a batch of
     images. Videos shorter than one chunk (2 to 16 frames) count as one chunk; Open-Sora 1.2 counted zero latent frames
     there, which gives r = 0: time 0 everywhere and 0/0 at time 1.
     """
-    height, width, num_frames = (torch.as_tensor(one).to(time).reshape(-1) for one in (height, width, num_frames))
+    height, width, num_frames = (torch.as_tensor(value).to(time).reshape(-1) for value in (height, width, num_frames))
     chunks = (num_frames // CHUNK).clamp(min=1)
     latent_frames = torch.where(num_frames[:1] == 1, 1.0, chunks * CHUNK_LATENTS)
     ratio = scale * (height * width / base_resolution).sqrt() * (latent_frames / base_num_frames).sqrt()

@@ -1,4 +1,4 @@
-"""The base of the samplers: the signature that they share, guidance, resuming."""
+"""The base class of the samplers: their shared signature, guidance, resuming."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Size = tuple[Number, Number, Number]  # height and width in pixels, pixel frames
 
 
 class Sampler(ABC):
-    """Turns noise into latents step by step. Settings are the fields of its subclasses."""
+    """Turns noise into latents step by step. The fields of the subclasses are the settings."""
 
     cfg_scale: float
     draws_noise: ClassVar[bool]  # whether sampling without `edit` needs a `source`
-    supports_edit: ClassVar[bool]
+    supports_edit: ClassVar[bool]  # whether it can keep or edit given frames
 
     @property
     @abstractmethod
     def num_steps(self) -> int:
-        """Steps of a whole run: the states that `steps` yields."""
+        """Number of steps of a whole run, and of states that `steps` yields."""
 
     @abstractmethod
     def timesteps(self, height: Number = None, width: Number = None, num_frames: Number = None) -> list[float]:
-        """The timestep of the first evaluation in every step, for a video of this size."""
+        """The timestep of each step (of its first evaluation), for a video of this size."""
 
     @property
     def num_evaluations(self) -> int:
@@ -42,7 +42,7 @@ class Sampler(ABC):
         return num_branches(self.cfg_scale)
 
     def guided_channels(self, channels: int) -> int | None:
-        """Guided channels of a prediction that is used whole; None if only its first `channels` are used."""
+        """Guided channels if the model also predicts a variance; None if only the first `channels` are used."""
         return None
 
     @torch.no_grad()
@@ -58,13 +58,13 @@ class Sampler(ABC):
         height, width, num_frames: of the video in pixels and pixel frames, for timestep transforms
         guidance_scale: overrides `cfg_scale`
         edit: [B, T]; frames of `noise` with a value below 1 hold clean latents. 0 keeps a frame, a value between
-            regenerates it from noise of that level on. The model gets the frames to generate as `x_mask` [B, T] bool.
-            None, or 1 everywhere, generates all frames without a mask.
+            noises it to that time and denoises it again (SDEdit). The model gets `x_mask` [B, T] bool, True for frames
+            to generate. None, or 1 everywhere, generates all frames without a mask.
         source: random numbers of the steps: a generator per sample (results then do not depend on the batch), or a
             function that draws a tensor of the latents' shape
-        resume: a state that an earlier run yielded; `source` has to continue where it stood then
+        resume: a state that an earlier run yielded; `source` must continue in the state that it had then
         sequential_cfg: evaluate the guidance branches one after the other, which takes less memory
-        Raises ValueError if `source` is needed but absent, ConfigError if the sampler cannot follow its arguments.
+        Raises ValueError if `source` is needed but absent, ConfigError if the sampler does not support an argument.
         """
         scale = self.cfg_scale if guidance_scale is None else guidance_scale
         channels = self.guided_channels(noise.shape[1])
@@ -77,7 +77,7 @@ class Sampler(ABC):
         yield from self._solve(denoise, start, (height, width, num_frames), edit, source)
 
     def sample(self, *args: Any, **options: Any) -> Tensor:
-        """The sample [B, C, T, H, W], float32: the `x` of the last of `steps`, which takes the same arguments."""
+        """The sample [B, C, T, H, W], float32: `x` of the last state of `steps`, with the same arguments."""
         for state in self.steps(*args, **options):  # noqa: B007
             pass
         return state.x
@@ -86,4 +86,4 @@ class Sampler(ABC):
     def _solve(
         self, denoise: Denoiser, state: SamplerState, size: Size, edit: Tensor | None, source: NoiseSource | None
     ) -> Iterator[SamplerState]:
-        """The states after `state`. `denoise` is guided; `edit` is on any device, None if it generates every frame."""
+        """Yields the states after `state`. `denoise` is guided; `edit` is on any device, None for a full generation."""

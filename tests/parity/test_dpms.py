@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from opensora.schedulers.dpms import DPM_SOLVER, path_at, spaced_times, times_at
+from opensora.schedulers.dpms import DPM_SOLVER, schedule_at, spaced_times, times_at
 from tests.parity.cases import Case, discover
 from tests.parity.test_rflow import TIMESTEP, StandIn
 
@@ -17,7 +17,7 @@ close = torch.testing.assert_close
 
 
 def check_noise_schedule(facts: dict, tensors: dict[str, torch.Tensor]) -> None:
-    path = path_at(tensors["t"].tolist())
+    path = schedule_at(tensors["t"].tolist())
     found = {
         "alpha": path.alpha,
         "std": path.sigma,
