@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Name -> module, imported when the name is used: `import opensora` loads nothing heavy. Types are in __init__.pyi.
 _LAZY = {
