@@ -47,7 +47,7 @@ DOCUMENTS = [
     *sorted(ROOT.glob("docs/**/*.md")),
 ]
 DOCUMENTS += sorted(ROOT.glob("configs/**/README.md"))
-IN_ORDER = ("docs/training.md",)
+IN_ORDER = ("docs/data_processing.md", "docs/training.md")
 
 # What makes the environment and looks at the repository as a whole: `.ci/run` runs these, in these words.
 RUN_BY_CI = (
@@ -98,6 +98,7 @@ SMALLER = {
     "opensora models": (),
     "opensora table": (),
     "opensora buckets": (),
+    "opensora data": (),
     "opensora train": FINETUNING,
     "opensora benchmark": ("--warmup-count", "0", "--eval-count", "1", *INFERENCE),
     "opensora doctor": (),
@@ -136,7 +137,6 @@ VERB_OF = {
     "torchrun scripts/train.py": None,
 }
 RUN_BY_PREPARED = {"train", "train-vae"}
-RUN_ELSEWHERE = {"data"}  # by tests/curation
 
 # What the documents call a file -> what makes it.
 WEIGHTS = {
@@ -497,7 +497,7 @@ def test_commands_are_taken_apart() -> None:
 
 def test_every_verb_is_run() -> None:
     commands = [command for block in chosen(jobs()) for command in block.commands if command not in BY_CI]
-    assert set(VERBS) == {verb_of(command) for command in commands} | RUN_BY_PREPARED | RUN_ELSEWHERE
+    assert set(VERBS) == {verb_of(command) for command in commands} | RUN_BY_PREPARED
 
 
 def test_every_document_is_read() -> None:
