@@ -220,14 +220,14 @@ def test_the_program_under_torchrun(weights, alone, tmp_path, ranks):
 
 def unlucky(weights: Path, outputs: Path) -> None:
     """A request of which one rank cannot read the weights."""
-    own = LoadedModels._fill
+    own = LoadedModels._load_weights
 
     def fill(self: LoadedModels, part: str, *others: Any) -> Any:
         if part == "model" and os.environ["RANK"] == "1":
             raise ConfigError("rank 1 has no luck")
         return own(self, part, *others)
 
-    LoadedModels._fill = fill
+    LoadedModels._load_weights = fill
     generate(weights, outputs, num_frames=17, prompt=["x"])
 
 

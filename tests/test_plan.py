@@ -162,7 +162,7 @@ def run(settings: InferenceSettings, monkeypatch: pytest.MonkeyPatch) -> tuple[l
         return original(scheduler, model, latents, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LoadedModels, "_fill", fill)
+        patch.setattr(LoadedModels, "_load_weights", fill)
         patch.setattr(generation, "encode_texts", texts)
         patch.setattr(denoise.cached_sampling, "steps", steps)
         (output,) = pipeline.generate()

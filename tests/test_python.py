@@ -354,7 +354,7 @@ def test_a_notebook_shows_the_video(pipe: VideoPipeline) -> None:
         ({"num_frame": 3}, "unknown argument 'num_frame'; did you mean 'num_frames'"),
         ({"guidence_scale": 3}, "did you mean 'guidance_scale'"),
         ({"save_dir": "x"}, "unknown argument 'save_dir'"),
-        ({"device": "cpu"}, "device belongs to the loaded models; give it to opensora.load"),
+        ({"device": "cpu"}, "device is fixed when the models are loaded; give it to opensora.load"),
         ({"height": 16}, "height alone is not a size; give height and width"),
         ({"num_inference_steps": 3, "steps": 4}, "are the same setting"),
         ({"seed": 1, "generator": torch.Generator()}, "seed and generator exclude each other"),

@@ -1,4 +1,4 @@
-"""Arguments of the Python interface, under our names and those of diffusers, as settings."""
+"""Translates arguments of the Python interface, in this project's or diffusers' names, to settings."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from opensora.config.schema import shown
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ArgumentError, ConfigError, did_you_mean
 from opensora.pipeline.in_memory_media import InMemoryMedia, media_sources
-from opensora.pipeline.loaded_models import SETTINGS as OF_MODELS
+from opensora.pipeline.loaded_models import MODEL_SETTINGS
 
-# Argument -> setting; `section.key` sets a part of a section. All others are called as their settings.
+# Argument -> setting; `section.key` sets one key of a section. All other arguments have the names of their settings.
 ALIASES = {
     "num_inference_steps": "scheduler.num_sampling_steps",
     "num_sampling_steps": "scheduler.num_sampling_steps",
@@ -30,34 +30,36 @@ ALIASES = {
     "loops": "loop",
     "num_videos_per_prompt": "num_sample",
 }
-WEIGHTS = {  # of `opensora.load`
+WEIGHTS = {  # arguments of `opensora.load`
     "ckpt_path": "model.from_pretrained",
     "vae_path": "vae.from_pretrained",
     "text_encoder_path": "text_encoder.from_pretrained",
 }
 MEDIA = ("image", "first_frame", "last_frame", "extend", "edit")
 SIZE = ("height", "width", "generator")  # arguments that become other settings
-# Settings of files, programs and drafts, which a call has no use for.
-OF_FILES = frozenset((
+# Settings of files, programs and drafts, which a call does not take.
+FILE_SETTINGS = frozenset((
     "save_dir", "output", "overwrite", "prompt_path", "prompt_as_path", "start_index", "end_index", "sample_name",
     "preview", "verbose", "draft", "steps_until", "outputs", "num_workers", "dataset", "perceptual_loss_weight",
     "kl_loss_weight", "prompt_generator",
 ))  # fmt: skip
-OF_A_CALL = frozenset(field.name for field in dataclasses.fields(InferenceSettings)) - OF_MODELS - OF_FILES
+CALL_SETTINGS = (
+    frozenset(field.name for field in dataclasses.fields(InferenceSettings)) - MODEL_SETTINGS - FILE_SETTINGS
+)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "float64"}
 
 
-def given_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call that are settings: the named ones that are given, and those of `settings`."""
-    named = set(arguments) - {"self", "callback_on_step_end", "output_type", "settings"}
-    return {name: arguments[name] for name in named if arguments[name] is not None} | arguments["settings"]
+def collect_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call that are settings: the names ones that are not None, and all of `settings`."""
+    names = set(arguments) - {"self", "callback_on_step_end", "output_type", "settings"}
+    return {name: arguments[name] for name in names if arguments[name] is not None} | arguments["settings"]
 
 
 def load_settings(
     name: str, device: str | torch.device | None, dtype: str | torch.dtype | None, given: Mapping[str, Any]
 ) -> InferenceSettings:
     """The settings of a pipeline, which are the defaults of its calls. Raises ConfigError or WeightsError."""
-    config, source = _config_of(str(name))
+    config, source = _find_configuration(str(name))
     if device is not None:
         config["device"] = str(device)
     given = {**given, **({} if dtype is None else {"dtype": dtype})}
@@ -65,7 +67,7 @@ def load_settings(
         given["dtype"] = given.pop("torch_dtype")
     if isinstance(given.get("dtype"), torch.dtype):
         given["dtype"] = DTYPES.get(given["dtype"], str(given["dtype"]))
-    known = (OF_A_CALL | OF_MODELS) - {"prompt", *MEDIA}
+    known = (CALL_SETTINGS | MODEL_SETTINGS) - {"prompt", *MEDIA}
     _check_names(given, [*known, *ALIASES, *WEIGHTS, "height", "width"])
     config.pop("prompt", None)
     config.pop("prompt_path", None)
@@ -79,9 +81,11 @@ def call_settings(
 
     Raises ArgumentError for an argument that is unknown or given twice, ConfigError for its value, MediaError.
     """
-    if fixed := sorted(OF_MODELS & given.keys() - {"scheduler"}):
-        raise ArgumentError(f"{fixed[0]} belongs to the loaded models; give it to opensora.load(..., {fixed[0]}=...)")
-    _check_names(given, [*OF_A_CALL, *ALIASES, *SIZE])
+    if fixed := sorted(MODEL_SETTINGS & given.keys() - {"scheduler"}):
+        raise ArgumentError(
+            f"{fixed[0]} is fixed when the models are loaded; give it to opensora.load(..., {fixed[0]}=...)"
+        )
+    _check_names(given, [*CALL_SETTINGS, *ALIASES, *SIZE])
     given = {name: value for name, value in given.items() if value is not None}
     if isinstance(given.get("prompt"), str):
         given["prompt"] = [given["prompt"]]
@@ -92,7 +96,7 @@ def call_settings(
     if generator is not None:
         if "seed" in given:
             raise ArgumentError("seed and generator exclude each other; give one")
-        given["seed"] = _drawn_from(generator)
+        given["seed"] = _draw_seed(generator)
     if given.get("seed") == -1:
         given["seed"] = secrets.randbelow(2**31)
     changes = _changes(dataclasses.asdict(settings), given)
@@ -100,7 +104,7 @@ def call_settings(
 
 
 def _changes(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Setting -> value for the arguments given, over the settings of `config`."""
+    """Setting -> new value, for arguments that change the settings of `config`."""
     given = dict(given)
     changes: dict[str, Any] = {}
     owners: dict[str, str] = {}
@@ -135,17 +139,17 @@ def _check_names(given: Iterable[str], known: Iterable[str]) -> None:
             raise ArgumentError(f"unknown argument {shown(name)}{did_you_mean(name, known)}")
 
 
-def _drawn_from(generator: torch.Generator) -> int:
-    """A seed that a generator draws; the next one is another."""
+def _draw_seed(generator: torch.Generator) -> int:
+    """A seed drawn from a generator, which this advances."""
     if not isinstance(generator, torch.Generator):
         raise ArgumentError(f"generator must be a torch.Generator; it is {shown(generator)}")
     return int(torch.randint(2**31, (), generator=generator, device=generator.device))
 
 
-def _config_of(name: str) -> tuple[dict[str, Any], str]:
-    """The configuration of a name, and what its errors call it.
+def _find_configuration(name: str) -> tuple[dict[str, Any], str]:
+    """The configuration of a name, and its name in error messages.
 
-    A folder of weights, or a hub id, is the model of the configuration that its config.json belongs to.
+    For a folder of weights or a hub id it is that of the model type in its config.json.
     """
     try:
         find_config(name)
@@ -155,9 +159,9 @@ def _config_of(name: str) -> tuple[dict[str, Any], str]:
     else:
         config, path = load_config(name)
         return config, path.name
-    stated = str(config_json(locate(name, what="model")).get("model_type", ""))
+    model_type = str(config_json(locate(name, what="model")).get("model_type", ""))
     for entry in MODELS:
-        if stated and entry.name.partition("-XL")[0].lower() == stated.lower():
+        if model_type and entry.name.partition("-XL")[0].lower() == model_type.lower():
             config, _ = load_config(entry.name)
             config["model"] = {**config["model"], "from_pretrained": name}
             return config, name

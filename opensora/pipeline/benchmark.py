@@ -1,4 +1,4 @@
-"""How long each stage of a request takes, what it computes and how much memory it needs: the report of a benchmark."""
+"""Benchmarks a request: time, FLOPs and peak memory of each stage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from opensora.files import atomic_write
 from opensora.models.text_encoder.classes import ClassIds
 from opensora.pipeline import step_cache
 from opensora.pipeline.calibrated_cache import calibrated_cache
-from opensora.pipeline.generation import check, choose_memory_plan, generate_batch, refine
+from opensora.pipeline.generation import check_requests, choose_memory_plan, generate_batch, refine
 from opensora.pipeline.job import Job
 from opensora.pipeline.job_spec import JobSpec
 from opensora.pipeline.loaded_models import LoadedModels
@@ -41,7 +41,7 @@ Report = dict[str, Any]
 def run_benchmark(
     settings: InferenceSettings, warmup_count: int, eval_count: int, spec: JobSpec | None = None
 ) -> Report:
-    """The report of the first prompt, made `warmup_count` times untimed and `eval_count` times timed.
+    """Generates the first prompt `warmup_count` times untimed and `eval_count` times timed.
 
     For each stage: seconds of all timed runs, their median, and, where they can be counted, floating-point operations
     and the share of the device's peak; peak bytes of memory; versions, device, sizes. Raises what a generation raises.
@@ -50,24 +50,24 @@ def run_benchmark(
         if value < least:
             raise ConfigError(f"{name} must be at least {least}; it is {value}")
     begin = time.perf_counter()
-    bench = _Bench(settings, spec)
+    benchmark = _Benchmark(settings, spec)
     loading = time.perf_counter() - begin
     for _ in range(warmup_count):
-        bench.run()
-    reset_peak_memory(bench.models.device)
-    runs = [bench.run() for _ in range(eval_count)]
+        benchmark.run()
+    reset_peak_memory(benchmark.models.device)
+    runs = [benchmark.run() for _ in range(eval_count)]
     stages = {stage: _summary([run[stage] for run in runs]) for stage in (*STAGES, "total")}
-    for stage, flops in bench.flops().items():
+    for stage, flops in benchmark.flops().items():
         if flops is not None:
-            stages[stage] |= {"flops": flops, "share_of_peak": flops / stages[stage]["median"] / bench.peak}
+            stages[stage] |= {"flops": flops, "share_of_peak": flops / stages[stage]["median"] / benchmark.peak}
     return {
-        **bench.described(), "loading_seconds": loading, "warmup_count": warmup_count, "eval_count": eval_count,
-        "seconds": stages, "peak_memory_bytes": peak_memory(bench.models.device),
+        **benchmark.described(), "loading_seconds": loading, "warmup_count": warmup_count, "eval_count": eval_count,
+        "seconds": stages, "peak_memory_bytes": peak_memory(benchmark.models.device),
     }  # fmt: skip
 
 
-class _Bench:
-    """A request whose models are loaded and stay."""
+class _Benchmark:
+    """One request, and loaded models to run it repeatedly."""
 
     def __init__(self, settings: InferenceSettings, spec: JobSpec | None) -> None:
         models = self.models = LoadedModels(settings)
@@ -76,7 +76,7 @@ class _Bench:
             raise ConfigError("a benchmark runs on one device; start it without torchrun")
         models.locate()
         built = models.build(job.size)
-        [self.request] = requests = check(models, job, refine(models, job, job.requests[:1]), built)
+        [self.request] = requests = check_requests(models, job, refine(models, job, job.requests[:1]), built)
         choose_memory_plan(models, job, requests, built)
         self.texts = encode_texts(models, job, [*job.texts(self.request), *step_cache.calibration_prompts(settings)])
         self.latent_size = tuple(built.vae.get_latent_size(job.size))
@@ -112,17 +112,19 @@ class _Bench:
     def flops(self) -> dict[str, float | None]:
         """Stage -> floating-point operations; None where they are not known."""
         models, job, loops = self.models, self.job, self.job.settings.loop
-        found: dict[str, float | None] = {"denoise": None, "text": None}
+        flops: dict[str, float | None] = {"denoise": None, "text": None}
         if job.cache.is_exact and job.scheduler.num_sampling_steps:
-            found["denoise"] = _operations(self.step.times(job.scheduler.num_sampling_steps * loops))
+            flops["denoise"] = _operations(self.step.times(job.scheduler.num_sampling_steps * loops))
         decoding = cost_model.decoding_cost(models.vae, job.size, models.dtype, models.device)
-        found["decode"] = _operations(decoding.times(loops))
+        flops["decode"] = _operations(decoding.times(loops))
         if not isinstance(models.text_encoder, ClassIds):
-            reader = models.text_encoder.model
-            config = getattr(reader, "config", None) or reader.text_model.config
-            read = cost_model.text_cost(config, sum(one.numel() for one in reader.parameters()), self.tokens)
-            found["text"] = _operations(read.times(len(job.texts_of([self.request]))))
-        return found
+            encoder = models.text_encoder.model
+            config = getattr(encoder, "config", None) or encoder.text_model.config
+            cost = cost_model.text_cost(
+                config, sum(parameter.numel() for parameter in encoder.parameters()), self.tokens
+            )
+            flops["text"] = _operations(cost.times(len(job.texts_of([self.request]))))
+        return flops
 
     def described(self) -> Report:
         """What was run, and where."""
@@ -151,7 +153,7 @@ def _summary(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def check_report_path(path: str | Path) -> None:
-    """Raises MediaError if no report can be written there, before anybody waits for one."""
+    """Raises MediaError if no report can be written there, before the benchmark runs."""
     if Path(path).is_dir():
         raise MediaError(f"{path}: is a folder; name a file such as {Path(path) / 'report.json'}")
     check_folder(Path(path).parent)
@@ -169,10 +171,10 @@ def table_of(report: Report) -> str:
     """The report in a few lines."""
     lines = [f"{report['model']} on {report['device']} ({report['device_name']}), {report['dtype']}: "
              f"{report['num_frames']} frames of {report['height']}x{report['width']}"]  # fmt: skip
-    for stage, found in report["seconds"].items():
-        line = f"{stage:8}{found['median']:10.3f} s"
-        if "flops" in found:
-            line += f"{found['flops'] / 1e9:14.1f} GFLOP{100 * found['share_of_peak']:8.1f} % of the peak"
+    for stage, timing in report["seconds"].items():
+        line = f"{stage:8}{timing['median']:10.3f} s"
+        if "flops" in timing:
+            line += f"{timing['flops'] / 1e9:14.1f} GFLOP{100 * timing['share_of_peak']:8.1f} % of the peak"
         lines.append(line)
     if report["peak_memory_bytes"]:
         lines.append(f"peak memory {report['peak_memory_bytes'] / 2**20:.0f} MiB")

@@ -1,4 +1,4 @@
-"""The step cache "auto": calibrated on some prompts, or remembered from an earlier calibration."""
+"""The step cache "auto": calibrated on a few prompts, or loaded from an earlier calibration."""
 
 from __future__ import annotations
 
@@ -30,35 +30,37 @@ def calibrated_cache(models: LoadedModels, job: Job, latent_shape: tuple[int, ..
     settings, scheduler = job.settings, job.scheduler
     if settings.cache != "auto" or settings.max_error == 0:
         return job.cache
-    names, interval = step_cache.calibration_prompts(settings), settings.guidance_interval
+    prompts, interval = step_cache.calibration_prompts(settings), settings.guidance_interval
     negative = {} if job.negative_text is None else {"negative": job.negative_text}
     key = calibration_store.key_of(
         weights=models.summaries["model"].sha256, scheduler=settings.scheduler, shape=latent_shape, size=job.size,
-        dtype=models.dtype, fps=settings.fps, prompts=names, max_error=settings.max_error, interval=interval,
+        dtype=models.dtype, fps=settings.fps, prompts=prompts, max_error=settings.max_error, interval=interval,
         linear=settings.linear, **negative,
     )  # fmt: skip
-    found = broadcast_object(calibration_store.load(key) if models.layout.is_main else None, models.layout)
-    if found is None:
-        logger.info("step cache: calibrating on %d prompts; later runs of this model and size reuse it", len(names))
+    calibrated = broadcast_object(calibration_store.load(key) if models.layout.is_main else None, models.layout)
+    if calibrated is None:
+        logger.info("step cache: calibrating on %d prompts; later runs of this model and size reuse it", len(prompts))
 
         def run(number: int, cache: Cache, observe: Observe | None) -> Tensor:
             noise = initial_noise(settings.seed, -1 - number, 0, latent_shape)[None].to(models.device)
-            source, text = [noise_generator(settings.seed, -1 - number, 0)], texts[names[number]]
+            source, text = [noise_generator(settings.seed, -1 - number, 0)], texts[prompts[number]]
             *_, last = denoise(models, job, noise, text, texts, cache, observe=observe, source=source)
             return last.x
 
         effects = cached_sampling.effects(scheduler, latent_shape[0], job.size._asdict())
-        found = calibration.calibrate(run, effects, scheduler.cfg_scale, len(names), settings.max_error, interval)
-        found = broadcast_object(found, models.layout)
+        calibrated = calibration.calibrate(
+            run, effects, scheduler.cfg_scale, len(prompts), settings.max_error, interval
+        )
+        calibrated = broadcast_object(calibrated, models.layout)
         if models.layout.is_main:
-            calibration_store.save(key, found)
-    if found.table is None:
+            calibration_store.save(key, calibrated)
+    if calibrated.table is None:
         logger.info("step cache: no evaluation can be skipped within an error of %g", settings.max_error)
         return Cache(interval=interval)
-    total, worst = _evaluated_branches(found.table, job), max(found.errors)
+    total, worst = _evaluated_branches(calibrated.table, job), max(calibrated.errors)
     text = "step cache: computes %d of %d guidance branches; largest error in calibration %.4f"
-    logger.info(text, found.table.cost, total, worst)
-    return Cache("table", found.table, interval=interval)
+    logger.info(text, calibrated.table.cost, total, worst)
+    return Cache("table", calibrated.table, interval=interval)
 
 
 def _evaluated_branches(table: CacheTable, job: Job) -> int:

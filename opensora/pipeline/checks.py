@@ -1,4 +1,4 @@
-"""What a job is refused for once the models are built, before any weight is read, and warnings and advice."""
+"""Checks of a job after the models are built and before weights are read; warnings and advice."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def check_inputs(job: Job, components: Components) -> None:
         kind = conditioning_kind(name)
         raise ConfigError(f"model '{name}': {problem}; set multi_resolution='{kind}', or remove it")
 
-    def stand_in(x: Tensor, timestep: Tensor, **_: Any) -> Tensor:
+    def dummy_model(x: Tensor, timestep: Tensor, **_: Any) -> Tensor:
         return x.new_zeros(len(x), model.out_channels, *x.shape[2:])
 
     noise, source = torch.zeros(1, model.in_channels, 1, 1, 1), [noise_generator(job.settings.seed, 0, 0)]
     try:
-        steps = job.scheduler.steps(stand_in, noise, {}, **job.size._asdict(), source=source, guidance_scale=1.0)
+        steps = job.scheduler.steps(dummy_model, noise, {}, **job.size._asdict(), source=source, guidance_scale=1.0)
         list(islice(steps, 2))
     except ConfigError:
         raise
@@ -56,14 +56,14 @@ def check_inputs(job: Job, components: Components) -> None:
 
 
 def _check_length(tokens: int, config: dict[str, Any], what: str = "a prompt") -> None:
-    longest = config["model_max_length"]
-    if tokens > longest:
-        remedy = f"shorten it, or cut it with --cfg-options text_encoder.model_max_length={longest}"
-        raise ConfigError(f"{what} has {tokens} tokens, but the model takes {longest}; {remedy}")
+    limit = config["model_max_length"]
+    if tokens > limit:
+        remedy = f"shorten it, or cut it with --cfg-options text_encoder.model_max_length={limit}"
+        raise ConfigError(f"{what} has {tokens} tokens, but the model takes {limit}; {remedy}")
 
 
 def warn_untrained(size: Size, trained: list[list[int]]) -> None:
-    """Warns where the checkpoint lists the sizes that it was trained on, and this one is not among them."""
+    """Warns if the checkpoint lists the sizes that it was trained on, and `size` is not among them."""
     known = list(dict.fromkeys(Size(*one).rounded for one in trained))
     if known and size.rounded not in known:
         listed = ", ".join(map(str, known))

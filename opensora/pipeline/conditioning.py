@@ -1,4 +1,4 @@
-"""What is given beside the prompt: references placed on the clips of each request, and how clips are joined."""
+"""Conditioning images and videos: places references in the clips of each request, and joins clips."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ logger = logging.getLogger("opensora")
 
 
 def place_media(job: Job, requests: Sequence[Request], model: Any, vae: Any) -> list[Request]:
-    """The requests with their references and mask strategies, whose timelines the job then holds.
+    """The requests with their references and mask strategies; sets `job.timelines`.
 
     Raises ConfigError for media that do not fit the clips.
     """
-    requests = _with_media(job, requests, vae)
+    requests = _with_references(job, requests, vae)
     settings, frames = job.settings, vae.get_latent_size(job.size)[0]
     job.overlap = overlapping_frames(vae, job.size.num_frames, settings) if settings.loop > 1 else 0
-    carried = (settings.condition_frame_length, settings.condition_frame_edit)
+    continuation = (settings.condition_frame_length, settings.condition_frame_edit)
     for request in requests:
         if request.reference_path not in job.reference_hashes:
             job.reference_hashes[request.reference_path] = job.references.hashes(request.reference_path)
         counts = job.references.counts(request.reference_path)
         counts = [vae.get_latent_size((count, None, None))[0] for count in counts]
         placements = parse_mask_strategy(request.mask_strategy)
-        job.timelines[request] = timeline(placements, counts, frames, settings.loop, job.align, carried)
+        job.timelines[request] = timeline(placements, counts, frames, settings.loop, job.align, continuation)
         if (placements or settings.loop > 1) and model.patch_size[0] > 1:
             raise ConfigError(f"model '{settings.model['type']}' embeds frames in pairs and cannot keep single frames")
         if counts and not placements:
@@ -39,34 +39,34 @@ def place_media(job: Job, requests: Sequence[Request], model: Any, vae: Any) -> 
     return requests
 
 
-def _with_media(job: Job, requests: Sequence[Request], vae: Any) -> list[Request]:
+def _with_references(job: Job, requests: Sequence[Request], vae: Any) -> list[Request]:
     """The requests with `image`, `last_frame`, `extend` and `edit` as references and a mask strategy."""
     settings = job.settings
     if not media_conditions.media_paths(settings):
         return list(requests)
-    if twice := [one.prompt for one in requests if one.reference_path or one.mask_strategy]:
+    if conflicting := [request.prompt for request in requests if request.reference_path or request.mask_strategy]:
         names = ", ".join(media_conditions.NAMES)
-        raise ConfigError(f"prompt {twice[0]!r} brings its own references; remove {names}")
+        raise ConfigError(f"prompt {conflicting[0]!r} brings its own references; remove {names}")
     latent_frames = vae.get_latent_size(job.size)[0]
-    given = media_conditions.reference_settings(settings, job.size.num_frames, latent_frames, vae.group)
-    job.align = given.align
-    job.references.check(given.reference_path)
-    paths, strategy = given.reference_path, given.mask_strategy
+    converted = media_conditions.reference_settings(settings, job.size.num_frames, latent_frames, vae.group)
+    job.align = converted.align
+    job.references.check(converted.reference_path)
+    paths, strategy = converted.reference_path, converted.mask_strategy
     return [request._replace(reference_path=paths, mask_strategy=strategy) for request in requests]
 
 
 def overlapping_frames(vae: Any, num_frames: int, settings: InferenceSettings) -> int:
-    """Frames that each clip takes over from the one before.
+    """The number of frames that a clip repeats from the end of the previous clip (the overlap).
 
     Raises ConfigError where clips cannot be joined; it names the nearest setting that works.
     """
     length = settings.condition_frame_length
-    if problem := _why_not_joined(vae, num_frames, length):
-        raise ConfigError(f"loop {settings.loop}: {problem}; {_remedy_to_join(vae, num_frames, length)}")
+    if problem := _join_problem(vae, num_frames, length):
+        raise ConfigError(f"loop {settings.loop}: {problem}; {_join_remedy(vae, num_frames, length)}")
     return vae.get_pixel_frames(length)
 
 
-def _why_not_joined(vae: Any, num_frames: int, length: int) -> str:
+def _join_problem(vae: Any, num_frames: int, length: int) -> str:
     """Why a clip of `num_frames` cannot continue from the last `length` latent frames of another; empty if it can."""
     latent_frames = vae.get_latent_size((num_frames, None, None))[0]
     if not 0 < length < latent_frames:
@@ -80,16 +80,16 @@ def _why_not_joined(vae: Any, num_frames: int, length: int) -> str:
     return ""
 
 
-def _remedy_to_join(vae: Any, num_frames: int, length: int) -> str:
+def _join_remedy(vae: Any, num_frames: int, length: int) -> str:
     """The setting that joins clips: another overlap, else the nearest number of frames, else both."""
     group, latents = vae.group
-    lengths = sorted(range(1, vae.get_latent_size((num_frames, None, None))[0]), key=lambda one: abs(one - length))
-    if found := next((one for one in lengths if not _why_not_joined(vae, num_frames, one)), None):
-        return f"give --condition-frame-length {found}"
-    most = max(num_frames, min(length, 10**4) * group // latents) + 2 * group
-    counts = sorted(range(1, most + 1), key=lambda one: abs(one - num_frames))
-    if found := next((one for one in counts if not _why_not_joined(vae, one, length)), None):
-        return f"give --num-frames {found}"
-    if found := next((one for one in counts if not _why_not_joined(vae, one, latents)), None):
-        return f"give --num-frames {found} --condition-frame-length {latents}"
+    lengths = sorted(range(1, vae.get_latent_size((num_frames, None, None))[0]), key=lambda count: abs(count - length))
+    if fitting := next((count for count in lengths if not _join_problem(vae, num_frames, count)), None):
+        return f"give --condition-frame-length {fitting}"
+    limit = max(num_frames, min(length, 10**4) * group // latents) + 2 * group
+    counts = sorted(range(1, limit + 1), key=lambda count: abs(count - num_frames))
+    if fitting := next((count for count in counts if not _join_problem(vae, count, length)), None):
+        return f"give --num-frames {fitting}"
+    if fitting := next((count for count in counts if not _join_problem(vae, count, latents)), None):
+        return f"give --num-frames {fitting} --condition-frame-length {latents}"
     return "give an autoencoder with vae.micro_frame_size: without, it joins no clips"

@@ -1,4 +1,4 @@
-"""The autoencoder's side: latents to frames, and frames to latents."""
+"""Runs the autoencoder: latents to frames, and frames to latents."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from opensora.pipeline.loaded_models import LoadedModels
 
 
 class DecodedClip(NamedTuple):
-    """A clip as uint8 [T, H, W, 3], and as video [3, T, H, W] in [-1, 1] where the next clip continues from it."""
+    """A clip as uint8 [T, H, W, 3], and as video [3, T, H, W] in [-1, 1] if the next clip continues from it."""
 
     frames: np.ndarray
     video: Tensor | None
 
 
 def decode(models: LoadedModels, job: Job, latents: Tensor, keep_video: bool = False) -> DecodedClip:
-    """The clip of latents [1, C, T', H, W], decoded in pieces of which the device holds one at a time."""
+    """Decodes latents [1, C, T', H, W] piece by piece; the device holds one piece at a time."""
     frames, kept, begin = np.empty((job.size.num_frames, *job.frame_size, 3), np.uint8), [], 0
     with models.on_device("vae"):
         for piece in models.vae.decoded(latents.to(models.dtype), num_frames=job.size.num_frames):
@@ -33,7 +33,7 @@ def decode(models: LoadedModels, job: Job, latents: Tensor, keep_video: bool = F
 
 
 def encode(models: LoadedModels, frames: Tensor) -> Tensor:
-    """The latents [C, T', H, W] of frames [3, T, H, W] in [-1, 1], on the host."""
+    """The latents [C, T', H, W] of frames [3, T, H, W] in [-1, 1], on the CPU."""
     pieces = (piece.to(models.device, models.dtype) for piece in models.plan.split_video(frames[None]))
     with models.on_device("vae"):
         return models.vae.encoded(pieces)[0].float().cpu()

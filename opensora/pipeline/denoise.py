@@ -26,19 +26,19 @@ def denoise_clip(
 ) -> Iterator[SamplerState]:  # fmt: skip
     """The sampler's states of clip `loop` of a batch, one after each step; x of the last is [B, C, T, H, W], clean.
 
-    references: the latents [C, T', H, W] that each request is given
-    generators: of the random numbers of each request's steps
-    A draft that continues starts where it stopped; a new one ends after `job.stop` steps.
+    references: for each request, the latents [C, T', H, W] of its reference images and videos
+    generators: one per request, for the noise of its steps
+    A draft that is continued starts where it stopped; a new draft ends after `job.stop` steps.
     """
     shape = (models.vae.out_channels, *models.vae.get_latent_size(job.size))
     latents, edits = [], []
-    for request, given in zip(batch, references, strict=True):
+    for request, encoded in zip(batch, references, strict=True):
         noise = initial_noise(job.settings.seed, request.sample, loop, shape)
-        placed, edit = condition_latents(noise, given, job.timelines[request][loop])
+        placed, edit = condition_latents(noise, encoded, job.timelines[request][loop])
         latents.append(placed)
         edits.append(edit)
-    begun = job.drafts.get(batch[0].path) if loop == 0 else None
-    resume = draft.resume(begun, generators[0]) if begun else None
+    stopped = job.drafts.get(batch[0].path) if loop == 0 else None
+    resume = draft.resume(stopped, generators[0]) if stopped else None
     noise, text = torch.stack(latents).to(models.device), torch.cat([texts[job.texts(one)[loop]] for one in batch])
     steps = denoise(models, job, noise, text, texts, edit=torch.stack(edits), source=generators, resume=resume)
     with closing(steps):
@@ -66,7 +66,7 @@ def denoise(
 def conditioning(
     models: LoadedModels, job: Job, text: Tensor, texts: Texts
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """The conditioning of texts, and what differs in the unconditional branch; None without guidance."""
+    """The conditioning of texts, and the entries that replace it in the unconditional branch (None: no guidance)."""
     cond = {"y": text, **job.conditioning}
     if job.scheduler.num_branches == 1:
         return cond, None
@@ -76,5 +76,5 @@ def conditioning(
 
 
 def timesteps(job: Job) -> list[float]:
-    """The timestep that the model gets in the first evaluation of each step."""
+    """The timestep of each step."""
     return job.scheduler.timesteps(**job.size._asdict())

@@ -1,4 +1,4 @@
-"""Drafts: the state of a sampler that stopped early and the recipe of the whole result, in one file.
+"""Drafts: a file with the state of a sampler that stopped early and the recipe of the finished result.
 
 The file is safetensors: the tensors of the state, and as metadata a JSON object with the recipe, and a SHA-256 over
 both. A recipe names its weights and references by hash, so they cannot be replaced unnoticed. The SHA-256 detects
@@ -29,7 +29,7 @@ from opensora.schedulers.common import SamplerState
 
 FORMAT = 1
 KEY, DIGEST = "opensora_draft", "sha256"  # of the metadata
-SHARE = 3  # --draft takes a third of the steps
+DIVISOR = 3  # --draft takes a third of the steps
 GENERATOR = "generator"  # the tensor with the state of the sampler's random numbers
 GIVEN = "given"  # the tensor that marks latent frames that are still clean
 MAX_BYTES = 2**32  # of the file
@@ -48,29 +48,29 @@ class _Header(Schema):
 
 
 class Draft(NamedTuple):
-    """The content of a file: the recipe of the whole result, and the state in which its sampler stopped."""
+    """A draft read from a file: the recipe of the finished result, and the sampler's state."""
 
     file: Path
     recipe: Recipe
-    name: str  # of the whole result, without suffix
+    name: str  # file name of the finished result, without suffix
     state: SamplerState
     generator: Tensor  # the state of the generator that the sampler draws from
     device: str
 
     @property
     def path(self) -> str:
-        """Where the whole result goes, without suffix: beside the file, and beside the preview."""
+        """The path of the finished result, without suffix: in the folder of the draft."""
         return str(self.file.parent / self.name)
 
 
 def steps_to_take(settings: InferenceSettings, scheduler: Any) -> int | None:
-    """The number of steps of a draft, None for a whole result. Raises ConfigError if it is not below the sampler's."""
+    """The number of steps of a draft, None for no draft. Raises ConfigError unless it is below the sampler's."""
     if not settings.draft and settings.steps_until is None:
         return None
     if settings.draft and settings.steps_until is not None:
-        raise ConfigError("draft chooses the steps that steps_until names; give one of the two")
+        raise ConfigError("draft and steps_until both set the number of steps; give one of the two")
     num_steps = scheduler.num_steps
-    taken = max(round(num_steps / SHARE), 1) if settings.draft else settings.steps_until
+    taken = max(round(num_steps / DIVISOR), 1) if settings.draft else settings.steps_until
     if taken >= num_steps:
         remedy = f"stop after 1 to {num_steps - 1}" if num_steps > 1 else "take more with --num-sampling-steps"
         raise ConfigError(f"a draft after {taken} steps is the whole: the sampler takes {num_steps}; {remedy}")
@@ -78,7 +78,7 @@ def steps_to_take(settings: InferenceSettings, scheduler: Any) -> int | None:
 
 
 def save(file: Path, name: str, recipe: Recipe, state: SamplerState, generator: Tensor, device: str) -> None:
-    """Writes the draft of the result NAME to a .safetensors file, whole or not at all. Raises WeightsError."""
+    """Writes the draft of the result `name` to a .safetensors file, atomically. Raises WeightsError."""
     header = {"format": FORMAT, "name": name, "done": state.step, "num_steps": state.num_steps, "device": device}
     text = json.dumps({**header, "recipe": recipe}, ensure_ascii=False)
     tensors = {"x": state.x, **state.carry, GENERATOR: generator}
@@ -153,15 +153,15 @@ def resume(draft: Draft, generator: torch.Generator) -> SamplerState:
 
 
 def check_sampler(draft: Draft, num_steps: int, shape: tuple[int, ...]) -> None:
-    """Raises ConfigError where a sampler of `num_steps` on latents [C, T, H, W] is not the one that was stopped."""
+    """Raises ConfigError where a sampler of `num_steps` on latents [C, T, H, W] is not that of the draft."""
     drafted, current = (draft.state.num_steps, tuple(draft.state.x.shape[1:])), (num_steps, tuple(shape))
     if drafted != current:
         then, now = (f"{steps} steps on latents {list(size)}" for steps, size in (drafted, current))
         raise ConfigError(f"{draft.file}: was made by {then}, but its settings now mean {now}; create the draft again")
 
 
-def check_same(draft: Draft, now: Recipe) -> None:
-    """Raises WeightsError or ConfigError where the recipe of the result is not that of the draft, program apart."""
+def check_unchanged(draft: Draft, now: Recipe) -> None:
+    """Raises WeightsError or ConfigError if the recipe of the result is not that of the draft, versions excepted."""
     for part, sha256 in draft.recipe["weights"].items():
         if now["weights"].get(part) != sha256:
             what = "another tokenizer" if part == TOKENIZER else f"other {part} weights"
@@ -174,17 +174,17 @@ def check_same(draft: Draft, now: Recipe) -> None:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """`section.name`, old and new value of all that is not the same; None stands for what one of the two lacks."""
+    """`section.name`, old and new value of every setting that differs; None if one of the two lacks it."""
     for name in {**then, **now}:
         was, value = then.get(name), now.get(name)
         if isinstance(was, Mapping) and isinstance(value, Mapping):
             yield from differences(was, value, f"{prefix}{name}.")
-        elif _plain(was) != _plain(value):
+        elif _as_json(was) != _as_json(value):
             yield f"{prefix}{name}", was, value
 
 
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
+def _as_json(value: Any) -> Any:
+    """The value after a round trip through JSON: a tuple becomes a list."""
     return list(value) if isinstance(value, tuple) else value
 
 

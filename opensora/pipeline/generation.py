@@ -26,7 +26,7 @@ from opensora.pipeline.job import Job
 from opensora.pipeline.loaded_models import Components, LoadedModels
 from opensora.pipeline.noise import noise_generator
 from opensora.pipeline.request import Request
-from opensora.pipeline.stage_costs import ResourceEstimate, remember_pace
+from opensora.pipeline.stage_costs import ResourceEstimate, record_speed
 from opensora.pipeline.text_encoding import Texts, encode_texts, portions
 from opensora.schedulers.common import SamplerState
 
@@ -42,9 +42,9 @@ class StepEnd(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What has become of a request: frames uint8 [T, H, W, 3] (empty on other ranks than the main one).
+    """The result of a request: frames uint8 [T, H, W, 3] (empty except on the main rank).
 
-    `latents` [C, T', H', W'] are those of its last clip. Of a draft, `state` and `generator` are where it stopped.
+    `latents` [C, T', H', W'] are those of its last clip. A draft has the `state` and `generator` to continue with.
     """
 
     request: Request
@@ -58,16 +58,16 @@ def generate(
     models: LoadedModels, job: Job, requests: Sequence[Request], *, with_frames: bool = True, progress: bool = False,
     keep_loaded: bool = False,
 ) -> Iterator[StepEnd | Result]:  # fmt: skip
-    """Every step of the sampler, and every result as soon as it is there, in the order of the requests.
+    """Yields every step of the sampler, and every result as soon as it is finished, in the order of the requests.
 
     Without `with_frames` results have only latents. `keep_loaded` keeps the text encoder for later requests where
     memory suffices. `progress` shows a bar. Raises ConfigError, MediaError or WeightsError.
     """
-    # 1. Locate and build the models; refuse what they cannot make
+    # 1. Locate and build the models; check the requests
     models.locate()
-    requests = check(models, job, refine(models, job, requests), models.build(job.size))
+    requests = check_requests(models, job, refine(models, job, requests), models.build(job.size))
 
-    # 2. Choose how much memory to take
+    # 2. Choose the memory plan
     keeps_text_encoder = choose_memory_plan(models, job, requests, models.build(job.size), keep_loaded)
     if job.size.rounding_note:
         logger.info("%s", job.size.rounding_note)
@@ -93,11 +93,11 @@ def generate(
         if not keeps_text_encoder:
             models.drop_text_encoder()
         yield from _generate_portion(models, job, portion, texts, with_frames, progress)
-    remember_pace(models, job, texts, len(requests) * job.settings.loop)
+    record_speed(models, job, texts, len(requests) * job.settings.loop)
 
 
 def refine(models: LoadedModels, job: Job, requests: Sequence[Request]) -> list[Request]:
-    """The requests in the words of the language model, if the settings ask for one; it is asked once for each text."""
+    """The requests with their texts rewritten by a language model, if the settings say so; each text is sent once."""
     if prompt_refiner.is_enabled(job.settings):
         where, texts = prompt_refiner.endpoint(job.settings), [text for one in requests for text in one.texts]
         answers = prompt_refiner.refine_texts(texts, where) if models.layout.is_main else {}
@@ -105,8 +105,8 @@ def refine(models: LoadedModels, job: Job, requests: Sequence[Request]) -> list[
     return [one.refined(job.settings) for one in requests] if job.settings.refined else list(requests)
 
 
-def check(models: LoadedModels, job: Job, requests: Sequence[Request], built: Components) -> list[Request]:
-    """The requests with their references placed, once nothing but the weights can be refused any more.
+def check_requests(models: LoadedModels, job: Job, requests: Sequence[Request], built: Components) -> list[Request]:
+    """Places the references of the requests, and checks all that can be checked without weights.
 
     Raises ConfigError or MediaError.
     """
@@ -119,12 +119,12 @@ def check(models: LoadedModels, job: Job, requests: Sequence[Request], built: Co
 def choose_memory_plan(
     models: LoadedModels, job: Job, requests: Sequence[Request], built: Components, keep_loaded: bool = False
 ) -> bool:
-    """Has the models use the memory plan of the settings or the one that fits; whether the text encoder may stay.
+    """Applies the memory plan of the settings or one that fits; returns whether the text encoder may stay loaded.
 
-    Models that are loaded already change to a plan of less memory only.
+    Models that are already loaded change only to a plan that takes less memory.
     """
-    again = keep_loaded or len(portions(job, requests)) > 1
-    estimate = ResourceEstimate(models, built, job, requests, again)
+    reloads_text_encoder = keep_loaded or len(portions(job, requests)) > 1
+    estimate = ResourceEstimate(models, built, job, requests, reloads_text_encoder)
     loaded = estimate.weights() if models.model is not None else 0
     plans = PLANS[PLANS.index(models.plan) :] if loaded else PLANS
     models.use_plan(broadcast_object(estimate.choose(loaded, plans), models.layout))
@@ -132,20 +132,20 @@ def choose_memory_plan(
 
 
 def _check_drafts(models: LoadedModels, job: Job, requests: Sequence[Request], latent_shape: tuple[int, ...]) -> None:
-    """Raises ConfigError or WeightsError for a draft of other requests, models or references."""
+    """Raises ConfigError or WeightsError for a draft that was made with other settings, models or references."""
     for request in requests:
-        if begun := job.drafts.get(request.path):
-            draft.check_sampler(begun, job.scheduler.num_steps, latent_shape)
-            draft.check_same(begun, job.recipe(request, models))
+        if stopped := job.drafts.get(request.path):
+            draft.check_sampler(stopped, job.scheduler.num_steps, latent_shape)
+            draft.check_unchanged(stopped, job.recipe(request, models))
 
 
 def _generate_portion(
     models: LoadedModels, job: Job, requests: Sequence[Request], texts: Texts, with_frames: bool, progress: bool
 ) -> Iterator[StepEnd | Result]:
-    """Every step, and the results in the order of the requests; one that is early waits for its turn."""
+    """Yields every step, and the results in the order of the requests: early results wait."""
     finished: dict[Request, Result] = {}
-    waiting = iter(requests)
-    expected = next(waiting, None)
+    order = iter(requests)
+    expected = next(order, None)
     with memory_advice(job.size, models.plan):
         for batch in batches(models, job, requests, texts):
             for event in generate_batch(models, job, batch, texts, with_frames, progress):
@@ -157,16 +157,16 @@ def _generate_portion(
                 finished[event.request] = event
                 while expected in finished:
                     yield finished.pop(expected)
-                    expected = next(waiting, None)
+                    expected = next(order, None)
 
 
 @torch.inference_mode()  # cheaper for small operations than no_grad
 def generate_batch(
     models: LoadedModels, job: Job, batch: list[Request], texts: Texts, with_frames: bool = True, progress: bool = False
 ) -> Iterator[StepEnd | Result]:
-    """The steps and results of requests that are denoised together: loop after loop, each continuing the one before.
+    """Yields the steps and results of one batch: clip after clip, each continuing the previous one.
 
-    A draft ends within the first loop.
+    A draft ends within the first clip.
     """
     references = [[encode(models, one) for one in job.references.read(request.reference_path)] for request in batch]
     frames: list[list[np.ndarray]] = [[] for _ in batch]
@@ -198,8 +198,8 @@ def generate_batch(
 
 
 def _log_psnr(models: LoadedModels, job: Job, result: Result, texts: Texts) -> None:
-    """Generates a result again without approximations and logs the distance."""
-    with job.exact():
+    """Generates a result again without approximations and logs the PSNR between the two."""
+    with job.without_approximations():
         events = generate_batch(models, job, [result.request], texts)
         [exact] = [event for event in events if isinstance(event, Result)]
     if models.layout.is_main:

@@ -1,4 +1,4 @@
-"""The state of one call of a pipeline: what is asked for, what has been prepared for it, and how long stages took."""
+"""The state of one call of a pipeline: its requests, what is prepared for them, and the seconds of each stage."""
 
 from __future__ import annotations
 
@@ -52,29 +52,31 @@ class Job:
         for path in dict.fromkeys([*(one.reference_path for one in self.requests), ";".join(spec.media)]):
             self.references.check(path)
 
-        self.align = settings.align  # latent frames that references start at multiples of
+        self.align = settings.align  # references start at multiples of this number of latent frames
         self.reference_hashes: dict[str | None, dict[str, str]] = {}
-        self.timelines: dict[Request, list[ClipConditioning]] = {}  # of each request, a clip for each loop
-        self.overlap = 0  # frames that each clip shares with the one before
+        self.timelines: dict[Request, list[ClipConditioning]] = {}  # request -> conditioning of the clip of each loop
+        self.overlap = 0  # frames that each clip shares with the previous one
         self.seconds: dict[str, float] = {}  # stage -> seconds
-        self._alone = models.layout.world_size > 1  # all ranks denoise one sample together
+        self._is_parallel = models.layout.world_size > 1  # all ranks denoise one sample together
 
     @property
     def batch_size(self) -> int:
-        """Requests that are denoised together: 1 where the result or its state would depend on the others."""
-        alone = self._alone or self.stop or self.drafts or self.settings.cache != "none" or not self.cache.is_exact
-        return 1 if alone else max(min(self.settings.batch_size, len(self.requests)), 1)
+        """The largest batch: 1 for drafts, step caches and several ranks, where a result could depend on the others."""
+        single = (
+            self._is_parallel or self.stop or self.drafts or self.settings.cache != "none" or not self.cache.is_exact
+        )
+        return 1 if single else max(min(self.settings.batch_size, len(self.requests)), 1)
 
     def texts(self, request: Request) -> list[str]:
-        """The text of each loop."""
+        """What the text encoder reads in each loop."""
         return list(request.loop_texts)
 
     def texts_of(self, requests: Sequence[Request]) -> list[str]:
-        """Each text of these requests once."""
+        """The texts of these requests, without duplicates."""
         return list(dict.fromkeys(text for one in requests for text in self.texts(one)))
 
     def use_refined(self, answers: dict[str, str], llm_model: str) -> None:
-        """Takes the answers of a language model, text by text, into the settings, and so into recipes."""
+        """Stores the answers of a language model (text -> refined text) in the settings, and so in recipes."""
         self.settings = dataclasses.replace(self.settings, refined=answers, llm_model=llm_model)
 
     @contextmanager
@@ -85,7 +87,7 @@ class Job:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
 
     def timed_steps(self, stage: str, steps: Iterator[T]) -> Iterator[T]:
-        """The items of an iterator, with the seconds that it takes for each."""
+        """The items of an iterator, which are timed as `stage`."""
         while True:
             with self.timed(stage):
                 item = next(steps, None)
@@ -94,8 +96,8 @@ class Job:
             yield item
 
     @contextmanager
-    def exact(self) -> Iterator[None]:
-        """Within it nothing is approximated: no step cache, no guidance interval."""
+    def without_approximations(self) -> Iterator[None]:
+        """Disables the step cache and the guidance interval within the block."""
         before, self.cache = self.cache, Cache()
         try:
             yield
@@ -103,16 +105,16 @@ class Job:
             self.cache = before
 
     def recipe(self, request: Request, models: LoadedModels) -> Recipe:
-        """How the result of a request is made by loaded models. That of a draft keeps the settings of the draft."""
-        begun = self.drafts.get(request.path)
-        settings = begun.recipe["settings"] if begun else self._recorded_settings(request, models.plan.name)
+        """The recipe of the result of a request. The result of a continued draft keeps the settings of the draft."""
+        stopped = self.drafts.get(request.path)
+        settings = stopped.recipe["settings"] if stopped else self._recorded_settings(request, models.plan.name)
         return make_recipe(
             request.prompt, self.texts(request), settings["seed"], request.sample, settings=settings,
             weights=models.hashes(), references=self.reference_hashes[request.reference_path],
         )  # fmt: skip
 
     def _recorded_settings(self, request: Request, memory: str) -> dict[str, Any]:
-        """Every setting that a result depends on, with the conditions and refined texts of this request alone."""
+        """Every setting that a result depends on, with the references and refined texts of this request only."""
         settings = dataclasses.asdict(self.settings)
         settings |= dict.fromkeys((*media_conditions.NAMES, "llm_base_url"))
         settings |= {"align": self.align, "guidance_ranks": "auto", "memory": memory}

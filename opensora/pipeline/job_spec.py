@@ -1,6 +1,6 @@
-"""The first stage of every call: what it asks for, checked as far as neither torch nor a model is needed.
+"""The first stage of every call: makes the requests, with all checks that need neither torch nor a model.
 
-Importing torch takes longer than all of this, so that the command line refuses most mistakes before.
+So the command line reports most mistakes before the slow import of torch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class JobSpec:
 
     sample: generate only this sample of each prompt
     drafts: the drafts to finish, one for each prompt
-    to_files: name the outputs of the requests, and refuse names that clash
+    to_files: name the output files of the requests, and refuse names that clash
     Raises ConfigError, MediaError or WeightsError.
     """
 
@@ -59,32 +59,34 @@ class JobSpec:
             check_section(getattr(settings, part), part)
             check_local_weights(getattr(settings, part), part)
 
-        named = settings if sample is None and not drafts else dataclasses.replace(settings, num_sample=1)
-        requests = make_requests(named)
+        numbered = settings if sample is None and not drafts else dataclasses.replace(settings, num_sample=1)
+        requests = make_requests(numbered)
         if not requests:
             raise ConfigError("no prompt given: give one, or --prompt-path with a file of prompts")
         check_addresses(settings, requests)
         for text in dict.fromkeys(request.reference_path for request in requests):
             reference_path.check_exist(text)
-        self.outputs = Outputs(named, self.size.num_frames, self.stops)
+        self.outputs = Outputs(numbered, self.size.num_frames, self.makes_drafts)
         if to_files:
             requests = self.outputs.assign_paths(requests)
         if sample is not None:
             requests = [request._replace(sample=sample) for request in requests]
         if drafts:
             pairs = zip(requests, drafts, strict=True)
-            requests = [one._replace(sample=begun.recipe["sample_index"], path=begun.path) for one, begun in pairs]
+            requests = [
+                request._replace(sample=stopped.recipe["sample_index"], path=stopped.path) for request, stopped in pairs
+            ]
         self.requests: list[Request] = requests
         self.negative_text = negative_text(settings)
 
     @property
-    def stops(self) -> bool:
+    def makes_drafts(self) -> bool:
         """Whether the results are drafts."""
         return self.settings.draft or self.settings.steps_until is not None
 
     @property
     def wanted(self) -> list[Request]:
-        """The requests whose results do not exist yet, or are not kept."""
+        """The requests to generate: all but those whose existing results are kept."""
         return [request for request in self.requests if not self.outputs.keeps_existing(request.path)]
 
     def check_outputs(self) -> None:

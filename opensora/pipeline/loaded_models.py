@@ -1,6 +1,6 @@
-"""The models of a pipeline: located, built, loaded, compiled and captured, in this order whoever asks.
+"""The models of a pipeline: located, built, loaded, compiled and captured, always in this order.
 
-Generation, plans, benchmarks, replay and drafts that continue all use `LoadedModels`. It knows no prompt.
+Generation, plans, benchmarks, replay and drafts that continue all use `LoadedModels`. It does not depend on a prompt.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from opensora.pipeline.request import PARTS, Size
 logger = logging.getLogger("opensora")
 
 # Settings that are fixed when a pipeline is loaded; all others belong to a request.
-SETTINGS = frozenset((
+MODEL_SETTINGS = frozenset((
     *PARTS, "device", "dtype", "cpu_dtype", "offline", "linear", "attention", "memory", "compile", "graphs",
     "guidance_ranks",
 ))  # fmt: skip
 
 
 class Components(NamedTuple):
-    """The models on the meta device, without weights. `text_encoder` is None where its files are not here."""
+    """The models on the meta device, without weights. `text_encoder` is None if its files are not on this machine."""
 
     text_encoder: Any
     vae: Any
@@ -53,16 +53,16 @@ class Components(NamedTuple):
 
 
 class LoadedModels:
-    """Text encoder, autoencoder and diffusion model on one device. Each is read once and stays.
+    """Text encoder, autoencoder and diffusion model on one device. Each is loaded once and stays.
 
-    Exceptions: the text encoder is dropped after use unless `keep_text_encoder` allows it to stay; models with fixed
-    positions (1.0, PixArt, DiT, Latte) are read again for another latent size; and all are read again under another
-    memory plan.
+    Exceptions: the text encoder is freed after use unless it fits beside the others; models with position embeddings of
+    a fixed size (1.0, PixArt, DiT, Latte) are loaded again for another latent size; and all models are loaded again
+    under another memory plan.
     """
 
     @report_first_failure()
     def __init__(self, settings: InferenceSettings) -> None:
-        """Checks what needs no file. Raises ConfigError."""
+        """Checks the settings; reads no file. Raises ConfigError."""
         for part in PARTS:
             check_section(getattr(settings, part), part)
         self.settings = settings
@@ -85,8 +85,8 @@ class LoadedModels:
         self.model: Any = None  # the diffusion model
         self.denoiser: Any = None  # the diffusion model as the sampler calls it: compiled, split over ranks, captured
         self._unloaded: dict[str, Any] = {}  # part -> module without weights
-        self._latent_size: tuple[int, ...] | None = None  # that the unloaded diffusion model was built for
-        self._loaded_for: tuple[int, ...] | None = None  # the same of the loaded one
+        self._latent_size: tuple[int, ...] | None = None  # for which the unloaded diffusion model was built
+        self._loaded_for: tuple[int, ...] | None = None  # for which the loaded diffusion model was built
         self._offloader = Offloader(self.plan.offload, self.device)
 
     # 1. locate
@@ -96,7 +96,7 @@ class LoadedModels:
         absent = [part for part in PARTS if part not in self.paths]
         for part in absent:
             self.paths[part] = builder.find_weights(getattr(self.settings, part), part, self.settings.offline)
-        if absent:  # what was built before did not know the files
+        if absent:  # models built before did not have the config files
             self._unloaded.clear()
         self.tokenizer = self.tokenizer or builder.tokenizer_sha256(self.paths["text_encoder"])
 
@@ -107,7 +107,7 @@ class LoadedModels:
         return path
 
     def locate_without_downloads(self) -> list[str]:
-        """Finds the files that are here; returns the parts that would be downloaded."""
+        """Finds the files on this machine; returns the parts that would be downloaded."""
         absent = []
         for part in PARTS:
             try:
@@ -132,7 +132,7 @@ class LoadedModels:
         text_encoder, vae = self.text_encoder or unloaded["text_encoder"], unloaded["vae"]
         latent_size = tuple(vae.get_latent_size(size))
         located = text_encoder is not None and "model" in self.paths  # else the model is the published one of its type
-        if "model" not in unloaded or self._is_rebuilt_for(latent_size, self._latent_size):
+        if "model" not in unloaded or self._needs_rebuild(latent_size, self._latent_size):
             defaults: dict[str, Any] = {"in_channels": vae.out_channels}
             if located and not isinstance(text_encoder, ClassIds):
                 defaults["caption_channels"] = text_encoder.output_dim
@@ -151,14 +151,14 @@ class LoadedModels:
             return None
         return builder.build_text_encoder(self.settings.section("text_encoder"), self.paths["text_encoder"], self.dtype)
 
-    def _is_rebuilt_for(self, latent_size: tuple[int, ...], built_for: tuple[int, ...] | None) -> bool:
+    def _needs_rebuild(self, latent_size: tuple[int, ...], built_for: tuple[int, ...] | None) -> bool:
         """Whether a model that was built for another latent size cannot take this one."""
         return built_for != latent_size and "input_size" in registry.keywords(self.settings.model["type"])
 
     # 3. load
 
     def use_plan(self, plan: MemoryPlan) -> None:
-        """Applies a memory plan from now on; models that were loaded under another one are dropped."""
+        """Sets the memory plan; models that were loaded under another plan are unloaded."""
         if plan != self.plan:
             self.unload()
         self.plan = plan
@@ -166,7 +166,7 @@ class LoadedModels:
             self._offloader = Offloader(plan.offload, self.device)
 
     def unload(self) -> None:
-        """Drops all weights; the next request reads them again."""
+        """Frees all weights; the next request loads them again."""
         self.text_encoder = self.vae = self.model = self.denoiser = None
         self._offloader = Offloader(self.plan.offload, self.device)
 
@@ -180,14 +180,14 @@ class LoadedModels:
             where = (self.device, self.layout, self._offloader.enabled)
             before = self.summaries.get("text_encoder")
             summary = builder.load_text_encoder_weights(encoder, self.settings.section("text_encoder"), path, *where)
-            self._note_loaded("text_encoder", summary)
+            self._record_summary("text_encoder", summary)
             if before and summary.sha256 != before.sha256:
                 raise WeightsError(f"{path}: has changed since the first prompts were encoded with it; start again")
         self.text_encoder = encoder
         return encoder
 
     def drop_text_encoder(self) -> None:
-        """Frees the text encoder; the next prompts read it again."""
+        """Frees the text encoder; encoding more prompts loads it again."""
         self.text_encoder = None
 
     def load(self, size: Size) -> None:
@@ -196,10 +196,10 @@ class LoadedModels:
             return
         self.build(size)
         if self.vae is None:
-            self.vae = self._fill("vae", self._unloaded.pop("vae"))
+            self.vae = self._load_weights("vae", self._unloaded.pop("vae"))
             self._offloader.offload("vae", self.vae)
-        self.denoiser = self.model = None  # before the next one is read
-        model = self._fill("model", self._unloaded.pop("model"), self.settings.linear)
+        self.denoiser = self.model = None  # freed before the next one is loaded
+        model = self._load_weights("model", self._unloaded.pop("model"), self.settings.linear)
         self.plan.prepare_model(model)
         self._offloader.offload("model", model)
         self.model, self._loaded_for = model, self._latent_size
@@ -208,16 +208,16 @@ class LoadedModels:
     def _needs_loading(self, size: Size) -> bool:
         if self.model is None:
             return True
-        return self._is_rebuilt_for(tuple(self.vae.get_latent_size(size)), self._loaded_for)
+        return self._needs_rebuild(tuple(self.vae.get_latent_size(size)), self._loaded_for)
 
-    def _fill(self, part: str, built: nn.Module, linear: str = "exact") -> Any:
+    def _load_weights(self, part: str, built: nn.Module, linear: str = "exact") -> Any:
         section = getattr(self.settings, part)
-        self._note_loaded(
+        self._record_summary(
             part, builder.load_model_weights(built, section, self.path(part), self.device, self.dtype, linear)
         )
         return built
 
-    def _note_loaded(self, part: str, summary: Summary) -> None:
+    def _record_summary(self, part: str, summary: Summary) -> None:
         self.summaries[part] = summary
         logger.info("%-13s %s", part.replace("_", " "), summary)
 
@@ -244,7 +244,7 @@ class LoadedModels:
         return self.plan.sequential_cfg and self.settings.guidance_ranks != "apart"
 
     def on_device(self, part: str) -> AbstractContextManager[Any]:
-        """Within it the weights of an offloaded part ("model" or "vae") are on the device."""
+        """A context in which the weights of an offloaded part ("model" or "vae") are on the device."""
         return self._offloader.onloaded(part)
 
     def hashes(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The results of a run on disk: no file of another request is replaced, and a result appears with all its files.
+"""Writes the results of a run: never replaces files of other requests, and writes all files of a result or none.
 
 Only `overwrite` permits replacing what exists at the path of a result.
 """
@@ -29,7 +29,7 @@ logger = logging.getLogger("opensora")
 class Output(NamedTuple):
     """A result: its media file, its frames uint8 [T, H, W, 3], and its preview if one was asked for.
 
-    Of a draft, the frames decode the latents so far, and `state` is the file to continue from.
+    For a draft, the frames are decoded from x0 of its last step, and `state` is the file to continue from.
     """
 
     path: Path
@@ -41,9 +41,9 @@ class Output(NamedTuple):
 class Outputs:
     """Names the results of a run and writes them."""
 
-    def __init__(self, settings: InferenceSettings, num_frames: int, stops: bool) -> None:
-        """For results of `num_frames` frames, or with `stops` drafts of them. Raises ConfigError."""
-        self.settings, self.stops = settings, stops
+    def __init__(self, settings: InferenceSettings, num_frames: int, makes_drafts: bool) -> None:
+        """For results of `num_frames` frames, or, with `makes_drafts`, drafts of them. Raises ConfigError."""
+        self.settings, self.makes_drafts = settings, makes_drafts
         self.names = OutputNames(settings, num_frames)
         self._may_replace: set[str] = set()
 
@@ -53,7 +53,7 @@ class Outputs:
         return self.names.folder
 
     def assign_paths(self, requests: Sequence[Request]) -> list[Request]:
-        """The requests with the paths at which they will be written, unless another process takes those before.
+        """The requests with the paths at which they will be written, unless another process takes these first.
 
         Raises ConfigError where two results would share a file, and for a path that is not UTF-8.
         """
@@ -74,14 +74,14 @@ class Outputs:
 
     def files(self, path: str) -> list[Path]:
         """The files of a result: media, recipe, the preview if asked for, and the state of a draft."""
-        base = f"{path}{DRAFT}" if self.stops else path
+        base = f"{path}{DRAFT}" if self.makes_drafts else path
         suffixes = [self.names.suffix, ".json"]
         suffixes += [".preview.png"] if self.settings.preview else []
-        suffixes += [".safetensors"] if self.stops else []
+        suffixes += [".safetensors"] if self.makes_drafts else []
         return [Path(f"{base}{suffix}") for suffix in suffixes]
 
     def keeps_existing(self, path: str) -> bool:
-        """Whether a result with `prompt_as_path` exists already and is kept."""
+        """Whether the result already exists and is kept, which `prompt_as_path` allows."""
         if not self.settings.prompt_as_path or self.settings.overwrite:
             return False
         finished = Path(f"{path}{self.names.suffix}")
@@ -91,7 +91,7 @@ class Outputs:
         return found is not None
 
     def allow_replacing(self, path: str) -> None:
-        """Lets the result of this path replace an older copy of itself."""
+        """Allows the result at this path to replace an existing file."""
         self._may_replace.add(path)
 
     def check_conflicts(self, paths: Sequence[str]) -> None:
@@ -131,7 +131,7 @@ class Outputs:
             if save_state:
                 try:
                     save_state(others[-1], Path(path).name)
-                except WeightsError as error:  # which names the temporary file
+                except WeightsError as error:  # its message names the temporary file
                     raise OSError(error_message(error.__cause__ or error)) from error
         preview, state = files[2] if self.settings.preview else None, files[-1] if save_state else None
         return Output(files[0], frames, preview, state)

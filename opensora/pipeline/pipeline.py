@@ -88,7 +88,7 @@ class VideoPipeline:
         after every step with (pipeline, index of the step, timestep, {"latents": x}); it may return other latents, and
         cancel the call. Raises ConfigError, MediaError, WeightsError, and Cancelled after `interrupt`.
         """
-        given = arguments.given_of(locals())
+        given = arguments.collect_arguments(locals())
         with self._exclusive():
             job = self._job(given)
             several = not isinstance(prompt, str) or job.settings.num_sample > 1

@@ -13,10 +13,10 @@ from opensora.acceleration.memory_plan import PLANS, MemoryPlan
 from opensora.config.settings import InferenceSettings
 from opensora.errors import OpenSoraError
 from opensora.pipeline import plan_report, prompt_refiner
-from opensora.pipeline.generation import check
+from opensora.pipeline.generation import check_requests
 from opensora.pipeline.job import Job
 from opensora.pipeline.job_spec import JobSpec
-from opensora.pipeline.loaded_models import SETTINGS, LoadedModels
+from opensora.pipeline.loaded_models import MODEL_SETTINGS, LoadedModels
 from opensora.pipeline.mask_strategy import ClipConditioning
 from opensora.pipeline.output_folder import output_folder
 from opensora.pipeline.plan_notes import adjustments
@@ -151,7 +151,7 @@ class Plan:
         """Whether the same request with other settings is legal and fits under this memory plan."""
         settings = dataclasses.replace(self.job.settings, **changes)
         try:
-            models = self.models if SETTINGS.isdisjoint(changes) else LoadedModels(settings)
+            models = self.models if MODEL_SETTINGS.isdisjoint(changes) else LoadedModels(settings)
             other = plan_job(models, Job(JobSpec(settings, to_files=self.job.to_files), models))
         except OpenSoraError:
             return False
@@ -203,7 +203,7 @@ def plan_job(models: LoadedModels, job: Job) -> Plan:
         absent = models.locate_without_downloads()
         built = models.build(job.size)
         asks = prompt_refiner.is_enabled(job.settings)  # then nobody knows yet how long the texts will be
-        requests = check(models, job, wanted, built._replace(text_encoder=None) if asks else built)
+        requests = check_requests(models, job, wanted, built._replace(text_encoder=None) if asks else built)
     notes = ["the prompts will be refined by a language model first; it has not been asked"] if asks else []
     if job.stop:
         part = " of the first clip" if job.settings.loop > 1 else ""

@@ -218,10 +218,10 @@ class ResourceEstimate:
         return max(lengths, default=1), stage
 
 
-def remember_pace(models: LoadedModels, job: Job, texts: Texts, clips: int) -> None:
-    """Records the pace of this device for later estimates, after a run that was whole and long enough to tell."""
-    whole = not job.stop and not job.drafts and job.cache.is_exact and models.layout.world_size == 1
-    if not whole or models.settings.compile or max(job.seconds.values()) < speed_history.MIN_SECONDS:
+def record_speed(models: LoadedModels, job: Job, texts: Texts, clips: int) -> None:
+    """Records the speed of this device for later estimates, after a complete run that was long enough to measure."""
+    complete = not job.stop and not job.drafts and job.cache.is_exact and models.layout.world_size == 1
+    if not complete or models.settings.compile or max(job.seconds.values()) < speed_history.MIN_SECONDS:
         return
     latent, where = tuple(models.vae.get_latent_size(job.size)), (models.dtype, models.device)
     tokens = max(text.shape[2] if text.ndim == 4 else 1 for text in texts.values())

@@ -118,7 +118,7 @@ def networks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
     parts |= {"load_model_weights": summary, "load_text_encoder_weights": summary, "trained_sizes": []}
     for name, value in parts.items():
         monkeypatch.setattr(builder, name, lambda *_, value=value, **__: value)
-    for needs_modules in ("check_inputs", "choose_memory_plan", "remember_pace"):
+    for needs_modules in ("check_inputs", "choose_memory_plan", "record_speed"):
         monkeypatch.setattr(generation, needs_modules, lambda *_, **__: None)
     monkeypatch.setattr(batching, "is_batch_invariant", lambda *_: False)
     build = registry.build
