@@ -186,7 +186,7 @@ def test_a_named_file_is_replaced_only_if_asked(part: str, caplog: pytest.LogCap
 @pytest.mark.parametrize(
     ("output", "num_frames", "problem"),
     [
-        ("a.png", 17, "is to hold a video of 17 frames; name it a.mp4"), ("a.mp4", 1, "an image; name it a.png"),
+        ("a.png", 17, "will hold a video of 17 frames; name it a.mp4"), ("a.mp4", 1, "an image; name it a.png"),
         ("a.avi", 2, "name it a.mp4"), ("a", 2, "name it a.mp4"), ("a.mp4.", 2, "name it"), (".mp4", 2, "name it"),
         ("", 1, "name it"), ("out/", 1, "name it out.png"),
     ],
@@ -312,7 +312,7 @@ def test_the_script_keeps_its_names_and_says_what_it_replaces(
     os.unlink("out/sample_0000.json")
     os.mkdir("out/sample_0000.json")
     assert run_script(*argv, "a boat") == 1
-    assert "out/sample_0000.json: is no file" in capsys.readouterr().err
+    assert "out/sample_0000.json: is not a file" in capsys.readouterr().err
     assert np.array_equal(read_image("out/sample_0000.png"), image)
 
 

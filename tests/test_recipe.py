@@ -39,7 +39,7 @@ def write_output(frames, base, fps, recipe):
     settings = InferenceSettings(
         model={"type": "STDiT3"}, num_frames=len(frames), output=output, overwrite=True, save_fps=fps
     )
-    return Outputs(settings, len(frames), stops=False).write(str(base), frames, recipe).path
+    return Outputs(settings, len(frames), makes_drafts=False).write(str(base), frames, recipe).path
 
 
 @pytest.mark.parametrize("num_frames, suffix", [(4, ".mp4"), (1, ".png")])

@@ -50,7 +50,7 @@ def test_what_loses_is_told_in_one_line(
     clock += [1.0, ratio] if "--attention" in argv else [ratio, 1.0]  # attention is switched between its trials
     asked = settings(*argv)
     with caplog.at_level(logging.WARNING, "opensora"):
-        step_cache.try_choices(asked, CPU, inference_dtype(CPU, asked.dtype, asked.cpu_dtype))
+        step_cache.warn_slow_options(asked, CPU, inference_dtype(CPU, asked.dtype, asked.cpu_dtype))
     assert [record.getMessage() for record in caplog.records] == (
         [f"{words.format(ratio)}, by a moment's trial; remove it to be faster"] if told else []
     )
@@ -58,8 +58,8 @@ def test_what_loses_is_told_in_one_line(
 
 
 def test_nothing_is_tried_that_was_not_asked_for(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    step_cache.try_choices(settings(), CPU, torch.float32)
-    step_cache.try_choices(
+    step_cache.warn_slow_options(settings(), CPU, torch.float32)
+    step_cache.warn_slow_options(
         settings("--dtype", "bf16"), torch.device("meta"), torch.bfloat16
     )  # as an accelerator computes
     assert not caplog.records
@@ -83,4 +83,4 @@ def test_what_a_device_cannot_do_stays_an_error(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch, "_int_mm", refuse)
     with pytest.raises(ConfigError, match="cannot multiply in int8"):
-        step_cache.try_choices(settings("--linear", "int8"), CPU, torch.float32)
+        step_cache.warn_slow_options(settings("--linear", "int8"), CPU, torch.float32)

@@ -25,7 +25,7 @@ from opensora.config.settings import InferenceSettings
 from opensora.datasets.video import write_image
 from opensora.errors import ConfigError
 from opensora.pipeline import draft, recipe
-from opensora.pipeline.recipe import DECIDED, USERS, read_recipe
+from opensora.pipeline.recipe import RECIPE_SETTINGS, USER_SETTINGS, read_recipe
 from opensora.pipeline.request import make_requests
 from tests.checkpoints import SAMPLE, run_script, tree, use_cache
 
@@ -133,8 +133,8 @@ def run(command: str, capsys: pytest.CaptureFixture, *flags: str) -> tuple[int, 
 
 def test_every_setting_is_decided_by_a_recipe_or_by_the_user() -> None:
     """A new setting needs a place in one of the two lists of opensora/pipeline/recipe.py."""
-    assert not DECIDED & USERS
-    assert {field.name for field in fields(InferenceSettings)} == DECIDED | USERS
+    assert not RECIPE_SETTINGS & USER_SETTINGS
+    assert {field.name for field in fields(InferenceSettings)} == RECIPE_SETTINGS | USER_SETTINGS
 
 
 def settings(**changed: Any) -> Change:
@@ -479,7 +479,7 @@ def test_the_other_samples_of_a_run_are_not_made_up(
 def test_an_older_recipe_is_read(here: Path, capsys: pytest.CaptureFixture) -> None:
     def change(stated: dict[str, Any], _: str) -> None:
         del stated["threads"]
-        for name in USERS:
+        for name in USER_SETTINGS:
             stated["settings"].pop(name, None)
 
     forge(change)

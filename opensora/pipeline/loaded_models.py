@@ -71,7 +71,7 @@ class LoadedModels:
         self.device = with_index(self.device)
         check_guidance_ranks(settings.guidance_ranks, self.layout)
         self.dtype = inference_dtype(self.device, settings.dtype, settings.cpu_dtype)
-        step_cache.try_choices(settings, self.device, self.dtype)
+        step_cache.warn_slow_options(settings, self.device, self.dtype)
         if settings.graphs and self.layout.world_size > 1:
             raise ConfigError("graphs are recorded on a single device; remove --graphs under torchrun")
         if settings.graphs:

@@ -1,8 +1,8 @@
-"""Mask strategies: which latent frames of a clip are taken from references, and which of those are repainted.
+"""Mask strategies: which latent frames of a clip are taken from references, and how strongly those are edited.
 
-`parse_mask_strategy` reads the text, `timeline` decides for every latent frame where it comes from. `edit` [T] is 0 for
-a latent frame that is kept, 1 for one that is generated, and between them the time from which on a reference is
-repainted.
+`parse_mask_strategy` parses the text, `timeline` assigns a source to every latent frame. `edit` [T] is the strength of
+image-to-image editing: 0 keeps a latent frame, 1 generates it, and a value between noises it to that time and denoises
+it again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from opensora.config.schema import shown
 from opensora.errors import ConfigError
 
 MAX_PLACEMENTS = 1_000  # tuples of one mask strategy
-MAX_NUMBER = 10**6  # in a tuple, either sign: more than any clip has frames
+MAX_NUMBER = 10**6  # absolute value in a tuple; more frames than any clip has
 
 logger = logging.getLogger("opensora")
 
@@ -37,10 +37,10 @@ class ReferencePlacement:
 
 
 class ClipConditioning(NamedTuple):
-    """The references of one clip, for each of its latent frames."""
+    """The reference frame and edit strength of each latent frame of a clip."""
 
-    placements: tuple[ReferencePlacement, ...]  # resolved: starts and references counted from 0
-    edit: tuple[float, ...]  # 0 keep, below 1 repaint, 1 generate
+    placements: tuple[ReferencePlacement, ...]  # with starts and references >= 0
+    edit: tuple[float, ...]  # 0 keep, below 1 edit, 1 generate
     sources: tuple[tuple[int, int] | None, ...]  # (reference, its latent frame), None for pure noise
 
 
@@ -82,7 +82,8 @@ def timeline(
     """The conditioning of each of `loops` clips of `frames` latent frames.
 
     `reference_frames` are the latent frames of each reference; starts are rounded to multiples of `align`. Every
-    finished clip is appended to the references, and the next clip takes over its last `carried` (latent frames, edit).
+    finished clip is appended to the references; its last `carried[0]` latent frames begin the next
+    clip, with the edit value `carried[1]`.
     Raises ConfigError for a placement whose loop, reference or start does not exist.
     """
     for placement in placements:
@@ -91,10 +92,10 @@ def timeline(
     clips = []
     for loop in range(loops):
         counts = [*reference_frames, *[frames] * loop]
-        of_clip = [placement for placement in placements if placement.loop == loop]
+        clip_placements = [placement for placement in placements if placement.loop == loop]
         if loop:
-            of_clip.append(carry(loop, len(counts) - 1, *carried))
-        clips.append(clip_conditioning(of_clip, counts, frames, align))
+            clip_placements.append(carry(loop, len(counts) - 1, *carried))
+        clips.append(clip_conditioning(clip_placements, counts, frames, align))
     return clips
 
 
@@ -115,7 +116,7 @@ def clip_conditioning(
 def _resolve(
     placement: ReferencePlacement, reference_frames: Sequence[int], frames: int, align: int | None
 ) -> ReferencePlacement:
-    """`placement` with reference and starts counted from 0, starts rounded to `align`, and the length that fits."""
+    """`placement` without negative numbers, with starts rounded to `align` and the length cut to fit."""
     count, index = len(reference_frames), placement.reference
     if not -count <= index < count:
         raise ConfigError(f"mask_strategy '{placement}' names reference {index}, but there are {count}")
@@ -135,11 +136,11 @@ def _resolve_start(placement: ReferencePlacement, what: str, start: int, count: 
 
 
 def carry(loop: int, reference: int, length: int, edit: float = 0.0) -> ReferencePlacement:
-    """Starts clip `loop` with the last `length` latent frames of `reference`, which is the clip before it."""
+    """The placement that starts clip `loop` with the last `length` latent frames of `reference`, the previous clip."""
     return ReferencePlacement(loop, reference, -length, 0, length, edit)
 
 
 def nearest_multiple(value: int, multiple: int, count: int) -> int:
-    """The nearest multiple of `multiple`: the lower one at half way, and where a group at the upper exceeds `count`."""
+    """The nearest multiple of `multiple`: the lower one for ties, and if the upper group would exceed `count`."""
     below = value // multiple * multiple
     return below + multiple if value - below > multiple / 2 and below + 2 * multiple <= count else below

@@ -16,7 +16,7 @@ NAMES = ("image", "first_frame", "last_frame", "extend", "keep", "edit", "streng
 
 
 class ReferenceSettings(NamedTuple):
-    """Values of the settings of these names; with `align` None, starts are not rounded."""
+    """Values for the settings of these names; with `align` None, starts are not rounded."""
 
     reference_path: str
     mask_strategy: str
@@ -63,7 +63,7 @@ def reference_settings(
         placements.append(ReferencePlacement(reference=len(references), **at))
         references.append(reference)
 
-    if first := settings.image or settings.first_frame:  # a still of one group
+    if first := settings.image or settings.first_frame:  # the image, repeated for one group of frames
         add(first if num_frames == 1 else f"{first}#hold={frames}")
     if settings.edit is not None:
         strength = 0.5 if settings.strength is None else settings.strength
@@ -74,7 +74,7 @@ def reference_settings(
             kept = f"--keep {settings.keep or frames} takes {groups * frames} frames, in whole groups of {frames}"
             raise ConfigError(f"{kept}; of {num_frames} nothing is left to generate: keep fewer, or generate more")
         add(f"{settings.extend}#last={groups * frames}", length=groups * latents)
-    if settings.last_frame is not None:  # the last latent frame of a still of one group
+    if settings.last_frame is not None:  # the last latent frame of an image repeated for one group
         add(f"{settings.last_frame}#hold={frames}", reference_start=-1, target_start=-1)
     return ReferenceSettings(";".join(references), ";".join(map(str, placements)))
 

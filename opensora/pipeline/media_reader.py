@@ -26,12 +26,12 @@ MAX_FILE_BYTES = 2**34  # of a local file
 
 
 def max_frames(size: tuple[int, int]) -> int:
-    """The most frames of a reference at `size` (H, W)."""
+    """The largest number of frames of a reference at `size` (H, W)."""
     return min(MAX_FRAMES, MAX_PIXELS // (size[0] * size[1]))
 
 
 class MediaReader:
-    """Resolves sources: `media` holds those in memory, `cache` is the folder of downloads.
+    """Reads sources: `media` are those in memory, `cache` is the folder of downloads.
 
     `allow_private` permits URLs with private addresses.
     """
@@ -48,15 +48,15 @@ class MediaReader:
         Raises ConfigError for a URL that is refused, MediaError for a source that cannot be read.
         """
         to_size = get_transform(transform)
-        most = max_frames(size)
+        limit = max_frames(size)
         if is_in_memory(source):
             media = self._in_memory(source)
-            with _named(source, source):
-                return torch.cat([to_size(picture, size) for picture in _pictures(media, most)], dim=1)
+            with _errors_name(source, source):
+                return torch.cat([to_size(image, size) for image in _decode_in_memory(media, limit)], dim=1)
         path = self._path(source)
         try:
-            with _named(source, path):
-                return torch.cat([to_size(picture, size) for picture in _decode(path, most)], dim=1)
+            with _errors_name(source, path):
+                return torch.cat([to_size(image, size) for image in _decode(path, limit)], dim=1)
         except MediaError:
             if is_url(source):
                 path.unlink(missing_ok=True)
@@ -90,25 +90,25 @@ class MediaReader:
         return self.media[name]
 
 
-def _decode(path: Path, most: int) -> Iterator[np.ndarray]:
-    """An image [H, W, 3], or the frames [1, H, W, 3] of a video, of which there are at most `most`."""
+def _decode(path: Path, limit: int) -> Iterator[np.ndarray]:
+    """An image [H, W, 3], or the frames [1, H, W, 3] of a video, of which there are at most `limit`."""
     if is_image(path):
         yield read_image(path)
     else:
-        yield from (frame[None] for frame in iterate_video(path, most))
+        yield from (frame[None] for frame in iterate_video(path, limit))
 
 
-def _pictures(media: InMemoryMedia, most: int) -> Iterator[np.ndarray]:
-    """As `_decode`; a single frame is an image, as a result of one frame is written as one."""
+def _decode_in_memory(media: InMemoryMedia, limit: int) -> Iterator[np.ndarray]:
+    """As `_decode`, for media in memory; a single frame is an image."""
     frames = media.frames
-    if len(frames) > most:
-        raise MediaError(f"holds more than {most} frames, the limit; make it shorter")
+    if len(frames) > limit:
+        raise MediaError(f"holds more than {limit} frames, the limit; make it shorter")
     yield from (frames[0],) if len(frames) == 1 else np.split(frames, len(frames))
 
 
 @contextmanager
-def _named(source: str, path: str | Path) -> Iterator[None]:
-    """Errors about `path` name the reference as it was given."""
+def _errors_name(source: str, path: str | Path) -> Iterator[None]:
+    """Errors in the block name `source` instead of `path`."""
     try:
         yield
     except MediaError as error:

@@ -1,4 +1,4 @@
-"""The noise of a clip, keyed by (seed, sample, loop) so that it does not depend on the batch, and references in it."""
+"""The initial noise of a clip, seeded by (seed, sample, loop) so that it does not depend on the batch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def noise_generator(seed: int, sample: int, loop: int = 0, stream: str = "edit")
     """A CPU generator seeded by a hash of its four keys.
 
     `sample` is the index of the video among those of its prompt, not in its batch; `loop` the index of the clip in that
-    video; `stream` separates purposes, so that one never shifts another. Hashing keeps (seed 1, sample 0) and
-    (seed 0, sample 1) independent. PyTorch's CPU generator uses 32 bits of a seed.
+    video; `stream` names the use: different uses have independent numbers. Hashing makes (seed 1, sample 0)
+    and (seed 0, sample 1) independent. PyTorch's CPU generator uses 32 bits of a seed.
     """
     key = f"{int(seed)}/{int(sample)}/{int(loop)}/{stream}".encode()
     digest = hashlib.blake2b(key, digest_size=4).digest()

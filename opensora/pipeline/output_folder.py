@@ -1,4 +1,4 @@
-"""The folder of the results: checked before long work, removed again where it stays empty."""
+"""The folder of the results: checked before long work, and removed again if it stays empty."""
 
 from __future__ import annotations
 

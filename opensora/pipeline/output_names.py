@@ -1,6 +1,6 @@
-"""Names of results: by number, by prompt (`prompt_as_path`), or as `output` says.
+"""Names of results: by number, by prompt (`prompt_as_path`), or from `output`.
 
-A numbered result takes the first free number, and the next one if another process takes that before it is written.
+A numbered result takes the first free number, or the next one if another process takes that first.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class OutputNames:
         self.folder = Path(settings.save_dir)
         self.suffix = IMAGE if num_frames == 1 else VIDEO
         if settings.output is not None:
-            self.suffix = _suffix_as_given(settings.output, self.suffix, num_frames)
+            self.suffix = _checked_suffix(settings.output, self.suffix, num_frames)
             self.folder = Path(settings.output).parent
         self._numbers: dict[str, tuple[int, int]] = {}  # path -> (number, sample); other paths are fixed
-        self._written: dict[int, int] = {}  # assigned number -> the one under which the result was written
+        self._written: dict[int, int] = {}  # assigned number -> number under which the result was written
         self._last = -1  # the highest number written
 
     def assign(self, paths: Sequence[str], samples: Sequence[int]) -> list[str]:
-        """The paths at which results will be written, of those by `path_by_settings` and their samples.
+        """The paths of the results, from the paths of `path_by_settings` and the sample numbers.
 
         Raises ConfigError for an `output` with several results.
         """
@@ -57,7 +57,7 @@ class OutputNames:
         return path in self._numbers
 
     def candidates(self, path: str) -> Iterator[str]:
-        """The assigned path, and for a numbered result those with the next free numbers."""
+        """The assigned path; for a numbered result, then paths with the next free numbers."""
         if path not in self._numbers:
             yield path
             return
@@ -73,14 +73,14 @@ class OutputNames:
 
     def _numbered(self, samples: Sequence[int]) -> list[str]:
         """Paths with the first consecutive numbers that are free."""
-        first, of_each = self.settings.start_index, self.settings.num_sample
+        first, per_prompt = self.settings.start_index, self.settings.num_sample
         entries = [] if self.settings.overwrite else self._entries()
-        numbers = range(first, first + len(samples) // of_each)
+        numbers = range(first, first + len(samples) // per_prompt)
         while taken := [number for number in numbers if self._is_taken(number, entries)]:
             numbers = range(taken[-1] + 1, taken[-1] + 1 + len(numbers))
         paths = []
         for position, sample in enumerate(samples):
-            number = numbers[position // of_each]
+            number = numbers[position // per_prompt]
             paths.append(self._path(number, sample))
             self._numbers[paths[-1]] = (number, sample)
         return paths
@@ -96,7 +96,7 @@ class OutputNames:
         return []
 
     def _is_taken(self, number: int, entries: Sequence[str]) -> bool:
-        """Whether any file has a number, of whatever kind and whichever sample."""
+        """Whether any file has this number, whatever its suffix and sample."""
         base = same_file_key(os.path.basename(save_path_name("", self.settings.sample_name, number)))
 
         def exists(prefix: str) -> bool:
@@ -113,7 +113,7 @@ class OutputNames:
 
 
 def path_by_settings(settings: InferenceSettings, prompt: str, index: int, sample: int) -> str:
-    """The path of a sample of the prompt with this index, by number or by prompt, whatever files exist."""
+    """The path of a sample of the prompt with this index, by number or by prompt, even if it exists."""
     name = (settings.sample_name, index, prompt, settings.prompt_as_path, settings.num_sample, sample)
     return save_path_name(settings.save_dir, *name)
 
@@ -145,7 +145,7 @@ def save_path_name(
     return os.path.join(save_dir, name)
 
 
-def _suffix_as_given(output: str, suffix: str, num_frames: int) -> str:
+def _checked_suffix(output: str, suffix: str, num_frames: int) -> str:
     """The suffix of `output` in its own spelling. Raises ConfigError unless it is `suffix`."""
     path = Path(output)
     if path.suffix.lower() != suffix:
@@ -155,5 +155,5 @@ def _suffix_as_given(output: str, suffix: str, num_frames: int) -> str:
 
 
 def same_file_key(name: str) -> str:
-    """Equal for all spellings of a name that some file system takes for one file: case and Unicode composition."""
+    """Equal for names that some file system treats as one file: they differ in case or Unicode composition."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

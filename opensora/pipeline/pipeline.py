@@ -1,4 +1,4 @@
-"""The pipeline that programs call and the command line uses: models that stay loaded, and one job for every call."""
+"""The pipeline that programs call and the command line uses: models that stay loaded, and a `Job` for each call."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Preview(NamedTuple):
 class VideoPipeline:
     """Text, image or video in, video out. See docs/python.md.
 
-    Weights are read by the first call and stay. Calls on one pipeline run one after the other; different pipelines may
-    run in different threads. A result depends on its prompt, its settings and its number among the samples of the
-    prompt, never on what else is computed.
+    The first call loads the weights; they stay loaded. Calls on one pipeline run one after the other; other pipelines
+    may run in other threads. A result depends on its prompt, its settings and its sample number, not on the other
+    results of a call.
     """
 
     def __init__(self, settings: InferenceSettings, *, progress: bool = False) -> None:
@@ -55,7 +55,7 @@ class VideoPipeline:
         self.models = LoadedModels(settings)
         self._interrupt = False
         self._lock = threading.Lock()
-        self._thread: int | None = None  # that holds the lock
+        self._thread: int | None = None  # id of the thread that holds the lock
 
     @classmethod
     def from_pretrained(
@@ -84,7 +84,7 @@ class VideoPipeline:
     ) -> Any:  # fmt: skip
         """The `Video` of a prompt, or the list of Videos of a list of prompts or of several samples.
 
-        Arguments that are not given are those of the pipeline; docs/python.md lists them all. The callback is called
+        Arguments left out take the pipeline's defaults; docs/python.md lists them all. The callback is called
         after every step with (pipeline, index of the step, timestep, {"latents": x}); it may return other latents, and
         cancel the call. Raises ConfigError, MediaError, WeightsError, and Cancelled after `interrupt`.
         """
@@ -98,9 +98,9 @@ class VideoPipeline:
     def stream(
         self, prompt: str | Sequence[str], *, every: int = 1, output_type: str = "np", **given: Any
     ) -> Iterator[Preview | Video]:
-        """A `Preview` after each `every`-th step, and each `Video` when it is there. Arguments are those of a call."""
+        """A `Preview` after each `every`-th step, and each `Video` when it is finished; same arguments as a call."""
         if every < 1:
-            raise ConfigError(f"every is {every}; give 1 for a preview after each step, 2 for each second one")
+            raise ConfigError(f"every is {every}; give 1 for a preview after each step, 2 for every second step")
         with self._exclusive():
             job = self._job({"prompt": prompt, **given})
             for event in generate(self.models, job, job.requests, progress=self.progress, keep_loaded=True):
@@ -116,13 +116,13 @@ class VideoPipeline:
             return plan_job(self.models, self._job({"prompt": prompt, **given}))
 
     def interrupt(self) -> None:
-        """Ends the running call within one step, which raises Cancelled. Any thread and callback may call this."""
+        """Makes the running call raise Cancelled after the current step. Any thread or callback may call this."""
         self._interrupt = True
 
     def generate(self, spec: JobSpec | None = None) -> Iterator[Output]:
-        """Generates what `spec` asks for, by default the prompts of the settings, into files, one after the other.
+        """Generates the requests of `spec`, by default those of the settings, and writes each to files.
 
-        With `prompt_as_path` those that exist are kept. Raises ConfigError, MediaError or WeightsError.
+        With `prompt_as_path`, existing results are kept. Raises ConfigError, MediaError or WeightsError.
         """
         with self._exclusive(), report_first_failure():
             job = Job(spec or JobSpec(self.settings), self.models)
@@ -157,7 +157,7 @@ class VideoPipeline:
             self._check_interrupt()
 
     def _call_back(self, callback: Callback, event: StepEnd, times: Sequence[float]) -> None:
-        """Calls back as diffusers does, with a copy of the latents; what it returns as "latents" takes their place."""
+        """Calls the callback as diffusers does, with a copy of the latents; "latents" that it returns replace them."""
         index, x = event.state.step - 1, event.state.x
         latents = (callback(self, index, times[index], {"latents": x.clone()}) or {}).get("latents")
         if latents is not None:
@@ -179,14 +179,14 @@ class VideoPipeline:
         return Video.of(frames, result.latents, job.settings.output_fps, recipe, output_type)
 
     def _write(self, job: Job, result: Result) -> Output:
-        """Writes a result, or a draft with the state from which it continues."""
+        """Writes a result, or a draft with the sampler state to continue from."""
         frames, save_state = watermark.draw(result.frames, job.settings.watermark), None
         recipe = job.recipe(result.request, self.models)
         if result.state is not None:
-            whole = {**recipe, "settings": {**recipe["settings"], "draft": False, "steps_until": None}}
-            stopped: dict[str, Any] = {"state": result.state, "generator": result.generator}
-            stopped["device"] = str(self.models.device)
-            save_state = partial(draft.save, recipe=whole, **stopped)
+            final_recipe = {**recipe, "settings": {**recipe["settings"], "draft": False, "steps_until": None}}
+            sampler_state: dict[str, Any] = {"state": result.state, "generator": result.generator}
+            sampler_state["device"] = str(self.models.device)
+            save_state = partial(draft.save, recipe=final_recipe, **sampler_state)
             recipe["draft"] = {"steps": job.stop, "of": result.state.num_steps}
         return job.outputs.write(result.request.path, frames, recipe, save_state)
 

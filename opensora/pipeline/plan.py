@@ -28,13 +28,13 @@ from opensora.profiling import memory_meter, speed_history
 from opensora.profiling.speed_history import Span
 
 Changes = Mapping[str, Any]  # settings and their new values
-LIBRARIES = 100 * 2**20  # of a host's memory, for what is loaded only once numbers are computed
-NEAR = 3  # legal sizes shown below and above the one asked for
+LIBRARIES = 100 * 2**20  # of CPU memory, for libraries that load with the first computation
+NEIGHBORS = 3  # how many legal sizes to show below and above the requested one
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A request that nothing is wrong with: what it generates, and the memory and time that it takes."""
+    """A checked request: what it generates, and the memory and time that it takes."""
 
     models: LoadedModels
     job: Job
@@ -42,21 +42,21 @@ class Plan:
     requests: list[Request]
     notes: list[str]
     base: int  # bytes that the process occupies before the first stage
-    grid: tuple[int, int, int]  # frames, rows and columns of pixels that the autoencoder takes together
+    grid: tuple[int, int, int]  # legal sizes are multiples of these frames, rows and columns of pixels
 
     @cached_property
     def memory_plan(self) -> MemoryPlan:
-        """That of the settings, or the fastest that fits."""
+        """The memory plan of the settings, or the fastest that fits."""
         return self.estimate.choose()
 
     @property
     def timelines(self) -> list[list[ClipConditioning]]:
-        """The clips of each request and the frames that they are given."""
+        """The conditioning of each clip of each request."""
         return [self.job.timelines[request] for request in self.requests]
 
     @property
     def stages(self) -> list[Stage]:
-        """Text, autoencoder and model, and what they do, in order."""
+        """The stages in order: text, encoding, sampling, decoding."""
         return self.estimate.stages(self.memory_plan)
 
     @property
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Bytes at the peak: of the process on a host, else of the device."""
+        """Peak memory in bytes: of the process on a CPU, else of the device."""
         return self._base + self.estimate.peak(self.memory_plan)
 
     @property
@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Seconds for all results, reading the weights apart."""
+        """Seconds for all results, without reading the weights."""
         return sum(span.least for span in self.spans)
 
     @property
@@ -92,51 +92,51 @@ class Plan:
         return [speed_history.span(stage.cost, device, stage.name, dtype) for stage in self.stages]
 
     @property
-    def room(self) -> int | None:
-        """Bytes that the device has for this, None where nobody says."""
+    def available(self) -> int | None:
+        """Available memory of the device in bytes, None if unknown."""
         free = memory_meter.available_memory(self.models.device)
         return None if free is None else free + self._base
 
     @property
     def fits(self) -> bool:
-        return self.room is None or self.memory <= self.room
+        return self.available is None or self.memory <= self.available
 
     @property
     def near_sizes(self) -> list[tuple[int, int]]:
-        """Sizes (H, W) of about the shape asked for that nothing has to be cut or padded for, in rising order."""
+        """Sizes (H, W) near the requested one, of about its aspect ratio, that need no rounding; ascending."""
         _, *steps = self.grid
         height, width = self.job.size[1:]
         middle = max(round(height / steps[0]), 1)
         found = []
-        for rows in range(max(middle - NEAR, 1), middle + NEAR + 1):
+        for rows in range(max(middle - NEIGHBORS, 1), middle + NEIGHBORS + 1):
             columns = max(round(rows * steps[0] * width / height / steps[1]), 1)
             found.append((rows * steps[0], columns * steps[1]))
         return list(dict.fromkeys(found))
 
     @property
     def near_lengths(self) -> list[int]:
-        """Numbers of frames that the autoencoder takes in whole groups, about the number asked for."""
+        """Numbers of frames near the requested one that are whole groups of the autoencoder."""
         group, frames = self.grid[0], self.job.size.num_frames
         middle = max(round(frames / group), 1)
-        return sorted({1, *(count * group for count in range(max(middle - NEAR, 1), middle + NEAR + 1))})
+        return sorted({1, *(count * group for count in range(max(middle - NEIGHBORS, 1), middle + NEIGHBORS + 1))})
 
     def cheaper(self) -> str | None:
-        """The setting nearest to the one asked for that fits, as flags, or None."""
-        if self.room is None:
+        """Flags that reduce the request as little as possible so that it fits, or None."""
+        if self.available is None:
             return None
         for other in PLANS[PLANS.index(self.memory_plan) + 1 :]:
-            if self._base + self.estimate.peak(other) <= self.room:
+            if self._base + self.estimate.peak(other) <= self.available:
                 return f"--memory {other.name}"
-        if self.least > self.room:
+        if self.least > self.available:
             return None
-        for trials in self._smaller():  # each takes less and less: the first that fits is found by halving
+        for trials in self._smaller():  # each list is descending: bisection finds the first that fits
             index = bisect_left(trials, True, key=lambda trial: self._fits_with(trial[1]))
             if index < len(trials):
                 return trials[index][0]
         return None
 
     def _smaller(self) -> Iterator[list[tuple[str, Changes]]]:
-        """Flags and the settings they change: what is worked on at once, then fewer frames, then fewer pixels."""
+        """Flags and the settings that they change: smaller decoder batches, fewer frames, fewer pixels."""
         settings, size, steps = self.job.settings, self.job.size, self.grid[1:]
         if "micro_batch_size" in settings.vae or settings.vae["type"] == "OpenSoraVAE_V1_2":
             yield [("--cfg-options vae.micro_batch_size=1", {"vae": {**settings.vae, "micro_batch_size": 1}})]
@@ -155,7 +155,7 @@ class Plan:
             other = plan_job(models, Job(JobSpec(settings, to_files=self.job.to_files), models))
         except OpenSoraError:
             return False
-        return self.room is None or self._base + other.estimate.peak(self.memory_plan) <= self.room
+        return self.available is None or self._base + other.estimate.peak(self.memory_plan) <= self.available
 
     def __str__(self) -> str:
         size, notes = self.job.size, [f"note: {note}" for note in self.notes]
@@ -171,10 +171,10 @@ class Plan:
         ])  # fmt: skip
 
     def _costs(self) -> Iterator[str]:
-        spans, free = self.spans, self.room
+        spans, free = self.spans, self.available
         yield from plan_report.costs(self.stages, spans)
-        room = "" if free is None else f" of {gib(free)} free on {self.models.device}"
-        yield f"peak {gib(self.memory)}{room}, {duration(spans)} beside reading the weights"
+        limit = "" if free is None else f" of {gib(free)} free on {self.models.device}"
+        yield f"peak {gib(self.memory)}{limit}, {duration(spans)} beside reading the weights"
         longest = max(spans, key=lambda span: span.most)
         yield f"times: by {longest.source}; longer while the machine has other things to do"
         yield f"memory plan: {self.memory_plan.name}"
@@ -184,27 +184,26 @@ class Plan:
 
 
 def make_plan(settings: InferenceSettings, spec: JobSpec | None = None) -> Plan:
-    """What a request would do: `spec`, by default that of the settings.
+    """The plan of `spec`, by default of the requests of the settings.
 
-    Raises whatever generation would raise before it reads a weight.
-
-    Nothing is downloaded but references. Weights that would have to be are taken to be those of their type.
+    Raises whatever generation would raise before it reads a weight. Downloads only references; for a model that is not
+    on this machine, the published one of its type is assumed.
     """
     models = LoadedModels(settings)
     return plan_job(models, Job(spec or JobSpec(settings), models))
 
 
 def plan_job(models: LoadedModels, job: Job) -> Plan:
-    """The plan of a job on models, which need not be loaded and stay as they are."""
+    """The plan of a job on models, which need no weights and do not change."""
     wanted = [request for request in job.requests if not job.outputs.keeps_existing(request.path)]
     with output_folder(job.outputs.folder) if job.to_files else nullcontext():
         if job.to_files:
             job.outputs.check([request.path for request in wanted])
         absent = models.locate_without_downloads()
         built = models.build(job.size)
-        asks = prompt_refiner.is_enabled(job.settings)  # then nobody knows yet how long the texts will be
-        requests = check_requests(models, job, wanted, built._replace(text_encoder=None) if asks else built)
-    notes = ["the prompts will be refined by a language model first; it has not been asked"] if asks else []
+        refines = prompt_refiner.is_enabled(job.settings)  # then the lengths of the texts are not known yet
+        requests = check_requests(models, job, wanted, built._replace(text_encoder=None) if refines else built)
+    notes = ["the prompts will be refined by a language model first; it has not been asked"] if refines else []
     if job.stop:
         part = " of the first clip" if job.settings.loop > 1 else ""
         notes.append(f"stops after {job.stop} of {job.scheduler.num_steps} steps{part}, to be continued")

@@ -1,4 +1,4 @@
-"""What is not done as it was asked for, because sizes and starts come in steps: notes of a plan."""
+"""The notes of a plan on sizes and placements that are rounded."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from opensora.pipeline.request import Request
 
 
 def adjustments(job: Job, request: Request) -> Iterator[str]:
-    """What is not done as it was asked for, because sizes and starts come in steps."""
+    """Notes on sizes and placements that are rounded or cut."""
     settings, size = job.settings, job.size
     if size.rounding_note:
         yield size.rounding_note
     if settings.image_size is None:
         yield f"{settings.resolution} at {settings.aspect_ratio} is {size.height}x{size.width}"
-    resolved = [one for clip in job.timelines[request] for one in clip.placements]
+    resolved = [placement for clip in job.timelines[request] for placement in clip.placements]
     for asked in parse_mask_strategy(request.mask_strategy):
-        for found in [one for one in resolved if _same(asked, one, len(request.reference_paths))][:1]:
+        for found in [
+            placement for placement in resolved if _may_be_resolved(asked, placement, len(request.reference_paths))
+        ][:1]:
             resolved.remove(found)
-            yield from _moved(asked, found, job, request)
-    for found in resolved:  # taken over from the clip before
+            yield from _placement_notes(asked, found, job, request)
+    for found in resolved:  # the placements that continue the previous clip
         length = settings.condition_frame_length
         start = len(job.timelines[request][0].edit) - length
         if found.reference_start != start:
@@ -29,13 +31,13 @@ def adjustments(job: Job, request: Request) -> Iterator[str]:
             yield f"clip {found.loop} continues from {used}, not {start}"
 
 
-def _same(asked: ReferencePlacement, found: ReferencePlacement, count: int) -> bool:
-    """Whether `found` may be what became of a placement that names one of `count` references (or an earlier clip)."""
+def _may_be_resolved(asked: ReferencePlacement, found: ReferencePlacement, count: int) -> bool:
+    """Whether `found` may be the resolved form of `asked`, in a prompt of `count` references."""
     total = count + asked.loop
     return (asked.loop, asked.reference % max(total, 1), asked.edit) == (found.loop, found.reference, found.edit)
 
 
-def _moved(asked: ReferencePlacement, found: ReferencePlacement, job: Job, request: Request) -> Iterator[str]:
+def _placement_notes(asked: ReferencePlacement, found: ReferencePlacement, job: Job, request: Request) -> Iterator[str]:
     frames = len(job.timelines[request][0].edit)
     start = asked.target_start % frames
     if start != found.target_start:

@@ -16,7 +16,7 @@ GIB = 2**30
 
 
 def clips(job: Job, requests: Sequence[Request], num_frames: int) -> Iterator[str]:
-    """What each request generates, `num_frames` frames in all, and the frames that its clips are given."""
+    """What each request generates, `num_frames` frames in all, and the conditioning of its clips."""
     height, width = job.frame_size
     kind = "image" if num_frames == 1 else f"{num_frames} frames at {job.settings.output_fps:g} fps"
     for request in requests:
@@ -37,8 +37,8 @@ def costs(stages: Sequence[Stage], spans: Sequence[Span]) -> Iterator[str]:
         yield f"{stage.name:<12}{gib(stage.weights):>10}{gib(stage.cost.peak):>10}{duration([span]):>20}"
 
 
-def _describe(clip: ClipConditioning, given: Sequence[str]) -> Iterator[str]:
-    """A line for each run of latent frames of a clip that are treated alike; `given` names its references."""
+def _describe(clip: ClipConditioning, references: Sequence[str]) -> Iterator[str]:
+    """One line for each range of latent frames with the same treatment; `references` are their names."""
 
     def kind(frame: int) -> tuple[str, Any, Any]:
         edit, source = clip.edit[frame], clip.sources[frame]
@@ -51,10 +51,10 @@ def _describe(clip: ClipConditioning, given: Sequence[str]) -> Iterator[str]:
         frames = list(run)
         line = f"{_frames(frames[0], frames[-1])} {what}"
         if reference is not None:
-            of = _frames(frames[0] + shift, frames[-1] + shift)
-            known = len(given)
-            name = given[reference] if reference < known else f"clip {reference - known}"
-            line += f": {of} of {name}"
+            source_frames = _frames(frames[0] + shift, frames[-1] + shift)
+            num_references = len(references)
+            name = references[reference] if reference < num_references else f"clip {reference - num_references}"
+            line += f": {source_frames} of {name}"
         yield line
 
 

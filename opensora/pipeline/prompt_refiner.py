@@ -26,7 +26,7 @@ logger = logging.getLogger("opensora")
 SECONDS = 30.0  # for a whole answer
 PAUSE = 1.0  # before the second attempt
 MAX_BYTES = 10**6
-MAX_CHARACTERS = 10_000  # of its text, about ten times what the instruction asks for
+MAX_CHARACTERS = 10_000  # of an answer, about ten times what the instruction asks for
 INSTRUCTION = (
     "You write prompts for a model that turns text into video. Rewrite the text of the user as one detailed paragraph "
     "in English, of at most 120 words. Describe the subject, what it does, the setting, the light and the camera. Keep "
@@ -65,7 +65,7 @@ def endpoint(settings: InferenceSettings) -> tuple[SplitResult, str, str]:
 
 
 def refine_texts(texts: Iterable[str], where: tuple[SplitResult, str, str]) -> dict[str, str]:
-    """Maps each text to its refined one, or to itself after a failure, with a warning. Each text is sent once.
+    """Maps each text to the refined text, or to itself (with a warning) after a failure. Each text is sent once.
 
     After a failed connection the remaining texts are not sent.
     """
@@ -78,7 +78,7 @@ def refine_texts(texts: Iterable[str], where: tuple[SplitResult, str, str]) -> d
             logger.info("refined       %s", refined[text])
         except _Unusable as error:
             logger.warning("prompt %r stays unchanged: the language model's %s", text, error)
-        except (OSError, HTTPException, ValueError) as error:  # the last from names that no host can have
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: an invalid host name
             reason = getattr(error, "strerror", None) or type(error).__name__
             logger.warning("prompts from %r on stay unchanged: the language model cannot be reached (%s)", text, reason)
             break

@@ -1,6 +1,6 @@
-"""Prompts from a file or the command line to the text encoder.
+"""Parses prompts and prepares them for the text encoder.
 
-A prompt may give several texts, `|0|a sunny day|2|a rainy day`: each is used from its loop on. It may end in a JSON
+A prompt may give several texts, `|0|a sunny day|2|a rainy day`: each applies from its loop on. It may end in a JSON
 object, `a wave.{"reference_path": "wave.png", "mask_strategy": "0"}`. `read_prompt` takes all steps: it splits off the
 JSON (`split_json`), prepares each text (`prepare`: refine, append scores, clean) and picks one for each loop
 (`text_of_loop`).
@@ -31,7 +31,7 @@ MAX_PROMPT = 20_000  # characters of a prompt, with all its texts and its JSON
 MAX_TEXT = 5_000  # characters of one text: several times what any text encoder reads
 MAX_BRACES = 100  # `{` in a prompt
 MAX_FILE_BYTES, MAX_LINES = 64 * 2**20, 100_000  # of a prompt file
-MAX_LOOP = 1_000_000  # that a text may begin at
+MAX_LOOP = 1_000_000  # largest loop number in a prompt
 
 
 class PromptJson(Schema):
@@ -45,7 +45,7 @@ JSON_KEYS = tuple(PromptJson.model_fields)
 
 
 class PreparedPrompt(NamedTuple):
-    """A prompt as the models take it."""
+    """A parsed prompt."""
 
     loop_texts: tuple[str, ...]  # what the text encoder reads in each loop
     conditions: dict[str, str]  # the `PromptJson` fields that the prompt gives
@@ -130,7 +130,7 @@ def check_length(prompt: str) -> None:
 
 
 def split_json(prompt: str) -> tuple[str, dict[str, str]]:
-    """Splits the last JSON object off a prompt: (the text around it, unstripped, and the object, {} without a `{`).
+    """Splits the last JSON object off a prompt: (the rest of the prompt, the object or {}).
 
     Raises ConfigError for an object that is nested in another brace, no JSON, or no `PromptJson`.
     """
@@ -143,7 +143,7 @@ def split_json(prompt: str) -> tuple[str, dict[str, str]]:
     found, position = None, prompt.find("{")
     while position >= 0:
         try:
-            _, end = _EXTENT.raw_decode(prompt, position)
+            _, end = _OBJECT_DECODER.raw_decode(prompt, position)
             found = (position, end)
         except json.JSONDecodeError:
             end = position + 1
@@ -159,16 +159,16 @@ def split_json(prompt: str) -> tuple[str, dict[str, str]]:
     return prompt[:start] + prompt[end:], info.model_dump(exclude_unset=True)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object of these pairs. Raises ConfigError for a duplicate key."""
-    twice = {key for position, (key, _) in enumerate(pairs) if key in dict(pairs[:position])}
-    if twice:
-        raise ConfigError(f"the JSON of a prompt gives {shown(min(twice))} twice; give each key once")
+    duplicates = {key for position, (key, _) in enumerate(pairs) if key in dict(pairs[:position])}
+    if duplicates:
+        raise ConfigError(f"the JSON of a prompt gives {shown(min(duplicates))} twice; give each key once")
     return dict(pairs)
 
 
 # Finds the end of an object. Numbers stay text: converting one of a million digits takes minutes.
-_EXTENT = json.JSONDecoder(parse_int=str, parse_float=str, object_pairs_hook=_once)
+_OBJECT_DECODER = json.JSONDecoder(parse_int=str, parse_float=str, object_pairs_hook=_unique_keys)
 
 
 def split_segments(prompt: str) -> tuple[list[str], list[int] | None]:
@@ -209,7 +209,7 @@ def merge_segments(texts: Sequence[str], loops: Sequence[int] | None) -> str:
 
 
 def text_of_loop(prompt: str, loop: int) -> str:
-    """The text of a loop, counted from 0: the first one whose successor begins later."""
+    """The text of a loop, counted from 0: the first text whose next one begins after it."""
     texts, loops = _segments(prompt)
     following = (loops or [])[1:]
     return next((text for text, begin in zip(texts, following, strict=False) if begin > loop), texts[-1])

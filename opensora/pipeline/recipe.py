@@ -1,7 +1,7 @@
 """Recipes: everything needed to generate an output again, stored in its metadata and in a JSON file beside it.
 
-Recipes come from strangers, so that a recipe decides only the settings in `DECIDED`. The caller alone decides network
-access, API keys and output paths.
+Recipes are untrusted: a recipe sets only the settings in `RECIPE_SETTINGS`. The caller alone sets network access, API
+keys and output paths.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ KEY = "opensora_recipe"  # of the metadata of the mp4 or png
 TOKENIZER = "tokenizer"  # its entry among the hashes of the weights; older recipes have none
 Recipe = dict[str, Any]
 
-# Settings that a recipe or draft decides: the content of the frames and how they are computed. All others have their
+# Settings that a recipe or draft may set: the content of the frames and how they are computed. All others keep their
 # defaults, whatever the file says.
-DECIDED = frozenset((
+RECIPE_SETTINGS = frozenset((
     "model", "vae", "text_encoder", "scheduler", "dtype", "cpu_dtype", "linear", "attention", "device", "memory",
     "compile", "graphs", "guidance_ranks", "batch_size", "seed", "prompt", "negative_prompt", "refined", "aes", "flow",
     "camera_motion",
@@ -40,13 +40,13 @@ DECIDED = frozenset((
     "watermark", "preview", "verbose", "steps_until", "draft", "cache", "max_error", "cache_threshold", "cache_prompts",
     "cache_table", "guidance_interval",
 ))  # fmt: skip
-USERS = frozenset((
+USER_SETTINGS = frozenset((
     "save_dir", "sample_name", "output", "overwrite", "prompt_as_path", "prompt_path", "start_index", "end_index",
     "outputs", "offline", "allow_downloads", "llm_refine", "llm_base_url", "llm_model", "prompt_generator",
     "image", "first_frame", "last_frame", "extend", "keep", "edit", "strength", "cache_psnr",
     "dataset", "num_workers", "perceptual_loss_weight", "kl_loss_weight",
 ))  # fmt: skip
-USERS_IN_SECTIONS = ("cache_dir", "local_files_only")  # the folder of downloads, and whether to download
+USER_SECTION_KEYS = ("cache_dir", "local_files_only")  # the folder of downloads, and whether to download
 
 MAX_MEDIA_BYTES = 2**40  # of an mp4 or png; only its metadata is read
 MAX_THREADS = 1024
@@ -95,8 +95,8 @@ def make_recipe(
     """The recipe of one output, without its pixels (`with_output` adds those).
 
     `encoded_prompts` holds the text given to the encoder, one per loop; `settings` every resolved setting, JSON-able;
-    `weights` a hash per component, `references` one per file or URL. The number of threads, which changes the last
-    bits of sums, is that of now.
+    `weights` a hash per component, `references` one per file or URL. The current number of threads is recorded,
+    since it changes the last bits of sums.
     """
     return {
         "format": FORMAT, "program": program(), "threads": torch.get_num_threads(), "prompt": prompt,
@@ -131,7 +131,7 @@ def read_recipe(path: str | Path) -> Recipe:
     path, text = Path(path), None
     if path.suffix.lower() != ".json":
         with open_bounded(path, MAX_MEDIA_BYTES):
-            pass  # a device or pipe is not even tried
+            pass  # raises for a device or pipe
         text, sidecar = read_metadata(path).get(KEY), path.with_suffix(".json")
         if text is None and not sidecar.is_file():
             raise MediaError(f"{path}: holds no recipe, nor is {sidecar.name} beside it; was it written by opensora?")
@@ -141,7 +141,7 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def check_recipe(recipe: Any, kind: type[DraftRecipe], where: str, error: type[OpenSoraError]) -> Recipe:
-    """Validates a recipe against `kind`, its settings aside, which `settings_of` checks. Raises `error`."""
+    """Validates a recipe against `kind`, except its settings, which `settings_of` checks. Raises `error`."""
     if not isinstance(recipe, dict) or "format" not in recipe:
         raise error(f"{where}: is not the recipe of an output")
     if check(Positive, recipe["format"], f"{where}: format", error) > FORMAT:
@@ -151,24 +151,24 @@ def check_recipe(recipe: Any, kind: type[DraftRecipe], where: str, error: type[O
 
 
 def settings_of(recipe: Recipe, where: str) -> InferenceSettings:
-    """The settings of a recipe: those in `DECIDED` from the file, all others at their defaults.
+    """The settings of a recipe: those in `RECIPE_SETTINGS` from the file, defaults for all others.
 
-    Raises ConfigError for an invalid setting, MediaError for a recipe that would ask the network; `where` opens both.
+    Raises ConfigError for an invalid setting, MediaError for one that needs the network; messages start with `where`.
     """
     fields = {one.name: one for one in dataclasses.fields(InferenceSettings)}
-    known = {name: value for name, value in recipe["settings"].items() if name in fields or name not in USERS}
+    known = {name: value for name, value in recipe["settings"].items() if name in fields or name not in USER_SETTINGS}
     stated = InferenceSettings.from_config(known, where)
     if recipe["sample_index"] >= stated.num_sample:
         problem = f"its recipe is of sample {recipe['sample_index']}, but makes {stated.num_sample} of the prompt"
         raise MediaError(f"{where}: {problem}")
-    users: dict[str, Any] = {name: field.default for name, field in fields.items() if name not in DECIDED}
+    users: dict[str, Any] = {name: field.default for name, field in fields.items() if name not in RECIPE_SETTINGS}
     if stated.llm_refine and stated.refined is None:
         problem = "it asks for prompts refined by a language model, but contains none"
         remedy = "a recipe cannot call a language model: generate again with --llm-refine True"
         raise MediaError(f"{where}: {problem}; {remedy}")
     sections: dict[str, Any] = {
-        name: _decided_in_section(value, f"{where}: {name}")
-        for name in DECIDED
+        name: _without_user_keys(value, f"{where}: {name}")
+        for name in RECIPE_SETTINGS
         if isinstance(value := getattr(stated, name), dict) and name not in ("refined", "cache_table")
     }
     for text in stated.reference_path or ():
@@ -177,11 +177,11 @@ def settings_of(recipe: Recipe, where: str) -> InferenceSettings:
     return dataclasses.replace(stated, **users, **sections)
 
 
-def _decided_in_section(section: dict[str, Any], where: str) -> dict[str, Any]:
-    kept = {name: value for name, value in section.items() if name not in USERS_IN_SECTIONS}
+def _without_user_keys(section: dict[str, Any], where: str) -> dict[str, Any]:
+    kept = {name: value for name, value in section.items() if name not in USER_SECTION_KEYS}
     for name, value in kept.items():
         if isinstance(value, dict):
-            kept[name] = _decided_in_section(value, f"{where}.{name}")
+            kept[name] = _without_user_keys(value, f"{where}.{name}")
         elif isinstance(value, str):
             _check_local(value, f"{where}.{name}")
     return kept

@@ -27,9 +27,11 @@ def _is_draft(path: str | Path) -> bool:
 def describe_output(path: str | Path) -> str:
     """The recipe of an output in at most 200 lines. Raises MediaError where there is none, WeightsError for a draft."""
     if _is_draft(path):
-        found = draft.load(path)
-        stand = f"draft: {found.state.step} of {found.state.num_steps} steps are done; opensora continue does the rest"
-        lines = [f"{path}: {stand}", *_lines(found.recipe)]
+        loaded = draft.load(path)
+        progress = (
+            f"draft: {loaded.state.step} of {loaded.state.num_steps} steps are done; opensora continue does the rest"
+        )
+        lines = [f"{path}: {progress}", *_lines(loaded.recipe)]
     else:
         lines = [f"{path}: made by opensora", *_lines(read_recipe(path))]
     more = [f"... and {len(lines) - MAX_LINES} lines more"] if len(lines) > MAX_LINES else []
@@ -44,9 +46,9 @@ def _lines(recipe: Recipe) -> Iterator[str]:
             continue
         if value:
             yield f"{name}:"
-        for key, below in value.items():
-            if below is not None:
-                yield f"  {str(key)[:MAX_VALUE]}: {_short(below)}"
+        for key, entry in value.items():
+            if entry is not None:
+                yield f"  {str(key)[:MAX_VALUE]}: {_short(entry)}"
 
 
 def _short(value: Any) -> str:

@@ -20,7 +20,7 @@ _IN_MEMORY = re.compile(r"memory:[0-9a-f]{16}")
 
 
 class Reference(NamedTuple):
-    """A source and which of its frames are taken: all, the `first` or `last` ones, or an image on `hold`."""
+    """A source and the frames to use: all, the `first` or `last` ones, or an image repeated (`hold`)."""
 
     source: str
     kind: str | None = None

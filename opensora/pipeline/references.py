@@ -14,7 +14,7 @@ from opensora.pipeline.in_memory_media import InMemoryMedia
 from opensora.pipeline.media_reader import MediaReader, max_frames
 from opensora.pipeline.reference_path import Reference, is_url, parse_references, split_references, urls
 
-MAX_CACHED_BYTES = 2**29  # of frames between their check and their use
+MAX_CACHED_BYTES = 2**29  # of decoded frames
 
 
 class References:
@@ -32,7 +32,7 @@ class References:
     def check(self, text: str | None) -> list[int | None]:
         """The number of frames of each reference of "a.png;b.mp4", None for a URL, which is not contacted.
 
-        Files are decoded to their end, so that what `read` would refuse is refused before long work. Raises what `read`
+        Files are decoded completely, so that unreadable files are reported before long work. Raises what `read`
         raises, and ConfigError for a URL if `offline`.
         """
         if self.offline and (found := urls(text)):
@@ -87,8 +87,8 @@ def read_reference(
     """An image (T = 1) or a video as float32 [3, T, H, W] in [-1, 1] at `size` (H, W); an animated image is a video.
 
     `cache` is the folder of downloads; `allow_private` permits URLs with private addresses. Raises ConfigError for a
-    URL that is refused, MediaError for a source that cannot be fetched or read: broken or empty media never count as no
-    reference.
+    URL that is refused, MediaError for a source that cannot be fetched or read: broken or empty media are
+    an error.
     """
     reference = Reference.parse(text)
     reader = MediaReader(cache=cache, allow_private=allow_private)

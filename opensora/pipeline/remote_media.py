@@ -1,4 +1,4 @@
-"""Downloads of reference images and videos from URLs of strangers.
+"""Downloads reference images and videos from untrusted URLs.
 
 Only http and https URLs with public addresses are fetched, within limits of size, time and redirects. A host name is
 resolved once, and the connection goes to the address that was checked. No proxy is used: it would resolve the name

@@ -1,7 +1,7 @@
-"""Outputs again: made from a recipe alone and compared, or a draft taken to its end.
+"""Generates an output again from its recipe and compares the two, or finishes a draft.
 
-Recipes and drafts come from anybody. What they decide is listed in `opensora.pipeline.recipe`; whom to
-ask and where to write is said by the caller. Nobody is asked for anything unless `allow_downloads`.
+Recipes and drafts are untrusted. `opensora.pipeline.recipe` lists the settings that they may set; the caller chooses
+download sources and output paths. Nothing is downloaded without `allow_downloads`.
 """
 
 from __future__ import annotations
@@ -25,18 +25,26 @@ from opensora.pipeline.frame_difference import FrameDifference, compare_frames
 from opensora.pipeline.job_spec import JobSpec
 from opensora.pipeline.outputs import Output
 from opensora.pipeline.pipeline import VideoPipeline
-from opensora.pipeline.recipe import DECIDED, TOKENIZER, USERS_IN_SECTIONS, Recipe, program, read_recipe, settings_of
+from opensora.pipeline.recipe import (
+    RECIPE_SETTINGS,
+    TOKENIZER,
+    USER_SECTION_KEYS,
+    Recipe,
+    program,
+    read_recipe,
+    settings_of,
+)
 from opensora.pipeline.reference_path import urls
 from opensora.pipeline.references import content_hashes
 from opensora.pipeline.request import PARTS
 
 logger = logging.getLogger("opensora")
 
-ITS_OWN = ("prompt", "reference_path", "mask_strategy")  # settings with an entry for each result
-# What the user may say anew when a draft goes on; nobody is asked for words again, which the draft holds.
-MAY_DIFFER = (
+PER_RESULT = ("prompt", "reference_path", "mask_strategy")  # settings with an entry for each result
+# Settings that may change when a draft is continued. Its prompts are already refined, so `llm_*` has no effect.
+CHANGEABLE = (
     "device", "offline", "allow_downloads", "verbose", "preview", "overwrite", "llm_refine", "llm_base_url",
-    "llm_model", *(f"{part}.{name}" for part in PARTS for name in ("from_pretrained", *USERS_IN_SECTIONS)),
+    "llm_model", *(f"{part}.{name}" for part in PARTS for name in ("from_pretrained", *USER_SECTION_KEYS)),
 )  # fmt: skip
 
 
@@ -54,10 +62,10 @@ def replay(
     file: str | Path, save_dir: str | Path, device: str | None = None,
     weights: Mapping[str, str | None] | None = None, allow_downloads: bool = False,
 ) -> Replay:  # fmt: skip
-    """Repeats the output `file` into `save_dir`, on as many threads.
+    """Repeats the output `file` into `save_dir`, with the recorded number of threads.
 
-    `weights` says where a part ("model", "vae", "text_encoder") lies now, if not where the recipe says. Addresses out
-    of the recipe (hub ids, URLs of references) are asked only with `allow_downloads`. Raises MediaError when the file
+    `weights` says where a part ("model", "vae", "text_encoder") lies now, if not where the recipe says. Hub ids and
+    URLs in the recipe are used only with `allow_downloads`. Raises MediaError when the file
     holds no usable recipe or a reference is no longer what it was, and what generation raises.
     """
     file, save_dir = Path(file), Path(save_dir)
@@ -73,7 +81,7 @@ def replay(
     changed |= {part: {**(getattr(settings, part) or {}), "from_pretrained": source} for part, source in given.items()}
     settings = dataclasses.replace(settings, **changed)
     _check_references(file, recipe, settings)
-    with _threads(recipe), _ways_out(settings):
+    with _threads(recipe), _suggest_flags(settings):
         pipeline = VideoPipeline(settings)
         output = next(pipeline.generate(JobSpec(settings, sample=recipe["sample_index"])))
     again = read_recipe(output.path)
@@ -85,14 +93,13 @@ def replay(
 
 
 def finish(
-    files: Iterable[str | Path], asked: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    files: Iterable[str | Path], update: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 ) -> Iterator[Output]:
-    """Takes drafts to their end, on as many threads: each output is what it would have been without a stop.
+    """Finishes drafts, with the recorded number of threads: each output is that of an uninterrupted run.
 
-    `asked` turns the settings of a draft, as a configuration, into those wanted now, which may differ in `MAY_DIFFER`
-    alone. Raises WeightsError for a file that is not a draft or is damaged, and where weights are others than then;
-    ConfigError where settings are, MediaError where references are, or where another result lies at its place; and what
-    generation raises.
+    `update` turns the settings of a draft, as a configuration, into those wanted now, which may differ only in
+    `CHANGEABLE`. Raises WeightsError for a file that is not a draft or is damaged, and for other weights; ConfigError
+    for other settings; MediaError for other references, or another result at its path; and what generation raises.
     """
     drafts = [load(file) for file in dict.fromkeys(map(Path, files))]
     by_path = {one.path: one.file for one in drafts}
@@ -102,19 +109,19 @@ def finish(
             raise ConfigError(f"{both}; move one of them into another folder")
     alike: dict[str, list[tuple[Draft, InferenceSettings]]] = {}
     for one in drafts:
-        settings = _settings_now(one, asked or dict)
+        settings = _settings_now(one, update or dict)
         _check_references(one.file, one.recipe, settings)
-        common = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ITS_OWN}
+        common = {name: value for name, value in dataclasses.asdict(settings).items() if name not in PER_RESULT}
         key = json.dumps([common, str(one.file.parent), one.recipe["weights"], one.recipe.get("threads")])
         alike.setdefault(key, []).append((one, settings))
     specs = [(group[0], *_spec(*zip(*group, strict=True))) for group in alike.values()]
     for (first, settings), pipeline, spec in specs:
-        with _threads(first.recipe), _ways_out(settings):
+        with _threads(first.recipe), _suggest_flags(settings):
             yield from pipeline.generate(spec)
 
 
 def _check_references(file: Path, recipe: Recipe, settings: InferenceSettings) -> None:
-    """Raises MediaError unless what a recipe's settings and prompt name is what it holds the hashes of."""
+    """Raises MediaError unless the references of a recipe have the recorded hashes."""
     stated = settings.reference_path[0] if settings.reference_path else None
     named = prompts.split_json(recipe["prompt"])[1].get("reference_path", stated)
     text = check(Text | None, named, f"{file}: reference_path", MediaError)
@@ -133,7 +140,7 @@ def _check_references(file: Path, recipe: Recipe, settings: InferenceSettings) -
 
 
 def _explanations(then: Recipe, now: Recipe) -> list[str]:
-    """What differs between the making of an output and its repetition."""
+    """The weights and versions that differ between two recipes."""
     found = []
     for part, sha256 in then["weights"].items():
         if now["weights"].get(part) != sha256:
@@ -154,16 +161,16 @@ def _other_versions(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     ]
 
 
-def _settings_now(draft: Draft, asked: Callable[[dict[str, Any]], dict[str, Any]]) -> InferenceSettings:
-    """The settings wanted now for what a draft was made with. Raises ConfigError where they mean something else."""
+def _settings_now(draft: Draft, update: Callable[[dict[str, Any]], dict[str, Any]]) -> InferenceSettings:
+    """The current settings for finishing a draft. Raises ConfigError if they would change the result."""
     then = settings_of(draft.recipe, f"{draft.file}")
     recorded = {name: value for name, value in dataclasses.asdict(then).items() if value is not None}
-    now = InferenceSettings.from_config(asked(recorded), f"{draft.file}")
+    now = InferenceSettings.from_config(update(recorded), f"{draft.file}")
     for name, was, value in differences(dataclasses.asdict(then), dataclasses.asdict(now)):
-        if name in MAY_DIFFER:
+        if name in CHANGEABLE:
             continue
         problem = f"{name} was {shown(was)} for the draft and is {shown(value)} now"
-        if name.partition(".")[0] not in DECIDED:
+        if name.partition(".")[0] not in RECIPE_SETTINGS:
             problem = f"{name} has no effect on a draft, whose result is saved beside it"
         raise ConfigError(f"{draft.file}: {problem}; remove it, or create the draft again")
     offline = now.offline or not now.allow_downloads
@@ -171,7 +178,7 @@ def _settings_now(draft: Draft, asked: Callable[[dict[str, Any]], dict[str, Any]
 
 
 def _spec(drafts: Sequence[Draft], settings: Sequence[InferenceSettings]) -> tuple[VideoPipeline, JobSpec]:
-    """The pipeline and the requests that finish drafts whose settings differ in `ITS_OWN` alone."""
+    """The pipeline and the requests that finish drafts whose settings differ in `PER_RESULT` alone."""
     changed: dict[str, Any] = {"prompt": [one.recipe["prompt"] for one in drafts], "num_sample": 1}
     for name in ("reference_path", "mask_strategy"):
         given = [getattr(one, name) for one in settings]
@@ -190,7 +197,7 @@ def _spec(drafts: Sequence[Draft], settings: Sequence[InferenceSettings]) -> tup
 
 
 def _is_result(media: Path, draft: Draft) -> bool:
-    """Whether a file is what became of a draft before."""
+    """Whether a file is the finished result of this draft."""
     try:
         found = read_recipe(media)
     except OpenSoraError:
@@ -210,8 +217,8 @@ def _threads(recipe: Recipe) -> Iterator[None]:
 
 
 @contextmanager
-def _ways_out(settings: InferenceSettings) -> Iterator[None]:
-    """Says of weights that cannot be had what else may be tried."""
+def _suggest_flags(settings: InferenceSettings) -> Iterator[None]:
+    """Adds the flags that may help to a WeightsError."""
     try:
         yield
     except WeightsError as error:

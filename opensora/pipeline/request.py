@@ -17,7 +17,7 @@ from opensora.pipeline.mask_strategy import parse_mask_strategy
 from opensora.pipeline.output_names import path_by_settings
 from opensora.pipeline.reference_path import urls
 
-SPATIAL_FACTOR = 8  # pixels along a side of what an autoencoder makes one latent pixel of
+SPATIAL_FACTOR = 8  # of the autoencoders: pixels per latent pixel along a side
 MAX_SIDE, MAX_FRAMES = 16_384, 100_000  # of a clip
 MAX_PIXELS = 2**33  # of all frames of a result: 24 GiB of levels
 MAX_LOOPS, MAX_RESULTS = 1_000, 100_000
@@ -27,7 +27,7 @@ NOT_YET = ("prompt_generator",)
 
 
 class Request(NamedTuple):
-    """One result to make."""
+    """One result to generate."""
 
     prompt: str  # as given
     loop_texts: tuple[str, ...]  # what the text encoder reads in each loop
@@ -111,7 +111,7 @@ def make_size(settings: InferenceSettings) -> Size:
     elif settings.resolution and settings.aspect_ratio:
         height, width = get_image_size(settings.resolution, settings.aspect_ratio)
     elif settings.resolution:
-        get_num_pixels(settings.resolution)  # a name that is unknown is told first
+        get_num_pixels(settings.resolution)  # raises for an unknown name first
         remedy = "give --aspect-ratio too: 9:16 for landscape, 16:9 for portrait, 1:1, ..."
         raise ConfigError(f"--resolution {settings.resolution} has no aspect ratio; {remedy}")
     elif settings.aspect_ratio:
@@ -151,7 +151,7 @@ def check_addresses(settings: InferenceSettings, requests: Sequence[Request]) ->
 def check_keeps_frames(
     settings: InferenceSettings, scheduler: Any, requests: Sequence[Request], media_given: bool
 ) -> None:
-    """Raises ConfigError when frames are given to a sampler or a model that cannot keep them."""
+    """Raises ConfigError if frames are to be kept, but the sampler or the model cannot."""
     if settings.loop == 1 and not media_given and not any(request.mask_strategy for request in requests):
         return
     if not scheduler.supports_edit:
@@ -163,11 +163,11 @@ def check_keeps_frames(
 
 
 def make_requests(settings: InferenceSettings) -> list[Request]:
-    """The results to make, in order. File numbers count from the first prompt of the list, whatever slice is made."""
+    """The results to make, in order. File numbers count from the first prompt of the list, also for a slice of it."""
     texts = settings.prompt or (prompts.load_prompts(settings.prompt_path) if settings.prompt_path else [])
     if (count := len(texts[settings.start_index : settings.end_index]) * settings.num_sample) > MAX_RESULTS:
         raise ConfigError(f"{shown(count)} results are requested, but the maximum is {MAX_RESULTS:,}; request fewer")
-    given = [_one_each(settings, name, len(texts)) for name in ("reference_path", "mask_strategy")]
+    given = [_per_prompt(settings, name, len(texts)) for name in ("reference_path", "mask_strategy")]
     rows = list(enumerate(zip(texts, *given, strict=True)))
     requests = []
     for index, (text, reference_path, mask_strategy) in rows[settings.start_index : settings.end_index]:
@@ -181,7 +181,7 @@ def make_requests(settings: InferenceSettings) -> list[Request]:
     return requests
 
 
-def _one_each(settings: InferenceSettings, name: str, count: int) -> Sequence[str | None]:
+def _per_prompt(settings: InferenceSettings, name: str, count: int) -> Sequence[str | None]:
     """One entry of a list setting for each of `count` prompts."""
     given = getattr(settings, name)
     if given and len(given) != count:

@@ -22,16 +22,16 @@ from opensora.pipeline.text_encoding import Texts, count_tokens
 from opensora.profiling import cost_model, memory_meter, speed_history
 from opensora.profiling.operation_counter import Cost
 
-T5_XXL = {"parameters": 4_762_310_656, "tokens": 300}  # what is assumed of a text encoder that is not here
-GENEROUS = 16  # tensors of a network's widest layer that are never held at once
+T5_XXL = {"parameters": 4_762_310_656, "tokens": 300}  # assumed for a text encoder whose files are not on this machine
+SAFETY_FACTOR = 16  # more tensors of a network's widest layer than it ever holds at once
 
 
 class Stage(NamedTuple):
-    """One stage of the work: what of the weights it adds, and what it costs."""
+    """One stage of a request: the weights that it loads, and its cost."""
 
     name: str
     weights: int
-    files: int  # bytes of the weight files that stay mapped beside it, or are read for it
+    files: int  # bytes of the weight files that it maps or reads
     copied: bool  # whether the weights are copies in another format than the files'
     cost: Cost
 
@@ -39,7 +39,7 @@ class Stage(NamedTuple):
 class ResourceEstimate:
     """The memory and cost of a job under each memory plan. The models need no weights and are left as they are.
 
-    again: the text encoder is read a second time, beside the other models
+    again: whether the text encoder is loaded a second time, beside the other models
     device, dtype: of the work and the weights, if not those of the models
     """
 
@@ -70,11 +70,11 @@ class ResourceEstimate:
         return next((plan for plan in plans if self.peak(plan) <= free), plans[-1])
 
     def peak(self, plan: MemoryPlan) -> int:
-        """Bytes at the peak: on a host in addition to those of the process now, elsewhere of the device alone."""
+        """Peak memory in bytes: on a CPU what the process needs in addition, else that of the device."""
         return self._peak_of(self.stages(plan), plan)
 
     def fits(self, plan: MemoryPlan, loaded: int = 0) -> bool:
-        """Whether a plan fits into free memory; True where nobody knows."""
+        """Whether a plan fits into free memory; True if that is unknown."""
         free = memory_meter.available_memory(self.models.device)
         return free is None or self.upper_bound() < (free + loaded) / 2 or self.peak(plan) <= free + loaded
 
@@ -101,13 +101,13 @@ class ResourceEstimate:
         return max(stage.cost.peak + weights.get(stage.name, text.weights) for stage in stages)
 
     def upper_bound(self) -> int:
-        """Bytes that the fast plan never exceeds, without counting operations: enough for small requests."""
+        """A quick upper bound in bytes for the fast plan: small requests need no exact count."""
         vae, model, job = self.components.vae, self.components.model, self.job
         clips = [(job.size.num_frames, *job.frame_size), *self._references()]
         pixels = max(frames * height * width for frames, height, width in clips)
         frames, height, width = self.latent_size
         tokens = 2 * job.batch_size * frames * (height + 1) * (width + 1)
-        work = GENEROUS * 4 * max(pixels * _widest(vae), tokens * _widest(model))
+        work = SAFETY_FACTOR * 4 * max(pixels * _widest(vae), tokens * _widest(model))
         weights = sum(4 * parameter.numel() for part in (vae, model) for parameter in part.parameters())
         return work + 3 * weights + 2 * self._text()[1].weights
 
@@ -147,7 +147,7 @@ class ResourceEstimate:
         return [self.job.timelines[request] for request in self.requests]
 
     def _references(self) -> list[tuple[int, int, int]]:
-        """The size of each given image and video, as it is encoded."""
+        """The size of each reference image and video, as it is encoded."""
         counts = (self.job.references.counts(one.reference_path) for one in self.requests)
         return [(frames, *self.job.frame_size) for found in counts for frames in found]
 
@@ -242,7 +242,7 @@ def _widest(model: Any) -> int:
 
 
 def _by_layers(encoder: Any, weights: int) -> int:
-    """Bytes of a text encoder on its device when one of its layers is there at a time."""
+    """Bytes of a text encoder that is loaded layer by layer."""
     if encoder is None:  # T5-XXL: a word's vector for each of its words, and the largest of its 24 layers
         return weights // 20
     if isinstance(encoder, ClassIds):
@@ -258,8 +258,8 @@ def _bytes(tensor: Any) -> int:
 def peak_on_host(stages: Sequence[Stage], again: bool = False) -> int:
     """Bytes that the stages add to a process at their peak.
 
-    Weights in the format of their files stay where the files are mapped. Others are copied while the file is mapped
-    beside them. What was freed is used again and not given back. `again`: texts are encoded once more at the end.
+    Weights in the format of their files stay memory-mapped; others are copied while the file is mapped. Freed memory is
+    reused, not returned. `again`: texts are encoded once more at the end.
     """
     text, *others = stages
     heap = highest = 0

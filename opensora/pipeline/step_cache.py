@@ -31,23 +31,25 @@ def from_settings(settings: InferenceSettings) -> Cache:
     return Cache(method, table if method == "table" else None, settings.cache_threshold, settings.guidance_interval)
 
 
-def try_choices(settings: InferenceSettings, device: torch.device, dtype: torch.dtype) -> None:
-    """Warns about each speed option that is slower on this device than the default; it is used all the same.
+def warn_slow_options(settings: InferenceSettings, device: torch.device, dtype: torch.dtype) -> None:
+    """Warns about each speed option that is slower on this device than the default; it is used nevertheless.
 
     Raises ConfigError for an option that the device does not support.
     """
     quantization.check(settings.linear, device, dtype)
     with torch.random.fork_rng(devices=[]):
         if settings.linear != "exact":
-            _tell("linear", settings.linear, trial.linear(settings.linear, device, dtype), "exact layers")
+            _warn_if_slower("linear", settings.linear, trial.linear(settings.linear, device, dtype), "exact layers")
         if dtype == torch.bfloat16 and settings.cpu_dtype == "bf16" and dtype != inference_dtype(device, "bf16"):
-            _tell("cpu-dtype", "bf16", trial.products(dtype, torch.float32, device), "fp32")
+            _warn_if_slower("cpu-dtype", "bf16", trial.products(dtype, torch.float32, device), "fp32")
         if settings.attention:
             switch = partial(use_attention, settings.attention, device)
-            _tell("attention", settings.attention, trial.attention(switch, device, dtype), "PyTorch's own attention")
+            _warn_if_slower(
+                "attention", settings.attention, trial.attention(switch, device, dtype), "PyTorch's own attention"
+            )
 
 
-def _tell(flag: str, choice: str, ratio: float, usual: str) -> None:
+def _warn_if_slower(flag: str, choice: str, ratio: float, usual: str) -> None:
     if ratio > trial.SLOWER:
         warning = "--%s %s takes %.1f times as long as %s here, by a moment's trial; remove it to be faster"
         logger.warning(warning, flag, choice, ratio, usual)
@@ -65,7 +67,7 @@ def calibration_prompts(settings: InferenceSettings) -> list[str]:
 
 
 def recipe_settings(settings: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
-    """The settings of a recipe, which repeats the result without a calibration."""
+    """The settings to record in a recipe, so that a replay needs no calibration."""
     settings = {**settings, "cache_psnr": False, "cache_prompts": None}
     if settings["cache"] != "auto":
         return settings

@@ -1,4 +1,4 @@
-"""Prompts as the conditioning of a model: token counts, encoding, and portions of requests whose texts are held."""
+"""Encodes prompts: token counts, encoding, and the split of requests into portions whose texts fit into memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from opensora.pipeline.job import Job
 from opensora.pipeline.loaded_models import LoadedModels
 from opensora.pipeline.request import Request
 
-HELD_TEXTS = 256  # encoded texts in memory at once: up to 2.5 MB each of T5-XXL
+HELD_TEXTS = 256  # encoded texts in memory at once; T5-XXL: up to 2.5 MB each
 
 Texts = dict[str, Tensor]  # text -> features [1, 1, L, C] at its real length, or a class [1]
 
@@ -21,32 +21,32 @@ Texts = dict[str, Tensor]  # text -> features [1, 1, L, C] at its real length, o
 def encode_texts(models: LoadedModels, job: Job, texts: Sequence[str]) -> Texts:
     """The conditioning of each text and of the job's negative prompt, on the device of the models."""
     encoder = models.load_text_encoder()
-    once = list(dict.fromkeys(texts if job.negative_text is None else [*texts, job.negative_text]))
+    unique = list(dict.fromkeys(texts if job.negative_text is None else [*texts, job.negative_text]))
     each = isinstance(encoder, T5Encoder)
-    values = encoder.encode_each(once) if each else [encoder.encode([text])[0] for text in once]
+    values = encoder.encode_each(unique) if each else [encoder.encode([text])[0] for text in unique]
     on_device = (value.to(models.device) for value in values)
     return {
         text: value.to(models.dtype) if value.is_floating_point() else value
-        for text, value in zip(once, on_device, strict=True)
+        for text, value in zip(unique, on_device, strict=True)
     }
 
 
 def portions(job: Job, requests: Sequence[Request]) -> list[list[Request]]:
     """The requests in order, in lists of at most `HELD_TEXTS` texts each, or of one request."""
-    found: list[list[Request]] = []
+    result: list[list[Request]] = []
     held: set[str] = set()
     for one in requests:
         texts = set(job.texts(one))
-        if not found or len(held | texts) > HELD_TEXTS:
-            found.append([])
+        if not result or len(held | texts) > HELD_TEXTS:
+            result.append([])
             held = set()
-        found[-1].append(one)
+        result[-1].append(one)
         held |= texts
-    return found
+    return result
 
 
 def count_tokens(encoder: Any, text: str) -> int:
-    """The number of features of a text; no weights are needed. Raises ConfigError for a text that is no class."""
+    """The number of tokens of a text; needs no weights. Raises ConfigError for a text that is not a class."""
     if isinstance(encoder, T5Encoder):
         return min(len(encoder.tokenizer.encode(text)), encoder.model_max_length)
     if isinstance(encoder, ClassIds):

@@ -49,13 +49,16 @@ class Video:
         elif output_type == "pil":
             frames = _images(pixels)
         elif output_type == "latent":
-            frames, pixels = latents.clone(), np.empty((0, 0, 0, 3), np.uint8)  # clone: a tensor that allows autograd
+            frames, pixels = (
+                latents.clone(),
+                np.empty((0, 0, 0, 3), np.uint8),
+            )  # a normal tensor, not an inference-mode one
         return cls(frames, fps, recipe, pixels)
 
     def save(self, path: str | Path) -> Path:
-        """Writes .mp4 or .gif (.png for one frame), and its recipe beside it as .json, all or nothing.
+        """Writes .mp4 or .gif (.png for one frame), and its recipe beside it as .json, both or neither.
 
-        The .mp4 or .png holds the recipe too. What lies there is replaced. Raises MediaError.
+        The .mp4 or .png holds the recipe too. Existing files are replaced. Raises MediaError.
         """
         if not len(self.pixels):
             raise MediaError(f"{path}: latents cannot be saved as a video; remove output_type='latent'")

@@ -1,8 +1,8 @@
 """The training loop of autoencoders and diffusion models, on one rank or many.
 
-Each step: data -> TrainStep (encode, loss, backward pass, optimizer step) -> log -> callbacks -> checkpoint. Everything
-random in a step comes from generators keyed by (seed, step, batch of the step), and its data is a function of the
-position. A run therefore resumes anywhere and repeats the uninterrupted one bit for bit.
+Each step: data -> TrainStep (encode, loss, backward pass, optimizer step) -> log -> callbacks -> checkpoint. All
+randomness of a step comes from generators seeded by (seed, step, batch of the step), and its data depends only on the
+position. So a run can resume at any step and matches the uninterrupted run bit for bit.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ Callback = Callable[["Trainer"], None]
 class Trainer:
     """Trains `model`, already parallelized, on `loss(batch, generator)`, as the settings say.
 
-    loader: batches of this rank; a number means batches that are just the number of the step, so many an epoch. Batches
-        with `names` and a `weight` know their samples; a step needs at least one sample on some rank.
+    loader: batches of this rank; a number instead gives that many batches an epoch, each just its index. Batches with
+        `names` and a `weight` may lack samples; a step needs at least one sample on some rank.
     config: config.json of the checkpoints; that of the model by default
-    fingerprint: what decides the numbers of the run, by name; a resumed run must have the same
+    fingerprint: name -> value of all that affects the results of the run; a resumed run must have the same
     encode: turns a batch of the loader into what `loss` takes, on the device
     cost: (clips, tokens, FLOPs) of an encoded batch, for the log
-    history: records the data in the folder of the run
+    history: records the data that the run has used, in its folder
     callbacks: called after every step; those that read weights call `finish_pending` first
     deferred_check: see `Optimization`
     """
@@ -100,7 +100,7 @@ class Trainer:
 
         opened = run_on_main(open_on_main, self.layout)
         self.folder, self.run_id, self.keep = opened.folder, opened.run.run, opened.run.keep_checkpoints
-        self.resumed_from: Path | None = None  # the folder of the run that this one continues
+        self.resumed_from: Path | None = None  # the folder of the resumed run
         if opened.checkpoint is None:
             return
         running_states = self.checkpoints.load(opened.checkpoint)  # verified by the main rank
@@ -122,13 +122,13 @@ class Trainer:
             self.optimization.guard.load_state_dict(states.guard.model_dump())
 
     def _schedule_from(self, states: RunningStates) -> Schedule:
-        """The steps from a saved position on; if the epoch has become shorter, from its end on."""
+        """The schedule from a saved position on; from the end of the epoch if that has become shorter."""
         index = states.step * self.batches_per_step if states.index is None else states.index
         position = DataPosition(states.epoch, min(index, self.loader.source.count(states.epoch)))
         return Schedule(self.settings, self.loader.source, self.batches_per_step, states.global_step, position)
 
     def _changes_since(self, checkpoint: Path) -> list[str]:
-        """What makes the run another one than that of a checkpoint, in words."""
+        """Descriptions of the settings and data that changed since a checkpoint."""
         states = read_running_states(checkpoint)
         if states.fingerprint is None:
             return []
@@ -208,7 +208,7 @@ class Trainer:
             raise OpenSoraError("no sample of a whole epoch could be read; check the files of the table")
 
     def finish_pending(self) -> None:
-        """Waits until the weights are those after the last step."""
+        """Waits until the last step has updated the weights."""
         self.train_step.finish_pending()
 
     def _call_callbacks(self) -> None:
@@ -229,7 +229,7 @@ class Trainer:
             "fingerprint": {**self.fingerprint, **self.schedule.fingerprint()},
             "guard": self.optimization.guard.state_dict(),
         }  # fmt: skip
-        if losses:  # replaced by their means over the ranks, as in a run that resumes here
+        if losses:  # averaged over the ranks, as a run that resumes here has them
             self.train_step.losses = list(all_reduce_mean(torch.stack(losses), self.layout))
             states["losses"] = torch.stack(self.train_step.losses).tolist()
         return self.checkpoints.save(self.folder, self.config, states, self.keep, self.run_id)
@@ -243,7 +243,7 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        """The number of steps of the whole run, without those known to have no samples."""
+        """The number of steps of the whole run, without steps known to have no samples."""
         return self.schedule.total_steps
 
     @property
@@ -269,7 +269,7 @@ class Trainer:
         return tqdm(total=steps, initial=self.step, unit="step", mininterval=5, disable=hidden)
 
     def _log(self, grad_norm: Tensor) -> float:
-        """Logs the mean loss since the last line, and returns it: NaN if no step was good."""
+        """Logs and returns the mean loss since the last log line; NaN if the guard rejected all steps."""
         self.finish_pending()
         losses, self.train_step.losses = self.train_step.losses, []
         loss = all_reduce_mean(torch.stack(losses), self.layout).mean().item() if losses else math.nan
