@@ -293,7 +293,7 @@ def test_what_was_made_before_stays(here, capsys, monkeypatch):
 def test_weights_that_make_nan(here, capsys, hub_cache):
     folder = change_model(hub_cache, here / "weights", final_layer__linear__bias=torch.full((32,), float("nan")))
     error = refused(capsys, *SMALL, "--prompt", "x", "--ckpt-path", folder)
-    assert "no finite numbers (NaN, infinity) in final_layer.linear.bias" in error
+    assert "non-finite values (NaN, infinity) in final_layer.linear.bias" in error
 
 
 def test_more_than_fits_into_memory(capsys, monkeypatch):

@@ -253,8 +253,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "long_side.png": (lambda p: png_claiming(p, 1, 8193), "1x8193 pixels, over the limit of 8192"),
     "wide.mp4": (lambda p: video(p, np.zeros((1, 16, 8208, 3), np.uint8)), "16x8208 pixels, over the limit of 8192"),
     "two_sizes.ts": (two_sizes, "differ in size"),
-    "floats.tif": (lambda p: deep(p, np.float32, 1), "32-bit levels"),
-    "deep.tif": (lambda p: deep(p, np.int32, 1), "32-bit levels"),
+    "floats.tif": (lambda p: deep(p, np.float32, 1), "32-bit pixels"),
+    "deep.tif": (lambda p: deep(p, np.int32, 1), "32-bit pixels"),
     "f" * 400 + ".png": (lambda p: None, "no such file"),
     "nul\0.png": (lambda p: None, "no such file"),
 }

@@ -139,9 +139,9 @@ def test_what_people_type(made: list[InferenceSettings], argv: list[str], change
         (["--size", "640x480x3"], "write width x height"),
         (["--size", "-64x64"], "write width x height"),
         (["--size", "9" * 5000 + "x1"], "write width x height"),
-        (["--size", "64x64", "--image-size", "64", "64"], "--size says the size, and so does another flag"),
-        (["--size", "64x64", "--width", "64", "--height", "64"], "--size says the size, and so does another"),
-        (["--width", "64", "--height", "64", "--image-size", "64", "64"], "--width says the size, and so does"),
+        (["--size", "64x64", "--image-size", "64", "64"], "--size sets the size, and so does another flag"),
+        (["--size", "64x64", "--width", "64", "--height", "64"], "--size sets the size, and so does another"),
+        (["--width", "64", "--height", "64", "--image-size", "64", "64"], "--width sets the size, and so does"),
     ],
 )
 def test_a_size_is_said_once_and_whole(capsys: pytest.CaptureFixture, argv: list[str], problem: str) -> None:

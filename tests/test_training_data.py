@@ -378,7 +378,7 @@ class TestRefused:
             (dict(mask_ratios={"rondom": 0.5}), "unknown type 'rondom'"),
             (dict(discriminator=dict(type="D")), "discriminator is not supported"),
             (dict(dataset=dict(type="VideoTextDataset")), "data_path is not set"),
-            (dict(vae=None), "needs a section vae"),
+            (dict(vae=None), "has no vae; add vae = dict"),
             (dict(load_text_features=True), "a table gives videos and captions, no encoded features"),
             (dict(dataset=dict(type="EncodedDataset")), "give a folder of encoded features with --data-path"),
             (dict(sp_size=2), "sp_size 2 does not divide the number of ranks"),

@@ -148,18 +148,26 @@ class TextTransformer(PatchTransformer):
         """All blocks, in the order in which tokens pass through them."""
         return list(self.blocks)
 
+    def token_mask(self, x_mask: Tensor | None, num_frames: int) -> Tensor | None:
+        """The mask [B, T'] of frames of tokens, of a mask of these or of `num_frames` latent frames.
+
+        Tokens of several latent frames are given (False) if all of these are.
+        """
+        patch = self.patch_size[0]
+        if x_mask is None or patch == 1 or x_mask.shape[1] != num_frames:
+            return x_mask
+        return nn.functional.pad(x_mask, (0, -num_frames % patch)).unflatten(1, (-1, patch)).any(dim=2)
+
     def modulation(self, timestep: Tensor, size: Tensor | float, x_mask: Tensor | None) -> Modulation:
         """The modulation of every frame, chosen here once: given frames (x_mask False) are at timestep 0.
 
-        timestep [B or 1]; `size` [B or 1, C] (or 0) is added to its embedding; x_mask [B, T] bool of latent frames, or
-        None if no frame is given. A patch of several frames is given if all of them are.
+        timestep [B or 1]; `size` [B or 1, C] (or 0) is added to its embedding; x_mask [B, T'] bool, or None if no frame
+        is given.
         """
         t = self.t_embedder(timestep) + size
         generated = self.rows(self.t_block, t)
         if x_mask is None:
             return Modulation(generated, t, None, generated)
-        if self.patch_size[0] > 1:
-            x_mask = x_mask.unflatten(1, (-1, self.patch_size[0])).any(dim=2)
         t0 = self.t_embedder(torch.zeros_like(timestep)) + size
         blocks = torch.where(x_mask[..., None, None], generated, self.rows(self.t_block, t0))
         return Modulation(blocks, t, Frames(t0, x_mask), generated)

@@ -76,6 +76,7 @@ class STDiT(FixedPositions, TextTransformer):
     ) -> Tensor:  # fmt: skip
         """Noise and variance of x [B, C, T, H, W]: [B, C_out, T, H, W] float32; arguments as for STDiT3."""
         static = self.static_or_prepared(x.shape, static, y=y, mask=mask)
+        x_mask = self.token_mask(x_mask, x.shape[2])
         modulation = self.modulation(timestep, static.size, x_mask)
         tokens = self.tokens(x) + self.pos_embed.to(self.dtype)[:, None]
         for index, (block, text) in enumerate(zip(self.blocks, static.text, strict=True)):

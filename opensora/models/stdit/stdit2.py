@@ -83,6 +83,7 @@ class STDiT2(TextTransformer):
         """
         sizes = {"num_frames": num_frames, "height": height, "width": width, "ar": ar, "fps": fps}
         static = self.static_or_prepared(x.shape, static, y=y, mask=mask, **sizes)
+        x_mask = self.token_mask(x_mask, x.shape[2])
         modulation = self.modulation(timestep, static.size, x_mask)
         temporal = self.rows(self.t_block_temp, self.t_embedder(timestep) + static.length)
         if x_mask is not None:

@@ -74,13 +74,15 @@ class STDiT3(TextTransformer):
     ) -> Tensor:  # fmt: skip
         """Velocity (and variance) of x: [B, C_out, T, H, W] float32.
 
-        x [B, C, T, H, W] latents; timestep [B or 1] in 0..1000; x_mask [B, T'] bool, False frames are given and
-        modulated at timestep 0; y [B, 1, L, C_text] text features (packed [1, sum, C] with skip_y_embedder); mask
-        [b, L], 1 for real text tokens (or the lengths [b]); fps, height, width [b] in frames per second and pixels.
+        x [B, C, T, H, W] latents; timestep [B or 1] in 0..1000; x_mask [B, T or T'] bool of latent frames or frames of
+        tokens, False frames are given and modulated at timestep 0; y [B, 1, L, C_text] text features (packed
+        [1, sum, C] with skip_y_embedder); mask [b, L], 1 for real text tokens (or the lengths [b]); fps, height, width
+        [b] in frames per second and pixels.
         Rows b < B are tiled. `static`, which `prepare` makes, replaces all from y on. Other size arguments of the
         family (num_frames, ar) are accepted and have no effect.
         """
         static = self.static_or_prepared(x.shape, static, y=y, mask=mask, fps=fps, height=height, width=width)
+        x_mask = self.token_mask(x_mask, x.shape[2])
         modulation = self.modulation(timestep, static.size, x_mask)
         tokens = self.x_embedder(x.to(self.dtype)) + static.positions
         rotation = rotation_table(self.rope.freqs, tokens.shape[1])

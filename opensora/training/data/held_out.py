@@ -31,6 +31,6 @@ def encode_held_out(
         unreadable += batch["unreadable"]
         own |= {name} if batch["names"] else set()
     readable = set().union(*gather(own))
-    if unreadable := sorted({one.name for one in source.held_out} - readable):
-        logger.warning("no validation of %s: none of the clips held out for it can be read", ", ".join(unreadable))
+    if without := sorted({held.name for held in source.held_out} - readable):
+        logger.warning("no validation of %s: none of the clips held out for it can be read", ", ".join(without))
     return batches if readable else [], unreadable

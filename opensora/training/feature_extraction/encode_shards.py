@@ -27,8 +27,10 @@ def encode_texts(
     shards: Sequence[TextShard], table: Table, text_encoder: Any, writer: ShardWriter, show_progress: bool
 ) -> None:
     """Encodes and writes the captions of `shards`, without padding."""
+    if not shards:
+        return
     progress = progress_bar("texts", sum(len(shard.rows) for shard in shards), "text", show_progress)
-    assert table.text is not None
+    assert table.text is not None, "shards of texts are planned for tables with captions only"
     for shard in shards:
         captions = [table.text[row] for row in shard.rows.tolist()]
         encoded: dict[int, Tensor] = {}
