@@ -213,7 +213,7 @@ def test_a_slow_server_is_given_up(server, caplog, monkeypatch, answer):
     assert time.monotonic() - start < 1.2
     assert server.texts == ["a", "a"]
     (warning,) = warnings(caplog)
-    assert "prompts from 'a' on stay" in warning and "cannot be asked (no answer within 0 s)" in warning
+    assert "prompts from 'a' on stay" in warning and "cannot be reached (no answer within 0 s)" in warning
 
 
 def test_a_slow_server_may_recover(server, caplog, monkeypatch):
@@ -228,7 +228,7 @@ def test_nobody_answers(server, caplog):
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
         where = endpoint(dataclasses.replace(SETTINGS, llm_base_url=url))
         assert refine_texts(["a", "b"], where) == {"a": "a", "b": "b"}
-    assert len(warnings(caplog)) == 1 and "cannot be asked (Connection refused)" in warnings(caplog)[0]
+    assert len(warnings(caplog)) == 1 and "cannot be reached (Connection refused)" in warnings(caplog)[0]
     where = endpoint(dataclasses.replace(SETTINGS, llm_base_url="http://a..b/v1"))
     assert refine_texts(["a"], where) == {"a": "a"} and "cannot be reached" in warnings(caplog)[1]
     caplog.clear()

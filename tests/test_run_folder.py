@@ -218,7 +218,7 @@ class TestAuto:
         caplog.set_level(logging.INFO, "opensora")
         rest = trainer(tmp_path, load="auto", max_steps=12, **one)
         assert rest.step == 8 and rest.resumed_from == runs[1].folder.resolve()
-        assert "001-Linear-1/epoch2-global_step10/ema.pt: is not what was written" in caplog.text
+        assert "001-Linear-1/epoch2-global_step10/ema.pt: has changed" in caplog.text
         caplog.clear()
         assert trainer(tmp_path, load="auto", fingerprint={"lr": "0.3"}).step == 0
         assert "lr was 0.2 and is 0.3" in caplog.text and "no checkpoint below" in caplog.text
