@@ -135,7 +135,7 @@ def test_text_encoder(plan: str, machine: FakeMachine) -> None:
         model.load_state_dict(empty, assign=True)
         offload_blocks(model, DEVICE) if BY_NAME[plan].offload else to_device(model, DEVICE)
         ids = torch.zeros(1, 37, dtype=torch.int64, device=DEVICE)
-        features = model(ids, torch.ones_like(ids))
+        [features] = model([(ids, torch.ones_like(ids))])
         assert features.device == DEVICE and features.shape == (1, 37, 4096)
 
 
