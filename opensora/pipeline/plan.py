@@ -138,8 +138,9 @@ class Plan:
     def _smaller(self) -> Iterator[list[tuple[str, Changes]]]:
         """Flags and the settings that they change: smaller decoder batches, fewer frames, fewer pixels."""
         settings, size, steps = self.job.settings, self.job.size, self.grid[1:]
-        if "micro_batch_size" in settings.vae or settings.vae["type"] == "OpenSoraVAE_V1_2":
-            yield [("--cfg-options vae.micro_batch_size=1", {"vae": {**settings.vae, "micro_batch_size": 1}})]
+        vae = settings.section("vae")
+        if "micro_batch_size" in vae or vae["type"] == "OpenSoraVAE_V1_2":
+            yield [("--cfg-options vae.micro_batch_size=1", {"vae": {**vae, "micro_batch_size": 1}})]
         if settings.loop == 1:
             lengths = [count for count in reversed(self.near_lengths) if 1 < count < size.num_frames]
             yield [(f"--num-frames {count}", {"num_frames": count}) for count in lengths]
