@@ -263,3 +263,11 @@ def test_verbs_need_no_script() -> None:
     """The wheel has no scripts."""
     files = (Path(__file__).parents[1] / "opensora").rglob("*.py")
     assert not [file for file in files if re.search(r"^\s*(from|import) scripts\b", file.read_text(), re.MULTILINE)]
+
+
+def test_threads_sleep_while_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the user has said otherwise; OpenMP reads it when torch is imported."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert main(["models"]) == 0 and os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert main(["models"]) == 0 and os.environ["OMP_WAIT_POLICY"] == "PASSIVE"

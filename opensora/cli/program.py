@@ -29,6 +29,7 @@ def run_program(program: Callable[[], Any]) -> int:
 
     SIGTERM prints nothing: torchrun sends it to the other ranks when one fails.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads crawl on a busy machine
     with _safe_streams(), _logging():
         try:
             with handle_stop_signals():
