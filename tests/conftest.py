@@ -27,6 +27,11 @@ def hub_cache(filled_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return filled_cache
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of wrong inputs come first: stolen from the end of a worker's, they would start a second server."""
+    items.sort(key=lambda item: "wrong_inputs" not in item.nodeid)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_report_to_serializable() -> Iterator[Any]:
     """What a worker tells of a test, without the names that are not UTF-8, which it could not send."""

@@ -329,7 +329,7 @@ def test_interrupted_while_sampling(here, hub_cache, tmp_path_factory):
         assert process.exitcode == 130
     finally:
         process.kill()
-    assert told.read_text().splitlines()[-1] == "interrupted; nothing half-written was left"
+    assert told.read_text().count("interrupted; nothing half-written was left\n") == 1
     assert "Traceback" not in told.read_text() and tree(here) == {}
 
 

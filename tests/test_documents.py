@@ -133,7 +133,7 @@ VERB_OF = {
     "scripts/misc/search_bs.py": "search-bs",
     "scripts/misc/reproduce_embedded.py": None,  # tests/test_export.py runs its stages
     "scripts/misc/eval_embedded.py": None,
-    "torchrun -m opensora train": None,  # tests/test_wheel.py runs it
+    "torchrun -m opensora train": None,  # tests/test_training_ranks.py trains on two
     "torchrun scripts/train.py": None,
 }
 RUN_BY_PREPARED = {"train", "train-vae"}

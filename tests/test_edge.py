@@ -17,6 +17,7 @@ from opensora import cli
 from opensora.cli.program import run_program
 from opensora.distributed.ranks import ranks, world_size
 from opensora.errors import ConfigError, MediaError, WeightsError
+from tests.full import count
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = ["a\x1b[2Jb", "a\rb", "a\x07\x08b", "a\x9b31mb", "a\u202eb", "a\nerror: b", "a\udcffb", "a\x00b"]
@@ -31,7 +32,7 @@ def opensora(*argv: str, shell: str = "{}", stdout: int = subprocess.PIPE, **env
     )
 
 
-@pytest.mark.parametrize("argv", [("models",), ("--help",), ("generate", "--help-all"), ("--version",)])
+@pytest.mark.parametrize("argv", [("models",), ("--help",), ("generate", "--help-all"), ("--version",)][: count(2, 4)])
 def test_a_pipe_that_nobody_reads_is_quiet(argv: tuple[str, ...]) -> None:
     read, write = os.pipe()
     os.close(read)
@@ -43,7 +44,7 @@ def test_a_pipe_that_nobody_reads_is_quiet(argv: tuple[str, ...]) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
-@pytest.mark.parametrize("argv", [("models",), ("--help",), ("train", "--help")])
+@pytest.mark.parametrize("argv", [("models",), ("train", "--help"), ("--help",)][: count(1, 3)])
 def test_a_full_disk_is_told_in_one_line(argv: tuple[str, ...]) -> None:
     ended = opensora(*argv, shell="{} >/dev/full")
     assert ended.returncode == 1
@@ -51,7 +52,7 @@ def test_a_full_disk_is_told_in_one_line(argv: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("shell", ["{} >&-", "{} >&- 2>&-", "{} <&- >&- 2>&-", "{} 2>/dev/full >/dev/null"])
-@pytest.mark.parametrize(("argv", "status"), [(("models",), 0), (("inspect", "gone.mp4"), 1)])
+@pytest.mark.parametrize(("argv", "status"), [(("inspect", "gone.mp4"), 1), (("models",), 0)][: count(1, 2)])
 def test_streams_that_are_closed_end_in_no_traceback(shell: str, argv: tuple[str, ...], status: int) -> None:
     ended = opensora(*argv, shell=shell)
     assert ended.returncode == status and ended.stderr.count("\n") == (status if shell == "{} >&-" else 0)

@@ -352,11 +352,10 @@ def settings_of(**changes: Any) -> InferenceSettings:
 @pytest.mark.parametrize(
     "texts",
     [
-        ["a cat", "a dog", "a fox", "the sea", "a city"],
         ["a cat", "a cat", "a dog", "a cat", "the sea", "a dog"],
         ["|0|a cat|1|a dog", "a fox", "|0|one|1|two|2|three"],
     ],
-    ids=["unique", "repeated", "several texts each"],
+    ids=["repeated", "several texts each"],
 )
 def test_texts_are_encoded_in_portions(here, texts, monkeypatch):
     loop = 3 if "|" in texts[0] else 1

@@ -459,5 +459,5 @@ def test_blocks_of_the_document(here: Path, block: str) -> None:
         block = f'pipe = opensora.load("embedded", device="cpu")\n{block}'
     block = f"import opensora\n{block}"
     if "num_inference_steps" not in block:
-        block = block.replace("num_frames=17", "num_frames=17, steps=2")
+        block = re.sub(r"num_frames=\d+", r"\g<0>, steps=2", block)
     exec(compile(block, "docs/python.md", "exec"), namespace)

@@ -41,6 +41,7 @@ from opensora.training.batch_size_search.search import (
 from opensora.training.batch_size_search.search_model import LinearFit, ModelSearch
 from opensora.utils.config_utils import parse_search_args
 from tests.devices import Simulated, random_config
+from tests.full import count
 from tests.tiny import make_tiny_t5, make_tiny_vae
 
 SEEDS = 60
@@ -210,7 +211,7 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("grad_checkpoint", [False, True])
+@pytest.mark.parametrize("grad_checkpoint", [True, False][: count(1, 2)])
 def test_real_steps(grad_checkpoint: bool):
     """More samples take longer; the whole of a training step is computed, and leads nowhere."""
     taken = TrainingProbe(settings(grad_checkpoint=grad_checkpoint, active_steps=1))

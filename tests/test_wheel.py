@@ -192,6 +192,7 @@ def test_the_command_and_the_module_are_the_same_program(installed: Installed, p
     assert "embedded/inference/sample.py" in installed.run(*program, "models").stdout
 
 
+@pytest.mark.skipif(not FULL, reason="tests/test_parallel.py starts torchrun: set OPENSORA_FULL=1")
 def test_two_ranks_train(worked: Installed) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "opensora")
     train = ("train", "embedded/train/finetune", "--data-path", "videos.csv", "--outputs", "two")

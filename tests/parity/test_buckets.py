@@ -11,11 +11,12 @@ import pytest
 
 from opensora.datasets.bucket import Bucket, Buckets
 from opensora.errors import ConfigError
+from tests.full import count
 from tests.parity.cases import ROOT
 
 FACTS = json.loads((ROOT / "data" / "buckets.json").read_text())
 TABLES = FACTS["deterministic"] | FACTS["statistics"]["configs"]
-DRAWS = 20_000
+DRAWS = count(8_000, 20_000)
 SIGMAS = 4.5  # several hundred shares are compared
 
 

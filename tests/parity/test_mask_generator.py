@@ -18,7 +18,7 @@ from tests.parity.cases import ROOT, needed
 
 FACTS = json.loads((ROOT / "data" / "mask_generator.json").read_text())
 OLD = FACTS["v1.1.0"]
-DRAWS = count(2000, 4000)  # of each type
+DRAWS = count(1000, 4000)  # of each type
 SIGMAS = 4
 OURS = {"half_head", "interpolate"}  # the latter is quirk G1: only "intepolate" is known there
 
