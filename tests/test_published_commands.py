@@ -21,8 +21,8 @@ import pytest
 from opensora import registry
 from opensora.datasets.synthetic.render import make_clip
 from opensora.datasets.video import write_video
+from tests import fake_wandb, zoo
 from tests import test_documents as documents
-from tests import zoo
 from tests.checkpoints import use_cache
 
 ROOT = Path(__file__).parents[1]
@@ -150,6 +150,7 @@ def here(prepared: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     shutil.copytree(prepared, folder, symlinks=True)
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb)  # gone again after the test
     use_cache(hub, monkeypatch)
     monkeypatch.setenv("HF_HUB_CACHE", str(hub))  # of other processes
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
