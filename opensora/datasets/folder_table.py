@@ -6,7 +6,7 @@ import codecs
 import csv
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,11 +18,12 @@ from opensora.files import atomic_write, error_message, read_bytes
 
 log = logging.getLogger("opensora")
 
-OTHER_SUFFIXES = {
-    ".3gp", ".apng", ".asf", ".flv", ".gif", ".m2ts", ".m4v", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv",
-    ".avif", ".heic", ".heif", ".jxl",  # photo formats that are not supported; each is reported
-}  # fmt: skip
-SUFFIXES = {*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, *OTHER_SUFFIXES}
+VIDEOS = frozenset((
+    *VIDEO_SUFFIXES, ".3gp", ".apng", ".asf", ".flv", ".gif", ".m2ts", ".m4v", ".mpeg", ".mpg", ".mts", ".ogv", ".ts",
+    ".webm", ".wmv",
+))  # fmt: skip
+IMAGES = frozenset((*IMAGE_SUFFIXES, ".avif", ".heic", ".heif", ".jxl"))  # the last ones are reported as unsupported
+SUFFIXES = VIDEOS | IMAGES
 CAPTION = ".txt"
 CAPTIONS = ("names", "required")  # files without a caption: use their names, or raise an error
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -104,18 +105,19 @@ def make_table(folder: str | Path, target: str | Path, force: bool = False, capt
     return TableReport(len(rows), broken, sum(bool(row.text) for row in rows) - len(named), len(named))
 
 
-def find_media(folder: Path, problems: list[str] | None = None) -> list[Path]:
-    """The videos and images below a folder, by suffix, without hidden ones. Raises ConfigError if there are none.
+def find_media(folder: Path, problems: list[str] | None = None, suffixes: Collection[str] = SUFFIXES) -> list[Path]:
+    """The files below a folder with these suffixes, without hidden ones, sorted. Raises ConfigError if there are none.
 
     Appends a line to `problems` for each folder that is not searched and each broken link.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; name one that holds videos")
     files = sorted(_visible(folder, [] if problems is None else problems))
-    media = [file for file in files if file.suffix.lower() in SUFFIXES]
+    media = [file for file in files if file.suffix.lower() in suffixes]
     if not media:
-        known = ", ".join(sorted(SUFFIXES))
-        raise ConfigError(f"{folder}: holds no videos or images ({known}); name another folder, or convert them")
+        known = ", ".join(sorted(suffixes))
+        wanted = {VIDEOS: "videos", IMAGES: "images"}.get(frozenset(suffixes), "videos or images")
+        raise ConfigError(f"{folder}: holds no {wanted} ({known}); name another folder, or convert them")
     others = [file for file in files if file.suffix.lower() not in (*SUFFIXES, CAPTION)]
     if others:
         log.info("ignored because of their suffixes: %d, such as %s", len(others), others[0])

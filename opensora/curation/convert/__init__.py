@@ -1,0 +1,1 @@
+"""Data sets of other layouts as tables, and tables as WebDataset tars."""
