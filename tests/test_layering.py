@@ -72,6 +72,9 @@ EXCEPTIONS = {
     ("PIL", "scripts.misc.eval_embedded"): "writes captions into a picture",
     ("cv2", "opensora.curation.stages.camera"): "a robust fit; OpenCV comes with the extra data",
     ("cv2", "opensora.curation.stages.optical_flow"): "dense optical flow; OpenCV comes with the extra data",
+    ("PIL", "opensora.curation.footage.pictures"): "scales noise; no file is opened",
+    ("PIL", "opensora.curation.footage.shots"): "moves and writes on pictures; no file is opened",
+    ("PIL", "opensora.curation.footage.faults"): "scales frames; no file is opened",
     ("PIL", "opensora.training.tracking"): "tensorboard plays GIFs only; they are made in memory",
 }
 

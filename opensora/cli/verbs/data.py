@@ -124,6 +124,21 @@ def _curate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_footage(parser: Parser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="new folder for the videos, captions and truth.jsonl")
+    parser.add_argument("--scenes", type=int, default=40, metavar="N", help="scenes of all films together [40]")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed [0]")
+    parser.add_argument("--image-size", type=int, nargs=2, default=(144, 256), metavar=("H", "W"), help="[144 256]")
+
+
+def _footage(args: argparse.Namespace) -> int:
+    from opensora.curation.footage.folder import FootageSettings, write_footage
+
+    lines = write_footage(args.folder, FootageSettings(args.scenes, args.seed, *args.image_size))
+    print(f"{one_line(args.folder)}: {len(lines):,} videos and the truth about them in truth.jsonl")
+    return 0
+
+
 SUBVERBS = {
     **data_tables.VERBS,
     "curate": Verb(
@@ -134,6 +149,10 @@ SUBVERBS = {
         "filter, sort, merge, extend and convert tables",
         "opensora data edit videos.csv --info --fmin 17 --where 'height >= 240' --output clips.parquet",
         _add_edit, run_edit,
+    ),
+    "footage": Verb(
+        "render raw footage with known scenes, camera moves, texts, copies and faults, to try curation on",
+        "opensora data footage my-videos --scenes 40", _add_footage, _footage,
     ),
     "paths": Verb(
         "find the files of a table of ids",

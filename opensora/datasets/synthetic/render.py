@@ -113,12 +113,12 @@ def _render(scene: Scene, progress: np.ndarray, height: int, width: int) -> np.n
     x = np.arange(width) + 0.5 - (scene.start[0] + progress * scene.travel[0])
     y = np.arange(height)[:, None] + 0.5 - (scene.start[1] + progress * scene.travel[1])
     radius = scene.radius + progress * (scene.end_radius - scene.radius)
-    coverage = np.clip(0.5 - _distance(scene.shape, x, y, radius), 0, 1)[..., None]
+    coverage = np.clip(0.5 - signed_distance(scene.shape, x, y, radius), 0, 1)[..., None]
     colour, background = np.array(COLOURS[scene.colour]), np.array(BACKGROUNDS[scene.background])
     return np.round(background + coverage * (colour - background)).astype(np.uint8)
 
 
-def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
+def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
     """Signed distance in pixels to the outline (negative inside) of a shape that fits in `radius`."""
     if shape == "circle":
         return np.hypot(x, y) - radius

@@ -16,8 +16,8 @@ from opensora.files import atomic_write, error_message
 if TYPE_CHECKING:
     import torch
 
-# Quality of x264: 0 is lossless, 23 its default. Its macroblock tree makes the bytes depend on uninitialized memory.
-ENCODING = {"crf": "10", "mbtree": "0"}
+CRF = 10
+ENCODING = {"mbtree": "0"}  # x264's macroblock tree makes the bytes depend on uninitialized memory
 SMPTE170M = 6  # the color matrix of ITU-R BT.601, stored so that players need not guess
 
 
@@ -34,14 +34,16 @@ def to_uint8(video: torch.Tensor) -> np.ndarray:
     return frames
 
 
-def write_video(frames: np.ndarray, path: str | Path, fps: float, metadata: dict[str, str] | None = None) -> Path:
+def write_video(
+    frames: np.ndarray, path: str | Path, fps: float, metadata: dict[str, str] | None = None, crf: int = CRF
+) -> Path:
     """Writes frames uint8 [T, H, W, 3] atomically as H.264 yuv420p; equal input gives equal bytes. Returns the path.
 
-    Odd sides are padded by repeating the edge; `read_video` removes the padding. `fps` 0 means 24. Raises MediaError if
-    the file cannot be written.
+    Odd sides are padded by repeating the edge; `read_video` removes the padding. `fps` 0 means 24; `crf` is x264's
+    quality: 0 is lossless, 23 its default. Raises MediaError if the file cannot be written.
     """
     with atomic_write(path) as [temporary]:
-        encode_video(frames, temporary, fps, metadata)
+        encode_video(frames, temporary, fps, metadata, crf)
     return Path(path)
 
 
@@ -52,7 +54,9 @@ def write_image(frame: np.ndarray, path: str | Path, metadata: dict[str, str] | 
     return Path(path)
 
 
-def encode_video(frames: np.ndarray, path: Path, fps: float, metadata: dict[str, str] | None = None) -> None:
+def encode_video(
+    frames: np.ndarray, path: Path, fps: float, metadata: dict[str, str] | None = None, crf: int = CRF
+) -> None:
     """`write_video` without the atomic rename, for use inside `atomic_write`. Raises OSError."""
     import av
 
@@ -66,7 +70,7 @@ def encode_video(frames: np.ndarray, path: Path, fps: float, metadata: dict[str,
             if height % 2 or width % 2:
                 container.metadata[SIZE_KEY] = f"{height}x{width}"
                 frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-            stream = container.add_stream("libx264", rate=rate, options=ENCODING)
+            stream = container.add_stream("libx264", rate=rate, options={**ENCODING, "crf": str(crf)})
             stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
             stream.codec_context.colorspace = SMPTE170M
             stream.codec_context.thread_count = 1  # with more threads the bytes depend on the machine

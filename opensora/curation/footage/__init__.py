@@ -1,0 +1,1 @@
+"""Rendered footage with known truth: scenes, transitions, camera moves, texts, copies and faults, from a seed."""
