@@ -9,12 +9,14 @@ e4m3 are returned in bfloat16.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opensora.errors import ConfigError
+from opensora.models.layers.linear import AdaptableLinear
 
 MIN_ROWS = 32  # of an int8 product; some kernels need at least 17
 MIN_FEATURES = 128  # of a quantized layer, inputs and outputs
@@ -22,8 +24,11 @@ MULTIPLE = 16  # of its inputs and outputs, which the kernels require
 EXACT = ("embedder", "t_block", "final_layer", "adaLN")  # parts of names of layers that stay exact
 
 
-class EightBitLinear(nn.Module):
-    """x [..., in] -> [..., out] with the weights of `linear` in 8 bits; for inference."""
+class EightBitLinear(AdaptableLinear):
+    """x [..., in] -> [..., out] with the weights of `linear` in 8 bits, which stay as they are.
+
+    Where gradients are recorded, activations keep their type and gradients flow to x, so that adapters can be trained.
+    """
 
     largest: float  # magnitude of the 8-bit type
     weight: Tensor
@@ -53,8 +58,29 @@ class EightBitLinear(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.adapted(x, FrozenProduct.apply(x, self.weight, self.scale, self.bias))
         out = self.multiply(*self.quantize(x.flatten(0, -2)))
-        return out.to(x.dtype).unflatten(0, x.shape[:-1])
+        return self.adapted(x, out.to(x.dtype).unflatten(0, x.shape[:-1]))
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x W^T + b of 8-bit weights, unpacked for each product and not kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return F.linear(x, unpack(weight, scale, x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, scale = ctx.saved_tensors
+        return grad @ unpack(weight, scale, grad.dtype), None, None, None
+
+
+def unpack(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights [out, in] of their 8-bit form and its scales [out]."""
+    return (weight.float() * scale[:, None]).to(dtype)
 
 
 class Int8Linear(EightBitLinear):

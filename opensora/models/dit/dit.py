@@ -11,13 +11,14 @@ from opensora.models.layers.attention import SelfAttention
 from opensora.models.layers.blocks import Axis, Block, modulated, rows_of
 from opensora.models.layers.embeddings import CaptionEmbedder, LabelEmbedder, Size3
 from opensora.models.layers.fixed_positions import FixedPositions
+from opensora.models.layers.linear import Linear
 
 
 class Adaptive(nn.Sequential):
     """SiLU and a linear layer from the condition c [B, C] to n modulation rows [B, 1, 1, C], which start at zero."""
 
     def __init__(self, dim: int, num_rows: int) -> None:
-        super().__init__(nn.SiLU(), nn.Linear(dim, num_rows * dim))
+        super().__init__(nn.SiLU(), Linear(dim, num_rows * dim))
         self.num_rows = num_rows
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:
@@ -41,7 +42,7 @@ class DiTFinalLayer(nn.Module):
 
     def __init__(self, dim: int, out_features: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(dim, out_features)
+        self.linear = Linear(dim, out_features)
         self.adaLN_modulation = Adaptive(dim, 2)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from opensora.models.layers.linear import Linear
+
 Pair = tuple[Tensor, Tensor]  # keys, values: [N, M, H, D] each
 MOST_HEADS = 2**15  # of one call: kernels count them in 16 bits
 
@@ -82,10 +84,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qk_norm_legacy = qk_norm_legacy
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.q_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
         if x.shape[1] == 1 and not torch.is_grad_enabled():  # a single token attends to itself
@@ -108,8 +110,7 @@ class SelfAttention(nn.Module):
     def values(self, x: Tensor) -> Tensor:
         """The values [N, L, ..., C] of x, heads joined."""
         layer, first = self.qkv, 2 * x.shape[-1]
-        sliceable = isinstance(layer, nn.Linear)  # quantized layers, for example, are not
-        return F.linear(x, layer.weight[first:], layer.bias[first:]) if sliceable else layer(x)[..., first:]
+        return layer.outputs(x, first) if isinstance(layer, Linear) else layer(x)[..., first:]
 
     def compress(self, x: Tensor) -> Tensor:
         """Keys or values [N, L, C] as [N, M, C]; here M = L. Subclasses may attend to fewer."""
@@ -125,9 +126,9 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q_linear = nn.Linear(dim, dim)
-        self.kv_linear = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q_linear = Linear(dim, dim)
+        self.kv_linear = Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, y: Tensor | Pair, text_mask: Tensor | None = None) -> Tensor:
         q = self.q_linear(x).unflatten(-1, (self.num_heads, -1))

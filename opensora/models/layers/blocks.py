@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from opensora.models.layers.attention import CrossAttention, Pair, SelfAttention
 from opensora.models.layers.embeddings import Mlp, normal_rows
+from opensora.models.layers.linear import Linear
 
 EPS = 1e-6
 Axis = Literal["space", "time", "both"]
@@ -115,7 +116,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, dim: int, out_features: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(dim, out_features)
+        self.linear = Linear(dim, out_features)
         self.scale_shift_table = nn.Parameter(normal_rows(2, dim))
 
     def forward(self, x: Tensor, t: Tensor, frames: Frames | None = None) -> Tensor:

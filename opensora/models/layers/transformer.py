@@ -22,6 +22,7 @@ from opensora.models.layers.embeddings import (
     position_embedding_2d,
     tile,
 )
+from opensora.models.layers.linear import Linear
 
 
 class PatchTransformer(nn.Module):
@@ -108,7 +109,7 @@ class TextTransformer(PatchTransformer):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
-        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(self.hidden_size, 6 * self.hidden_size))
+        self.t_block = nn.Sequential(nn.SiLU(), Linear(self.hidden_size, 6 * self.hidden_size))
         self.y_embedder = CaptionEmbedder(config["caption_channels"], self.hidden_size, config["model_max_length"])
         self.final_layer = FinalLayer(self.hidden_size, self.patch_features)
 

@@ -12,6 +12,7 @@ from opensora.models.layers.arguments import arguments_of
 from opensora.models.layers.attention import Pair, RotaryFrequencies, SelfAttention, rotation_table
 from opensora.models.layers.blocks import TextBlock, along, modulated, rows_of
 from opensora.models.layers.embeddings import Size3, SizeEmbedder, normal_rows
+from opensora.models.layers.linear import Linear
 from opensora.models.layers.transformer import StaticInputs, TextTransformer
 
 
@@ -52,7 +53,7 @@ class STDiT2(TextTransformer):
         model_max_length: int = 120, freeze: str | None = None, qk_norm: bool = False, qk_norm_legacy: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(arguments_of(locals()))
-        self.t_block_temp = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 3 * hidden_size))
+        self.t_block_temp = nn.Sequential(nn.SiLU(), Linear(hidden_size, 3 * hidden_size))
         self.rope = RotaryFrequencies(hidden_size // num_heads)
         self.csize_embedder = SizeEmbedder.third(hidden_size)
         self.ar_embedder = SizeEmbedder.third(hidden_size)
