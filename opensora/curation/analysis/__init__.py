@@ -1,0 +1,1 @@
+"""What a table holds: counts, distributions, examples; as text, pictures and a page."""
