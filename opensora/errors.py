@@ -33,6 +33,10 @@ class MediaError(OpenSoraError):
     """An image or video cannot be read or written."""
 
 
+class UnavailableError(OpenSoraError):
+    """A server does not answer, or refuses for now: the same request may succeed later."""
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest choice, or an empty string."""
     if len(str(name)) > MAX_NAME:

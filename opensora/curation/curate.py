@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from opensora.curation.clip import Clip
+from opensora.curation.execution.executor import open_executor
+from opensora.curation.execution.gate import Gate
 from opensora.curation.execution.ledger import Key, Ledger, Result, open_ledger
-from opensora.curation.execution.local import Limits, run_pool, run_serial
-from opensora.curation.execution.task import StageResult, Task
+from opensora.curation.execution.progress import Progress
+from opensora.curation.execution.settings import ExecutorSettings
+from opensora.curation.execution.task import Executor, Task
 from opensora.curation.items import read_items
 from opensora.curation.stages import registry
 from opensora.curation.stages.stage import Stage
-from opensora.curation.tables.stream import Cell, Row, TableStream
+from opensora.curation.tables.stream import Cell, Row, TableStream, text_of
 from opensora.curation.tables.writing import WRITERS, check_target
 from opensora.errors import ConfigError, MediaError
 from opensora.files import atomic_write
-
-log = logging.getLogger("opensora")
-
-Executor: TypeAlias = Callable[[Iterable[Task], Sequence[Stage]], Iterator[tuple[Task, StageResult]]]
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,8 @@ class CurationSettings:
     """What to curate, and how.
 
     source: a folder of media or a table; target: the table to write; stages: names in order; options: stage name ->
-    its settings; ledger: file of results, by default beside the target; other_ledgers: results to take over; workers:
-    processes (0: this one); shard: (i, n) computes every nth item, from item i on.
+    its settings; ledger: file of results, by default beside the target; other_ledgers: results to take over; executor:
+    where the stages run; shard: (i, n) computes every nth item, from item i on.
     """
 
     source: str
@@ -42,9 +40,8 @@ class CurationSettings:
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     ledger: str | None = None
     other_ledgers: tuple[str, ...] = ()
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    executor: ExecutorSettings = field(default_factory=ExecutorSettings)
     shard: tuple[int, int] | None = None
-    limits: Limits = field(default_factory=Limits)
     retry_errors: bool = False
     force: bool = False
 
@@ -76,15 +73,15 @@ def curate(settings: CurationSettings) -> CurationReport:
     stages = [registry.make(name, settings.options.get(name, {})) for name in settings.stages]
     registry.check_order(stages)
     for stage in stages:
-        stage.setup()
+        stage.check()
     ledger_path = settings.ledger or f"{settings.target}.ledger"
-    with open_ledger(ledger_path) as ledger:
+    with open_executor(settings.executor) as execute, open_ledger(ledger_path) as ledger:
         for other in settings.other_ledgers:
             ledger.import_from(other)
-        run = _Run(settings, ledger)
+        run = _Run(settings, ledger, execute)
         entries = [Entry(clip, dict(clip.row or {})) for clip in run.of_shard(read_items(settings.source))]
-        for part in registry.split_after_scenes(stages):
-            entries = run.through(part, entries)
+        for group in registry.groups(stages):
+            entries = run.through(group, entries)
         for stage in stages:
             ledger.record_tool(stage.name, stage.stage_hash, stage.provenance)
     good, bad = [entry for entry in entries if not entry.error], [entry for entry in entries if entry.error]
@@ -98,9 +95,10 @@ def curate(settings: CurationSettings) -> CurationReport:
 class _Run:
     """The entries of a run on their way through the stages."""
 
-    def __init__(self, settings: CurationSettings, ledger: Ledger) -> None:
-        self.settings, self.ledger = settings, ledger
+    def __init__(self, settings: CurationSettings, ledger: Ledger, execute: Executor) -> None:
+        self.settings, self.ledger, self.execute = settings, ledger, execute
         self.computed = 0
+        self.passing: dict[Key, Result] = {}  # errors that are not stored
 
     def of_shard(self, clips: Iterable[Clip]) -> Iterator[Clip]:
         if self.settings.shard is None:
@@ -110,75 +108,89 @@ class _Run:
         yield from (clip for number, clip in enumerate(clips) if number % count == index)
 
     def through(self, stages: Sequence[Stage], entries: list[Entry]) -> list[Entry]:
-        """The entries after these stages; those that a stage splits in the order of their parts."""
-        if not stages:
-            return entries
+        """The entries after a group of stages; those that a stage splits in the order of their parts."""
         usable = [entry for entry in entries if not entry.error]
-        self._compute(stages, usable)
+        reason = self._compute(stages, usable)
         result: list[Entry] = []
         for entry in entries:
-            result += [entry] if entry.error else self._after(stages, entry)
+            result += [entry] if entry.error else self._after(stages, entry, reason)
         return result
 
-    def _compute(self, stages: Sequence[Stage], entries: Sequence[Entry]) -> None:
-        """Runs what the ledger lacks, and stores it."""
-        hashes = [(stage.name, stage.stage_hash) for stage in stages]
-        if self.settings.retry_errors:
-            self.ledger.forget_errors(key for entry in entries if (key := _key(entry.clip)))
-        for task, found in self._execute(self._tasks(stages, entries), stages):
-            self.ledger.put(Key(task.clip.key, *hashes[found.stage]), found.result)
-            self.computed += 1
-            if found.result.rows is None:
-                log.warning("left out: %s", found.result.error)
-
-    def _execute(self, tasks: Iterable[Task], stages: Sequence[Stage]) -> Iterator[tuple[Task, StageResult]]:
-        if self.settings.workers == 0:
-            return run_serial(tasks, stages)
-        return run_pool(tasks, stages, self.settings.workers, self.settings.limits)
-
-    def _tasks(self, stages: Sequence[Stage], entries: Sequence[Entry]) -> Iterator[Task]:
-        """A task per distinct clip with missing results; equal clips are computed once."""
-        seen: set[str] = set()
+    def _compute(self, stages: Sequence[Stage], entries: Sequence[Entry]) -> str:
+        """Runs what the ledger lacks, and stores it; returns why some clips were not tried, if so."""
+        items: dict[str, int] = {}  # -> the first entry of each
         for number, entry in enumerate(entries):
-            key = _key(entry.clip)
-            if key is None or key in seen:
-                continue
-            seen.add(key)
+            if item := _item(entry, stages):
+                items.setdefault(item, number)
+        if self.settings.retry_errors:
+            self.ledger.forget_errors(items)
+        tasks = list(self._tasks(stages, entries, items))
+        if not tasks:
+            return ""
+        gate = Gate(stages)
+        progress = Progress("+".join(stage.name for stage in stages), len(items), len(items) - len(tasks))
+        try:
+            for task, found in self.execute(gate.admitted(tasks), stages):
+                stage = stages[found.stage]
+                key = Key(_item(entries[task.number], stages) or "", stage.name, stage.stage_hash)
+                if found.result.lasting:
+                    self.ledger.put(key, found.result)
+                else:
+                    self.passing[key] = found.result
+                self.computed += 1
+                gate.add(found)
+                progress.add(task, found)
+                if found.result.rows is None:
+                    progress.warn(f"left out: {found.result.error}")
+        finally:
+            progress.close()
+        return gate.closed
+
+    def _tasks(self, stages: Sequence[Stage], entries: Sequence[Entry], items: Mapping[str, int]) -> Iterator[Task]:
+        """A task per distinct item with missing results; equal items are computed once."""
+        for item, number in items.items():
+            entry = entries[number]
             columns, missing = dict(entry.columns), []
             for index, stage in enumerate(stages):
-                result = self.ledger.get(Key(key, stage.name, stage.stage_hash))
+                result = self.ledger.get(Key(item, stage.name, stage.stage_hash))
                 if result is None:
                     missing.append(index)
                 elif result.rows is None:
                     break
                 elif not stage.splits:
-                    columns |= result.rows[0]
+                    columns |= stage.completed(result.rows[0], columns)
             if missing:
                 yield Task(number, Clip(entry.clip.path, entry.clip.span, entry.clip.crop, columns), tuple(missing))
 
-    def _after(self, stages: Sequence[Stage], entry: Entry) -> list[Entry]:
-        """The entry with the columns of the stages, or its parts."""
-        key = _key(entry.clip)
-        if key is None:
+    def _after(self, stages: Sequence[Stage], entry: Entry, reason: str) -> list[Entry]:
+        """The entry with the columns of the stages, or its parts. `reason`: why a result may be missing."""
+        item = _item(entry, stages)
+        if item is None:
             return [_failed(entry, "read", Result(None, f"{entry.clip.path}: cannot be read; check the path"))]
         columns = dict(entry.columns)
         for stage in stages:
-            result = self.ledger.get(Key(key, stage.name, stage.stage_hash))
+            key = Key(item, stage.name, stage.stage_hash)
+            result = self.ledger.get(key) or self.passing.get(key)
             if result is None or result.rows is None:
-                missing = Result(None, f"{entry.clip.path}: stage {stage.name} has no result")
+                missing = Result(None, f"{entry.clip.path}: stage {stage.name} has no result; {reason}", 0)
                 return [_failed(entry, stage.name, result or missing)]
             if stage.splits:
                 parts = [columns | row | {f"{stage.name}_hash": stage.stage_hash} for row in result.rows]
                 return [Entry(registry.part(entry.clip, row), row) for row in parts]
-            columns |= result.rows[0] | {f"{stage.name}_hash": stage.stage_hash}
+            columns |= stage.completed(result.rows[0], columns) | {f"{stage.name}_hash": stage.stage_hash}
         return [Entry(entry.clip, columns)]
 
 
-def _key(clip: Clip) -> str | None:
+def _item(entry: Entry, stages: Sequence[Stage]) -> str | None:
+    """What names the work of a group on an entry: the content of its clip, and the columns that the stages read."""
     try:
-        return clip.key
+        key = entry.clip.key
     except MediaError:
         return None
+    inputs = [[name, text_of(entry.columns.get(name))] for stage in stages for name in stage.inputs]
+    if not inputs:
+        return key
+    return f"{key}#{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]}"
 
 
 def _failed(entry: Entry, stage: str, result: Result) -> Entry:

@@ -21,7 +21,7 @@ import pytest
 from opensora.curation.clip import Clip
 from opensora.curation.curate import CurationReport, CurationSettings, curate
 from opensora.curation.execution.ledger import open_ledger
-from opensora.curation.execution.local import Limits
+from opensora.curation.execution.settings import ExecutorSettings, Limits
 from opensora.curation.stages import registry
 from opensora.curation.stages.names import STAGE_NAMES
 from opensora.curation.stages.stage import Columns, Stage
@@ -30,6 +30,7 @@ from opensora.errors import ConfigError, MediaError
 from tests.curation.footage import HEIGHT, WIDTH, footage, scene
 
 STAGES = ("probe", "scenes", "health")
+SERIAL, POOL = ExecutorSettings(workers=0), ExecutorSettings(workers=2)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(source: Path, tmp_path: Path) -> CurationSettings:
-    return CurationSettings(str(source), str(tmp_path / "out.csv"), STAGES, workers=0)
+    return CurationSettings(str(source), str(tmp_path / "out.csv"), STAGES, executor=SERIAL)
 
 
 def rows(settings: CurationSettings) -> list[dict[str, str]]:
@@ -81,21 +82,6 @@ def test_only_what_has_changed_is_computed(settings: CurationSettings, source: P
     assert curate(replace(again, retry_errors=True)).computed == 1
 
 
-def test_every_executor_writes_the_same_table(settings: CurationSettings, tmp_path: Path) -> None:
-    curate(settings)
-    serial = Path(settings.target).read_bytes()
-    pool = replace(settings, target=str(tmp_path / "pool.csv"), workers=2)
-    curate(pool)
-    assert Path(pool.target).read_bytes() == serial
-    for shard in (0, 1):
-        curate(replace(settings, target=str(tmp_path / f"{shard}.csv"), shard=(shard, 2)))
-    merged = replace(
-        settings, target=str(tmp_path / "merged.csv"),
-        other_ledgers=tuple(str(tmp_path / f"{n}.csv.ledger") for n in (0, 1)),
-    )  # fmt: skip
-    assert curate(merged).computed == 0 and Path(merged.target).read_bytes() == serial
-
-
 @dataclass(frozen=True)
 class Trouble(Stage):
     """Does what the first letter of a file name says."""
@@ -128,7 +114,10 @@ def test_trouble_ends_one_item_only(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for number, name in enumerate(("crash", "exit", "hang", "hog", "bug", "media", "good", "other")):
         write_image(np.full((16, 16, 3), number, np.uint8), folder / f"{name}_{number}.png")
     settings = CurationSettings(
-        str(folder), str(tmp_path / "out.csv"), ("trouble",), workers=2, limits=Limits(seconds=6, memory_mib=700)
+        str(folder),
+        str(tmp_path / "out.csv"),
+        ("trouble",),
+        executor=replace(POOL, limits=Limits(seconds=6, memory_mib=700)),
     )
     report = curate(settings)
     assert (report.rows, report.quarantined) == (2, 6)

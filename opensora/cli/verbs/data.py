@@ -94,7 +94,11 @@ def _add_curate(parser: Parser) -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="STAGE.NAME=VALUE", help="settings of stages [none]")
     text = "results of all stages, taken up by the next run [OUT.ledger]; more are merged into the first"
     parser.add_argument("--ledger", nargs="+", metavar="FILE", help=text)
-    text = "processes; 0 computes in this one, without limits [one per core]"
+    text = "where stages run: processes of this machine, or tasks of a Ray cluster [local]"
+    parser.add_argument("--executor", choices=("local", "ray"), default="local", help=text)
+    text = "a running Ray cluster, such as auto or HOST:PORT [one of this machine, for this run]"
+    parser.add_argument("--address", metavar="ADDRESS", help=text)
+    text = "processes [one per core], 0 for this one without limits; with ray, tasks at once [two per core]"
     parser.add_argument("--workers", type=int, metavar="N", help=text)
     parser.add_argument("--shard", metavar="I/N", help="compute every Nth item from item I on, counted from 0 [all]")
     parser.add_argument(
@@ -108,15 +112,15 @@ def _add_curate(parser: Parser) -> None:
 def _curate(args: argparse.Namespace) -> int:
     preflight.check_exists(args.source)
     from opensora.curation.curate import CurationSettings, curate
-    from opensora.curation.execution.local import Limits
+    from opensora.curation.execution.settings import ExecutorSettings, Limits
     from opensora.curation.options import parse_options, parse_shard
 
     ledger, *others = args.ledger or [None]
-    workers = {} if args.workers is None else {"workers": args.workers}
+    limits = Limits(args.seconds, args.memory)
     report = curate(CurationSettings(
         args.source, args.target, tuple(args.stages.split(",")), parse_options(args.set), ledger, tuple(others),
-        shard=parse_shard(args.shard), limits=Limits(args.seconds, args.memory), retry_errors=args.retry_errors,
-        force=args.force, **workers,
+        ExecutorSettings(args.executor, args.workers, limits, args.address), parse_shard(args.shard), args.retry_errors,
+        args.force,
     ))  # fmt: skip
     print(f"{one_line(args.target)}: {report.rows:,} rows, {report.computed:,} results computed")
     if report.quarantined:

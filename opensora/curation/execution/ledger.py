@@ -28,11 +28,15 @@ CREATE TABLE IF NOT EXISTS tools (stage TEXT NOT NULL, stage_hash TEXT NOT NULL,
 
 
 class Result(NamedTuple):
-    """What a stage found for an item: rows of columns (several where it splits the item), or the error."""
+    """What a stage found for an item: rows of columns (several where it splits the item), or the error.
+
+    `lasting` is False for an error that lies outside of the item; it is not stored, so that the next run tries again.
+    """
 
     rows: list[dict[str, Any]] | None
     error: str | None = None
     attempts: int = 1
+    lasting: bool = True
 
 
 class Key(NamedTuple):

@@ -11,26 +11,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from opensora.curation.execution.ledger import Result
+from opensora.curation.execution.settings import Limits
 from opensora.curation.execution.task import StageResult, Task, run_task
 from opensora.curation.stages.stage import Stage
 from opensora.errors import OpenSoraError
 
 POLL_SECONDS = 0.2  # between checks of time and memory
 MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits per task: seconds of one stage, MiB of a worker, and attempts of a task whose worker died."""
-
-    seconds: float = 600.0
-    memory_mib: int = 4096
-    attempts: int = 2
 
 
 def run_serial(tasks: Iterable[Task], stages: Sequence[Stage]) -> Iterator[tuple[Task, StageResult]]:
@@ -46,7 +37,7 @@ def run_pool(
     tasks: Iterable[Task], stages: Sequence[Stage], num_workers: int, limits: Limits
 ) -> Iterator[tuple[Task, StageResult]]:
     """Runs tasks on worker processes; yields results as they come, those of one task in the order of its stages."""
-    pool = _Pool(stages, num_workers, limits)
+    pool = Pool(stages, num_workers, limits)
     try:
         yield from pool.run(iter(tasks))
     finally:
@@ -90,8 +81,8 @@ class _Worker:
         self.connection.close()
 
 
-class _Pool:
-    """Workers, the tasks to retry, and the loop that feeds them."""
+class Pool:
+    """Worker processes that run tasks; `run` may be called again and again until `close`."""
 
     def __init__(self, stages: Sequence[Stage], num_workers: int, limits: Limits) -> None:
         self.stages, self.limits = stages, limits
@@ -100,6 +91,7 @@ class _Pool:
         self.workers = [_Worker(stages) for _ in range(num_workers)]
 
     def run(self, tasks: Iterator[Task]) -> Iterator[tuple[Task, StageResult]]:
+        """The results of tasks as they come. A task is taken when a worker is free. Raises errors of `Stage.setup`."""
         while True:
             for worker in self.workers:
                 if worker.task is None and (task := self._next(tasks)) is not None:

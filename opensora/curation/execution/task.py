@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 from opensora.curation.clip import Clip
 from opensora.curation.execution.ledger import Result
 from opensora.curation.stages.stage import Stage
-from opensora.errors import OpenSoraError, printable
+from opensora.errors import OpenSoraError, UnavailableError, printable
 
 
 class Task(NamedTuple):
@@ -24,6 +24,10 @@ class StageResult(NamedTuple):
 
     stage: int
     result: Result
+
+
+# Yields results as they come, those of one task in the order of its stages.
+Executor: TypeAlias = Callable[[Iterator[Task], Sequence[Stage]], Iterator[tuple[Task, StageResult]]]
 
 
 def run_task(task: Task, stages: Sequence[Stage]) -> Iterator[StageResult]:
@@ -43,6 +47,8 @@ def run_stage(stage: Stage, clip: Clip) -> Result:
     """The rows of a stage, or its error as one line."""
     try:
         found = stage.process(clip)
+    except UnavailableError as error:
+        return Result(None, printable(str(error)), lasting=False)
     except OpenSoraError as error:
         return Result(None, printable(str(error)))
     except MemoryError:

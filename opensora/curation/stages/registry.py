@@ -42,10 +42,20 @@ def check_order(stages: Sequence[Stage]) -> None:
         raise ConfigError(f"stage '{doubled}' is named twice; name each once")
 
 
-def split_after_scenes(stages: Sequence[Stage]) -> list[Sequence[Stage]]:
-    """The stages that run on files, then those that run on the clips that a splitting stage makes."""
-    first = next((number for number, stage in enumerate(stages, start=1) if stage.splits), len(stages))
-    return [stages[:first], stages[first:]]
+def groups(stages: Sequence[Stage]) -> list[list[Stage]]:
+    """The stages in groups that a worker runs on a clip one after another.
+
+    A splitting stage ends its group. A stage that has a model, asks a server or reads columns has one of its own.
+    """
+    found: list[list[Stage]] = [[]]
+    for stage in stages:
+        alone = stage.place != "processor" or bool(stage.inputs)
+        if alone:
+            found.append([])
+        found[-1].append(stage)
+        if alone or stage.splits:
+            found.append([])
+    return [group for group in found if group]
 
 
 def part(clip: Clip, row: dict[str, Any]) -> Clip:

@@ -8,25 +8,51 @@ import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import Field, field, fields, is_dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from opensora.curation.clip import Clip
 
 Columns = dict[str, Any]  # column -> str, int, float or None
+Place = Literal["processor", "accelerator", "server"]
+
+
+def execution_setting(default: Any) -> Any:
+    """A setting that says how a stage runs, not what it computes: it is no part of the stage's hash."""
+    return field(default=default, metadata={"execution": True})
 
 
 class Stage(ABC):
     """Computes columns of a clip. Subclasses are frozen dataclasses whose fields are their settings.
 
-    Equal clips have equal columns: a stage reads the clip and its settings, nothing else, and keeps no state between
-    clips but loaded models.
+    Equal clips have equal columns: a stage reads the clip, its settings and the columns in `inputs`, nothing else, and
+    keeps no state between clips but loaded models.
     """
 
     name: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]  # that it adds
     splits: ClassVar[bool] = False  # whether it makes several clips of one
+    inputs: ClassVar[tuple[str, ...]] = ()  # columns of earlier stages or of the input that it reads
+
+    @property
+    def place(self) -> Place:
+        """Where its work is done: on processors, by a model on an accelerator, or by a server."""
+        return "processor"
+
+    @property
+    def max_workers(self) -> int | None:
+        """The most workers that run it at once; None: as many as the executor has."""
+        return None
+
+    @property
+    def max_items(self) -> int | None:
+        """The most clips that it takes in one run; None: all."""
+        return None
+
+    def check(self) -> None:
+        """Checks settings, packages and files before the first worker starts. Raises as `setup` does."""
+        self.setup()
 
     def setup(self) -> None:  # noqa: B027  # most stages have no model
         """Loads models; called once per worker, before the first clip. Raises ConfigError or WeightsError."""
@@ -35,6 +61,10 @@ class Stage(ABC):
     def process(self, clip: Clip) -> Columns | list[Columns]:
         """The columns of a clip; one dict per new clip if the stage splits. Raises MediaError for unusable clips."""
 
+    def completed(self, columns: Columns, row: Mapping[str, Any]) -> Columns:
+        """The stored columns of a clip as they stand in the table, given the row before this stage."""
+        return columns
+
     def weights(self) -> Mapping[str, str]:
         """Name -> SHA-256 of the weights behind the columns."""
         return {}
@@ -42,7 +72,8 @@ class Stage(ABC):
     @property
     def provenance(self) -> dict[str, Any]:
         """Tool, settings and weights behind the columns, as recorded beside every value."""
-        settings: dict[str, Any] = asdict(self) if is_dataclass(self) else {}
+        known: tuple[Field[Any], ...] = fields(self) if is_dataclass(self) else ()
+        settings = {one.name: getattr(self, one.name) for one in known if not one.metadata.get("execution")}
         return {"stage": self.name, "settings": settings, "weights": dict(self.weights()), "code": self._code_hash}
 
     @cached_property
