@@ -5,28 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from opensora.curation.tables.stream import Cell
 from opensora.datasets.file_content import content_key
+from opensora.datasets.video import Crop, Span, read_span, shown_times
 from opensora.datasets.video.container import opened_video, rate_of
-from opensora.datasets.video.frame_times import frame_times
-from opensora.datasets.video.reader import Span, read_span
 from opensora.errors import MediaError
 
-_FIRST = -(2**62)  # before all presentation times
 MAX_SAMPLES = 4096  # frames of one call
-
-
-class Crop(NamedTuple):
-    """A rectangle in pixels of the source."""
-
-    top: int
-    left: int
-    height: int
-    width: int
 
 
 @dataclass(frozen=True)
@@ -63,10 +52,11 @@ class Clip:
 
     def times(self) -> list[int]:
         """The presentation times of its frames. Raises MediaError if some have none."""
-        with opened_video(self.path) as video:
-            shown = frame_times(video).shown
-        within = (self.span or Span(_FIRST)).locate(shown, self.path)
-        return [time for time in shown[within.start : within.stop] if time is not None]
+        shown = shown_times(self.path, self.span)
+        times = [time for time in shown if time is not None]
+        if len(times) < len(shown):
+            raise MediaError(f"{self.path}: has frames without a time; re-encode it")
+        return times
 
     def frames(
         self, choose: Callable[[int], Sequence[int]], convert: Callable[[np.ndarray], Any] = np.asarray
@@ -77,10 +67,7 @@ class Clip:
         """
 
         def cropped(frame: np.ndarray) -> Any:
-            if self.crop is not None:
-                top, left, height, width = self.crop
-                frame = frame[top : top + height, left : left + width]
-            return convert(frame)
+            return convert(frame if self.crop is None else self.crop.of(frame, self.path))
 
         return read_span(self.path, choose, cropped, self.span)
 

@@ -16,10 +16,12 @@ from opensora.errors import ConfigError, did_you_mean
 log = logging.getLogger("opensora")
 
 TEXTS, NUMBERS = ("path", "text"), ("num_frames", "height", "width")
+TIMES = ("start_pts", "end_pts")
+CLIP = (*TIMES, "crop")
 SPELLINGS = {
     "path": ("path", "video_path", "image_path", "file_path", "filepath", "file_name", "filename", "video", "image"),
     "text": ("text", "caption", "captions", "prompt", "description"),
-    **{name: (name,) for name in NUMBERS},
+    **{name: (name,) for name in (*NUMBERS, *CLIP)},
 }  # the first name is the documented one
 Where = Callable[[int], str]  # location of a row within a part, such as "line 3"
 

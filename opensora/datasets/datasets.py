@@ -78,8 +78,8 @@ class _TableDataset(Dataset):
         return other
 
     def name(self, index: Any) -> str:
-        """The file of a sample."""
-        return self.table.path[self._row(index)]
+        """The file of a sample, with its span and crop."""
+        return self.table.name(self._row(index))
 
     def __len__(self) -> int:
         return len(self.table)
@@ -102,19 +102,27 @@ class _TableDataset(Dataset):
 
     def _clip(self, row: int, num_frames: int, size: tuple[int, int], start: int | None) -> tuple[Tensor, float]:
         """A crop [3, num_frames, H, W] of a video or an image [3, 1, H, W], and frames per second."""
-        path = self.table.file(row)
+        path, span, crop = self.table.file(row), self.table.span(row), self.table.crop(row)
         self._check(size)
+
+        def cropped(frame: np.ndarray) -> np.ndarray:
+            return frame if crop is None else crop.of(frame, path)
+
         if _is_image(path):
-            return self._sized(read_image(path), size), IMAGE_FPS
+            if span is not None:
+                raise MediaError(f"{path}: is an image, which has no span {span}; empty start_pts and end_pts")
+            return self._sized(cropped(read_image(path)), size), IMAGE_FPS
+
+        within = "" if span is None else f" in {span}"
 
         def choose(total: int) -> Sequence[int]:
             starts = num_starts(total, num_frames, self.frame_interval)
             if not starts:
-                raise MediaError(f"{path}: has {total} frames, fewer than the {num_frames} requested")
+                raise MediaError(f"{path}: has {total} frames{within}, fewer than the {num_frames} requested")
             first = self._random(row, starts) if start is None else start
             return frame_indices(total, num_frames, self.frame_interval, first)
 
-        frames, fps = read_span(path, choose, lambda frame: self._sized(frame[None], size))
+        frames, fps = read_span(path, choose, lambda frame: self._sized(cropped(frame)[None], size), span)
         return torch.cat(frames, dim=1), fps
 
     def _random(self, row: int, count: int) -> int:

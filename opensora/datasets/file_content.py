@@ -48,9 +48,10 @@ def content_key(path: str) -> np.ndarray:
 
 
 def content_keys(paths: Sequence[str]) -> np.ndarray:
-    """`content_key` of each file, uint8 [N, 16]."""
-    keys = _in_threads(content_key, paths)
-    return np.stack(keys) if keys else np.zeros((0, KEY_BYTES), np.uint8)
+    """`content_key` of each file, uint8 [N, 16]; a path that is there several times is read once."""
+    distinct = list(dict.fromkeys(paths))
+    keys = dict(zip(distinct, _in_threads(content_key, distinct), strict=True))
+    return np.stack([keys[path] for path in paths]) if paths else np.zeros((0, KEY_BYTES), np.uint8)
 
 
 def _in_threads(read: Callable[[str], Any], paths: Iterable[str]) -> list[Any]:

@@ -11,8 +11,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from opensora.config.schema import MAX_TEXT, Text, check
-from opensora.datasets.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_image, read_image, read_span
+from opensora.datasets.video import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Crop,
+    Span,
+    is_image,
+    read_image,
+    read_span,
+)
 from opensora.errors import ConfigError, MediaError
 from opensora.files import atomic_write, error_message, read_bytes
 
@@ -149,11 +159,15 @@ def read_row(file: Path) -> Row:
     return Row(str(file), text, size.num_frames, size.width, size.height, size.aspect_ratio, size.resolution, size.fps)
 
 
-def media_size(file: Path) -> MediaSize:
-    """The size of an image or video; of a video only the first frame is decoded. Raises MediaError."""
+def media_size(file: Path, span: Span | None = None, crop: Crop | None = None) -> MediaSize:
+    """The size of an image or video, or of a part of it; of a video, only one frame is decoded. Raises MediaError."""
+
+    def shape(frame: np.ndarray) -> tuple[int, ...]:
+        return (frame if crop is None else crop.of(frame, file)).shape[:2]
+
     fps = None
-    if is_image(file):
-        num_frames, (height, width) = 1, read_image(file).shape[:2]
+    if span is None and is_image(file):
+        num_frames, (height, width) = 1, shape(read_image(file))
     else:
         counts: list[int] = []
 
@@ -161,7 +175,7 @@ def media_size(file: Path) -> MediaSize:
             counts.append(total)
             return [0]
 
-        [(height, width)], fps = read_span(file, first_frame, lambda frame: frame.shape[:2])
+        [(height, width)], fps = read_span(file, first_frame, shape, span)
         [num_frames], fps = counts, round(fps, DECIMALS)
     return MediaSize(num_frames, width, height, fps)
 

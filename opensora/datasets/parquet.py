@@ -13,6 +13,7 @@ from opensora.datasets.columns import TEXTS
 from opensora.errors import ConfigError
 from opensora.files import error_message, open_regular
 
+TEXTUAL = (*TEXTS, "crop")
 CHUNK = 2**11  # rows per chunk
 FEW = 2**4  # rows per chunk for encodings that expand strongly
 ROW_BYTES = 40  # memory per row besides its texts
@@ -37,7 +38,7 @@ def parts(source: str) -> Iterator[tuple[int, Mapping[str, Sequence[Any]]]]:
         for batch in content.iter_batches(rows, columns=[names[place] for place in places.values()]):
             taken = {column: batch.column(names[place]) for column, place in places.items()}
             cells = {column: _cells(column, array, first, source) for column, array in taken.items()}
-            left -= len(batch) * ROW_BYTES + sum(_length(cells[column]) for column in cells if column in TEXTS)
+            left -= len(batch) * ROW_BYTES + sum(_length(cells[column]) for column in cells if column in TEXTUAL)
             if left < 0:
                 raise too_large(source)
             yield first, cells
@@ -72,9 +73,9 @@ def _check_type(types: Any, column: str, name: str, kind: Any, source: str) -> N
     texts = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_null)
     views = [getattr(types, check) for check in ("is_string_view", "is_binary_view") if hasattr(types, check)]
     whole = (types.is_integer,) if column != "path" else ()
-    more = (types.is_integer, types.is_floating, types.is_decimal) if column not in TEXTS else whole
+    more = (types.is_integer, types.is_floating, types.is_decimal) if column not in TEXTUAL else whole
     if not any(check(values) for check in (*texts, *views, *more)):
-        wanted = "texts" if column in TEXTS else "numbers"
+        wanted = "texts" if column in TEXTUAL else "numbers"
         shown = columns.shortened(str(kind))
         raise ConfigError(f"{source}: row 0, column '{name}': holds {shown}, not {wanted}; save it as {wanted}")
 
@@ -101,7 +102,7 @@ def too_large(source: str) -> ConfigError:
 
 def _cells(column: str, array: Any, first: int, source: str) -> list[Any]:
     """The Python values of an Arrow array. Raises ConfigError for too long texts before converting them."""
-    if column in TEXTS:
+    if column in TEXTUAL:
         from pyarrow import compute, types
 
         dictionary = types.is_dictionary(array.type)

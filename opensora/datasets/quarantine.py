@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from opensora.config.schema import Count, Schema, Text, check
-from opensora.datasets.file_content import content_key
+from opensora.datasets.file_content import KEY_BYTES, content_key
 from opensora.datasets.table import Table
 from opensora.errors import MediaError
 from opensora.files import parse_json
@@ -20,6 +20,7 @@ log = logging.getLogger("opensora")
 MAX_UNREADABLE_SHARE = 0.05  # share of the rows of a table
 MIN_UNREADABLE = 1  # this many unreadable files never stop a run that has others
 MAX_LIST_BYTES = 2**28  # size of a list
+MISSING = "0" * 2 * KEY_BYTES  # the content key of a file that does not exist
 
 
 class UnreadableRow(NamedTuple):
@@ -45,7 +46,7 @@ class _Entry(Schema):
 
 
 class Quarantine:
-    """The unreadable rows of a run, over all ranks and resumes; each file is listed once.
+    """The unreadable rows of a run, over all ranks and resumes; each file or part of one is listed once.
 
     The list `path` has one JSON object per line: row, path, reason, and the content key of the file. Lists of other
     ranks are beside it, with the same name prefix; `former` folders hold those of the run being resumed. A listed row
@@ -61,7 +62,7 @@ class Quarantine:
         self.limit = max_unreadable(num_rows, most)
         self.rows: set[int] = set()
         content = _content(self.path)
-        self.named = {one.path: key for one, key in _listed(content)}
+        self.named = {(one.path, key) for one, key in _listed(content)}
         self.separator = "" if content.endswith(b"\n") or not content else "\n"  # after a crash
         self._count(self.path.parent)
         for folder in former:
@@ -103,18 +104,20 @@ class Quarantine:
         ):
             return False  # the list is of another table
         now = self._key(one)
-        return key in (None, now) or not int(now, 16)
+        return key in (None, now) or now.startswith(MISSING)
 
     def _key(self, one: UnreadableRow) -> str:
-        """The content key of the file, as hex."""
-        path = one.path if self.table is None else self.table.file(one.row)
-        return content_key(path).tobytes().hex()
+        """The content key of the file, as hex, and the part of the file that the row stands for."""
+        if self.table is None:
+            return content_key(one.path).tobytes().hex()
+        part = self.table.name(one.row).removeprefix(self.table.path[one.row])
+        return content_key(self.table.file(one.row)).tobytes().hex() + part
 
     def _list(self, one: UnreadableRow) -> None:
         key = self._key(one)
-        if self.named.get(one.path, "") in (None, key):  # lists of earlier versions have no keys
+        if {(one.path, None), (one.path, key)} & self.named:  # lists of earlier versions have no keys
             return
-        self.named[one.path] = key
+        self.named.add((one.path, key))
         log.warning("%s is skipped: %s", _name(one), one.reason)
         if not self.writes:
             return

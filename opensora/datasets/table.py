@@ -1,7 +1,7 @@
 """Tables of images and videos: CSV, JSON lines, or Parquet if pyarrow is installed.
 
-Columns: `path`, `text` for captions, and `num_frames`, `height`, `width` for buckets; others are ignored. CSV files of
-Open-Sora 1.0 have no header: their columns are path and text.
+Columns: `path`, `text` for captions, `num_frames`, `height`, `width` for buckets, and `start_pts`, `end_pts`, `crop`
+for parts of files; others are ignored. CSV files of Open-Sora 1.0 have no header: their columns are path and text.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from opensora.datasets import columns
-from opensora.datasets.columns import NUMBERS, TEXTS, Notes
+from opensora.datasets import clip_columns, columns
+from opensora.datasets.clip_columns import NONE
+from opensora.datasets.columns import CLIP, NUMBERS, TEXTS, Notes
 from opensora.datasets.table_files import CHUNK, READERS, kinds, metadata_of
+from opensora.datasets.video.span import Crop, Span
 from opensora.errors import ConfigError
 from opensora.files import error_message
 
@@ -61,7 +63,8 @@ class MissingFiles(NamedTuple):
 class Table:
     """Columns of N rows. `num_frames`, `height`, `width` are float64 [N] with NaN for cells without a number.
 
-    `path` holds the cells as written; `file` resolves them.
+    `path` holds the cells as written; `file` resolves them. `parts` int64 [N, 6] are spans and crops, as
+    `clip_columns.parts` makes them; None for a table of whole files.
     """
 
     source: str
@@ -70,6 +73,7 @@ class Table:
     num_frames: np.ndarray | None = None
     height: np.ndarray | None = None
     width: np.ndarray | None = None
+    parts: np.ndarray | None = None
     folder: str = ""
     folder_first: bool = False
 
@@ -77,12 +81,37 @@ class Table:
         return len(self.path)
 
     def sizes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The columns num_frames, height, width. Raises ConfigError if one is missing."""
+        """The columns num_frames, height, width; the size of the crop where there is one.
+
+        Raises ConfigError if a column is missing.
+        """
         num_frames, height, width = found = (self.num_frames, self.height, self.width)
         if num_frames is None or height is None or width is None:
             name = next(name for name, column in zip(NUMBERS, found, strict=True) if column is None)
             raise ConfigError(f"{self.source}: has no column {name}, which bucket_config needs; add it")
+        if self.parts is not None:
+            cropped, (tall, wide) = self.parts[:, 4] != NONE, self.parts[:, 4:].T
+            height, width = np.where(cropped, tall, height), np.where(cropped, wide, width)
         return num_frames, height, width
+
+    def parts_of(self, rows: np.ndarray) -> np.ndarray:
+        """`parts` of some rows, for whole files too."""
+        return np.full((len(rows), 6), NONE, np.int64) if self.parts is None else self.parts[rows]
+
+    def span(self, row: int) -> Span | None:
+        """The frames of the file that a row stands for; None for all."""
+        start, end = (NONE, NONE) if self.parts is None else self.parts[row, :2].tolist()
+        return None if start == NONE else Span(start, None if end == NONE else end)
+
+    def crop(self, row: int) -> Crop | None:
+        """The part of the picture that a row stands for; None for all."""
+        rectangle = [NONE] if self.parts is None else self.parts[row, 2:].tolist()
+        return None if NONE in rectangle else Crop(*rectangle)
+
+    def name(self, row: int) -> str:
+        """The path of a row as written, with its span and crop."""
+        span, crop = self.span(row), self.crop(row)
+        return f"{self.path[row]}{'' if span is None else f' {span}'}{'' if crop is None else f' crop {crop}'}"
 
     def file(self, row: int) -> str:
         """The file of a row: the first existing one of `candidate_paths`, or else the path as written."""
@@ -163,19 +192,23 @@ def read_table(path: str | Path | None) -> Table:
     try:
         for part in reader(source, notes):
             for name, cells in part.cells.items():
-                parts.setdefault(name, []).append(
-                    TextColumn(columns.texts(name, cells, part.where, source))
-                    if name in TEXTS
-                    else columns.numbers(name, cells, part.where, source, notes)
-                )
+                if name in TEXTS:
+                    parts.setdefault(name, []).append(TextColumn(columns.texts(name, cells, part.where, source)))
+                elif name in NUMBERS:
+                    parts.setdefault(name, []).append(columns.numbers(name, cells, part.where, source, notes))
+            clips = {name: part.cells[name] for name in CLIP if name in notes.columns}
+            parts.setdefault("parts", []).append(clip_columns.parts(clips, len(part.cells["path"]), part.where, source))
     except OSError as error:
         raise ConfigError(f"{source}: cannot be read ({error_message(error)}); check data_path") from error
     if not parts:
         raise ConfigError(f"{source}: has no rows; give a table with at least one")
     notes.log()
     whole: dict[str, Any] = {}
-    for name in notes.columns:
+    for name in notes.columns - set(CLIP):
         whole[name] = (_joined if name in TEXTS else np.concatenate)(parts.pop(name))
+    clip_columns.check_columns(notes.columns, source)
+    if notes.columns & set(CLIP):
+        whole["parts"] = np.concatenate(parts.pop("parts"))
     return Table(source, **whole, folder=os.path.dirname(source), folder_first=laid_out)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from opensora.config.schema import MAX_TEXT
 from opensora.datasets import columns
-from opensora.datasets.columns import NUMBERS, TEXTS, Notes, Where
+from opensora.datasets.columns import SPELLINGS, TEXTS, Notes, Where
 from opensora.datasets.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from opensora.errors import ConfigError
 from opensora.files import open_regular, parse_json
@@ -208,7 +208,7 @@ def read_jsonl(source: str, notes: Notes) -> Iterator[Part]:
         numbered = ((number, line) for number, line in enumerate(text_lines(file, source), start=1) if line.strip())
         places: dict[tuple[str, ...], dict[str, int]] = {}
         while part := list(islice(numbered, CHUNK)):
-            cells: dict[str, list[Any]] = {name: [] for name in (*TEXTS, *NUMBERS)}
+            cells: dict[str, list[Any]] = {name: [] for name in SPELLINGS}
             for number, line in part:
                 row = json_row(line, f"{source}: line {number}")
                 keys = tuple(row)

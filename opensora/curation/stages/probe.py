@@ -13,15 +13,14 @@ from opensora.datasets.folder_table import media_size
 
 @dataclass(frozen=True)
 class Probe(Stage):
-    """num_frames, width, height, aspect_ratio (height / width), resolution (height x width), fps."""
+    """num_frames, width, height, aspect_ratio (height / width), resolution (height x width), fps of a clip."""
 
     name: ClassVar[str] = "probe"
     columns: ClassVar[tuple[str, ...]] = ("num_frames", "width", "height", "aspect_ratio", "resolution", "fps")
 
     def process(self, clip: Clip) -> Columns:
-        size = media_size(Path(clip.path))
-        num_frames = size.num_frames if clip.span is None else len(clip.times())
+        size = media_size(Path(clip.path), clip.span, clip.crop)
         return {
-            "num_frames": num_frames, "width": size.width, "height": size.height,
+            "num_frames": size.num_frames, "width": size.width, "height": size.height,
             "aspect_ratio": size.aspect_ratio, "resolution": size.resolution, "fps": size.fps,
         }  # fmt: skip

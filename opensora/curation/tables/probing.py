@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 from opensora.curation.tables.stream import Cell, Row, TableStream, text_of
+from opensora.datasets.clip_columns import parse_crop, parse_span
+from opensora.datasets.columns import CLIP
 from opensora.datasets.folder_table import media_size
-from opensora.errors import MediaError
+from opensora.errors import ConfigError, MediaError
 
 COLUMNS = ("num_frames", "width", "height", "aspect_ratio", "resolution", "fps")
 IN_FLIGHT = 8  # items per worker
@@ -19,23 +21,25 @@ Result = TypeVar("Result")
 
 
 def add_information(table: TableStream, workers: int) -> TableStream:
-    """With the columns of `COLUMNS`, empty for files that cannot be read."""
-    place = table.index("path")
+    """With the columns of `COLUMNS` of each clip, empty for those that cannot be read."""
+    place, clip = table.index("path"), {name: table.columns.index(name) for name in CLIP if name in table.columns}
     wide = table.with_columns(COLUMNS, lambda row: (None,) * len(COLUMNS))
     places = [wide.columns.index(name) for name in COLUMNS]
 
     def probed(row: Row) -> Row:
-        for n, cell in zip(places, _information(text_of(row[place])), strict=True):
+        cells = {name: row[n] for name, n in clip.items()}
+        for n, cell in zip(places, _information(text_of(row[place]), cells), strict=True):
             row[n] = cell
         return row
 
     return TableStream(wide.source, wide.columns, map_in_threads(probed, wide.rows, workers))
 
 
-def _information(path: str) -> tuple[Cell, ...]:
+def _information(path: str, clip: Mapping[str, Cell]) -> tuple[Cell, ...]:
     try:
-        size = media_size(Path(path))
-    except MediaError:
+        span = parse_span(clip.get("start_pts"), clip.get("end_pts"))
+        size = media_size(Path(path), span, parse_crop(clip.get("crop")))
+    except (MediaError, ConfigError):
         return (None,) * len(COLUMNS)
     return size.num_frames, size.width, size.height, size.aspect_ratio, size.resolution, size.fps
 

@@ -1,13 +1,12 @@
 """Images and videos in and out: the only package that opens media.
 
-`reader` and `writer` are the interface; `container`, `frame_times` and `webp` open and index files.
+`reader`, `writer` and `span` are the interface; `container`, `frame_times` and `webp` open and index files.
 """
 
 from opensora.datasets.video.contact_sheet import contact_sheet, tile
 from opensora.datasets.video.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES, check_pixels, check_side
 from opensora.datasets.video.reader import (
     MAX_PIXELS,
-    Span,
     count_frames,
     image_to_uint8,
     is_image,
@@ -16,13 +15,16 @@ from opensora.datasets.video.reader import (
     read_metadata,
     read_span,
     read_video,
+    shown_times,
 )
+from opensora.datasets.video.span import Crop, Span
 from opensora.datasets.video.writer import encode_image, encode_video, to_uint8, write_image, write_video
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "MAX_PIXELS",
     "VIDEO_SUFFIXES",
+    "Crop",
     "Span",
     "check_pixels",
     "check_side",
@@ -37,6 +39,7 @@ __all__ = [
     "read_metadata",
     "read_span",
     "read_video",
+    "shown_times",
     "tile",
     "to_uint8",
     "write_image",

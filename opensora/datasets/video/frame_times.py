@@ -23,6 +23,12 @@ class FrameTimes(NamedTuple):
     keys: list[int]
 
 
+def packets_are_frames(video: OpenedVideo) -> bool:
+    """Whether every packet from a key frame on is a frame."""
+    container, codec = video.container.format.name.split(",")[0], video.stream.codec_context.name
+    return container not in _LOOSE_FORMATS and codec not in _LOOSE_CODECS
+
+
 def frame_times(video: OpenedVideo) -> FrameTimes:
     """Determines the frames of a video, decoding only its start, or all of it if packets are not frames.
 
@@ -54,8 +60,7 @@ class _StartDecoder:
         self.sent: dict[int, int | None] = {}  # decoded packets: their presentation time
         self.key: tuple[int, int | None] | None = None  # the first key frame: number and time
         self.num_decoded: int | None = None  # None until it is known
-        container, codec = video.container.format.name.split(",")[0], video.stream.codec_context
-        self.to_the_end = container in _LOOSE_FORMATS or codec.name in _LOOSE_CODECS
+        self.to_the_end = not packets_are_frames(video)
 
     def add(self, packet: Any, number: int) -> None:
         """Decodes a packet if still needed; an empty packet ends the file."""

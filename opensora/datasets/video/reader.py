@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from opensora.datasets.video.container import (
     rate_of,
 )
 from opensora.datasets.video.frame_times import frame_times
+from opensora.datasets.video.span import Span, span_times
 from opensora.errors import MediaError
 
 if TYPE_CHECKING:
@@ -73,24 +73,17 @@ def count_frames(path: str | Path) -> int:
         return len(frame_times(video).shown)
 
 
-class Span(NamedTuple):
-    """The frames shown from `start` on and before `end` (None: to the last one), in units of the video track."""
+def shown_times(path: str | Path, span: Span | None = None) -> list[int | None]:
+    """The presentation times of the frames of a video, or of a span of it, in units of its track; None if unknown.
 
-    start: int
-    end: int | None = None
-
-    def locate(self, shown: Sequence[int | None], path: str | Path) -> range:
-        """The indices of its frames among those shown at these times. Raises MediaError if there are none."""
-        if None in shown:
-            raise MediaError(f"{path}: has frames without a time, so that {self} cannot be found; re-encode it")
-        times = cast(Sequence[int], shown)
-        found = range(bisect_left(times, self.start), len(times) if self.end is None else bisect_left(times, self.end))
-        if not found:
-            raise MediaError(f"{path}: shows no frame in {self}; it has {len(times)}, at {times[0]} to {times[-1]}")
-        return found
-
-    def __str__(self) -> str:
-        return f"[{self.start}, {'end' if self.end is None else self.end})"
+    Raises MediaError as `read_span` does.
+    """
+    if span is not None and (part := span_times(path, span)) is not None:
+        return part.shown
+    with opened_video(path) as video:
+        shown = frame_times(video).shown
+    found = range(len(shown)) if span is None else span.locate(shown, path)
+    return shown[found.start : found.stop]
 
 
 def read_span(
@@ -111,6 +104,8 @@ def read_span(
         indices = list(choose(moving.num_frames))
         found, _ = _pick(webp.frames(path), indices, convert)
         return _complete(found, indices, path), moving.fps
+    if span is not None and (part := _span_from_packets(path, span, choose, convert)) is not None:
+        return part
     with opened_video(path) as video:
         shown, keys = frame_times(video)
         fps = rate_of(video)
@@ -188,6 +183,21 @@ def _upright(video: OpenedVideo, frame: Any) -> np.ndarray:
     """A PyAV frame as uint8 [H, W, 3], without padding, with the file's rotation applied."""
     height, width = _true_size(video.container.metadata.get(SIZE_KEY), frame.height, frame.width)
     return np.rot90(frame.to_ndarray(format="rgb24")[:height, :width], round(frame.rotation / 90))
+
+
+def _span_from_packets(
+    path: str | Path, span: Span, choose: Callable[[int], Sequence[int]], convert: Callable[[np.ndarray], Any]
+) -> tuple[list[Any], float] | None:
+    """The chosen frames of a span and the frame rate, from the packets around it; None if these do not suffice."""
+    part = span_times(path, span)
+    if part is None:
+        return None
+    shown = [time for time in part.shown if time is not None]
+    times = [shown[index] for index in choose(len(shown))]
+    with opened_video(path) as video:
+        key = max(key for key in part.keys if key <= times[0])
+        frames = _span_from_key(video, key, times, convert)
+        return None if frames is None else (frames, rate_of(video))
 
 
 def _span_from_key(

@@ -82,20 +82,22 @@ class DataRecord:
 
 
 def cells_of(table: Table) -> np.ndarray:
-    """Hashes uint8 [N, 16] of the texts and sizes of all rows."""
+    """Hashes uint8 [N, 16] of the texts, sizes, spans and crops of all rows."""
     columns = [getattr(table, name) for name in NUMBERS]
     cells = np.empty((len(table), KEY_BYTES), np.uint8)
     for row in range(len(table)):
         text = "" if table.text is None else table.text[row]
         numbers = [None if column is None else float(column[row]) for column in columns]
-        key = hashlib.blake2b(repr((text, numbers)).encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES).digest()
+        described = (text, numbers) if table.parts is None else (text, numbers, table.parts[row].tolist())
+        key = hashlib.blake2b(repr(described).encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES).digest()
         cells[row] = np.frombuffer(key, np.uint8)
     return cells
 
 
 def record_of_table(table: Table, cells: np.ndarray) -> DataRecord:
     """The record of a table: hashes of its rows (`cells_of`) and of their files (`content_key`)."""
-    return DataRecord("row", table.path, cells, content_keys([table.file(row) for row in range(len(table))]))
+    names = table.path if table.parts is None else TextColumn(map(table.name, range(len(table))))
+    return DataRecord("row", names, cells, content_keys([table.file(row) for row in range(len(table))]))
 
 
 def record_of_features(dataset: EncodedDataset) -> DataRecord:

@@ -99,6 +99,8 @@ class LatentEncoder:
         if self.last_frames and shard.size[0] > 1:
             tensors["last"] = self.writer.cast(_concatenated(last), shard.file)
         sources = {"planned": shard.rows, "stamp": stamps, "key": keys}
+        if self.dataset.table.parts is not None:
+            sources["part"] = self.dataset.table.parts_of(shard.rows)
         self.writer.save(shard.file, **tensors, **{name: torch.from_numpy(one) for name, one in sources.items()})
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from opensora.datasets.bucket import Bucket, Buckets, RowOutcome
+from opensora.datasets.clip_columns import NONE
 from opensora.datasets.feature_files import caption_key, open_shard, tensor_of
 from opensora.datasets.file_content import content_key, file_stamps
 from opensora.datasets.table import Table
@@ -126,6 +127,10 @@ def _why_stale(path: Path, shard: LatentShard | TextShard, table: Table) -> str 
         return f"{shard.file} holds other rows than the table has now"
     if len(planned) and planned.max() >= len(table):
         return f"row {planned.max()} is no longer in the table"
+    parts = table.parts_of(shard.rows)
+    held_parts = tensor_of(held, "part", path).numpy() if "part" in held.keys() else np.full_like(parts, NONE)  # noqa: SIM118 (no dict)
+    if not np.array_equal(parts, held_parts):
+        return f"spans or crops of rows in {shard.file} have changed since it was encoded"
     paths = [table.file(int(row)) for row in shard.rows]
     stamps = file_stamps(paths)
     touched = (stamps != stamp).any(axis=1) & (stamps >= 0).all(axis=1)
