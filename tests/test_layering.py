@@ -76,6 +76,7 @@ EXCEPTIONS = {
     ("PIL", "opensora.curation.footage.shots"): "moves and writes on pictures; no file is opened",
     ("PIL", "opensora.curation.footage.faults"): "scales frames; no file is opened",
     ("PIL", "opensora.curation.analysis.pictures"): "draws bars; no file is opened",
+    ("PIL", "opensora.training.preview.sheet"): "draws a sheet of frames; no file is opened",
     ("PIL", "opensora.training.tracking"): "tensorboard plays GIFs only; they are made in memory",
 }
 

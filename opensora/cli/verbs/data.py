@@ -9,7 +9,7 @@ from typing import Any
 from opensora.cli import preflight
 from opensora.cli.parser import Parser
 from opensora.cli.program import one_line
-from opensora.cli.verbs import data_tables
+from opensora.cli.verbs import data_tables, data_views
 from opensora.cli.verbs.verb import Verb
 from opensora.curation.stages.names import STAGE_NAMES
 from opensora.curation.tables.operations import OPERATIONS, Operation
@@ -145,6 +145,7 @@ def _footage(args: argparse.Namespace) -> int:
 
 SUBVERBS = {
     **data_tables.VERBS,
+    **data_views.VERBS,
     "curate": Verb(
         "make a training table from footage: scenes, scores, health; resumable",
         "opensora data curate my-videos clips.csv --stages probe,scenes,health", _add_curate, _curate,

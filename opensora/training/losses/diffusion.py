@@ -38,9 +38,14 @@ class DiffusionLoss:
         return losses * batch.weight
 
 
+def draw_dropped_texts(probability: float, count: int, generator: torch.Generator) -> Tensor:
+    """bool [count]: the samples that are trained without their text. The first random numbers of a batch."""
+    return torch.rand(count, generator=generator) < probability
+
+
 def drop_text(model: PatchTransformer, y: Tensor, generator: torch.Generator) -> Tensor:
     """`y` [B, ...] with some rows replaced by the unconditional text, for classifier-free guidance."""
-    drop = torch.rand(len(y), generator=generator) < model.class_dropout_prob
+    drop = draw_dropped_texts(model.class_dropout_prob, len(y), generator)
     if not drop.any():
         return y
     return torch.where(upload(drop, y).view(-1, *(1,) * (y.ndim - 1)), model.null_caption(y), y)

@@ -1,0 +1,1 @@
+"""What a training step is given, for people: clips as frames, with their masks and captions."""
