@@ -137,6 +137,7 @@ VERB_OF = {
     "torchrun scripts/train.py": None,
 }
 RUN_BY_PREPARED = {"train", "train-vae"}
+RUN_ELSEWHERE = {"serve"}  # tests/serving
 
 # What the documents call a file -> what makes it.
 WEIGHTS = {
@@ -497,7 +498,7 @@ def test_commands_are_taken_apart() -> None:
 
 def test_every_verb_is_run() -> None:
     commands = [command for block in chosen(jobs()) for command in block.commands if command not in BY_CI]
-    assert set(VERBS) == {verb_of(command) for command in commands} | RUN_BY_PREPARED
+    assert set(VERBS) == {verb_of(command) for command in commands} | RUN_BY_PREPARED | RUN_ELSEWHERE
 
 
 def test_every_document_is_read() -> None:
@@ -507,7 +508,8 @@ def test_every_document_is_read() -> None:
     assert len(BLOCKS) == sum(found.count("bash") for found in fences.values())
 
 
-CONFIGURATIONS = [path for path in DOCUMENTS if "```python" in path.read_text("utf-8") and path.name != "python.md"]
+PROGRAMS = ("python.md", "serving.md")  # their Python is no configuration; tests of their own run it
+CONFIGURATIONS = [path for path in DOCUMENTS if "```python" in path.read_text("utf-8") and path.name not in PROGRAMS]
 
 
 @pytest.mark.parametrize("document", CONFIGURATIONS, ids=str)

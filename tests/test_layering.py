@@ -17,6 +17,7 @@ LAYERS = {
     "opensora.utils": 10,
     "opensora.cli": 9,
     "opensora.training": 8,
+    "opensora.serving": 8,
     "opensora.pipeline": 7,
     "opensora.curation": 7,
     "opensora.checkpoints": 6,

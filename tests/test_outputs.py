@@ -38,7 +38,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def requests(*prompts: str, samples: int = 1) -> list[Request]:
-    return [Request(text, (text,), sample, f"out/{text}") for text in prompts for sample in range(samples)]
+    return [Request(text, (text,), sample, f"out/{text}", 42) for text in prompts for sample in range(samples)]
 
 
 def recipe(prompt: str) -> dict[str, Any]:

@@ -70,6 +70,14 @@ def with_index(device: torch.device) -> torch.device:
     return torch.device(device.type, module.current_device())
 
 
+def available_devices() -> list[str]:
+    """The names of the accelerators of this machine; the CPU where there is none."""
+    if not torch.accelerator.is_available():
+        return [str(HOST)]
+    kind = pick_device().type
+    return [f"{kind}:{index}" for index in range(torch.accelerator.device_count())]
+
+
 def is_cpu(device: torch.device) -> bool:
     """Whether a device is the host's processor."""
     return device.type == "cpu"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +16,19 @@ from opensora.config import find_config, load_config
 from opensora.config.model_zoo import MODELS
 from opensora.config.schema import shown
 from opensora.config.settings import InferenceSettings
-from opensora.errors import ArgumentError, ConfigError, did_you_mean
-from opensora.pipeline.in_memory_media import InMemoryMedia, media_sources
-from opensora.pipeline.loaded_models import MODEL_SETTINGS
-
-# Argument -> setting; `section.key` sets one key of a section. All other arguments have the names of their settings.
-ALIASES = {
-    "num_inference_steps": "scheduler.num_sampling_steps",
-    "num_sampling_steps": "scheduler.num_sampling_steps",
-    "steps": "scheduler.num_sampling_steps",
-    "guidance_scale": "scheduler.cfg_scale",
-    "cfg_scale": "scheduler.cfg_scale",
-    "loops": "loop",
-    "num_videos_per_prompt": "num_sample",
-}
-WEIGHTS = {  # arguments of `opensora.load`
-    "ckpt_path": "model.from_pretrained",
-    "vae_path": "vae.from_pretrained",
-    "text_encoder_path": "text_encoder.from_pretrained",
-}
-MEDIA = ("image", "first_frame", "last_frame", "extend", "edit")
-SIZE = ("height", "width", "generator")  # arguments that become other settings
-# Settings of files, programs and drafts, which a call does not take.
-FILE_SETTINGS = frozenset((
-    "save_dir", "output", "overwrite", "prompt_path", "prompt_as_path", "start_index", "end_index", "sample_name",
-    "preview", "verbose", "draft", "steps_until", "outputs", "num_workers", "dataset", "perceptual_loss_weight",
-    "kl_loss_weight", "prompt_generator",
-))  # fmt: skip
-CALL_SETTINGS = (
-    frozenset(field.name for field in dataclasses.fields(InferenceSettings)) - MODEL_SETTINGS - FILE_SETTINGS
+from opensora.errors import ArgumentError, ConfigError
+from opensora.pipeline.argument_names import (
+    ALIASES,
+    CALL_SETTINGS,
+    MEDIA,
+    MODEL_SETTINGS,
+    SIZE,
+    WEIGHTS,
+    changes_of,
+    check_names,
 )
+from opensora.pipeline.in_memory_media import InMemoryMedia, media_sources
+
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "float64"}
 
 
@@ -68,10 +51,10 @@ def load_settings(
     if isinstance(given.get("dtype"), torch.dtype):
         given["dtype"] = DTYPES.get(given["dtype"], str(given["dtype"]))
     known = (CALL_SETTINGS | MODEL_SETTINGS) - {"prompt", *MEDIA}
-    _check_names(given, [*known, *ALIASES, *WEIGHTS, "height", "width"])
+    check_names(given, [*known, *ALIASES, *WEIGHTS, "height", "width"])
     config.pop("prompt", None)
     config.pop("prompt_path", None)
-    return InferenceSettings.from_config({**config, **_changes(config, given)}, source)
+    return InferenceSettings.from_config({**config, **changes_of(config, given)}, source)
 
 
 def call_settings(
@@ -85,7 +68,7 @@ def call_settings(
         raise ArgumentError(
             f"{fixed[0]} is fixed when the models are loaded; give it to opensora.load(..., {fixed[0]}=...)"
         )
-    _check_names(given, [*CALL_SETTINGS, *ALIASES, *SIZE])
+    check_names(given, [*CALL_SETTINGS, *ALIASES, *SIZE])
     given = {name: value for name, value in given.items() if value is not None}
     if isinstance(given.get("prompt"), str):
         given["prompt"] = [given["prompt"]]
@@ -99,44 +82,8 @@ def call_settings(
         given["seed"] = _draw_seed(generator)
     if given.get("seed") == -1:
         given["seed"] = secrets.randbelow(2**31)
-    changes = _changes(dataclasses.asdict(settings), given)
+    changes = changes_of(dataclasses.asdict(settings), given)
     return dataclasses.replace(settings, **{**changes, **sources}), media
-
-
-def _changes(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Setting -> new value, for arguments that change the settings of `config`."""
-    given = dict(given)
-    changes: dict[str, Any] = {}
-    owners: dict[str, str] = {}
-    height, width = given.pop("height", None), given.pop("width", None)
-    if (height is None) != (width is None):
-        raise ArgumentError(f"{'width' if height is None else 'height'} alone is not a size; give height and width")
-    if height is not None:
-        if "image_size" in given:
-            raise ArgumentError("height and width set the size, and so does image_size; keep one")
-        given["image_size"] = (height, width)
-    elif ("resolution" in given or "aspect_ratio" in given) and "image_size" not in given:
-        changes["image_size"] = None
-    for name, value in given.items():
-        target = {**ALIASES, **WEIGHTS}.get(name, name)
-        if other := owners.get(target):
-            raise ArgumentError(f"{other} and {name} are the same setting; give one of the two")
-        owners[target] = name
-        section, _, key = target.partition(".")
-        if not key:
-            changes[target] = value
-        elif config.get(section) is None:
-            raise ConfigError(f"{name} sets {target}, but the configuration has no {section}")
-        else:
-            changes[section] = {**changes.get(section, config[section]), key: value}
-    return changes
-
-
-def _check_names(given: Iterable[str], known: Iterable[str]) -> None:
-    known = sorted(known)
-    for name in given:
-        if name not in known:
-            raise ArgumentError(f"unknown argument {shown(name)}{did_you_mean(name, known)}")
 
 
 def _draw_seed(generator: torch.Generator) -> int:

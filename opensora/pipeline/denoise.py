@@ -33,7 +33,7 @@ def denoise_clip(
     shape = (models.vae.out_channels, *models.vae.get_latent_size(job.size))
     latents, edits = [], []
     for request, encoded in zip(batch, references, strict=True):
-        noise = initial_noise(job.settings.seed, request.sample, loop, shape)
+        noise = initial_noise(request.seed, request.sample, loop, shape)
         placed, edit = condition_latents(noise, encoded, job.timelines[request][loop])
         latents.append(placed)
         edits.append(edit)

@@ -34,11 +34,12 @@ logger = logging.getLogger("opensora")
 
 
 class StepEnd(NamedTuple):
-    """A step of the sampler on clip `loop` of a batch."""
+    """A step of the sampler on clip `loop` of a batch; `generators` draw the noise of its next steps, one a request."""
 
     batch: list[Request]
     loop: int
     state: SamplerState
+    generators: list[torch.Generator]
 
 
 class Result(NamedTuple):
@@ -171,10 +172,10 @@ def generate_batch(
     references = [[encode(models, one) for one in job.references.read(request.reference_path)] for request in batch]
     frames: list[list[np.ndarray]] = [[] for _ in batch]
     for loop in range(job.settings.loop):
-        generators = [noise_generator(job.settings.seed, request.sample, loop) for request in batch]
+        generators = [noise_generator(request.seed, request.sample, loop) for request in batch]
         states = denoise_clip(models, job, batch, loop, texts, references, generators)
         for state in _with_progress(job.timed_steps("sampling", states), progress and models.layout.is_main):
-            yield StepEnd(batch, loop, state)
+            yield StepEnd(batch, loop, state, generators)
         with job.timed("sampling"):
             synchronize(models.device)
         latents = state.x if state.step == state.num_steps else state.x0

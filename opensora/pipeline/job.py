@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from opensora import registry
@@ -19,7 +20,7 @@ from opensora.pipeline.loaded_models import LoadedModels
 from opensora.pipeline.mask_strategy import ClipConditioning
 from opensora.pipeline.recipe import Recipe, make_recipe
 from opensora.pipeline.references import References
-from opensora.pipeline.request import Request, check_keeps_frames
+from opensora.pipeline.request import PARTS, Request, check_keeps_frames
 
 logger = logging.getLogger("opensora")
 T = TypeVar("T")
@@ -43,6 +44,7 @@ class Job:
         self.conditioning = size_conditioning(kind, 1, height_width, num_frames, settings.fps, device=models.device)
         watermark.check(settings.watermark, self.frame_size)
         self.drafts = {one.path: one for one in spec.drafts}
+        self.separate = bool(spec.places)  # requests of several callers: a recipe tells of none but its own
         self.negative_text = spec.negative_text
         if self.negative_text is not None and self.scheduler.num_branches == 1:
             logger.warning("negative_prompt has no effect: at cfg_scale 1 nothing is guided")
@@ -115,7 +117,10 @@ class Job:
 
     def _recorded_settings(self, request: Request, memory: str) -> dict[str, Any]:
         """Every setting that a result depends on, with the references and refined texts of this request only."""
-        settings = dataclasses.asdict(self.settings)
+        settings = dataclasses.asdict(self.settings) | {"seed": request.seed}
+        if self.separate:
+            settings |= {"prompt": [request.prompt], "batch_size": 1}
+            settings |= {part: _without_folders(settings[part]) for part in PARTS}
         settings |= dict.fromkeys((*media_conditions.NAMES, "llm_base_url"))
         settings |= {"align": self.align, "guidance_ranks": "auto", "memory": memory}
         settings["watermark"] = watermark.text_of(settings["watermark"]) or False
@@ -124,3 +129,11 @@ class Job:
         for name in ("reference_path", "mask_strategy"):
             settings[name] = [getattr(request, name)] if getattr(request, name) else None
         return step_cache.recipe_settings(settings, self.cache)
+
+
+def _without_folders(section: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A section whose weights are named without their folders, if they are named by an absolute path."""
+    source = (section or {}).get("from_pretrained")
+    if section is None or not isinstance(source, str) or not Path(source).is_absolute():
+        return section
+    return {**section, "from_pretrained": Path(source).name}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from opensora.acceleration.device_names import check_device_name
 from opensora.checkpoints.sections import check_local_weights, check_section
@@ -34,23 +34,31 @@ if TYPE_CHECKING:
 logger = logging.getLogger("opensora")
 
 
+class Place(NamedTuple):
+    """Where the result of a prompt goes, a path without suffix, and the seed that it is made with."""
+
+    path: str
+    seed: int
+
+
 class JobSpec:
     """The requests of a call, their size, and where the results go.
 
     sample: generate only this sample of each prompt
     drafts: the drafts to finish, one for each prompt
+    places: for each prompt, its own seed and the path of its result, which it may replace
     to_files: name the output files of the requests, and refuse names that clash
     Raises ConfigError, MediaError or WeightsError.
     """
 
     def __init__(
         self, settings: InferenceSettings, *, sample: int | None = None, drafts: Sequence[Draft] = (),
-        to_files: bool = True,
+        places: Sequence[Place] = (), to_files: bool = True,
     ) -> None:  # fmt: skip
         check_sections(settings)
         check_device_name(settings.device)
         check_refiner(settings)
-        self.settings, self.to_files, self.drafts = settings, to_files, list(drafts)
+        self.settings, self.to_files, self.drafts, self.places = settings, to_files, list(drafts), list(places)
         self.size = make_size(settings)
         self.media = media_conditions.media_paths(settings)  # images and videos that the settings name
         for path in [*self.media, *(settings.reference_path or ())]:
@@ -76,6 +84,11 @@ class JobSpec:
             requests = [
                 request._replace(sample=stopped.recipe["sample_index"], path=stopped.path) for request, stopped in pairs
             ]
+        if places:
+            pairs = zip(requests, places, strict=True)
+            requests = [request._replace(seed=place.seed, path=place.path) for request, place in pairs]
+            for place in places:
+                self.outputs.allow_replacing(place.path)
         self.requests: list[Request] = requests
         self.negative_text = negative_text(settings)
 

@@ -37,12 +37,6 @@ from opensora.pipeline.request import PARTS, Size
 
 logger = logging.getLogger("opensora")
 
-# Settings that are fixed when a pipeline is loaded; all others belong to a request.
-MODEL_SETTINGS = frozenset((
-    *PARTS, "device", "dtype", "cpu_dtype", "offline", "linear", "attention", "memory", "compile", "graphs",
-    "guidance_ranks",
-))  # fmt: skip
-
 
 class Components(NamedTuple):
     """The models on the meta device, without weights. `text_encoder` is None if its files are not on this machine."""

@@ -17,7 +17,6 @@ from opensora.distributed.collectives import broadcast_object
 from opensora.distributed.failures import report_first_failure
 from opensora.errors import Cancelled, ConfigError
 from opensora.pipeline import arguments, draft, watermark
-from opensora.pipeline.decode import decode
 from opensora.pipeline.denoise import timesteps
 from opensora.pipeline.generation import Result, StepEnd, generate
 from opensora.pipeline.in_memory_media import MediaInput
@@ -27,6 +26,7 @@ from opensora.pipeline.loaded_models import LoadedModels
 from opensora.pipeline.output_folder import output_folder
 from opensora.pipeline.outputs import Output
 from opensora.pipeline.plan import Plan, plan_job
+from opensora.pipeline.step import Step
 from opensora.pipeline.video import OUTPUT_TYPES, Video
 
 Callback = Callable[["VideoPipeline", int, float, dict[str, Tensor]], Mapping[str, Tensor] | None]
@@ -119,10 +119,14 @@ class VideoPipeline:
         """Makes the running call raise Cancelled after the current step. Any thread or callback may call this."""
         self._interrupt = True
 
-    def generate(self, spec: JobSpec | None = None) -> Iterator[Output]:
+    def generate(
+        self, spec: JobSpec | None = None, *, on_step: Callable[[Step], None] | None = None, keep_loaded: bool = False
+    ) -> Iterator[Output]:
         """Generates the requests of `spec`, by default those of the settings, and writes each to files.
 
-        With `prompt_as_path`, existing results are kept. Raises ConfigError, MediaError or WeightsError.
+        `on_step` is called after every step; it ends the call by raising an error. `keep_loaded` keeps the text encoder
+        for later calls. With `prompt_as_path`, existing results are kept. Raises ConfigError, MediaError or
+        WeightsError.
         """
         with self._exclusive(), report_first_failure():
             job = Job(spec or JobSpec(self.settings), self.models)
@@ -130,11 +134,15 @@ class VideoPipeline:
             wanted = broadcast_object([one for one in job.requests if not job.outputs.keeps_existing(one.path)], layout)
             if not wanted:
                 return
-            with output_folder(job.outputs.folder) if layout.is_main else nullcontext():
+            with output_folder(job.outputs.folder) if layout.is_main and job.to_files else nullcontext():
                 if layout.is_main:
                     job.outputs.check([request.path for request in wanted])
-                for event in generate(self.models, job, wanted, progress=job.settings.verbose > 0):
-                    if isinstance(event, Result) and layout.is_main:
+                shown = job.settings.verbose > 0
+                for event in generate(self.models, job, wanted, progress=shown, keep_loaded=keep_loaded):
+                    if isinstance(event, StepEnd):
+                        if on_step:
+                            on_step(Step(self.models, job, event))
+                    elif layout.is_main:
                         yield self._write(job, event)
 
     def _job(self, given: Mapping[str, Any]) -> Job:
@@ -169,9 +177,8 @@ class VideoPipeline:
             raise Cancelled("the call was cancelled by interrupt(); call the pipeline again to restart")
 
     def _preview(self, job: Job, event: StepEnd) -> Preview:
-        with torch.inference_mode():
-            clip = decode(self.models, job, event.state.x0[:1])
-        return Preview(event.state.step, event.state.num_steps, clip.frames, event.loop)
+        frames = Step(self.models, job, event).frames()
+        return Preview(event.state.step, event.state.num_steps, frames, event.loop)
 
     def _video(self, job: Job, result: Result, output_type: str) -> Video:
         frames = watermark.draw(result.frames, job.settings.watermark)

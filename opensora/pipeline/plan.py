@@ -13,10 +13,11 @@ from opensora.acceleration.memory_plan import PLANS, MemoryPlan
 from opensora.config.settings import InferenceSettings
 from opensora.errors import OpenSoraError
 from opensora.pipeline import plan_report, prompt_refiner
+from opensora.pipeline.argument_names import MODEL_SETTINGS
 from opensora.pipeline.generation import check_requests
 from opensora.pipeline.job import Job
 from opensora.pipeline.job_spec import JobSpec
-from opensora.pipeline.loaded_models import MODEL_SETTINGS, LoadedModels
+from opensora.pipeline.loaded_models import LoadedModels
 from opensora.pipeline.mask_strategy import ClipConditioning
 from opensora.pipeline.output_folder import output_folder
 from opensora.pipeline.plan_notes import adjustments

@@ -81,7 +81,7 @@ def replay(
     changed |= {part: {**(getattr(settings, part) or {}), "from_pretrained": source} for part, source in given.items()}
     settings = dataclasses.replace(settings, **changed)
     _check_references(file, recipe, settings)
-    with _threads(recipe), _suggest_flags(settings):
+    with recorded_threads(recipe), _suggest_flags(settings):
         pipeline = VideoPipeline(settings)
         output = next(pipeline.generate(JobSpec(settings, sample=recipe["sample_index"])))
     again = read_recipe(output.path)
@@ -116,7 +116,7 @@ def finish(
         alike.setdefault(key, []).append((one, settings))
     specs = [(group[0], *_spec(*zip(*group, strict=True))) for group in alike.values()]
     for (first, settings), pipeline, spec in specs:
-        with _threads(first.recipe), _suggest_flags(settings):
+        with recorded_threads(first.recipe), _suggest_flags(settings):
             yield from pipeline.generate(spec)
 
 
@@ -206,7 +206,7 @@ def _is_result(media: Path, draft: Draft) -> bool:
 
 
 @contextmanager
-def _threads(recipe: Recipe) -> Iterator[None]:
+def recorded_threads(recipe: Recipe) -> Iterator[None]:
     """Computes with the number of threads that a recipe records, if it does: another changes the last bits of sums."""
     before = torch.get_num_threads()
     torch.set_num_threads(recipe.get("threads") or before)

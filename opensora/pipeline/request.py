@@ -33,6 +33,7 @@ class Request(NamedTuple):
     loop_texts: tuple[str, ...]  # what the text encoder reads in each loop
     sample: int  # of the prompt
     path: str  # without suffix
+    seed: int
     reference_path: str | None = None  # images and videos, separated by ";"
     mask_strategy: str | None = None
 
@@ -177,7 +178,7 @@ def make_requests(settings: InferenceSettings) -> list[Request]:
             parse_mask_strategy(conditions["mask_strategy"])
         for sample in range(settings.num_sample):
             path = path_by_settings(settings, text, index, sample)
-            requests.append(Request(text, prompt.loop_texts, sample, path, **conditions))
+            requests.append(Request(text, prompt.loop_texts, sample, path, settings.seed, **conditions))
     return requests
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from opensora import __version__
 from opensora.cli.parser import Parser
-from opensora.cli.verbs import checkpoints, data, datasets, doctor, generation, training
+from opensora.cli.verbs import checkpoints, data, datasets, doctor, generation, serving, training
 from opensora.cli.verbs.verb import Verb
 
 VERBS: dict[str, Verb] = {
-    **generation.VERBS, **checkpoints.VERBS, **training.VERBS, **datasets.VERBS, **data.VERBS, **doctor.VERBS,
+    **generation.VERBS, **checkpoints.VERBS, **training.VERBS, **datasets.VERBS, **data.VERBS,
+    **serving.VERBS, **doctor.VERBS,
 }  # fmt: skip
 
 

@@ -18,7 +18,14 @@ from opensora.datasets.video.reader import (
     shown_times,
 )
 from opensora.datasets.video.span import Crop, Span
-from opensora.datasets.video.writer import encode_image, encode_video, to_uint8, write_image, write_video
+from opensora.datasets.video.writer import (
+    encode_animation,
+    encode_image,
+    encode_video,
+    to_uint8,
+    write_image,
+    write_video,
+)
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -30,6 +37,7 @@ __all__ = [
     "check_side",
     "contact_sheet",
     "count_frames",
+    "encode_animation",
     "encode_image",
     "encode_video",
     "image_to_uint8",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from fractions import Fraction
 from pathlib import Path
@@ -89,6 +90,17 @@ def encode_image(frame: np.ndarray, path: Path, metadata: dict[str, str] | None 
     for key, value in (metadata or {}).items():
         text.add_text(key, value)
     Image.fromarray(_check_frames(frame, num_dims=3)).save(path, format="png", pnginfo=text)
+
+
+def encode_animation(frames: np.ndarray, fps: float = 8) -> bytes:
+    """Frames uint8 [T, H, W, 3] as an animated WebP that loops, for previews: small, not exact."""
+    from PIL import Image
+
+    first, *others = map(Image.fromarray, _check_frames(frames, num_dims=4))
+    buffer = io.BytesIO()
+    options = {"save_all": True, "append_images": others, "duration": round(1000 / fps), "loop": 0}
+    first.save(buffer, format="webp", quality=60, method=0, **options)
+    return buffer.getvalue()
 
 
 def _check_frames(frames: np.ndarray, num_dims: int) -> np.ndarray:

@@ -1,0 +1,58 @@
+"""Runs the server: `opensora serve`."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from opensora.errors import ConfigError
+from opensora.serving.limits import Limits
+
+logger = logging.getLogger("opensora")
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+MAX_CONNECTIONS = 1_000
+KEEP_ALIVE, SHUTDOWN = 15, 5  # seconds
+
+
+def serve(
+    models: Sequence[str], host: str, port: int, folder: Path, *, keys: Sequence[str], devices: Sequence[str],
+    hosts: Sequence[str], allow_anonymous: bool, limits: Limits,
+) -> None:  # fmt: skip
+    """Serves until a stop signal. Raises ConfigError for an address that anybody could use, or that is taken."""
+    try:
+        import multipart  # noqa: F401  # python-multipart, which starlette imports when a form comes
+        import starlette  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise ConfigError(f"opensora serve needs {error.name}; pip install 'opensora[serve]'") from None
+    from opensora.serving.app import make_app
+
+    if host not in LOOPBACK and not keys and not allow_anonymous:
+        remedy = "set OPENSORA_API_KEY or give --api-key, or --allow-anonymous to let anybody in"
+        raise ConfigError(f"--host {host} can be reached from other machines; {remedy}")
+    if any(not key.strip() or len(key) < 8 for key in keys):
+        raise ConfigError("a key has fewer than 8 characters; make one with: openssl rand -hex 24")
+    listener = _listen(host, port)
+    app = make_app(models, folder, devices=devices, keys=keys, hosts=[host, *hosts], limits=limits)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=SHUTDOWN, proxy_headers=False,
+    )  # fmt: skip
+    logger.info("http://%s:%d", f"[{host}]" if ":" in host else host, listener.getsockname()[1])
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket on the address. Raises ConfigError where it cannot be had."""
+    try:
+        [(family, *_, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError) as error:
+        problem = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{host}:{port} cannot be used ({problem}); choose another --host or --port") from error
+    return listener
