@@ -257,7 +257,7 @@ def test_help_shows_the_common_flags_and_their_values(capsys: pytest.CaptureFixt
     assert end.value.code == 0 and "--guidance-interval FROM TO" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", sorted(set(VERBS) - {"models", "doctor"}))
+@pytest.mark.parametrize("verb", sorted(set(VERBS) - {"models", "doctor", "serve"}))
 def test_a_verb_alone_says_what_to_type(capsys: pytest.CaptureFixture, verb: str) -> None:
     line = refused(capsys, verb, code=1 if verb in ("generate", "plan", "benchmark") else 2)
     assert f"type: {VERBS[verb].example}" in line

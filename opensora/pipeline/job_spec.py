@@ -85,8 +85,8 @@ class JobSpec:
                 request._replace(sample=stopped.recipe["sample_index"], path=stopped.path) for request, stopped in pairs
             ]
         if places:
-            pairs = zip(requests, places, strict=True)
-            requests = [request._replace(seed=place.seed, path=place.path) for request, place in pairs]
+            placed = zip(requests, places, strict=True)
+            requests = [request._replace(seed=place.seed, path=place.path) for request, place in placed]
             for place in places:
                 self.outputs.allow_replacing(place.path)
         self.requests: list[Request] = requests

@@ -80,11 +80,12 @@ def make_app(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         store.requeue_running()
         dispatcher.start()
-        cleaning = asyncio.create_task(keep_clean(state))
+        tasks = [asyncio.create_task(keep_clean(state)), asyncio.create_task(planner.warm_up())]
         try:
             yield
         finally:
-            cleaning.cancel()
+            for task in tasks:
+                task.cancel()
             events.close()
             await dispatcher.stop()
             await planner.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from opensora.serving.job import COMPLETED, FAILED, QUEUED, RUNNING
@@ -15,7 +16,7 @@ STATUSES = (QUEUED, RUNNING, COMPLETED, FAILED)
 def metrics_text(state: ServerState) -> str:
     """The figures of a server, one a line."""
     dispatcher, counts = state.dispatcher, state.store.counts()
-    figures = [
+    figures: list[tuple[str, str, str, Mapping[str, float]]] = [
         ("opensora_workers_ready", "gauge", "workers that can compute", {"": dispatcher.ready}),
         ("opensora_worker_deaths_total", "counter", "workers that have ended", {"": dispatcher.deaths}),
         ("opensora_jobs", "gauge", "kept jobs", {f'{{status="{one}"}}': counts.get(one, 0) for one in STATUSES}),

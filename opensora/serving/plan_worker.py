@@ -35,7 +35,7 @@ class PlanWorker:
         try:
             if "probe" in question:
                 return probe(question["probe"], question["max_frames"])
-            request = VideoRequest(**question.get("check", question.get("plan")))
+            request = VideoRequest(**(question["plan"] if "plan" in question else question["check"]))
             spec, models = self._spec(request, question["media"])
             job = Job(spec, models)
             if "plan" in question:
@@ -67,7 +67,7 @@ def probe(path: str, max_frames: int) -> dict[str, Any]:
     frames = count_frames(path)
     if frames > max_frames:
         return {"error": f"the video has {frames:,} frames; this server takes {max_frames:,}", "code": "too_long"}
-    read_span(path, [0, frames - 1])
+    read_span(path, lambda count: [0, count - 1])
     return {"frames": frames}
 
 

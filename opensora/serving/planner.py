@@ -45,16 +45,28 @@ class Planner:
             raise ApiError(400, public(answer["error"]), code=answer.get("code"), param=answer.get("param"))
         return answer
 
+    async def warm_up(self) -> None:
+        """Starts the process, which takes seconds, before the first question."""
+        async with self._lock:
+            await self._started()
+
     async def stop(self) -> None:
         """Ends the process."""
         await self._process.kill()
 
+    async def _started(self) -> bool:
+        """Whether the process runs, which it may have to be started for."""
+        if self._process.pid is not None:
+            return True
+        await self._process.start()
+        if await self._process.receive(START_SECONDS) is not None:
+            return True
+        await self._process.kill()
+        return False
+
     async def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
-        if self._process.pid is None:
-            await self._process.start()
-            if await self._process.receive(START_SECONDS) is None:
-                await self._process.kill()
-                raise ApiError(503, "plans cannot be made; see the log of the server", code="unavailable")
+        if not await self._started():
+            raise ApiError(503, "plans cannot be made; see the log of the server", code="unavailable")
         try:
             self._process.send(**question)
             answer = await self._process.receive(ANSWER_SECONDS)

@@ -49,24 +49,26 @@ class Runner:
         """Computes tasks of one batch key; sends their steps and results."""
         for group in self._speed.groups(tasks):
             wanted = [task for task in group if task["id"] not in self.cancelled]
-            if len(wanted) > 1 and not self._try(wanted):
-                for task in wanted:  # one of them failed: which one?
-                    self._try([task])
-            elif len(wanted) == 1:
-                self._try(wanted)
+            if wanted:
+                self._compute(wanted)
+        for task in tasks:
+            self.cancelled.discard(task["id"])
+            self.watched.discard(task["id"])
 
-    def _try(self, tasks: Sequence[Task]) -> bool:
-        """Computes tasks together; reports the failure of a single one, and returns False for several."""
+    def _compute(self, tasks: Sequence[Task]) -> None:
+        """Computes tasks together. If that fails, those left are computed one by one, to find the one at fault."""
+        run = Run(self, tasks)
         try:
-            Run(self, tasks).run()
+            run.run()
         except Cancelled:
             pass
         except Exception as error:
             if len(tasks) > 1:
-                return False
+                for task in run.unfinished:
+                    self._compute([task])
+                return
             code, message = _explain(error)
             self.channel.send(type="failed", id=tasks[0]["id"], code=code, message=message)
-        return True
 
     def pipeline(self, model: str) -> VideoPipeline:
         """The pipeline of a model."""
@@ -89,6 +91,7 @@ class Run:
     def __init__(self, runner: Runner, tasks: Sequence[Task]) -> None:
         self.runner, self.channel = runner, runner.channel
         self.places = {str(folder_of(task["id"]) / NAME): task for task in tasks}  # path of the result -> task
+        self.unfinished = list(tasks)
         self.key = tasks[0]["batch_key"] or tasks[0]["id"]
         self.previews = Previews()
         self._last_step: float | None = None
@@ -106,7 +109,7 @@ class Run:
             request.settings(self.runner.settings(request.model), task["media"].__getitem__)
             for request, task in zip(requests, tasks, strict=True)
         ]
-        whole = dataclasses.replace(each[0], prompt=[one.prompt[0] for one in each], batch_size=len(each))
+        whole = dataclasses.replace(each[0], prompt=[one.given["prompt"] for one in requests], batch_size=len(each))
         places = [Place(path, one.seed) for path, one in zip(self.places, each, strict=True)]
         spec = JobSpec(whole, drafts=[stopped] if stopped else (), places=places, to_files=False)
         with recorded_threads(stopped.recipe if stopped else {}):
@@ -143,6 +146,7 @@ class Run:
     def _finish(self, output: Output) -> None:
         folder = output.path.parent
         task = self.places[str(folder / NAME)]
+        self.unfinished.remove(task)
         write_image(output.frames[0], folder / THUMBNAIL)
         write_image(contact_sheet(output.frames), folder / SPRITESHEET)
         (folder / STATE).unlink(missing_ok=True)

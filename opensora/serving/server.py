@@ -23,12 +23,13 @@ def serve(
 ) -> None:  # fmt: skip
     """Serves until a stop signal. Raises ConfigError for an address that anybody could use, or that is taken."""
     try:
-        import multipart  # noqa: F401  # python-multipart, which starlette imports when a form comes
+        import python_multipart  # noqa: F401  # starlette imports it when a form comes
         import starlette  # noqa: F401
         import uvicorn
     except ImportError as error:
         raise ConfigError(f"opensora serve needs {error.name}; pip install 'opensora[serve]'") from None
     from opensora.serving.app import make_app
+    from opensora.serving.connection import TimedConnection
 
     if host not in LOOPBACK and not keys and not allow_anonymous:
         remedy = "set OPENSORA_API_KEY or give --api-key, or --allow-anonymous to let anybody in"
@@ -38,8 +39,9 @@ def serve(
     listener = _listen(host, port)
     app = make_app(models, folder, devices=devices, keys=keys, hosts=[host, *hosts], limits=limits)
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, limit_concurrency=MAX_CONNECTIONS,
-        timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=SHUTDOWN, proxy_headers=False,
+        app, http=TimedConnection, log_level="warning", access_log=False, server_header=False,
+        limit_concurrency=MAX_CONNECTIONS, timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=SHUTDOWN,
+        proxy_headers=False,
     )  # fmt: skip
     logger.info("http://%s:%d", f"[{host}]" if ":" in host else host, listener.getsockname()[1])
     uvicorn.Server(config).run(sockets=[listener])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
+import io
 import re
 import secrets
+import shutil
 import time
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from opensora.errors import printable
 from opensora.serving import folders
@@ -38,7 +42,7 @@ class Uploads:
     def __init__(self, store: Store, planner: Planner, limits: Limits) -> None:
         self.store, self.planner, self.limits = store, planner, limits
 
-    async def save(self, owner: str, name: str, file: Any) -> StoredFile:
+    async def save(self, owner: str, name: str, file: IO[bytes]) -> StoredFile:
         """Stores an upload (an open file). Raises ApiError for one that is no image or video."""
         if self.store.count_files(owner) >= self.limits.max_stored_files:
             raise ApiError(429, "too many files are stored; delete some", code="too_many_files", retry_after=60)
@@ -52,10 +56,7 @@ class Uploads:
         path = self.store.folder / stored.path
         path.parent.mkdir(exist_ok=True)
         try:
-            with path.open("xb") as target:
-                while chunk := file.read(1 << 20):
-                    target.write(chunk)
-                size = target.tell()
+            size = await asyncio.to_thread(_copy, file, path)
             answer = await self.planner.ask(probe=stored.path, max_frames=self.limits.max_upload_frames)
         except BaseException:
             path.unlink(missing_ok=True)
@@ -111,6 +112,13 @@ class Uploads:
         return str(folders.media_file(job))
 
 
+def _copy(file: IO[bytes], path: Path) -> int:
+    """Writes an open file to a new one; returns its size."""
+    with path.open("xb") as target:
+        shutil.copyfileobj(file, target, 1 << 20)
+        return target.tell()
+
+
 def _suffix(head: bytes) -> str:
     for offset, magic, suffix in _KINDS:
         if head[offset : offset + len(magic)] == magic:
@@ -119,10 +127,8 @@ def _suffix(head: bytes) -> str:
     raise ApiError(400, f"the file is no image or video that is known here; give {known}", code="unsupported_file")
 
 
-def _decoded(text: str, param: str) -> Any:
+def _decoded(text: str, param: str) -> IO[bytes]:
     """An open file with the bytes of base64."""
-    import io
-
     try:
         return io.BytesIO(base64.b64decode(text, validate=True))
     except (binascii.Error, ValueError):
