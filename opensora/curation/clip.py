@@ -59,17 +59,18 @@ class Clip:
         return times
 
     def frames(
-        self, choose: Callable[[int], Sequence[int]], convert: Callable[[np.ndarray], Any] = np.asarray
-    ) -> tuple[list[Any], float]:
+        self, choose: Callable[[int], Sequence[int]], convert: Callable[[np.ndarray], Any] = np.asarray,
+        restart: Callable[[], None] = lambda: None,
+    ) -> tuple[list[Any], float]:  # fmt: skip
         """The frames at `choose(number of frames)` [H, W, 3] uint8, cropped and converted, and the frame rate.
 
-        Raises MediaError for damaged files.
+        `restart` is called before frames are converted once more. Raises MediaError for damaged files.
         """
 
         def cropped(frame: np.ndarray) -> Any:
             return convert(frame if self.crop is None else self.crop.of(frame, self.path))
 
-        return read_span(self.path, choose, cropped, self.span)
+        return read_span(self.path, choose, cropped, self.span, restart)
 
     def sampled(self, count: int, convert: Callable[[np.ndarray], Any] = np.asarray) -> tuple[list[Any], float]:
         """`count` frames at equal distances, fewer if the clip is shorter."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from opensora.cli import preflight
 from opensora.cli.parser import Parser
 from opensora.cli.program import one_line
-from opensora.cli.verbs import data_tables, data_views
+from opensora.cli.verbs import data_clips, data_tables, data_views
 from opensora.cli.verbs.verb import Verb
 from opensora.curation.stages.names import STAGE_NAMES
 from opensora.curation.tables.operations import OPERATIONS, Operation
@@ -64,25 +63,6 @@ def run_edit(args: argparse.Namespace) -> int:
         print(f"dropped by {one_line(name)}: {count:,}")
     for path, rows in result.written:
         print(f"{one_line(str(path))}: {rows:,} rows")
-    return 0
-
-
-def _add_paths(parser: Parser) -> None:
-    parser.add_argument("table", metavar="TABLE", help="table with the column id")
-    parser.add_argument("folder", metavar="FOLDER", help="folder of the media files")
-    parser.add_argument("output", metavar="OUT", help="table to write, with the column path")
-    parser.add_argument("--force", action="store_true", help="replace an existing table [no]")
-
-
-def _paths(args: argparse.Namespace) -> int:
-    preflight.check_exists(args.table)
-    preflight.check_exists(args.folder)
-    from opensora.curation.tables.paths import id_to_path
-    from opensora.curation.tables.reading import open_tables
-    from opensora.curation.tables.writing import write_table
-
-    rows = write_table(id_to_path(open_tables([args.table]), args.folder), Path(args.output), args.force)
-    print(f"{one_line(args.output)}: {rows:,} rows")
     return 0
 
 
@@ -144,6 +124,7 @@ def _footage(args: argparse.Namespace) -> int:
 
 
 SUBVERBS = {
+    **data_clips.VERBS,
     **data_tables.VERBS,
     **data_views.VERBS,
     "curate": Verb(
@@ -158,10 +139,6 @@ SUBVERBS = {
     "footage": Verb(
         "render raw footage with known scenes, camera moves, texts, copies and faults, to try curation on",
         "opensora data footage my-videos --scenes 40", _add_footage, _footage,
-    ),
-    "paths": Verb(
-        "find the files of a table of ids",
-        "opensora data paths ids.csv my-videos videos.csv", _add_paths, _paths,
     ),
 }  # fmt: skip
 

@@ -58,14 +58,20 @@ class Scenes(Stage):
         from scenedetect import FrameTimecode
 
         detector = self._detector()
-        fps, found, number = 25.0, [], 0  # frames are counted; the rate has no influence
+        found: list[Any] = []
+        fps, number = 25.0, 0  # frames are counted; the rate has no influence
+
+        def restart() -> None:
+            nonlocal detector, number
+            detector, number = self._detector(), 0
+            found.clear()
 
         def detect(frame: np.ndarray) -> None:
             nonlocal number
             found.extend(detector.process_frame(FrameTimecode(number, fps), _shrunk(frame)))
             number += 1
 
-        clip.frames(range, detect)
+        clip.frames(range, detect, restart)
         found.extend(detector.post_process(FrameTimecode(max(number - 1, 0), fps)))
         return sorted({int(cut.frame_num) for cut in found if 0 < cut.frame_num < number})
 

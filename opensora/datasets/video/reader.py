@@ -91,12 +91,14 @@ def read_span(
     choose: Callable[[int], Sequence[int]],
     convert: Callable[[np.ndarray], Any] = np.asarray,
     span: Span | None = None,
+    restart: Callable[[], None] = lambda: None,
 ) -> tuple[list[Any], float]:
     """Selected frames of a video or animated image, each converted from uint8 [H, W, 3]; and its frame rate.
 
     `choose` maps the number of frames, of the file or of `span`, to ascending indices; it is called again if the file
     turns out to have fewer. Decodes only from the key frame before the first index to the last one, one frame in memory
-    at a time. Raises MediaError as `read_video` does, and for a broken time table or a span without frames.
+    at a time. `restart` is called before frames are converted once more, where seeking does not lead to them. Raises
+    MediaError as `read_video` does, and for a broken time table or a span without frames.
     """
     if moving := webp.probe(path):
         if span is not None:
@@ -106,6 +108,7 @@ def read_span(
         return _complete(found, indices, path), moving.fps
     if span is not None and (part := _span_from_packets(path, span, choose, convert)) is not None:
         return part
+    restart()
     with opened_video(path) as video:
         shown, keys = frame_times(video)
         fps = rate_of(video)
@@ -117,9 +120,11 @@ def read_span(
             before = [key for key in keys if key <= times[0]]
             if before and (frames := _span_from_key(video, max(before), times, convert)) is not None:
                 return frames, fps
+    restart()
     found, count = _span_from_start(path, indices, convert)
     if len(found) < len(indices) and within.start < count < within.stop:
         indices = [within.start + index for index in choose(count - within.start)]
+        restart()
         found, _ = _span_from_start(path, indices, convert)
     return _complete(found, indices, path), fps
 

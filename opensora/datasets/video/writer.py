@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -59,27 +61,99 @@ def encode_video(
     frames: np.ndarray, path: Path, fps: float, metadata: dict[str, str] | None = None, crf: int = CRF
 ) -> None:
     """`write_video` without the atomic rename, for use inside `atomic_write`. Raises OSError."""
+    _check_frames(frames, num_dims=4)
+    with VideoEncoder(path, fps, metadata, crf) as encoder:
+        for frame in frames:
+            encoder.add(frame)
+
+
+class VideoEncoder:
+    """Encodes frames uint8 [H, W, 3] one by one as `write_video` does, within a `with` block. Raises OSError.
+
+    lossless: store RGB, so that `read_video` returns the frames that were added; few players show such files
+    size: scale the frames to this (height, width)
+    """
+
+    def __init__(
+        self, path: Path, fps: float, metadata: dict[str, str] | None = None, crf: int = CRF, *,
+        lossless: bool = False, size: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
+        if not (math.isfinite(fps) and fps >= 0):
+            raise MediaError(f"a frame rate of {fps} is not possible; choose a positive number")
+        self.path, self.rate, self.metadata = path, Fraction(fps or DEFAULT_FPS).limit_denominator(1001), metadata or {}
+        self.crf, self.lossless, self.size = 0 if lossless else crf, lossless, size
+        self._container: Any = None
+        self._stream: Any = None
+
+    def __enter__(self) -> VideoEncoder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._container is None:
+            return
+        try:
+            if kind is None:
+                with _as_os_errors():
+                    self._container.mux(self._stream.encode())
+        finally:
+            self.restart()
+
+    def restart(self) -> None:
+        """Drops the frames that were added; the file is written anew."""
+        if self._container is not None:
+            with _as_os_errors():
+                self._container.close()
+        self._container = None
+
+    def add(self, frame: np.ndarray) -> None:
+        """Encodes a frame; all have the size of the first."""
+        import av
+
+        _check_frames(frame, num_dims=3)
+        if self.size is None:
+            picture = av.VideoFrame.from_ndarray(_even(frame), format="rgb24")
+        else:
+            height, width = self.size
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            picture = picture.reformat(width=width, height=height, interpolation="BICUBIC")
+        with _as_os_errors():
+            if self._container is None:
+                self._open(frame.shape[:2] if self.size is None else self.size)
+            self._container.mux(self._stream.encode(picture))
+
+    def _open(self, size: Sequence[int]) -> None:
+        import av
+
+        height, width = size
+        options = {"movflags": "use_metadata_tags+faststart"}
+        container = self._container = av.open(str(self.path), "w", format="mp4", options=options)
+        container.metadata.update(self.metadata)
+        if height % 2 or width % 2:
+            container.metadata[SIZE_KEY] = f"{height}x{width}"
+        codec = "libx264rgb" if self.lossless else "libx264"
+        stream: Any = container.add_stream(codec, rate=self.rate, options={**ENCODING, "crf": str(self.crf)})
+        self._stream = stream
+        stream.height, stream.width = height + height % 2, width + width % 2
+        stream.pix_fmt = "rgb24" if self.lossless else "yuv420p"
+        if not self.lossless:
+            stream.codec_context.colorspace = SMPTE170M
+        stream.codec_context.thread_count = 1  # with more threads the bytes depend on the machine
+
+
+@contextmanager
+def _as_os_errors() -> Iterator[None]:
     import av
 
-    if not (math.isfinite(fps) and fps >= 0):
-        raise MediaError(f"a frame rate of {fps} is not possible; choose a positive number")
-    height, width = _check_frames(frames, num_dims=4).shape[1:3]
-    rate = Fraction(fps or DEFAULT_FPS).limit_denominator(1001)
     try:
-        with av.open(str(path), "w", format="mp4", options={"movflags": "use_metadata_tags+faststart"}) as container:
-            container.metadata.update(metadata or {})
-            if height % 2 or width % 2:
-                container.metadata[SIZE_KEY] = f"{height}x{width}"
-                frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-            stream = container.add_stream("libx264", rate=rate, options={**ENCODING, "crf": str(crf)})
-            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-            stream.codec_context.colorspace = SMPTE170M
-            stream.codec_context.thread_count = 1  # with more threads the bytes depend on the machine
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
+        yield
     except av.FFmpegError as error:
         raise OSError(error.errno, error_message(error)) from error
+
+
+def _even(frame: np.ndarray) -> np.ndarray:
+    """A frame with even sides, its edges repeated."""
+    height, width = frame.shape[:2]
+    return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge") if height % 2 or width % 2 else frame
 
 
 def encode_image(frame: np.ndarray, path: Path, metadata: dict[str, str] | None = None) -> None:

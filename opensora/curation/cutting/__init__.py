@@ -1,0 +1,1 @@
+"""Clips of a table written as files of their own."""
