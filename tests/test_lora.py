@@ -16,6 +16,8 @@ from opensora.acceleration.chunked_forward import chunk_blocks
 from opensora.acceleration.offload import OffloadedModule
 from opensora.acceleration.quantization import EightBitLinear, quantize
 from opensora.acceleration.replace_modules import copy_structure
+from opensora.checkpoints.lora import adapter_hash, read_lora, write_lora
+from opensora.errors import WeightsError
 from opensora.models import lora
 from opensora.models.layers.attention import SelfAttention
 from opensora.models.lora import LoRAConfig, LoRALayer, LoRAWeights
@@ -348,3 +350,17 @@ def _above(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> list[ast.AST]:
         node = parents[node]
         found.append(node)
     return found
+
+
+def test_a_file_brings_an_adapter_back(tmp_path: Path) -> None:
+    model = make("STDiT3")
+    weights = weights_for(model)
+    weights = LoRAWeights(weights.layers, base="0" * 64)
+    write_lora(tmp_path / "a.safetensors", weights)
+    again = read_lora(tmp_path / "a.safetensors", model)
+    assert again.base == weights.base and adapter_hash(again) == adapter_hash(weights)
+    for name, layer in weights.layers.items():
+        found = again.layers[name]
+        assert torch.equal(found.A, layer.A) and torch.equal(found.B, layer.B) and found.alpha == layer.alpha
+    with pytest.raises(WeightsError, match="no linear layer of DiT"):
+        read_lora(tmp_path / "a.safetensors", make("DiT"))

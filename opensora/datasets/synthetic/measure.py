@@ -5,18 +5,20 @@ Evaluates the embedded model: generate from a caption, measure the pixels, compa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
-from opensora.datasets.synthetic.render import BACKGROUNDS, COLOURS, SHAPES, Scene, render
+from opensora.datasets.synthetic.render import BACKGROUNDS, COLOURS, NEW_SHAPES, SHAPES, Scene, render
 
 SIDE = 64  # clips are reduced by a whole factor until the short side is below twice this
 NEAR_BACKGROUND, NEAR_COLOUR = 60.0, 100.0  # farther than this from every palette colour (RGB distance) has no name
 CONTRAST = 45.0  # RGB distance from the background at which a pixel may belong to an object
 SMALLEST = 0.005  # of the frame's pixels: less is noise (the smallest rendered object covers 0.018)
 TRAVEL, GROWTH = 16 / 64, np.log(1.6)  # displacement / short side and log radius ratio of a clear motion; half counts
+DIAGONAL = 0.5  # least ratio of the two displacements of a motion down and to the right
 FIT = 0.55  # least overlap (intersection over union) with a perfect shape, below which there is no object
 
 
@@ -29,11 +31,12 @@ class Measured(NamedTuple):
     background: str | None
 
 
-def measure(video: np.ndarray) -> Measured:
+def measure(video: np.ndarray, new: bool = False) -> Measured:
     """Shape, colour, motion and background of the clip `video`, uint8 [T, H, W, 3] of any size.
 
     The object is the largest connected region that differs from the border's colour. Shape by overlap with a perfect
     circle, square and triangle of the same area and centre; motion by the straight lines fitted to centre and radius.
+    With `new`, also what adapters teach: NEW_SHAPES and NEW_MOTIONS.
     """
     video = _reduce(video)
     num_frames, height, width = video.shape[:3]
@@ -49,10 +52,10 @@ def measure(video: np.ndarray) -> Measured:
     coverage, area = coverage[times], area[times]
     x, y = coverage.sum(1) @ (np.arange(width) + 0.5), coverage.sum(2) @ (np.arange(height) + 0.5)
     centre = np.stack([x, y], axis=1) / area[:, None]  # [T, 2] in pixels; a pixel's own centre lies at one half
-    shape = _shape(coverage, centre, area)
+    shape = _shape(coverage, centre, area, SHAPES + NEW_SHAPES if new else SHAPES)
     if shape is None:
         return Measured(None, None, None, background)
-    motion = _motion(times / max(num_frames - 1, 1), centre / min(height, width), area)
+    motion = _motion(times / max(num_frames - 1, 1), centre / min(height, width), area, new)
     return Measured(shape, _nearest(colour, COLOURS, NEAR_COLOUR), motion, background)
 
 
@@ -109,10 +112,10 @@ def _spread(values: np.ndarray) -> np.ndarray:
     return np.maximum.reduce([values, rows[:, :-2], rows[:, 2:], columns[:, :, :-2], columns[:, :, 2:]])
 
 
-def _shape(coverage: np.ndarray, centre: np.ndarray, area: np.ndarray) -> str | None:
+def _shape(coverage: np.ndarray, centre: np.ndarray, area: np.ndarray, shapes: Sequence[str]) -> str | None:
     """The shape that overlaps best, on average over the (up to eight) frames where the object is largest."""
     frames = np.argsort(area)[::-1][:8]
-    fits = {s: np.mean([_overlap(coverage[t], s, centre[t], area[t]) for t in frames]) for s in SHAPES}
+    fits = {s: np.mean([_overlap(coverage[t], s, centre[t], area[t]) for t in frames]) for s in shapes}
     best = max(fits, key=fits.__getitem__)
     return best if fits[best] >= FIT else None
 
@@ -135,7 +138,7 @@ def _draw(shape: str, radius: float, centre: tuple[float, float], height: int, w
     return render(scene, 1, height, width)[0, :, :, 0] / COLOURS["white"][0]
 
 
-def _motion(times: np.ndarray, centre: np.ndarray, area: np.ndarray) -> str | None:
+def _motion(times: np.ndarray, centre: np.ndarray, area: np.ndarray, diagonal: bool = False) -> str | None:
     """The motion that stands out most over the clip; None for a single frame. Time is 0..1, centres in short sides."""
     if len(times) < 2:
         return None
@@ -146,4 +149,6 @@ def _motion(times: np.ndarray, centre: np.ndarray, area: np.ndarray) -> str | No
         "growing" if growth > 0 else "shrinking": abs(growth) / GROWTH,
         "standing still": 0.5,
     }
+    if diagonal and x > 0 and y > 0 and DIAGONAL <= x / y <= 1 / DIAGONAL:
+        candidates["moving diagonally"] = np.hypot(x, y) / TRAVEL
     return max(candidates, key=candidates.__getitem__)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from opensora.errors import ConfigError
+
 SHAPES = ("circle", "square", "triangle")
 COLOURS = {
     "red": (230, 30, 30), "green": (40, 190, 60), "blue": (50, 90, 250), "yellow": (250, 235, 60),
@@ -36,6 +38,11 @@ PHRASINGS = (
     "one {shape}, {colour}, {motion}, in front of a {background} background",
     "the background is {background} and a {colour} {shape} {motion}",
 )
+# What the embedded model does not know, for adapters to learn (docs/lora.md). There is no new colour: its autoencoder
+# restores the eight above and no other.
+NEW_SHAPES = ("bar",)
+NEW_MOTIONS = {"moving diagonally": (("moving diagonally",), (1, 1), 0)}
+ALL_MOTIONS = MOTIONS | NEW_MOTIONS
 # 3, 8 and 7 have no common factor, so n -> (n % 3, n % 8, n % 7) meets each of the 168 combinations once; the first
 # tenth is held out, and every shape, colour and motion stays well covered in training.
 HELD_OUT = sorted((SHAPES[n % 3], tuple(COLOURS)[n % 8], tuple(MOTIONS)[n % 7]) for n in range(17))
@@ -65,8 +72,27 @@ def draw_scene(rng: np.random.Generator, height: int, width: int, held_out: bool
     combinations = HELD_OUT if held_out else TRAINED
     shape, colour, motion = combinations[rng.integers(len(combinations))]
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+    return _place(rng, (shape, colour, motion, background), height, width)
+
+
+def draw_new_scene(rng: np.random.Generator, new: str, height: int, width: int) -> Scene:
+    """A random scene of a new shape or motion; the rest is as in `draw_scene`.
+
+    Raises ConfigError for a name that is not new.
+    """
+    if new not in (*NEW_SHAPES, *NEW_MOTIONS):
+        raise ConfigError(f"{new[:80]!r} is nothing new; choose one of {', '.join((*NEW_SHAPES, *NEW_MOTIONS))}")
+    shape, colour, motion, background = (
+        names[rng.integers(len(names))] for names in map(tuple, (SHAPES, COLOURS, MOTIONS, BACKGROUNDS))
+    )
+    shape, motion = (new if new in NEW_SHAPES else shape), (new if new in NEW_MOTIONS else motion)
+    return _place(rng, (shape, colour, motion, background), height, width)
+
+
+def _place(rng: np.random.Generator, names: tuple[str, str, str, str], height: int, width: int) -> Scene:
+    """The scene of a shape, colour, motion and background at a random place and size."""
+    _, direction, growth = ALL_MOTIONS[names[2]]
     unit = min(height, width) / 64
-    _, direction, growth = MOTIONS[motion]
     small, large = rng.uniform(6.5, 8.5) * unit, rng.uniform(15, 19) * unit
     steady = rng.uniform(9.5, 13.5) * unit
     radius, end_radius = {0: (steady, steady), 1: (small, large), -1: (large, small)}[growth]
@@ -76,7 +102,7 @@ def draw_scene(rng: np.random.Generator, height: int, width: int, held_out: bool
     low = (size - room) / 2 + np.maximum(-travel, 0)
     high = (size + room) / 2 - np.maximum(travel, 0)
     start = rng.uniform(low, high)
-    return Scene(shape, colour, motion, background, radius, end_radius, (start[0], start[1]), (travel[0], travel[1]))
+    return Scene(*names, radius, end_radius, (start[0], start[1]), (travel[0], travel[1]))
 
 
 def continue_scene(rng: np.random.Generator, scene: Scene, height: int, width: int, held_out: bool = False) -> Scene:
@@ -124,6 +150,8 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray
         return np.hypot(x, y) - radius
     if shape == "square":
         return np.maximum(np.abs(x), np.abs(y)) - 0.88 * radius
+    if shape == "bar":
+        return np.maximum(np.abs(x) - 0.5 * radius, np.abs(y) - radius)
     half = np.sqrt(3) / 2  # equilateral, apex up, its centroid slightly below the centre so that it fills the disc
     inner = 0.58 * radius
     return np.maximum(y - inner, half * np.abs(x) - 0.5 * y - inner)
@@ -141,6 +169,13 @@ def make_clip(seed: int, index: int, num_frames: int, height: int, width: int, h
     """Clip `index` of the unlimited set `seed`; `held_out` uses only the combinations held out of training."""
     rng = np.random.default_rng((seed, index, int(held_out)))
     scene = draw_scene(rng, height, width, held_out)
+    return Clip(render(scene, num_frames, height, width), _describe(rng, scene), scene)
+
+
+def make_new_clip(seed: int, index: int, new: str, num_frames: int, height: int, width: int) -> Clip:
+    """Clip `index` of the set `seed` of clips that show something new; see `draw_new_scene`."""
+    rng = np.random.default_rng((seed, index, 3))
+    scene = draw_new_scene(rng, new, height, width)
     return Clip(render(scene, num_frames, height, width), _describe(rng, scene), scene)
 
 
@@ -175,6 +210,6 @@ def make_continued_clip(
 def _describe(rng: np.random.Generator, scene: Scene) -> str:
     """A caption in one of many phrasings, often the canonical one."""
     phrasing = PHRASINGS[rng.integers(len(PHRASINGS))] if rng.random() > 0.3 else CANONICAL
-    phrases = MOTIONS[scene.motion][0]
+    phrases = ALL_MOTIONS[scene.motion][0]
     phrase = phrases[rng.integers(len(phrases))] if rng.random() > 0.4 else scene.motion
     return caption(scene, phrasing, phrase)
