@@ -44,12 +44,12 @@ def pipe() -> VideoPipeline:
 
 
 def test_the_snippet_of_the_readme(here: Path) -> None:
-    pipe = opensora.load("embedded", device="cpu", steps=4)
+    pipe = opensora.load("embedded", device="cpu", steps=2)
     video = pipe("a red circle moving right on a black background", num_frames=17, seed=3)
     assert video.frames.dtype == np.uint8 and video.frames.shape == (17, 64, 64, 3)
     video.save("out.mp4")
     assert main(["replay", "out.mp4", "--save-dir", "again"]) == 0
-    argv = ["a red circle moving right on a black background", "--num-frames", "17", "--seed", "3", "--steps", "4"]
+    argv = ["a red circle moving right on a black background", "--num-frames", "17", "--seed", "3", "--steps", "2"]
     assert main(["generate", *argv, "--device", "cpu", "-o", "cli.mp4"]) == 0
     made, by_command = (read_recipe(name) for name in ("out.mp4", "cli.mp4"))
     differing = {name for name, value in made["settings"].items() if value != by_command["settings"][name]}
@@ -76,7 +76,7 @@ def test_weights_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     pipe = opensora.load("embedded", device="cpu", num_frames=1, height=8, width=8, steps=1)
     assert not reads  # loading locates files and reads none
-    for number in range(20):
+    for number in range(8):
         pipe(PROMPTS[number % 4], seed=number, num_frames=1 + number % 2)
     assert len(reads) == 3 and set(reads.values()) == {1}
 
@@ -88,10 +88,11 @@ def test_batches_give_the_bytes_of_single_requests(pipe: VideoPipeline, loops: i
         "seed": 5,
         "num_frames": 34 if loops > 1 else 5,
         "condition_frame_length": 5,
+        "num_inference_steps": 2 // loops,
     }
-    texts = [*PROMPTS, PROMPTS[0], "a dog"]
+    texts = [*PROMPTS[:3], PROMPTS[0]] if loops > 1 else [*PROMPTS, PROMPTS[0], "a dog"]
     single = [pipe(text, **given) for text in texts]
-    together = pipe(texts, batch_size=4, **given)
+    together = pipe(texts, batch_size=len(texts) - 1, **given)
     assert [frames_digest(one.frames) for one in together] == [frames_digest(one.frames) for one in single]
     assert [one.recipe["prompt"] for one in together] == texts
 
@@ -113,7 +114,7 @@ def test_a_batch_with_other_bits_is_not_computed(pipe: VideoPipeline, monkeypatc
 
 
 def test_batches_of_the_published_size_of_the_embedded_model() -> None:
-    pipe = opensora.load("embedded", device="cpu", num_frames=17, num_inference_steps=2)
+    pipe = opensora.load("embedded", device="cpu", num_frames=17, num_inference_steps=1)
     single = [frames_digest(pipe(text).frames) for text in PROMPTS]
     assert [frames_digest(one.frames) for one in pipe(PROMPTS, batch_size=4)] == single
 
@@ -228,12 +229,13 @@ def test_a_stream_that_is_open_keeps_the_pipeline(pipe: VideoPipeline) -> None:
 
 
 def test_two_pipelines_in_two_threads_give_the_bytes_of_one(pipe: VideoPipeline) -> None:
-    expected = [frames_digest(pipe(text, seed=2).frames) for text in PROMPTS]
+    texts = PROMPTS[:2]
+    expected = [frames_digest(pipe(text, seed=2).frames) for text in texts]
     found: dict[int, list[str]] = {}
 
     def work(number: int) -> None:
         own = opensora.load("embedded", device="cpu", **SMALL)
-        found[number] = [frames_digest(own(text, seed=2).frames) for text in PROMPTS]
+        found[number] = [frames_digest(own(text, seed=2).frames) for text in texts]
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
     for thread in threads:
@@ -454,10 +456,7 @@ def test_blocks_of_the_document(here: Path, block: str) -> None:
     from PIL import Image
 
     Image.new("RGB", (64, 64), "red").save("photo.png")
-    namespace: dict[str, Any] = {}
     if "opensora.load(" not in block:
-        block = f'pipe = opensora.load("embedded", device="cpu")\n{block}'
-    block = f"import opensora\n{block}"
-    if "num_inference_steps" not in block:
-        block = re.sub(r"num_frames=\d+", r"\g<0>, steps=2", block)
-    exec(compile(block, "docs/python.md", "exec"), namespace)
+        block = f'pipe = opensora.load("embedded", device="cpu", height=16, width=24, steps=2)\n{block}'
+    block = re.sub("64|128", "16", block)
+    exec(compile(f"import opensora\n{block}", "docs/python.md", "exec"), {})
