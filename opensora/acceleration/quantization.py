@@ -8,7 +8,7 @@ e4m3 are returned in bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,13 +43,15 @@ class EightBitLinear(AdaptableLinear):
         self.register_buffer("scale", scale[:, 0])
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
 
-    def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def quantize(cls, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [N, in] in 8 bits, and their scales [N, 1] float32."""
         rows = rows.float()
-        scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / self.largest
-        return self.round(rows / scale), scale
+        scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / cls.largest
+        return cls.round(rows / scale), scale
 
-    def round(self, x: Tensor) -> Tensor:
+    @classmethod
+    def round(cls, x: Tensor) -> Tensor:
         """Values within +-`largest` in the 8-bit type."""
         raise NotImplementedError
 
@@ -88,7 +90,8 @@ class Int8Linear(EightBitLinear):
 
     largest = 127.0
 
-    def round(self, x: Tensor) -> Tensor:
+    @classmethod
+    def round(cls, x: Tensor) -> Tensor:
         return x.round_().to(torch.int8)
 
     def multiply(self, small: Tensor, scale: Tensor) -> Tensor:
@@ -102,7 +105,8 @@ class Fp8Linear(EightBitLinear):
 
     largest = 448.0
 
-    def round(self, x: Tensor) -> Tensor:
+    @classmethod
+    def round(cls, x: Tensor) -> Tensor:
         return x.to(torch.float8_e4m3fn)
 
     def multiply(self, small: Tensor, scale: Tensor) -> Tensor:
@@ -128,10 +132,14 @@ def num_quantized(model: nn.Module) -> int:
 def _layers(model: nn.Module, exact: tuple[str, ...]) -> Iterator[tuple[str, nn.Linear]]:
     """Names and layers to quantize."""
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and not any(part in name for part in exact):
-            shape = layer.weight.shape
-            if min(shape) >= MIN_FEATURES and not any(size % MULTIPLE for size in shape):
-                yield name, layer
+        exempt = any(part in name for part in exact)
+        if isinstance(layer, nn.Linear) and not exempt and is_quantizable(layer.weight.shape):
+            yield name, layer
+
+
+def is_quantizable(shape: Sequence[int]) -> bool:
+    """Whether 8-bit products take a weight [out, in] of this shape, and it is large enough to gain from them."""
+    return min(shape) >= MIN_FEATURES and not any(size % MULTIPLE for size in shape)
 
 
 def check(kind: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -11,13 +11,15 @@ from torch import nn
 
 from opensora import registry
 from opensora.acceleration.offload import offload_blocks
+from opensora.acceleration.packed_tensor import unpack_weights
 from opensora.acceleration.placement import to_device
 from opensora.acceleration.quantization import quantize
 from opensora.checkpoints.fit import load_weights
+from opensora.checkpoints.gguf_t5 import t5_config, t5_header, t5_pieces, t5_tokenizer_hash
 from opensora.checkpoints.hub import locate, one_line, read_config_json
 from opensora.checkpoints.sections import WITHOUT_WEIGHTS, Section, check_section
 from opensora.checkpoints.summary import Summary
-from opensora.checkpoints.tokenizer import load_clip_tokenizer, load_t5_tokenizer, tokenizer_hash
+from opensora.checkpoints.tokenizer import load_clip_tokenizer, load_t5_tokenizer, make_t5_tokenizer, tokenizer_hash
 from opensora.config.schema import check
 from opensora.config.sections import checked
 from opensora.config.sections.checkpoints import CLIPConfig, CLIPTextConfig, ModelMetadata, T5Config
@@ -26,6 +28,7 @@ from opensora.distributed.process_group import RankLayout
 from opensora.errors import ConfigError, OpenSoraError, WeightsError
 from opensora.models.text_encoder import t5
 from opensora.models.text_encoder.clip import make_clip
+from opensora.models.text_encoder.tokens import Tokenizer
 from opensora.profiling.memory_meter import free_on_host
 from opensora.profiling.meta_shapes import MetaShapes
 
@@ -112,14 +115,15 @@ def build_text_encoder(section: Section, path: Path | None, dtype: torch.dtype) 
     """Builds the text encoder of a section with its tokenizer, without weights."""
     if path is None:
         return registry.build(section)
-    folder, kind, config = _folder(path), section["type"], config_json(path)
+    folder, kind, header = _folder(path), section["type"], t5_header(path)
+    config = t5_config(header) if header else config_json(path)
     schema = TEXT_CONFIGS["clip_text" if kind == "clip" and "text_config" not in config else kind]
     stated: Any = check(schema, config, str(config_file(path)), WeightsError)
     length = section.get("model_max_length", MAX_LENGTHS[kind])
     try:
         encoder: Any
         if kind == "t5":
-            encoder = t5.make_t5(t5.T5Config(**dict(stated)), load_t5_tokenizer(folder), length, dtype)
+            encoder = t5.make_t5(t5.T5Config(**dict(stated)), _t5_tokenizer(path), length, dtype)
         else:
             encoder = make_clip(config, load_clip_tokenizer(folder), length, dtype)
     except OpenSoraError:
@@ -133,7 +137,19 @@ def build_text_encoder(section: Section, path: Path | None, dtype: torch.dtype) 
 
 def tokenizer_sha256(path: Path | None) -> dict[str, str]:
     """{"tokenizer": SHA-256} of the tokenizer beside a text encoder's weights; empty if there are no weights."""
-    return {"tokenizer": tokenizer_hash(_folder(path))} if path else {}
+    if path is None:
+        return {}
+    header = t5_header(path)
+    if header and t5_pieces(header, path):
+        return {"tokenizer": t5_tokenizer_hash(header)}
+    return {"tokenizer": tokenizer_hash(_folder(path))}
+
+
+def _t5_tokenizer(path: Path) -> Tokenizer:
+    """T5's tokenizer, inside or beside its weights."""
+    header = t5_header(path)
+    pieces = t5_pieces(header, path) if header else None
+    return make_t5_tokenizer(*pieces, path) if pieces else load_t5_tokenizer(_folder(path))
 
 
 def _folder(path: Path) -> Path:
@@ -161,6 +177,7 @@ def load_text_encoder_weights(
     """
     if section.get("shardformer"):
         summary = load_weights(encoder.model, path)
+        unpack_weights(encoder.model)  # shards are plain tensors
         shard(encoder.model, layout)
     elif offload:
         summary = load_weights(encoder.model, path)

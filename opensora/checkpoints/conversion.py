@@ -1,9 +1,10 @@
-"""Converts checkpoints between file formats, dtypes and layouts: published ones to ours, and back."""
+"""Converts checkpoints between file formats, number formats and layouts: published ones to ours, and back."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,22 @@ import torch
 from opensora import registry
 from opensora.acceleration.model_parts import kept_in_float32
 from opensora.acceleration.precision import DTYPES
+from opensora.acceleration.quantization import KINDS
 from opensora.checkpoints import builder
+from opensora.checkpoints.eight_bits import quantize_tensors, stored
 from opensora.checkpoints.fit import check_finite, fit
-from opensora.checkpoints.hub import locate
+from opensora.checkpoints.hub import SUFFIXES, locate
 from opensora.checkpoints.key_mapping import POSITIONS, TensorDict, to_original
 from opensora.checkpoints.read import read_state_dict
 from opensora.checkpoints.save import save_file, save_pretrained
 from opensora.checkpoints.summary import Summary, summarize
+from opensora.checkpoints.tokenizer import tokenizer_files
 from opensora.config import load_config
 from opensora.config.sections import check_type
 from opensora.errors import ConfigError
 
 ENDINGS = {"safetensors": (".safetensors",), "pt": (".pt", ".pth", ".bin"), "hf": ()}
+EIGHT_BITS = tuple(KINDS)  # as one .safetensors file, or as a folder
 
 
 def convert(
@@ -32,12 +37,14 @@ def convert(
 ) -> Summary:  # fmt: skip
     """Writes a checkpoint (file, folder or hub id) as "safetensors", "pt", or "hf" (a folder with config.json).
 
+    "int8" and "fp8" write a .safetensors file or a folder with the linear layers in 8 bits, see `eight_bits`; the
+    others unpack quantized weights, to `dtype` or float32.
     With `config` the tensors must fit its `model` section and are written in our layout, without fixed positions;
     `layout="original"` writes the layout of the model's authors. Floating tensors become `dtype`, except those kept in
     float32. An existing destination needs `force`. Raises ConfigError or WeightsError without writing anything.
     """
-    target, path = Path(destination), locate(source, offline=offline)
-    _check_target(target, to, force)
+    target, path, container = Path(destination), locate(source, offline=offline), _container(destination, to)
+    _check_target(target, to, container, force)
     tensors, stated = read_state_dict(path), builder.config_json(path)
     changes: dict[str, Any] = {}
     if config:
@@ -46,10 +53,11 @@ def convert(
     types = {name: _target_dtype(name, tensor, dtype) for name, tensor in tensors.items()}
     check_finite(path, {name: (tensor, types[name]) for name, tensor in tensors.items()})
     tensors = {name: tensor.to(types[name]) for name, tensor in tensors.items()}
-    if to == "hf":
-        _write_folder(tensors, target, stated)
+    tensors = quantize_tensors(tensors, to) if to in EIGHT_BITS else tensors
+    if container == "hf":
+        _write_folder(stored(tensors), target, stated, _tokenizer_files(path) if to in EIGHT_BITS else [])
     else:
-        save_file(tensors, target)
+        save_file(stored(tensors), target)
     return summarize(target, tensors)._replace(**changes)
 
 
@@ -60,10 +68,19 @@ def _target_dtype(name: str, tensor: torch.Tensor, dtype: str | None) -> torch.d
     return torch.float32 if kept_in_float32(name) else DTYPES[dtype]
 
 
-def _check_target(target: Path, to: str, force: bool) -> None:
-    if target.suffix not in (ENDINGS[to] or [target.suffix]):
-        raise ConfigError(f"{target}: --to {to} writes one file, whose name ends in {' or '.join(ENDINGS[to])}")
-    if target.exists() and (not force or target.is_dir() != (to == "hf")):
+def _container(destination: str, to: str) -> str:
+    """The key of ENDINGS that `to` writes."""
+    if to not in EIGHT_BITS:
+        return to
+    return "safetensors" if destination.endswith(".safetensors") else "hf"
+
+
+def _check_target(target: Path, to: str, container: str, force: bool) -> None:
+    if to in EIGHT_BITS and target.suffix in SUFFIXES and container == "hf":
+        raise ConfigError(f"{target}: --to {to} writes a .safetensors file, or a folder")
+    if target.suffix not in (ENDINGS[container] or [target.suffix]):
+        raise ConfigError(f"{target}: --to {to} writes one file, whose name ends in {' or '.join(ENDINGS[container])}")
+    if target.exists() and (not force or target.is_dir() != (container == "hf")):
         raise ConfigError(f"{target} exists; choose another path{'' if force else ', or replace it with --force'}")
 
 
@@ -83,13 +100,25 @@ def _fit(config: str, path: Path, tensors: TensorDict, stated: dict[str, Any]) -
     return {name: tensor for name, tensor in fitted.items() if name not in POSITIONS}, stated, changes
 
 
-def _write_folder(tensors: TensorDict, target: Path, config: dict[str, Any]) -> None:
-    """Writes a new folder atomically, or replaces weights and config.json in an existing one."""
+def _tokenizer_files(path: Path) -> list[Path]:
+    """The files of the tokenizer beside a text encoder's weights, which goes along with them."""
+    return tokenizer_files(path) if path.is_dir() else []
+
+
+def _write_folder(tensors: TensorDict, target: Path, config: dict[str, Any], beside: Sequence[Path] = ()) -> None:
+    """Writes a new folder atomically, or replaces weights, config.json and the files `beside` in an existing one."""
     if target.exists():
-        return save_pretrained(tensors, target, config)
+        _fill_folder(tensors, target, config, beside)
+        return
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        save_pretrained(tensors, unfinished, config)
+        _fill_folder(tensors, unfinished, config, beside)
         unfinished.rename(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _fill_folder(tensors: TensorDict, folder: Path, config: dict[str, Any], beside: Sequence[Path]) -> None:
+    save_pretrained(tensors, folder, config)
+    for file in beside:
+        shutil.copyfile(file, folder / file.name)

@@ -10,7 +10,6 @@ LFS = b"version https://git-lfs.github.com/spec/"
 ARCHIVE = "is a compressed archive; unpack it, and give the file inside"
 STARTS = (
     (LFS, "is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"),
-    (b"GGUF", "is a GGUF file, of llama.cpp; give the weights as .safetensors or .pt"),
     (b"\x1f\x8b", ARCHIVE), (b"BZh", ARCHIVE), (b"\xfd7zXZ\x00", ARCHIVE), (b"\x28\xb5\x2f\xfd", ARCHIVE),
     (b"7z\xbc\xaf\x27\x1c", ARCHIVE), (b"Rar!", ARCHIVE),
     (b"\x89HDF\r\n\x1a\n", "is an HDF5 file, of Keras; give the weights as .safetensors or .pt"),
@@ -21,7 +20,7 @@ STARTS = (
 TEXT = "is a text file, not weights; download it again"
 HTML = (b"<!doctype html", b"<html", b"<head", b"<?xml", b"<!--")
 PICKLES = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
-ZIP = b"PK\x03\x04"
+ZIP, GGUF = b"PK\x03\x04", b"GGUF"
 
 
 def other_kind(path: Path) -> str | None:
@@ -51,6 +50,8 @@ def weights_by_content(path: Path) -> str | None:
         head = file.read(9)
     if head.startswith((ZIP, *PICKLES)):
         return ".pt"
+    if head.startswith(GGUF):
+        return ".gguf"
     return ".safetensors" if head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size else None
 
 

@@ -9,11 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from opensora.acceleration.packed_tensor import PackedTensor
+
 _COMPARED = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # others are compared in float32
 
 
 def largest(tensor: Tensor) -> float:
     """The largest absolute value of a tensor; NaN if it contains NaN."""
+    if isinstance(tensor, PackedTensor):
+        found = [largest(part) for part in tensor.chunks()]
+        return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
     if not tensor.is_floating_point() or not tensor.numel():
         return 0.0
     low, high = torch.aminmax(tensor if tensor.dtype in _COMPARED else tensor.float())

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from opensora.acceleration.packed_tensor import PackedTensor
 from opensora.errors import printable
 
 MAX_NAME = 120  # characters of a name
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """The dtype, such as "float32"."""
+    """The dtype, such as "float32"; of a packed weight its format, such as "Q4_K"."""
+    if isinstance(tensor, PackedTensor):
+        return tensor.format
     return str(tensor.dtype).removeprefix("torch.")
 
 

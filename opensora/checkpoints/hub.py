@@ -14,7 +14,8 @@ from opensora.checkpoints.file_kinds import wrong_text
 from opensora.checkpoints.published_files import HUB, PUBLISHED, published
 from opensora.errors import WeightsError, did_you_mean
 
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+WRITABLE = (".safetensors", ".bin", ".pt", ".pth")
+SUFFIXES = (*WRITABLE, ".gguf")
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2")
 STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 INDEX = ".index.json"

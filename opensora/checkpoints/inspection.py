@@ -27,6 +27,7 @@ FAMILIES = {
     "temporal autoencoder (VAE_Temporal_SD)": ("encoder.block_res_blocks.", "decoder.block_res_blocks."),
     "video autoencoder (AutoencoderKLTemporalDecoder)": ("encoder.down_blocks.", "decoder.time_conv_out."),
     "per-frame autoencoder (AutoencoderKL)": ("encoder.down_blocks.", "decoder.up_blocks.", "quant_conv."),
+    "T5 text encoder (llama.cpp's names)": ("enc.blk.0.attn_q.weight",),
     "T5 text encoder": ("encoder.block.0.layer.0.SelfAttention.",),
     "CLIP text encoder": ("embeddings.token_embedding.", "encoder.layers.0.self_attn.", "final_layer_norm."),
 }

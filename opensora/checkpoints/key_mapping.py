@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora.models.text_encoder.clip import CLIP_DROPPED, CLIP_RENAMED
-from opensora.models.text_encoder.t5 import T5_DROPPED
+from opensora.models.text_encoder.t5 import T5_DROPPED, T5_RENAMED
 from opensora.models.vae.vae import FRAMES_RENAMED
 
 TensorDict = Mapping[str, Tensor]
@@ -132,7 +132,7 @@ STDIT3: KeyMapping = (
 )  # fmt: skip
 FRAME_AUTOENCODER: KeyMapping = (*_OLD_ATTENTION_NAMES, *_MODULE_PREFIX, *_OLD_ATTENTION_CONVS)
 VIDEO_AUTOENCODER: KeyMapping = (*_OLD_ATTENTION_NAMES, *_OLD_ATTENTION_CONVS)
-T5: KeyMapping = tuple(map(Drop, T5_DROPPED))
+T5: KeyMapping = (*map(Drop, T5_DROPPED), *(Rename(*pair) for pair in T5_RENAMED))
 CLIP: KeyMapping = (*map(Drop, CLIP_DROPPED), *(Rename(*pair) for pair in CLIP_RENAMED))
 
 # Class name of a model -> its mapping. A class without a row takes that of its base class, or loads names as they are.

@@ -11,8 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file as load_safetensors
 from torch import Tensor
 
+from opensora.checkpoints import eight_bits
 from opensora.checkpoints.file_kinds import other_kind, weights_by_content
 from opensora.checkpoints.formatting import join_first
+from opensora.checkpoints.gguf import read_gguf
+from opensora.checkpoints.gguf_header import PACKED, read_gguf_header
 from opensora.checkpoints.hub import SUFFIXES, UNFINISHED, checkpoint_files, one_line
 from opensora.checkpoints.pickle_interpreter import TensorView, Unsupported
 from opensora.checkpoints.pickles import read_pickled
@@ -21,16 +24,16 @@ from opensora.errors import WeightsError
 
 WRAPPERS = ("state_dict", "ema", "model", "module")
 MAX_WRAPPERS = 8
-KNOWN, SAFE = ", ".join(SUFFIXES), ".safetensors"
+KNOWN, SAFE, GGUF = ", ".join(SUFFIXES), ".safetensors", ".gguf"
 TRAINING_STATE = {"optimizer", "optimizer_state_dict", "optimizer_states", "param_groups", "lr_schedulers", "scaler"}
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Tensors on the CPU by name from a file, an index or a folder, memory-mapped where the format allows.
 
-    Reads .safetensors, and .pt, .pth, .bin without running code in them; unwraps a state dict under `state_dict`,
-    `ema`, `model` or `module`. Each shard must hold exactly the tensors that the index lists for it. Raises
-    WeightsError naming the file, and what it is if it holds no weights.
+    Reads .safetensors, .gguf, and .pt, .pth, .bin without running code in them; unwraps a state dict under
+    `state_dict`, `ema`, `model` or `module`. Quantized weights are `PackedTensor`. Each shard must hold exactly the
+    tensors that the index lists for it. Raises WeightsError naming the file, and what it is if it holds no weights.
     """
     tensors: dict[str, Tensor] = {}
     for file, promised in checkpoint_files(Path(path)).items():
@@ -43,12 +46,14 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
                 "they belong to different checkpoints; copy both again"
             )
         tensors.update(found)
-    return tensors
+    return eight_bits.pack(tensors, Path(path))
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:
     try:
         _check_kind(file)
+        if file.suffix == GGUF:
+            return read_gguf(file)
         return _read_safetensors(file) if file.suffix == SAFE else _read_pickled(file)
     except OSError as error:
         raise WeightsError(f"{file}: cannot be read ({one_line(error)})") from error
@@ -64,7 +69,7 @@ def _check_kind(file: Path) -> None:
         raise WeightsError(f"{file}: not a weight file; {found or f'known are {KNOWN} and index files'}")
     if kind:
         raise WeightsError(f"{file}: {kind}")
-    if suffix and (suffix == SAFE) != (file.suffix == SAFE):
+    if suffix and suffix != (file.suffix if file.suffix in (SAFE, GGUF) else ".pt"):
         raise WeightsError(f"{file}: its content is that of a {suffix} file: rename it to {file.stem}{suffix}")
 
 
@@ -114,6 +119,16 @@ def _kind(value: Any) -> str:
     if isinstance(value, TensorView):
         return "a tensor"
     return value.what if isinstance(value, Unsupported) else "None" if value is None else f"a {type(value).__name__}"
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a checkpoint holds quantized weights; reads headers alone. Raises WeightsError."""
+    for file in checkpoint_files(path):
+        if file.suffix == GGUF and any(info.ggml_type in PACKED for info in read_gguf_header(file).tensors.values()):
+            return True
+        if file.suffix == SAFE and eight_bits.has_scales(read_header(file)):
+            return True
+    return False
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file as save_safetensors
 
-from opensora.checkpoints.hub import INDEX, SUFFIXES
+from opensora.checkpoints.hub import INDEX, WRITABLE
 from opensora.checkpoints.key_mapping import TensorDict
 from opensora.errors import WeightsError
 from opensora.files import atomic_write
@@ -29,8 +29,8 @@ def save_file(state_dict: TensorDict, path: str | os.PathLike[str], metadata: Ma
     `metadata` is stored in .safetensors files only.
     """
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise WeightsError(f"{path}: cannot write this kind of file; known are {', '.join(SUFFIXES)}")
+    if path.suffix not in WRITABLE:
+        raise WeightsError(f"{path}: cannot write this kind of file; known are {', '.join(WRITABLE)}")
     with _atomic_write(path) as [temporary]:
         _write(state_dict, temporary, metadata)
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from opensora.acceleration.packed_tensor import PackedTensor
 from opensora.checkpoints.formatting import dtype_name, join_first
 from opensora.checkpoints.key_mapping import POSITIONS, TensorDict
 
@@ -60,9 +61,10 @@ def content_hash(tensors: TensorDict) -> str:
 
     def entry(name: str) -> bytes:
         tensor = tensors[name]
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        head = f"{name}\0{dtype_name(tensor)}\0{','.join(map(str, tensor.shape))}\0"
-        return head.encode(errors="surrogatepass") + hashlib.sha256(flat.numpy().data).digest()
+        head, digest = f"{name}\0{dtype_name(tensor)}\0{','.join(map(str, tensor.shape))}\0", hashlib.sha256()
+        for part in tensor.parts() if isinstance(tensor, PackedTensor) else [tensor]:
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return head.encode(errors="surrogatepass") + digest.digest()
 
     with ThreadPoolExecutor() as pool:
         return hashlib.sha256(b"".join(pool.map(entry, sorted(tensors)))).hexdigest()

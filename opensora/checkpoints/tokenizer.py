@@ -37,8 +37,13 @@ def load_t5_tokenizer(folder: Path) -> Tokenizer:
         model.pieces.extend((token, 0.0) for token in special)
     else:
         raise WeightsError(f"{folder}: no T5 tokenizer; the folder needs {PIECES} or {UNIGRAM}")
+    return make_t5_tokenizer(model, special, folder)
+
+
+def make_t5_tokenizer(model: SentencePieceModel, special: list[str], source: Path) -> Tokenizer:
+    """The tokenizer of a unigram model; `special` tokens in a text are no text. Raises WeightsError naming `source`."""
     if tuple(piece for piece, _ in model.pieces[:3]) != T5_TOKENS:
-        raise WeightsError(f"{folder}: not a tokenizer of T5, whose first tokens are {', '.join(T5_TOKENS)}")
+        raise WeightsError(f"{source}: not a tokenizer of T5, whose first tokens are {', '.join(T5_TOKENS)}")
     unigram = _unigram(model, special)
     return Tokenizer(lambda text: unigram.encode(text).ids, len(model.pieces), T5_TOKENS.index(PAD))
 
@@ -112,9 +117,14 @@ def _tokenizer_config(folder: Path) -> TokenizerConfig:
     return check(TokenizerConfig, stated, str(path), WeightsError)
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder's tokenizer, sorted by name."""
+    return [folder / name for name in sorted((PIECES, MERGES, *JSON)) if (folder / name).is_file()]
+
+
 def tokenizer_hash(folder: Path) -> str:
     """SHA-256 over names and contents of the tokenizer files, sorted by name."""
-    there = [name for name in sorted((PIECES, MERGES, *JSON)) if (folder / name).is_file()]
-    contents = [files.read_bytes(folder / name, MAX_BYTES, WeightsError) for name in there]
-    parts = (f"{n}\0{hashlib.sha256(c).hexdigest()}\n" for n, c in zip(there, contents, strict=True))
+    there = tokenizer_files(folder)
+    contents = [files.read_bytes(file, MAX_BYTES, WeightsError) for file in there]
+    parts = (f"{file.name}\0{hashlib.sha256(c).hexdigest()}\n" for file, c in zip(there, contents, strict=True))
     return hashlib.sha256("".join(parts).encode()).hexdigest()

@@ -13,6 +13,7 @@ from opensora.acceleration.device import is_cpu
 from opensora.acceleration.memory_plan import BY_NAME, PLANS, MemoryPlan
 from opensora.acceleration.model_parts import blocks_of
 from opensora.checkpoints.hub import checkpoint_files
+from opensora.checkpoints.read import is_packed
 from opensora.models.text_encoder.classes import ClassIds
 from opensora.models.vae.vae import frames_at_once
 from opensora.pipeline.job import Job
@@ -179,20 +180,25 @@ class ResourceEstimate:
 
     def _stage(self, name: str, part: str, cost: Cost) -> Stage:
         module = getattr(self.components, part)
-        held = cost_model.weight_bytes(module, self.dtype)
-        files, copied = self._files(part, held)
+        plain = cost_model.weight_bytes(module, self.dtype)
+        held, files, copied = self._weights(part, plain)
         if part == "model" and self.models.settings.linear != "exact":
-            held -= quantization.num_quantized(module) * (self.dtype.itemsize - 1)
+            held = plain - quantization.num_quantized(module) * (self.dtype.itemsize - 1)
             copied = True
         return Stage(name, held, files, copied, cost)
 
-    def _files(self, part: str, held: int) -> tuple[int, bool]:
-        """Bytes of a part's weight files, and whether its weights will be copies in another format."""
+    def _weights(self, part: str, held: int) -> tuple[int, int, bool]:
+        """Bytes that a part's weights take and of its files, and whether the weights will be copies in another format.
+
+        `held` is what unpacked weights take; packed ones stay as they are in the file.
+        """
         path = self.models.paths.get(part)
         if path is None:
-            return held, False
+            return held, held, False
         size = sum(file.stat().st_size for file in checkpoint_files(path))
-        return size, size < 0.9 * held or 1.9 * held < size < 2.1 * held
+        if is_packed(path):
+            return min(held, size), size, False
+        return held, size, size < 0.9 * held or 1.9 * held < size < 2.1 * held
 
     def _text(self) -> tuple[int, Stage]:
         """The longest text in tokens, and the stage that encodes all of them."""
@@ -212,8 +218,7 @@ class ResourceEstimate:
         cost = Cost()
         for length in lengths:
             cost = cost.then(cost_model.text_cost(config, parameters, length))
-        held = sum(map(_bytes, encoder.model.parameters()))
-        files, copied = self._files("text_encoder", held)
+        held, files, copied = self._weights("text_encoder", sum(map(_bytes, encoder.model.parameters())))
         stage = Stage("text", held, files, copied, cost)
         return max(lengths, default=1), stage
 

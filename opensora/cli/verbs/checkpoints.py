@@ -63,7 +63,12 @@ def _add_inspect(parser: Parser) -> None:
 def _add_convert(parser: Parser) -> None:
     parser.add_argument("source", metavar="SRC", help="a file, a folder or a hub id")
     parser.add_argument("destination", metavar="DST", help="file or folder to write, whole or not at all")
-    parser.add_argument("--to", required=True, choices=("safetensors", "hf", "pt"), help="hf is a folder")
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=("safetensors", "hf", "pt", "int8", "fp8"),
+        help="hf is a folder; int8, fp8 quantize",
+    )
     parser.add_argument("--config", help="configuration whose model the weights must fit")
     parser.add_argument("--dtype", choices=DTYPES, help="number format [unchanged]")
     text = "key names: this package's, or the authors' own [ours]"

@@ -101,9 +101,9 @@ class Linear(nn.Linear, AdaptableLinear):
         if not self.active:
             return
         self.unfused, self.fused, self.active = self.weight.detach(), self.active, ()
-        total = self.unfused.float() if self.unfused.itemsize < 4 else self.unfused.clone()
+        total = self.unfused.float() if self.unfused.itemsize < 4 else self.unfused
         for name in self.fused:
-            total += self.lora(name).delta()
+            total = total + self.lora(name).delta()
         self.weight = nn.Parameter(total.to(self.unfused.dtype), self.weight.requires_grad)
 
     def unfuse(self) -> None:

@@ -19,7 +19,20 @@ from opensora.models.layers.attention import RMSNorm
 from opensora.models.text_encoder.tokens import Tokenizer
 
 # What a full T5 checkpoint holds beside the encoder: patterns of names to leave out when loading.
-T5_DROPPED = ("decoder.*", "lm_head.weight")
+T5_DROPPED = ("decoder.*", "lm_head.weight", "dec.*", "output.weight")
+# Names in llama.cpp's GGUF files, and ours.
+T5_RENAMED = (
+    ("token_embd.weight", "shared.weight"),
+    ("enc.output_norm.weight", "encoder.final_layer_norm.weight"),
+    ("enc.blk.*.attn_rel_b.weight", "encoder.block.*.layer.0.SelfAttention.relative_attention_bias.weight"),
+    ("enc.blk.*.attn_norm.weight", "encoder.block.*.layer.0.layer_norm.weight"),
+    *((f"enc.blk.*.attn_{name}.weight", f"encoder.block.*.layer.0.SelfAttention.{name}.weight") for name in "qkvo"),
+    ("enc.blk.*.ffn_norm.weight", "encoder.block.*.layer.1.layer_norm.weight"),
+    ("enc.blk.*.ffn_gate.weight", "encoder.block.*.layer.1.DenseReluDense.wi_0.weight"),
+    ("enc.blk.*.ffn_up.weight", "encoder.block.*.layer.1.DenseReluDense.wi_1.weight"),
+    ("enc.blk.*.ffn_up.weight", "encoder.block.*.layer.1.DenseReluDense.wi.weight"),
+    ("enc.blk.*.ffn_down.weight", "encoder.block.*.layer.1.DenseReluDense.wo.weight"),
+)
 TOGETHER = 16  # prompts in one pass: XXL's attention bias takes up to 12 MB for each
 
 
