@@ -15,6 +15,7 @@ from opensora.acceleration.packed_tensor import PackedTensor, unpack_weights
 from opensora.acceleration.quantization import KINDS, quantize
 from tests.gguf_files import random_blocks
 
+MODES = [torch.inference_mode, torch.no_grad, torch.enable_grad]
 NAMES = [one.name for one in GGUF_FORMATS]
 
 
@@ -50,7 +51,7 @@ class TestLayers:
         small.bias = plain.bias
         return small, plain
 
-    @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+    @pytest.mark.parametrize("mode", MODES)
     def test_outputs(self, layers: tuple[nn.Linear, nn.Linear], mode: type) -> None:
         small, plain = layers
         x = torch.randn(2, 3, 512)
@@ -73,12 +74,19 @@ class TestLayers:
             layers[0](torch.randn(3, 512, requires_grad=True))
         assert (6, 512) not in kept and (512, 6) not in kept
 
-    def test_what_reads_the_weight_itself(self, layers: tuple[nn.Linear, nn.Linear]) -> None:
+    @pytest.mark.parametrize("mode", MODES)
+    def test_what_reads_the_weight_itself(self, layers: tuple[nn.Linear, nn.Linear], mode: type) -> None:
         small, plain = layers
         x = torch.randn(2, 512)
+        with mode():
+            self.read(x, small, plain)
+
+    def read(self, x: torch.Tensor, small: nn.Linear, plain: nn.Linear) -> None:
         assert torch.equal(F.linear(x, small.weight[2:], small.bias[2:]), F.linear(x, plain.weight[2:], plain.bias[2:]))
         assert isinstance(small.weight[2:], PackedTensor)
         assert torch.equal(small.weight @ x.t(), plain.weight @ x.t())
+        assert torch.equal(x @ small.weight.t(), x @ plain.weight.t())
+        assert torch.equal(small.weight.view(-1), plain.weight.view(-1))
         assert torch.equal(torch.aminmax(small.weight).max, plain.weight.max())
 
     def test_moves_casts_copies(self, layers: tuple[nn.Linear, nn.Linear]) -> None:

@@ -70,7 +70,7 @@ KINDS = {
     "JSON": (b'{"error": "Repository not found"}\n', "is a text file, not weights"),
     "nothing": (b"", "is empty"),
     "zeros": (bytes(5000), "begins with nothing but zeros"),
-    "GGUF": (b"GGUF\x03\0\0\0" + bytes(64), "is a GGUF file"),
+    "GGUF": (b"GGUF\x03\0\0\0" + bytes(64), "its content is that of a .gguf file: rename it"),
     "ONNX": (ONNX + bytes(64), "is an ONNX program"),
     "gzip": (gzip.compress(b"x" * 1000), "is a compressed archive; unpack it"),
     "xz": (b"\xfd7zXZ\0" + bytes(64), "is a compressed archive"),

@@ -52,8 +52,9 @@ class PackedTensor(Tensor):
         """The values of some rows at a time, in float32."""
         size = max(1, CHUNK // self.shape[1])
         for start in range(0, len(self), size):
-            part = self[start : start + size]
-            yield FORMATS[self.format].unpack(part.packed, part.scale)
+            rows = slice(start, start + size)
+            scale = None if self.scale is None else self.scale[rows]
+            yield FORMATS[self.format].unpack(self.packed[rows], scale)
 
     def parts(self) -> list[Tensor]:
         """The stored tensors."""
@@ -88,10 +89,11 @@ class PackedTensor(Tensor):
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if (kept := _still_packed(function, args, kwargs)) is not None:
-            return kept
-        _check_not_written(function, args)
-        return function(*tree_map(_unpacked, args), **tree_map(_unpacked, kwargs))
+        with torch.inference_mode(False):  # a view of a weight must be of its kind, which is no inference tensor
+            if (kept := _still_packed(function, args, kwargs)) is not None:
+                return kept
+            _check_not_written(function, args)
+            return function(*tree_map(unpacked, args), **tree_map(unpacked, kwargs))
 
 
 def _still_packed(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -113,7 +115,8 @@ def _still_packed(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return None
 
 
-def _unpacked(value: Any) -> Any:
+def unpacked(value: Any) -> Any:
+    """A packed weight as a plain tensor; anything else as it is."""
     return value.unpack() if isinstance(value, PackedTensor) else value
 
 
@@ -136,14 +139,14 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
-        ctx.weight, ctx.dtype = weight, x.dtype
+        ctx.packed, ctx.dtype = weight, x.dtype
         return F.linear(x, weight.unpack(), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         [gradient] = gradients
         to_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return (gradient @ ctx.weight.unpack().to(gradient.dtype)).to(ctx.dtype), None, to_bias
+        return (gradient @ ctx.packed.unpack().to(gradient.dtype)).to(ctx.dtype), None, to_bias
 
 
 def unpack_weights(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from opensora import registry
 from opensora.acceleration.model_parts import kept_in_float32
+from opensora.acceleration.packed_tensor import unpacked
 from opensora.acceleration.precision import DTYPES
 from opensora.acceleration.quantization import KINDS
 from opensora.checkpoints import builder
@@ -53,7 +54,7 @@ def convert(
     types = {name: _target_dtype(name, tensor, dtype) for name, tensor in tensors.items()}
     check_finite(path, {name: (tensor, types[name]) for name, tensor in tensors.items()})
     tensors = {name: tensor.to(types[name]) for name, tensor in tensors.items()}
-    tensors = quantize_tensors(tensors, to) if to in EIGHT_BITS else tensors
+    tensors = quantize_tensors(tensors, to) if to in EIGHT_BITS else {n: unpacked(t) for n, t in tensors.items()}
     if container == "hf":
         _write_folder(stored(tensors), target, stated, _tokenizer_files(path) if to in EIGHT_BITS else [])
     else:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from opensora.acceleration.packed_tensor import PackedTensor
+from opensora.acceleration.packed_tensor import PackedTensor, unpacked
 from opensora.acceleration.quantization import EXACT, KINDS, is_quantizable
 from opensora.checkpoints.formatting import join_first, shape
 from opensora.errors import WeightsError
@@ -97,5 +97,5 @@ def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if isinstance(tensor, PackedTensor) and tensor.scale is not None:
             found |= {name: tensor.packed, name + SCALE: tensor.scale}
         else:
-            found[name] = tensor.unpack() if isinstance(tensor, PackedTensor) else tensor
+            found[name] = unpacked(tensor)
     return found
