@@ -29,6 +29,7 @@ LAYERS = {
     "opensora.datasets": 3,
     "opensora.registry": 3,
     "opensora.config": 2,
+    "opensora.remote": 2,
     "opensora.files": 1,
     "opensora.errors": 0,
     "opensora.signals": 0,

@@ -7,10 +7,9 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -23,78 +22,16 @@ from opensora.pipeline.job_spec import JobSpec
 from opensora.pipeline.loaded_models import LoadedModels
 from opensora.pipeline.prompt_refiner import endpoint, refine_texts
 from opensora.pipeline.recipe import read_recipe
+from opensora.remote import chat
+from opensora.remote.chat import Endpoint
 from opensora.utils.config_utils import parse_inference_args
+from tests.chat_server import Server, drips, hangs_up, says, sends
 from tests.checkpoints import SAMPLE, run_script, tree
 
 KEY = "sk-very-secret-0123"
 SMALL = ("--num-sampling-steps", "2", "--image-size", "16", "24", "--num-frames", "17", "--verbose", "0")
 ASK = (*SMALL, "--llm-refine", "True", "--save-dir", "made")
 SETTINGS = InferenceSettings(model={"type": "STDiT3"}, num_frames=1)
-Answer = Callable[[BaseHTTPRequestHandler], None]
-
-
-def sends(body: bytes | str, status: int = 200, **headers: str) -> Answer:
-    """An answer with this body."""
-    data = body.encode() if isinstance(body, str) else body
-
-    def answer(handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **headers}.items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        handler.wfile.write(data)
-
-    return answer
-
-
-def says(content: object) -> Answer:
-    """The answer of a language model."""
-    return sends(json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]}))
-
-
-def drips(handler: BaseHTTPRequestHandler) -> None:
-    handler.send_response(200)
-    handler.end_headers()
-    for _ in range(30):
-        handler.wfile.write(b" ")
-        time.sleep(0.05)
-
-
-def hangs_up(handler: BaseHTTPRequestHandler) -> None:
-    handler.close_connection = True
-
-
-class Server(ThreadingHTTPServer):
-    """Gives its `answers` in turn, the last one again and again, and keeps what it was `asked`."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answers: list[Answer] = [says("A Small Cat.")]
-        self.asked: list[tuple[str, dict[str, str], bytes]] = []
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-    def handle_error(self, *_: object) -> None:
-        """Nothing: a client that has waited long enough goes away."""
-
-    @property
-    def texts(self) -> list[str]:
-        return [json.loads(body)["messages"][1]["content"] for _, _, body in self.asked]
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.asked.append((self.path, dict(self.headers), body))
-        self.server.answers[min(len(self.server.asked), len(self.server.answers)) - 1](self)
-
-    do_GET = do_POST  # what a redirect would become if it were followed
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture
@@ -115,7 +52,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub_cache: Path) -> Pa
     return tmp_path
 
 
-def of(server: Server) -> tuple[SplitResult, str, str]:
+def of(server: Server) -> Endpoint:
     return endpoint(dataclasses.replace(SETTINGS, llm_base_url=server.url))
 
 
@@ -177,7 +114,7 @@ FAILURES = [
     (says(""), "answer is empty"),
     (says(' "" '), "answer is empty"),
     (says("猫"), "answer is empty"),
-    (sends(" " * (prompt_refiner.MAX_BYTES + 9)), WRONG),
+    (sends(" " * (chat.MAX_BYTES + 9)), WRONG),
     (sends(f"wrong key {KEY}", 401), "server answers 401"),
     (sends("", 429), "server answers 429"),
 ]

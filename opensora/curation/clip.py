@@ -11,7 +11,7 @@ import numpy as np
 
 from opensora.curation.tables.stream import Cell
 from opensora.datasets.file_content import content_key
-from opensora.datasets.video import Crop, Span, read_span, shown_times
+from opensora.datasets.video import Crop, Span, is_image, read_image, read_span, shown_times
 from opensora.datasets.video.container import opened_video, rate_of
 from opensora.errors import MediaError
 
@@ -64,12 +64,16 @@ class Clip:
     ) -> tuple[list[Any], float]:  # fmt: skip
         """The frames at `choose(number of frames)` [H, W, 3] uint8, cropped and converted, and the frame rate.
 
-        `restart` is called before frames are converted once more. Raises MediaError for damaged files.
+        A still image is one frame, of rate 0. `restart` is called before frames are converted once more. Raises
+        MediaError for damaged files.
         """
 
         def cropped(frame: np.ndarray) -> Any:
             return convert(frame if self.crop is None else self.crop.of(frame, self.path))
 
+        if self.span is None and is_image(self.path):
+            image = read_image(self.path)
+            return [cropped(image) for _ in choose(1)], 0.0
         return read_span(self.path, choose, cropped, self.span, restart)
 
     def sampled(self, count: int, convert: Callable[[np.ndarray], Any] = np.asarray) -> tuple[list[Any], float]:

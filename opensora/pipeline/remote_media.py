@@ -25,7 +25,7 @@ from opensora.datasets.video import is_image, iterate_video, read_image
 from opensora.errors import ConfigError, MediaError, printable
 from opensora.files import cache_path
 from opensora.pipeline.reference_path import MAX_FRAMES
-from opensora.pipeline.timeout import call_with_timeout
+from opensora.remote.timeout import call_with_timeout
 
 MAX_BYTES = 200 * 10**6
 MAX_REDIRECTS = 5

@@ -1,3 +1,3 @@
 """The names of the stages, without what they import."""
 
-STAGE_NAMES = ("probe", "scenes", "health", "motion", "camera")
+STAGE_NAMES = ("probe", "scenes", "health", "motion", "camera", "captions")

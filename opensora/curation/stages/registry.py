@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 from opensora.config.schema import check
 from opensora.curation.clip import Clip
 from opensora.curation.stages.camera import Camera
+from opensora.curation.stages.captions import Captions
 from opensora.curation.stages.health import Health
 from opensora.curation.stages.motion import Motion
 from opensora.curation.stages.probe import Probe
@@ -17,7 +18,7 @@ from opensora.curation.stages.stage import Stage
 from opensora.datasets.video import Span
 from opensora.errors import ConfigError, did_you_mean
 
-STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Probe, Scenes, Health, Motion, Camera)}
+STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Probe, Scenes, Health, Motion, Camera, Captions)}
 
 
 def make(name: str, options: Mapping[str, Any]) -> Stage:

@@ -21,6 +21,7 @@ from opensora.datasets.video.span import Crop, Span
 from opensora.datasets.video.writer import (
     encode_animation,
     encode_image,
+    encode_jpeg,
     encode_video,
     to_uint8,
     write_image,
@@ -39,6 +40,7 @@ __all__ = [
     "count_frames",
     "encode_animation",
     "encode_image",
+    "encode_jpeg",
     "encode_video",
     "image_to_uint8",
     "is_image",

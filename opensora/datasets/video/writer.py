@@ -57,6 +57,17 @@ def write_image(frame: np.ndarray, path: str | Path, metadata: dict[str, str] | 
     return Path(path)
 
 
+def encode_jpeg(frame: np.ndarray, max_side: int, quality: int = 85) -> bytes:
+    """A frame uint8 [H, W, 3] as JPEG, shrunk to at most `max_side` pixels a side."""
+    from PIL import Image
+
+    image = Image.fromarray(np.ascontiguousarray(frame))
+    image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
 def encode_video(
     frames: np.ndarray, path: Path, fps: float, metadata: dict[str, str] | None = None, crf: int = CRF
 ) -> None:

@@ -1,0 +1,1 @@
+"""Requests to other machines that the user has named."""
