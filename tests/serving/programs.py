@@ -15,18 +15,21 @@ import httpx
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 120.0
+SEED = int(os.environ.get("OPENSORA_TEST_SEED", "0"))
+KEY, OTHER = "key-of-one-client", "key-of-another"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 
 class ServerProgram:
     """A server on a free port, with its data in `folder`."""
 
-    def __init__(self, folder: Path, *flags: str) -> None:
-        self.folder, self.flags = folder, flags
+    def __init__(self, folder: Path, *flags: str, log: str = "serve.log") -> None:
+        self.folder, self.flags, self.log = folder, flags, folder.with_name(log)
         self.process: subprocess.Popen[bytes] | None = None
         self.url = ""
 
     def start(self) -> ServerProgram:
-        log = self.folder.with_suffix(".log")
+        log = self.log
         before = log.stat().st_size if log.exists() else 0
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "opensora", "serve", "--port", "0", "--data", str(self.folder), *self.flags]
@@ -41,7 +44,8 @@ class ServerProgram:
         raise AssertionError(log.read_text()[-2000:])
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=120, **options)
+        """A client with the first key."""
+        return httpx.Client(**{"base_url": self.url, "timeout": 120, "headers": HEADERS, **options})
 
     def worker_pids(self) -> list[int]:
         """The processes of `opensora.serving.worker` that this server has started."""

@@ -13,32 +13,17 @@ import openai
 import pytest
 
 from opensora.datasets.video import encode_image, read_image, read_video, write_video
-from tests.serving.programs import ServerProgram, wait_for_all
+from tests.serving.programs import KEY, OTHER, ServerProgram, wait_for_all
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 
-KEY, OTHER = "key-of-one-client", "key-of-another"
 PROMPT = "a red circle moving right on a black background"
 SMALL = {"num_frames": 17, "steps": 3, "width": 32, "height": 32}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProgram]:
-    folder = tmp_path_factory.mktemp("serving") / "data"
-    server = ServerProgram(folder, "--devices", "cpu", "--api-key", KEY, "--api-key", OTHER).start()
-    yield server
-    server.stop()
 
 
 @pytest.fixture
 def client(server: ServerProgram) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120)
-
-
-@pytest.fixture
-def web(server: ServerProgram) -> Iterator[httpx.Client]:
-    with server.client(headers={"Authorization": f"Bearer {KEY}"}) as web:
-        yield web
 
 
 def png(tmp_path: Path, value: int = 200) -> Path:
