@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
 from typing import Any
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from opensora.serving.errors import ApiError
 from opensora.serving.limits import Limits
@@ -54,6 +56,21 @@ def format_event(event: Event) -> str:
     return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
+class EventResponse(StreamingResponse):
+    """The answer that a stream is; the stream ends with it, whether it was ever read or not."""
+
+    def __init__(self, events: Events, stream: Stream, text: AsyncIterator[str]) -> None:
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        super().__init__(text, media_type="text/event-stream", headers=headers)
+        self._drop = lambda: events.drop(stream)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._drop()
+
+
 class Events:
     """The open streams, of which there is a bounded number."""
 
@@ -65,24 +82,20 @@ class Events:
     def __len__(self) -> int:
         return len(self._streams)
 
-    @contextmanager
-    def open(self, owner: str, id: str | None) -> Iterator[Stream]:
-        """A stream, open within the block. Raises ApiError 429 where there are too many."""
-        self.check_room(owner)
-        stream = Stream(owner, id)
-        self._streams.add(stream)
-        self.on_change()
-        try:
-            yield stream
-        finally:
-            self._streams.discard(stream)
-            self.on_change()
-
-    def check_room(self, owner: str) -> None:
-        """Raises ApiError 429 if no further stream may be opened."""
+    def open(self, owner: str, id: str | None) -> Stream:
+        """A new stream, until `drop`. Raises ApiError 429 where there are too many."""
         own = sum(stream.owner == owner for stream in self._streams)
         if len(self._streams) >= self.limits.max_streams or own >= self.limits.max_streams_per_key:
             raise ApiError(429, "too many open event streams; close some", code="too_many_streams", retry_after=10)
+        stream = Stream(owner, id)
+        self._streams.add(stream)
+        self.on_change()
+        return stream
+
+    def drop(self, stream: Stream) -> None:
+        """Forgets a stream, whose client is gone."""
+        self._streams.discard(stream)
+        self.on_change()
 
     def publish(self, owner: str, name: str, data: dict[str, Any]) -> None:
         """Passes an event of a job to those who listen to it."""

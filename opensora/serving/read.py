@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
 from opensora import __version__
 from opensora.serving import folders
 from opensora.serving.body import fields_of
 from opensora.serving.errors import ApiError, not_found
-from opensora.serving.events import Event
+from opensora.serving.events import Event, EventResponse
 from opensora.serving.job import COMPLETED, FINAL, QUEUED, RUNNING, VideoJob
 from opensora.serving.metrics import metrics_text
 from opensora.serving.state import ServerState
@@ -71,22 +70,15 @@ async def recipe(request: Request) -> Response:
 async def events(request: Request) -> Response:
     """GET /v1/videos/{id}/events, and GET /v1/videos/events for all jobs of a key"""
     state, owner, id = _state(request), _owner(request), request.path_params.get("id")
-    state.events.check_room(owner)
     job = state.job(id, owner) if id else None
 
     def is_last(event: Event) -> bool:
         name, data = event
         return job is not None and (name == "deleted" or (name == "status" and data["status"] in FINAL))
 
-    async def text() -> AsyncIterator[str]:
-        with state.events.open(owner, id) as stream:
-            now = state.job(id, owner) if id else None
-            first = _snapshot(state, owner, [now] if now else None)
-            async for part in stream.text(first, is_last):
-                yield part
-
-    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-    return StreamingResponse(text(), media_type="text/event-stream", headers=headers)
+    stream = state.events.open(owner, id)
+    first = _snapshot(state, owner, [job] if job else None)
+    return EventResponse(state.events, stream, stream.text(first, is_last))
 
 
 def _snapshot(state: ServerState, owner: str, jobs: list[VideoJob] | None) -> list[Event]:

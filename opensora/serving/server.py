@@ -6,9 +6,14 @@ import logging
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from opensora.errors import ConfigError
 from opensora.serving.limits import Limits
+
+if TYPE_CHECKING:
+    import uvicorn
+    from starlette.types import ASGIApp
 
 logger = logging.getLogger("opensora")
 
@@ -29,7 +34,6 @@ def serve(
     except ImportError as error:
         raise ConfigError(f"opensora serve needs {error.name}; pip install 'opensora[serve]'") from None
     from opensora.serving.app import make_app
-    from opensora.serving.connection import TimedConnection
 
     if host not in LOOPBACK and not keys and not allow_anonymous:
         remedy = "set OPENSORA_API_KEY or give --api-key, or --allow-anonymous to let anybody in"
@@ -38,13 +42,21 @@ def serve(
         raise ConfigError("a key has fewer than 8 characters; make one with: openssl rand -hex 24")
     listener = _listen(host, port)
     app = make_app(models, folder, devices=devices, keys=keys, hosts=[host, *hosts], limits=limits)
-    config = uvicorn.Config(
+    logger.info("http://%s:%d", f"[{host}]" if ":" in host else host, listener.getsockname()[1])
+    uvicorn.Server(configuration(app)).run(sockets=[listener])
+
+
+def configuration(app: ASGIApp, **options: Any) -> uvicorn.Config:
+    """How the application is served: with bounds on connections and their heads."""
+    import uvicorn
+
+    from opensora.serving.connection import TimedConnection
+
+    return uvicorn.Config(
         app, http=TimedConnection, log_level="warning", access_log=False, server_header=False,
         limit_concurrency=MAX_CONNECTIONS, timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=SHUTDOWN,
-        proxy_headers=False,
+        proxy_headers=False, **options,
     )  # fmt: skip
-    logger.info("http://%s:%d", f"[{host}]" if ":" in host else host, listener.getsockname()[1])
-    uvicorn.Server(config).run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:
