@@ -346,7 +346,7 @@ def test_nothing_is_tried_where_the_weights_alone_do_not_fit(
 def counted_in_full(model: Any, call: Any, device: torch.device) -> operation_counter.Cost:
     """What `count_operations` returns, by running every operation with PyTorch's own rules for the meta device."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operation_counter, "run_on_meta", lambda func, args, kwargs: func(*args, **kwargs))
+        patch.setattr(operation_counter, "run_on_meta", lambda func, args, kwargs, _: func(*args, **kwargs))
         return operation_counter.OperationCounter(device).run(lambda: call(model))
 
 
@@ -408,9 +408,9 @@ def test_few_operations_are_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a plan of the largest request takes a second: of 408 frames each batch, of 56 blocks each kind once."""
     traced: Counter[str] = Counter()
 
-    def run(func: Any, args: Any, kwargs: Any) -> Any:
+    def run(func: Any, *inputs: Any) -> Any:
         traced["operations"] += 1
-        return run_on_meta(func, args, kwargs)
+        return run_on_meta(func, *inputs)
 
     run_on_meta = operation_counter.run_on_meta
     monkeypatch.setattr(operation_counter, "run_on_meta", run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from torch import nn
 
@@ -20,6 +21,7 @@ KEPT_IN_FLOAT32 = (
 )
 
 
+@lru_cache(maxsize=2**12)
 def kept_in_float32(name: str) -> bool:
     """True for a tensor that stays in float32 when a model is cast to half precision."""
     return any(fnmatchcase(name, pattern) for pattern in KEPT_IN_FLOAT32)

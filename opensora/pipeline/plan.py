@@ -12,6 +12,7 @@ from typing import Any
 from opensora.acceleration.memory_plan import PLANS, MemoryPlan
 from opensora.config.settings import InferenceSettings
 from opensora.errors import OpenSoraError
+from opensora.models.vae.vae import frames_at_once
 from opensora.pipeline import plan_report, prompt_refiner
 from opensora.pipeline.argument_names import MODEL_SETTINGS
 from opensora.pipeline.generation import check_requests
@@ -130,17 +131,18 @@ class Plan:
                 return f"--memory {other.name}"
         if self.least > self.available:
             return None
-        for trials in self._smaller():  # each list is descending: bisection finds the first that fits
-            index = bisect_left(trials, True, key=lambda trial: self._fits_with(trial[1]))
-            if index < len(trials):
-                return trials[index][0]
+        for trials in self._smaller():  # each list is descending: if the last fits, bisection finds the first that does
+            if trials and self._fits_with(trials[-1][1]):
+                last = len(trials) - 1
+                return trials[bisect_left(trials, True, hi=last, key=lambda trial: self._fits_with(trial[1]))][0]
         return None
 
     def _smaller(self) -> Iterator[list[tuple[str, Changes]]]:
         """Flags and the settings that they change: smaller decoder batches, fewer frames, fewer pixels."""
         settings, size, steps = self.job.settings, self.job.size, self.grid[1:]
-        vae = settings.section("vae")
-        if "micro_batch_size" in vae or vae["type"] == "OpenSoraVAE_V1_2":
+        vae, many = settings.section("vae"), frames_at_once(*self.job.frame_size) > 1
+        smooths = vae["type"] == "VideoAutoencoderKLTemporalDecoder"  # the frames of a batch, however large they are
+        if (many or smooths) and ("micro_batch_size" in vae or vae["type"] == "OpenSoraVAE_V1_2"):
             yield [("--cfg-options vae.micro_batch_size=1", {"vae": {**vae, "micro_batch_size": 1}})]
         if settings.loop == 1:
             lengths = [count for count in reversed(self.near_lengths) if 1 < count < size.num_frames]

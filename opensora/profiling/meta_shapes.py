@@ -25,12 +25,12 @@ class MetaShapes(TorchDispatchMode):
         return False  # True, the default, imports torch._dynamo
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return run_on_meta(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        return run_on_meta(func, args, kwargs, tensors_in(args, kwargs))
 
 
-def run_on_meta(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The result of an operation (an `OpOverload`), on meta tensors by a rule if there is one."""
-    tensors = tensors_in(args, kwargs)
+def run_on_meta(func: Any, args: Sequence[Any], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+    """The result of an operation (an `OpOverload`) of `tensors`, on meta tensors by a rule if there is one."""
     if not any(one.is_meta for one in tensors) and str(kwargs.get("device")) != "meta":
         return func(*args, **kwargs)
     if rule := RULES.get(func._overloadpacket):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from opensora.acceleration.device import is_cpu
@@ -69,8 +68,9 @@ class OperationCounter(MetaShapes):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = run_on_meta(func, args, kwargs)
-        inputs, outputs = tensors_in(args, kwargs), tensors_in(out)
+        inputs = tensors_in(args, kwargs)
+        out = run_on_meta(func, args, kwargs, inputs)
+        outputs = tensors_in(out)
         known = {_storage(one) for one in inputs}
         allocated = [one for one in outputs if _storage(one) not in known]
         for tensor in allocated:
@@ -119,47 +119,60 @@ class _FusedAttention(TorchFunctionMode):
 def count_operations(model: nn.Module, call: Callable[[Any], Any], device: torch.device) -> Cost:
     """The cost on `device` of `call(model)`, where the model and its inputs are on the meta device.
 
-    Parts that are built alike are traced once for inputs of the same shapes; a later call adds the cost of the first.
-    For that the parts of `model` are wrapped.
+    Parts that are built alike, and their `decode`, are traced once for inputs of the same shapes; a later call adds the
+    cost of the first. For that the parts of `model` are wrapped.
     """
     counter = OperationCounter(device)
+    memo = _Memo(counter)
     kinds: dict[Any, int] = {}
-    known: dict[Any, Any] = {}
 
-    def counted_once(module: nn.Module) -> nn.Module:
+    def counted_once(module: Any) -> nn.Module:
         if isinstance(module, CONTAINERS) or not any(module.children()):
             return module
-        return _CountedOnce(module, kinds.setdefault(_structure(module), len(kinds)), counter, known)
+        kind = kinds.setdefault(_structure(module), len(kinds))
+        if hasattr(module, "decode"):  # autoencoders call it once for each piece of a video
+            module.decode = partial(memo, (kind, "decode"), module.decode)
+        return _CountedOnce(module, kind, memo)
 
     model = replace_modules(model, counted_once)
     return counter.run(lambda: call(model))
 
 
-class _CountedOnce(ModuleWrapper):
-    """Traces `wrapped` once for inputs of the same shapes; later calls add the cost of the first.
+class _Memo:
+    """Traces functions once for inputs of the same shapes; later calls add the cost of the first.
 
-    kind: a number for all modules that are built alike; known: what was traced, by kind and shapes of the inputs.
+    known: what was traced, by kind of function and shapes of the inputs
     """
 
-    def __init__(self, module: nn.Module, kind: int, counter: OperationCounter, known: dict[Any, Any]) -> None:
-        super().__init__(module)
-        self.kind, self.counter, self.known = kind, counter, known
+    def __init__(self, counter: OperationCounter) -> None:
+        self.counter = counter
+        self.known: dict[Any, Any] = {}
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        counter, inputs = self.counter, tree_leaves((args, kwargs))
-        key = (self.kind, *kwargs, *(_layout(one) if isinstance(one, Tensor) else repr(one) for one in inputs))
+    def __call__(self, kind: Hashable, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        counter, key = self.counter, (kind, _signature(args), _signature(kwargs))
         before, alive = counter.cost, counter.alive
         if key in self.known:
             work, (size, stride, dtype) = self.known[key]
             out = torch.empty_strided(size, stride, dtype=dtype, device="meta")
         else:
             counter.cost = Cost()
-            out = self.wrapped(*args, **kwargs)
+            out = function(*args, **kwargs)
             work = counter.cost._replace(peak=counter.cost.peak - alive)
-            if isinstance(out, Tensor) and _storage(out) not in map(_storage, tensors_in(inputs)):
+            if isinstance(out, Tensor) and _storage(out) not in map(_storage, tensors_in(args, kwargs)):
                 self.known[key] = work, _layout(out)
         counter.cost = before.then(work._replace(peak=alive + work.peak))
         return out
+
+
+class _CountedOnce(ModuleWrapper):
+    """Runs `wrapped` through a memo. kind: a number for all modules that are built alike."""
+
+    def __init__(self, module: nn.Module, kind: int, memo: _Memo) -> None:
+        super().__init__(module)
+        self.kind, self.memo = kind, memo
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.memo(self.kind, self.wrapped, *args, **kwargs)
 
 
 def _structure(module: nn.Module) -> tuple[Any, ...]:
@@ -178,6 +191,17 @@ def _structure(module: nn.Module) -> tuple[Any, ...]:
 def num_bytes(tensor: Tensor) -> int:
     """Bytes of a tensor's values."""
     return tensor.numel() * tensor.element_size()
+
+
+def _signature(value: Any) -> Hashable:
+    """An argument with the layouts of its tensors in place of them."""
+    if isinstance(value, Tensor):
+        return _layout(value)
+    if isinstance(value, list | tuple):
+        return tuple(map(_signature, value))
+    if isinstance(value, dict):
+        return tuple((name, _signature(one)) for name, one in value.items())
+    return repr(value)
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from opensora import __version__
 from opensora.cli.parser import Parser
 from opensora.cli.verbs import checkpoints, data, datasets, doctor, generation, serving, training
-from opensora.cli.verbs.verb import Verb
+from opensora.cli.verbs.verb import Verb, add_verbs
 
 VERBS: dict[str, Verb] = {
     **generation.VERBS, **checkpoints.VERBS, **training.VERBS, **datasets.VERBS, **data.VERBS,
@@ -18,11 +18,5 @@ def make_parser() -> Parser:
     example = generation.VERBS["generate"].example
     parser = Parser(prog="opensora", description="Text, image or video in, video out.", example=example)
     parser.add_argument("--version", action="version", version=__version__)
-    subparsers = parser.add_subparsers(required=True, metavar="VERB")
-    for name, verb in VERBS.items():
-        description = f"{verb.help[0].upper()}{verb.help[1:]}."
-        subparser = subparsers.add_parser(name, help=verb.help, description=description, example=verb.example)
-        verb.add_arguments(subparser)
-        subparser.set_defaults(run=verb.run, example=verb.example)
-    parser.verbs = list(VERBS)
+    add_verbs(parser, VERBS, "VERB")
     return parser

@@ -9,7 +9,7 @@ from opensora.cli import preflight
 from opensora.cli.parser import Parser
 from opensora.cli.program import one_line
 from opensora.cli.verbs import data_clips, data_tables, data_views
-from opensora.cli.verbs.verb import Verb
+from opensora.cli.verbs.verb import Verb, add_verbs
 from opensora.curation.stages.names import STAGE_NAMES
 from opensora.curation.tables.operations import OPERATIONS, Operation
 
@@ -144,13 +144,7 @@ SUBVERBS = {
 
 
 def _add_data(parser: Parser) -> None:
-    subparsers = parser.add_subparsers(required=True, metavar="TASK")
-    for name, verb in SUBVERBS.items():
-        description = f"{verb.help[0].upper()}{verb.help[1:]}."
-        subparser = subparsers.add_parser(name, help=verb.help, description=description, example=verb.example)
-        verb.add_arguments(subparser)
-        subparser.set_defaults(run=verb.run, example=verb.example)
-    parser.verbs = list(SUBVERBS)
+    add_verbs(parser, SUBVERBS, "TASK")
 
 
 def _data(args: argparse.Namespace) -> int:
