@@ -9,6 +9,7 @@ import ast
 import math
 import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import PurePath
 from typing import Any, TypeAlias
 
@@ -164,8 +165,7 @@ def _arithmetic(function: Callable[[float, float], float], left: Evaluate, right
 
 def _comparator(op: ast.cmpop, text: str) -> Callable[[Value, Value], bool | None]:
     if type(op) in COMPARISONS:
-        compare = COMPARISONS[type(op)]
-        return lambda one, other: _compare(compare, one, other)
+        return partial(_compare, COMPARISONS[type(op)])
     if isinstance(op, ast.Is | ast.IsNot):
         wanted = isinstance(op, ast.Is)
         return lambda one, other: (one is other) is wanted if other is None else _refuse_is(text)
@@ -192,24 +192,28 @@ def _scalar(value: Value) -> Cell:
 
 def _compare(compare: Callable[[Any, Any], bool], one: Value, other: Value) -> bool | None:
     """Compares numbers if one side is a number (None if the other is not), else texts."""
-    if one is None or other is None:
+    if one is None or other is None or isinstance(one, tuple) or isinstance(other, tuple):
         return None
-    if isinstance(one, tuple) or isinstance(other, tuple):
-        return None
-    if isinstance(one, str) and isinstance(other, str):
-        numbers = number_of(one), number_of(other)
-        return compare(one, other) if None in numbers else compare(*numbers)
     left, right = number_of(one), number_of(other)
-    return None if left is None or right is None else compare(left, right)
+    if left is not None and right is not None:
+        return compare(left, right)
+    return compare(one, other) if isinstance(one, str) and isinstance(other, str) else None
 
 
 def _comparison(comparators: Sequence[Callable[[Value, Value], bool | None]], operands: Sequence[Evaluate]) -> Evaluate:
     """A chain such as `2 < flow < 30`."""
+    first, pairs = operands[0], list(zip(comparators, operands[1:], strict=True))
 
     def evaluate(row: Row) -> Value:
-        values = [operand(row) for operand in operands]
-        found = [compare(*values[n : n + 2]) for n, compare in enumerate(comparators)]
-        return False if False in found else None if None in found else True
+        left, unknown = first(row), False
+        for compare, operand in pairs:
+            right = operand(row)
+            found = compare(left, right)
+            if found is False:
+                return False
+            unknown = unknown or found is None
+            left = right
+        return None if unknown else True
 
     return evaluate
 

@@ -67,8 +67,8 @@ class TableStream:
 
 def number_of(cell: Cell) -> float | None:
     """A cell as a finite number, or None."""
-    if cell is None or cell == "":
-        return None
+    if not cell:
+        return None if cell is None or cell == "" else 0.0
     try:
         value = float(cell)
     except (ValueError, OverflowError):
