@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 # Imports point down: a package imports itself and what has a smaller number, nothing else.
 LAYERS = {
     "scripts": 10,
+    "tools": 10,
     "opensora.__main__": 10,
     "opensora.utils": 10,
     "opensora.cli": 9,
@@ -96,7 +97,7 @@ class Module(NamedTuple):
 
 @cache
 def modules() -> dict[str, Module]:
-    files = [file for folder in ("opensora", "scripts") for file in (ROOT / folder).rglob("*.py")]
+    files = [file for folder in ("opensora", "scripts", "tools") for file in (ROOT / folder).rglob("*.py")]
     return {_name(file): _walk(ast.parse(file.read_text(encoding="utf-8"))) for file in sorted(files)}
 
 
@@ -131,7 +132,7 @@ def _imported(node: ast.AST) -> list[str]:
 
 def own_imports(module: Module) -> set[str]:
     """The modules of this repository that a module imports."""
-    own = {name for name in module.imports if name.split(".")[0] in ("opensora", "scripts")}
+    own = {name for name in module.imports if name.split(".")[0] in ("opensora", "scripts", "tools")}
     return {name if name in modules() else name.rpartition(".")[0] for name in own}
 
 

@@ -34,7 +34,7 @@ def read(name: str) -> str:
 
 def own_texts() -> list[Path]:
     """Every text file that is written by hand: no recorded numbers, no outputs, no environments."""
-    folders = ("opensora", "scripts", "configs", "docs", "tests", ".ci", ".github")
+    folders = ("opensora", "scripts", "tools", "configs", "docs", "tests", ".ci", ".github")
     files = [file for folder in folders for file in (ROOT / folder).rglob("*") if file.suffix in TEXT_SUFFIXES]
     files += [file for file in ROOT.iterdir() if file.suffix in TEXT_SUFFIXES]
     return sorted(file for file in files if "data" not in file.relative_to(ROOT).parts) + [ROOT / ".ci" / "run"]
@@ -115,7 +115,7 @@ def test_ci_runs_the_commands_of_the_readme():
 def test_named_files_exist(document):
     """Files that a document names in `code`, from the root of the repository, are there."""
     named = re.findall(
-        r"`((?:configs|docs|opensora|scripts|tests)/[\w./-]+\.(?:py|md|png|txt))`", document.read_text("utf-8")
+        r"`((?:configs|docs|opensora|scripts|tests|tools)/[\w./-]+\.(?:py|md|png|txt))`", document.read_text("utf-8")
     )
     assert not [name for name in named if not (ROOT / name).exists()]
 

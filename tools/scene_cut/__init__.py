@@ -1,0 +1,1 @@
+"""Programs that find and cut scenes."""
