@@ -22,6 +22,8 @@ MAX_SAMPLES = 4096  # frames of one call
 class Clip:
     """A span [start_pts, end_pts) of the video at `path`, in units of its track; the whole file without a span.
 
+    A still image is a clip of one frame, without a rate and times.
+
     `row` holds the columns known so far.
     """
 
@@ -45,8 +47,15 @@ class Clip:
         crop = "" if self.crop is None else f":{','.join(map(str, self.crop))}"
         return f"{self.source_hash}{span}{crop}"
 
+    @cached_property
+    def still(self) -> bool:
+        """Whether the source is a still image."""
+        return self.span is None and is_image(self.path)
+
     def frames_per_second(self) -> float:
-        """The frame rate of the source."""
+        """The frame rate of the source; 0 of a still image."""
+        if self.still:
+            return 0.0
         with opened_video(self.path) as video:
             return rate_of(video)
 
@@ -71,7 +80,7 @@ class Clip:
         def cropped(frame: np.ndarray) -> Any:
             return convert(frame if self.crop is None else self.crop.of(frame, self.path))
 
-        if self.span is None and is_image(self.path):
+        if self.still:
             image = read_image(self.path)
             return [cropped(image) for _ in choose(1)], 0.0
         return read_span(self.path, choose, cropped, self.span, restart)

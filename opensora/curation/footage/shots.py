@@ -66,7 +66,7 @@ class RenderedShot(NamedTuple):
 
 def draw_move(rng: np.random.Generator) -> Move:
     """A random move: none (one in five), one of the eight words, or two of different kinds (one in five)."""
-    speeds = rng.uniform((0.07, 0.07, 0.1, 8), (0.25, 0.14, 0.3, 18)) * rng.choice((-1, 1), 4)
+    speeds = rng.uniform((0.07, 0.07, 0.1, 8), (0.25, 0.14, 0.2, 18)) * rng.choice((-1, 1), 4)
     kinds = rng.choice(4, rng.choice((0, 1, 2), p=(0.2, 0.6, 0.2)), replace=False)
     return Move(*(float(speed) if kind in kinds else 0 for kind, speed in enumerate(speeds)))
 
@@ -92,18 +92,16 @@ def _filmed(rng: np.random.Generator, plane: np.ndarray, shot: Shot, height: int
     """The plane [3H, 3W, 3] as the camera sees it, from its middle."""
     from PIL import Image
 
-    image, frames = Image.fromarray(plane), []
+    image, frames, move = Image.fromarray(plane), [], shot.move
+    times = (np.arange(shot.num_frames) - shot.num_frames // 2) / fps  # the middle of the plane is seen half-way
+    scale, angle = np.exp(-move.growth * times), np.radians(move.roll * times)
+    cos, sin = scale * np.cos(angle), scale * np.sin(angle)
+    speed = width / fps * np.stack([cos * move.right - sin * move.down, sin * move.right + cos * move.down], 1)
     shake = np.cumsum(rng.normal(0, JITTER * width, (shot.num_frames, 2)), 0)
-    shake -= np.linspace(0, 1, shot.num_frames)[:, None] * shake[-1]  # ends where it began
-    for number in range(shot.num_frames):
-        time = (number - shot.num_frames / 2) / fps  # the middle of the plane is seen in the middle of the shot
-        scale, angle = np.exp(-shot.move.growth * time), np.radians(shot.move.roll * time)
-        cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
-        x = 1.5 * width + shot.move.right * width * time + shake[number, 0]
-        y = 1.5 * height + shot.move.down * width * time + shake[number, 1]
-        matrix = (
-            cos, -sin, x - cos * width / 2 + sin * height / 2, sin, cos, y - sin * width / 2 - cos * height / 2,
-        )  # fmt: skip
+    path = np.cumsum(speed, 0) + shake - np.linspace(0, 1, shot.num_frames)[:, None] * shake[-1]
+    path += np.array([1.5 * width, 1.5 * height]) - path[shot.num_frames // 2]
+    for (x, y), c, s in zip(path, cos, sin, strict=True):
+        matrix = (c, -s, x - c * width / 2 + s * height / 2, s, c, y - s * width / 2 - c * height / 2)
         moved = image.transform((width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
         frames.append(np.asarray(moved))
     return np.stack(frames)

@@ -12,6 +12,7 @@ from opensora.curation.stages.optical_flow import HEIGHT, WIDTH, FlowField, flow
 from opensora.curation.stages.stage import Columns, Stage
 
 GRID = 10  # pixels between the points that are fitted
+MIN_POINTS = 12  # with detail, of 576
 SECONDS = 0.2  # between the frames of a pair
 
 
@@ -65,13 +66,17 @@ class Camera(Stage):
 def camera_motion(field: FlowField) -> CameraMotion:
     """The similarity transform that most of the flow follows (RANSAC, then least squares), per second."""
     cv2 = opencv()
-    rows, columns = np.mgrid[GRID // 2 : HEIGHT : GRID, GRID // 2 : WIDTH : GRID]
-    points = np.stack([columns.ravel(), rows.ravel()], 1).astype(np.float32)
-    flow = field.displacement[rows.ravel(), columns.ravel()] * np.array([WIDTH, HEIGHT], np.float32)
-    centre = np.array([WIDTH / 2, HEIGHT / 2], np.float32)
+    rows, columns = (axis.ravel() for axis in np.mgrid[GRID // 2 : HEIGHT : GRID, GRID // 2 : WIDTH : GRID])
+    inside = field.followed[rows, columns]
+    if inside.sum() < MIN_POINTS:
+        return CameraMotion(0, 0, 0, 0)
+    rows, columns = rows[inside], columns[inside]
+    sides = np.array([WIDTH, WIDTH * field.aspect], np.float32)  # square pixels, so that a rotation is one
+    points = (np.stack([(columns + 0.5) / WIDTH, (rows + 0.5) / HEIGHT], 1).astype(np.float32) - 0.5) * sides
+    flow = field.displacement[rows, columns] * sides
     cv2.setRNGSeed(0)
     matrix, _ = cv2.estimateAffinePartial2D(
-        points - centre, points - centre + flow, method=cv2.RANSAC, ransacReprojThreshold=0.75, maxIters=500
+        points, points + flow, method=cv2.RANSAC, ransacReprojThreshold=0.75, maxIters=500
     )
     if matrix is None:
         return CameraMotion(0, 0, 0, 0)

@@ -7,11 +7,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from opensora.curation.clip import Clip, evenly
+from opensora.curation.clip import Clip
+from opensora.curation.stages.bars import DARK, SAMPLES, find_picture
 from opensora.curation.stages.stage import Columns, Stage
+from opensora.curation.stages.thumbnails import luminance, thumbnail
 
-MAX_FRAMES = 4096  # that are compared
-SIDE = 64  # of the thumbnails
+SIDE = 64  # of the pictures that are compared
+WHOLE = 0.97  # share of the height and width from which there are no bars
 
 
 @dataclass(frozen=True)
@@ -23,57 +25,43 @@ class Health(Stage):
     `top left height width` of the picture within them, empty if there are none.
     """
 
-    dark: int = 20
+    dark: int = DARK
     still: float = 0.4
-    samples: int = 8
+    samples: int = SAMPLES
 
     name: ClassVar[str] = "health"
     columns: ClassVar[tuple[str, ...]] = ("black", "repeated", "frozen", "real_fps", "bars")
 
     def process(self, clip: Clip) -> Columns:
-        thumbnails, fps = clip.frames(lambda total: evenly(total, MAX_FRAMES), thumbnail)
-        frames = np.stack(thumbnails).astype(np.float32)  # [T, SIDE, SIDE]
-        black = frames.reshape(len(frames), -1).max(1) < self.dark
-        changes = np.abs(np.diff(frames, axis=0)).mean((1, 2))  # [T - 1]
-        repeated = changes <= self.still
+        previous: np.ndarray | None = None
+
+        def measure(frame: np.ndarray) -> tuple[float, float, tuple[int, ...]]:
+            """The brightest level, the change since the last frame, and the shape."""
+            nonlocal previous
+            before, previous = previous, thumbnail(luminance(frame), SIDE, SIDE)
+            change = np.inf if before is None or before.shape != previous.shape else np.abs(previous - before).mean()
+            return float(previous.max()), float(change), frame.shape
+
+        measured, fps = clip.frames(range, measure)  # changes are between neighbours: all frames are compared
+        brightest, changes, shapes = zip(*measured, strict=True)
+        repeated = np.array(changes[1:]) <= self.still  # the first frame has none before it
         share = float(repeated.mean()) if len(repeated) else 0.0
         return {
-            "black": round(float(black.mean()), 4), "repeated": round(share, 4),
+            "black": round(float((np.array(brightest) < self.dark).mean()), 4), "repeated": round(share, 4),
             "frozen": round(_longest_run(repeated) / fps, 3) if fps else None,
             "real_fps": round(fps * (1 - share), 3) if fps else None,
-            "bars": self._bars(clip),
+            "bars": self._bars(clip, *shapes[0][:2]),
         }  # fmt: skip
 
-    def _bars(self, clip: Clip) -> str:
-        """The rectangle within black bars."""
-        brightest: np.ndarray | None = None
-        frames, _ = clip.sampled(self.samples, lambda frame: frame.max(-1))
-        for frame in frames:
-            brightest = frame if brightest is None else np.maximum(brightest, frame)
-        assert brightest is not None
-        height, width = brightest.shape
-        lit = brightest >= self.dark  # single bright pixels of compression noise do not count
-        rows, columns = np.flatnonzero(lit.mean(1) > 0.01), np.flatnonzero(lit.mean(0) > 0.01)
-        if not len(rows) or not len(columns):
+    def _bars(self, clip: Clip, height: int, width: int) -> str:
+        """The picture within black bars, if it is smaller than the frame."""
+        within = find_picture(clip, self.samples, self.dark)
+        if within is None or (within.height > WHOLE * height and within.width > WHOLE * width):
             return ""
-        top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-        if bottom - top > 0.97 * height and right - left > 0.97 * width:
-            return ""
-        return f"{top} {left} {bottom - top} {right - left}"
-
-
-def thumbnail(frame: np.ndarray) -> np.ndarray:
-    """The luminance of a frame [H, W, 3], averaged over blocks: at most [SIDE, SIDE]."""
-    height, width = frame.shape[:2]
-    rows, columns = min(SIDE, height), min(SIDE, width)
-    luminance = frame.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-    cropped = luminance[: height // rows * rows, : width // columns * columns]
-    return cropped.reshape(rows, height // rows, columns, width // columns).mean((1, 3))
+        return str(within)
 
 
 def _longest_run(flags: np.ndarray) -> int:
-    longest = run = 0
-    for flag in flags:
-        run = run + 1 if flag else 0
-        longest = max(longest, run)
-    return longest
+    """The length of the longest run of true flags."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(np.int8), [0]])))
+    return int((edges[1::2] - edges[::2]).max(initial=0))

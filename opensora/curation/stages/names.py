@@ -1,3 +1,12 @@
 """The names of the stages, without what they import."""
 
-STAGE_NAMES = ("probe", "scenes", "health", "motion", "camera", "captions")
+STAGE_NAMES = (
+    "probe",
+    "scenes",
+    "health",
+    "motion",
+    "camera",
+    "quality",
+    "text",
+    "captions",
+)

@@ -11,14 +11,20 @@ from opensora.curation.clip import Clip
 from opensora.errors import ConfigError, MediaError
 
 HEIGHT, WIDTH = 180, 320  # of the frames that flow is computed on, whatever their shape
+BLOCK = 15  # pixels around a point whose levels are looked at
+DETAIL = 2.0  # levels of their standard deviation, from which motion shows
 
 
 class FlowField(NamedTuple):
-    """The displacement [H, W, 2] (right, down) between two frames in shares of the width and height, and the seconds
-    between them."""
+    """The displacement [H, W, 2] (right, down) between two frames in shares of the width and height.
+
+    `seconds` lie between the frames; `followed` [H, W] says where there is detail; `aspect` is height / width.
+    """
 
     displacement: np.ndarray
     seconds: float
+    followed: np.ndarray
+    aspect: float
 
 
 def opencv() -> Any:
@@ -47,12 +53,22 @@ def flow_fields(clip: Clip, seconds: float, pairs: int) -> Iterator[FlowField]:
         steps[:] = [(int(start), int(start) + gap) for start in starts]
         return sorted({index for step in steps for index in step})
 
-    def small(frame: np.ndarray) -> np.ndarray:
-        return cv2.cvtColor(cv2.resize(frame, (WIDTH, HEIGHT), interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2GRAY)
+    def small(frame: np.ndarray) -> tuple[np.ndarray, float]:
+        scaled = cv2.resize(frame, (WIDTH, HEIGHT), interpolation=cv2.INTER_AREA)
+        return cv2.cvtColor(scaled, cv2.COLOR_RGB2GRAY), frame.shape[0] / frame.shape[1]
 
     frames, _ = clip.frames(choose, small)
     by_index = dict(zip(sorted({index for step in steps for index in step}), frames, strict=True))
     dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     for start, end in steps:
-        flow = dis.calc(by_index[start], by_index[end], None)
-        yield FlowField(flow / np.array([WIDTH, HEIGHT], np.float32), (end - start) / fps)
+        first, aspect = by_index[start]
+        flow = dis.calc(first, by_index[end][0], None) / np.array([WIDTH, HEIGHT], np.float32)
+        yield FlowField(flow, (end - start) / fps, _detailed(first), aspect)
+
+
+def _detailed(grey: np.ndarray) -> np.ndarray:
+    """Where the levels around a pixel [H, W] vary, so that its motion shows: not in black bars or clear sky."""
+    cv2 = opencv()
+    levels = grey.astype(np.float32)
+    mean, square = cv2.blur(levels, (BLOCK, BLOCK)), cv2.blur(levels**2, (BLOCK, BLOCK))
+    return square - mean**2 > DETAIL**2

@@ -13,12 +13,26 @@ from opensora.curation.stages.captions import Captions
 from opensora.curation.stages.health import Health
 from opensora.curation.stages.motion import Motion
 from opensora.curation.stages.probe import Probe
+from opensora.curation.stages.quality import Quality
 from opensora.curation.stages.scenes import Scenes
 from opensora.curation.stages.stage import Stage
+from opensora.curation.stages.text import Text
 from opensora.datasets.video import Span
 from opensora.errors import ConfigError, did_you_mean
 
-STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Probe, Scenes, Health, Motion, Camera, Captions)}
+STAGES: dict[str, type[Stage]] = {
+    stage.name: stage
+    for stage in (
+        Probe,
+        Scenes,
+        Health,
+        Motion,
+        Camera,
+        Quality,
+        Text,
+        Captions,
+    )
+}
 
 
 def make(name: str, options: Mapping[str, Any]) -> Stage:
@@ -61,4 +75,5 @@ def groups(stages: Sequence[Stage]) -> list[list[Stage]]:
 
 def part(clip: Clip, row: dict[str, Any]) -> Clip:
     """The clip of a row that a splitting stage made."""
-    return Clip(clip.path, Span(row["start_pts"], row["end_pts"]), clip.crop, clip.row)
+    span = None if row["start_pts"] is None else Span(row["start_pts"], row["end_pts"])
+    return Clip(clip.path, span, clip.crop, clip.row)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import Field, field, fields, is_dataclass
@@ -13,6 +11,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from opensora.curation.clip import Clip
+from opensora.curation.stages.code_hash import code_hash
 
 Columns = dict[str, Any]  # column -> str, int, float or None
 Place = Literal["processor", "accelerator", "server"]
@@ -74,14 +73,10 @@ class Stage(ABC):
         """Tool, settings and weights behind the columns, as recorded beside every value."""
         known: tuple[Field[Any], ...] = fields(self) if is_dataclass(self) else ()
         settings = {one.name: getattr(self, one.name) for one in known if not one.metadata.get("execution")}
-        return {"stage": self.name, "settings": settings, "weights": dict(self.weights()), "code": self._code_hash}
+        code = code_hash(type(self).__module__)
+        return {"stage": self.name, "settings": settings, "weights": dict(self.weights()), "code": code}
 
     @cached_property
     def stage_hash(self) -> str:
         """The hash of code, settings and weights: results under another one are computed again."""
         return hashlib.sha256(json.dumps(self.provenance, sort_keys=True).encode()).hexdigest()[:16]
-
-    @property
-    def _code_hash(self) -> str:
-        source = inspect.getsource(sys.modules[type(self).__module__])
-        return hashlib.sha256(source.encode()).hexdigest()[:16]
