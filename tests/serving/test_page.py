@@ -1,0 +1,224 @@
+"""The page in a real browser, on a real server with the embedded model."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from opensora.datasets.synthetic.render import make_clip
+from opensora.datasets.video import write_image, write_video
+
+playwright = pytest.importorskip("playwright.sync_api")
+expect = playwright.expect
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+PROMPT = "a red circle moving right on a black background"
+PATIENCE = 120_000  # milliseconds, on a busy machine
+SHOTS = os.environ.get("OPENSORA_SCREENSHOTS")  # a folder for pictures to look at
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")]
+
+
+class Server:
+    """`opensora serve` in a process group of its own, on the same port after a restart."""
+
+    def __init__(self, data: Path) -> None:
+        self.data = data
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/"
+        self.start()
+
+    def start(self) -> None:
+        words = ["-m", "opensora", "serve", "--port", str(self.port), "--data", str(self.data)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen([sys.executable, *words], env=environment, start_new_session=True)
+        for _ in range(600):
+            try:
+                with urllib.request.urlopen(f"{self.url}health", timeout=5):
+                    return
+            except OSError:
+                time.sleep(0.1)
+        raise AssertionError("the server does not start")
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(tmp_path_factory.mktemp("served"))
+    yield running
+    running.kill()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[playwright.Browser]:
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("media")
+    frames = make_clip(3, 1, 17, 64, 64).video
+    write_image(frames[0], folder / "given.png")
+    write_video(frames, folder / "given.mp4", 8)
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and nothing else")
+    return folder
+
+
+@pytest.fixture
+def page(browser: playwright.Browser, server: Server) -> Iterator[playwright.Page]:
+    """The open page. No script may fail, and no request may leave the server."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(PATIENCE)
+    expect.set_options(timeout=PATIENCE)
+    failures: list[str] = []
+    own = lambda url: url.startswith((server.url, "blob:", "data:"))  # noqa: E731
+    page.on("pageerror", lambda error: failures.append(str(error)))
+    page.on("request", lambda request: own(request.url) or failures.append(request.url))
+    page.goto(server.url)
+    expect(page.locator("#model option")).not_to_have_count(0)
+    yield page
+    page.close()
+    assert not failures
+
+
+def ask(page: playwright.Page, prompt: str = PROMPT, **settings: object) -> None:
+    """Fills the form; settings by the ids of their fields. Few steps, so that it takes no time."""
+    page.fill("#prompt", prompt)
+    page.locator("summary").click()
+    for name, value in {"num_sampling_steps": 2, **settings}.items():
+        page.fill(f"#{name}", str(value))
+
+
+def shot(page: playwright.Page, name: str) -> None:
+    if SHOTS:
+        page.screenshot(path=Path(SHOTS) / f"{name}.png", full_page=True)
+
+
+def gallery(page: playwright.Page, seed: int) -> playwright.Locator:
+    """The finished videos with this seed."""
+    return page.locator("#gallery li", has_text=f"seed {seed}")
+
+
+def test_a_clip_is_planned_made_played_replayed_and_deleted(page: playwright.Page) -> None:
+    ask(page, seed=11)
+    expect(page.locator("#plan")).to_contain_text("17 frames of 64 x 64")
+    page.click("#generate")
+    card = gallery(page, 11)
+    expect(card).to_have_count(1)
+    card.get_by_role("button", name=re.compile("^Play")).click()
+    expect(card.locator("video")).to_have_js_property("videoWidth", 64)
+    shot(page, "clip")
+    card.get_by_role("button", name="Replay:").click()
+    expect(page.locator("#gallery li", has_text="replay, identical")).to_have_count(1)
+    page.fill("#search", "no such prompt")
+    expect(card.first).to_be_hidden()
+    page.fill("#search", "")
+    for box in page.locator("#gallery li input[type=checkbox]").all():
+        box.check()
+    page.click("#compare")
+    expect(page.locator("#pair video")).to_have_count(2)
+    shot(page, "compare")
+    page.click("#close-compare")
+    page.locator("#gallery li", has_text="replay, identical").get_by_role("button", name="Delete").click()
+    expect(page.locator("#gallery li", has_text="replay, identical")).to_have_count(0)
+
+
+def test_one_of_four_drafts_is_continued(page: playwright.Page) -> None:
+    ask(page, seed=20, num_sampling_steps=3)
+    page.click("#drafts")
+    drafts = page.locator("#draft-list li")
+    expect(drafts).to_have_count(4)
+    shot(page, "drafts")
+    drafts.filter(has_text="seed 22").get_by_role("button", name="Continue").click()
+    expect(gallery(page, 22)).to_have_count(1)
+
+
+def test_a_dropped_picture_is_animated_and_extended(page: playwright.Page, media: Path) -> None:
+    ask(page, seed=31)
+    page.set_input_files("#image", media / "broken.png")
+    expect(page.locator("#image-error")).not_to_be_empty()
+    page.set_input_files("#image", media / "given.png")
+    expect(page.locator("#timeline .kept")).to_have_count(1)
+    shot(page, "picture")
+    page.click("#generate")
+    card = gallery(page, 31)
+    expect(card).to_have_count(1)
+    card.get_by_role("button", name="Extend").click()
+    expect(page.locator("#drop-extend")).to_contain_text("Remove it")
+    told = "Clip 1: about 17 frames kept, about 17 frames generated"
+    expect(page.locator("#timeline")).to_have_attribute("aria-label", told)
+
+
+def test_three_clips_in_a_row_have_a_text_each(page: playwright.Page) -> None:
+    ask(page, seed=41)
+    page.fill("#loop", "3")
+    page.fill("#loop-text-2", "a red circle growing on a black background")
+    page.fill("#loop-text-3", "a red circle moving left on a black background")
+    page.click("#generate")
+    card = gallery(page, 41)
+    expect(card).to_have_count(1)
+    card.get_by_role("button", name="Use settings").click()
+    expect(page.locator("#loop-text-3")).to_have_value("a red circle moving left on a black background")
+
+
+def test_a_wrong_request_is_told_at_its_field_and_a_long_one_is_cancelled(page: playwright.Page) -> None:
+    page.click("#generate")
+    expect(page.locator("#prompt-error")).to_have_text("Describe the video first.")
+    ask(page, "<img src=x onerror=alert(1)> a red circle", seed=51, fps=0)
+    page.click("#generate")
+    expect(page.locator("#fps-error")).to_contain_text("fps")
+    expect(page.locator("#fps")).to_have_attribute("aria-invalid", "true")
+    shot(page, "wrong")
+    page.fill("#fps", "24")
+    page.fill("#num_sampling_steps", "300")
+    page.click("#generate")
+    card = page.locator("#queue li", has_text="<img src=x")
+    card.get_by_role("button", name="Cancel").click()
+    expect(card).to_contain_text("cancelled")
+    assert page.locator("#queue li img[src=x]").count() == 0  # markup stays text
+
+
+def test_the_page_lives_through_a_restart(page: playwright.Page, server: Server) -> None:
+    ask(page, seed=61, num_sampling_steps=12)
+    page.click("#generate")
+    expect(page.locator("#queue li")).not_to_have_count(0)
+    server.kill()
+    expect(page.locator("#connection")).to_contain_text("does not answer")
+    server.start()
+    expect(page.locator("#connection")).to_have_text("Connected")
+    expect(gallery(page, 61)).to_have_count(1)
+
+
+def test_narrow_screens_dark_colours_and_accessibility(page: playwright.Page) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    page.locator("summary").click()
+    for theme in ("light", "dark"):
+        for width in (360, 1280):
+            page.set_viewport_size({"width": width, "height": 780})
+            shot(page, f"{theme}-{width}")
+            broad = page.locator("body").evaluate("body => document.documentElement.scrollWidth")
+            assert broad <= width, "the page scrolls sideways"
+            found = axe.run(page).response["violations"]
+            serious = [f"{one['id']}: {one['nodes'][0]['html']}" for one in found if one["impact"] in ("serious", "critical")]
+            assert not serious
+        page.click("#theme")
