@@ -216,17 +216,19 @@ async function showPage() {
   byId("older").hidden = !page.has_more;
 }
 
+const setting = ({ job }, name) => String(job.settings[name] ?? "default");
+
 async function compare() {
   const pair = [...compared].map((id) => jobs.get(id));
   await Promise.all(pair.map(showMedia));
-  const names = new Set(pair.flatMap(({ job }) => Object.keys(job.settings ?? {})));
-  const differing = [...names].filter((name) => pair[0].job.settings?.[name] !== pair[1].job.settings?.[name]);
+  const names = new Set(pair.flatMap(({ job }) => Object.keys(job.settings)));
+  const differing = [...names].filter((name) => setting(pair[0], name) !== setting(pair[1], name));
   byId("pair").replaceChildren(...pair.map((entry) => h("figure", {},
     entry.media.type.startsWith("image/")
       ? h("img", { src: entry.media.url, alt: entry.job.prompt })
       : h("video", { src: entry.media.url, controls: true, loop: true, muted: true, playsInline: true, "aria-label": entry.job.prompt }),
     h("figcaption", {}, h("p", {}, entry.job.prompt), h("p", { className: "facts" }, facts(entry.job)),
-      ...differing.map((name) => h("p", { className: "facts differs" }, `${name}: ${entry.job.settings?.[name] ?? "default"}`))))));
+      ...differing.map((name) => h("p", { className: "facts differs" }, `${name}: ${setting(entry, name)}`))))));
   byId("compare-dialog").showModal();
 }
 
