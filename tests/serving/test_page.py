@@ -219,6 +219,8 @@ def test_narrow_screens_dark_colours_and_accessibility(page: playwright.Page) ->
             broad = page.locator("body").evaluate("body => document.documentElement.scrollWidth")
             assert broad <= width, "the page scrolls sideways"
             found = axe.run(page).response["violations"]
-            serious = [f"{one['id']}: {one['nodes'][0]['html']}" for one in found if one["impact"] in ("serious", "critical")]
+            serious = [
+                f"{one['id']}: {one['nodes'][0]['html']}" for one in found if one["impact"] in ("serious", "critical")
+            ]
             assert not serious
         page.click("#theme")
