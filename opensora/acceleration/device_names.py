@@ -19,3 +19,8 @@ def check_device_name(name: str | None) -> None:
         raise ConfigError(f"device {name!r} is not valid; write '{kind}', or '{kind}:0' for the first one")
     near = did_you_mean(kind, PACKAGES) or ";"
     raise ConfigError(f"device {name!r} is not known{near} choose one of {', '.join(PACKAGES)}")
+
+
+def names_cpu(name: str | None) -> bool:
+    """Whether a name is that of the host's processor."""
+    return name == "cpu"

@@ -17,6 +17,8 @@ from torch.nn.functional import interpolate
 
 from opensora.errors import ConfigError, MediaError, did_you_mean
 
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of the images that CLIP was trained on
+CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 MAX_EXCESS = 64  # largest ratio of resized pixels to cropped pixels
 
 
@@ -51,6 +53,20 @@ def center(frames: np.ndarray, size: tuple[int, int]) -> Tensor:
     while math.floor(min(height, width) * scale) < side:  # 161 * (256 / 161) falls short of 256 in floating point
         scale = math.nextafter(scale, math.inf)
     return _crop(interpolate(_levels(frames), scale_factor=scale, mode="bilinear"), size, round)
+
+
+def clip_pixels(image: np.ndarray, side: int) -> Tensor:
+    """An image uint8 [h, w, 3] as CLIP sees it: the shorter side resized to `side`, the center cropped, normalized.
+
+    Returns float32 [3, side, side]. Raises MediaError for an extreme aspect ratio.
+    """
+    height, width = _check(image, (side, side))
+    short = min(height, width)
+    scaled = int(side * height / short), int(side * width / short)
+    resized = _resize_image(image, scaled, "BICUBIC")
+    top, left = (scaled[0] - side) // 2, (scaled[1] - side) // 2
+    pixels = resized[top : top + side, left : left + side].astype(np.float32) / 255
+    return torch.from_numpy((pixels - CLIP_MEAN) / CLIP_STD).permute(2, 0, 1)
 
 
 TRANSFORMS = {"resize_crop": resize_crop, "center": center}

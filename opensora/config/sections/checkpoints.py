@@ -84,6 +84,32 @@ class CLIPConfig(Schema):
     text_config: CLIPTextConfig | None = None
 
 
+class CLIPVisionConfig(_TextModel):
+    """config.json of CLIP's image encoder."""
+
+    hidden_size: Width = 768
+    intermediate_size: Annotated[Positive, Field(le=1_000_000)] = 3_072
+    num_hidden_layers: Depth = 12
+    num_attention_heads: Heads = 12
+    image_size: Annotated[Positive, Field(le=1_024)] = 224
+    patch_size: Annotated[Positive, Field(le=1_024)] = 32
+
+    def parameters(self) -> int:
+        layers = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
+        positions = (self.image_size // self.patch_size) ** 2
+        return (positions + 3 * self.patch_size**2) * self.hidden_size + self.num_hidden_layers * layers
+
+
+class CLIPImageTextConfig(Schema):
+    """config.json of CLIP with both of its encoders."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    text_config: CLIPTextConfig
+    vision_config: CLIPVisionConfig
+    projection_dim: Width = 512
+
+
 class TokenizerConfig(Schema):
     """tokenizer_config.json of T5 or CLIP."""
 

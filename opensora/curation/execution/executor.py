@@ -31,8 +31,16 @@ def open_executor(settings: ExecutorSettings) -> Iterator[Executor]:
         yield run_serial
     else:
         workers = settings.workers or os.cpu_count() or 1
-        yield lambda tasks, stages: run_pool(tasks, stages, _bounded(workers, stages), settings.limits)
+        yield lambda tasks, stages: run_pool(tasks, stages, _processes(workers, stages), settings.limits)
 
 
-def _bounded(workers: int, stages: Sequence[Stage]) -> int:
-    return min([workers, *(stage.max_workers for stage in stages if stage.max_workers is not None)])
+def _processes(workers: int, stages: Sequence[Stage]) -> int:
+    """The number of processes of a group: what its stage states, else one for a model on an accelerator."""
+    for stage in stages:
+        if stage.num_workers is not None:
+            return stage.num_workers
+        if stage.place == "accelerator":
+            from opensora.acceleration.device import is_cpu, pick_device
+
+            return workers if is_cpu(pick_device()) else 1
+    return workers

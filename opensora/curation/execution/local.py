@@ -88,14 +88,14 @@ class Pool:
         self.stages, self.limits = stages, limits
         self.retries: deque[Task] = deque()
         self.attempts: dict[int, int] = {}  # task number -> workers that died of it
-        self.workers = [_Worker(stages) for _ in range(num_workers)]
+        self.num_workers = num_workers
+        self.workers: list[_Worker] = []  # started when there is work for them
 
     def run(self, tasks: Iterator[Task]) -> Iterator[tuple[Task, StageResult]]:
         """The results of tasks as they come. A task is taken when a worker is free. Raises errors of `Stage.setup`."""
         while True:
-            for worker in self.workers:
-                if worker.task is None and (task := self._next(tasks)) is not None:
-                    worker.begin(task)
+            while self._has_room() and (task := self._next(tasks)) is not None:
+                self._idle_worker().begin(task)
             busy = [worker for worker in self.workers if worker.task is not None]
             if not busy:
                 return
@@ -106,6 +106,16 @@ class Pool:
                 if worker.task is not None and (reason := worker.problem(self.limits)):
                     yield from self._receive(worker)  # results sent before the end
                     yield from self._replace(worker, reason)
+
+    def _has_room(self) -> bool:
+        return len(self.workers) < self.num_workers or any(worker.task is None for worker in self.workers)
+
+    def _idle_worker(self) -> _Worker:
+        idle = next((worker for worker in self.workers if worker.task is None), None)
+        if idle is None:
+            idle = _Worker(self.stages)
+            self.workers.append(idle)
+        return idle
 
     def _next(self, tasks: Iterator[Task]) -> Task | None:
         return self.retries.popleft() if self.retries else next(tasks, None)
@@ -130,10 +140,10 @@ class Pool:
             return
 
     def _replace(self, worker: _Worker, reason: str) -> Iterator[tuple[Task, StageResult]]:
-        """Starts a new worker in the place of one; its task is retried from the stage that ended it, or reported."""
+        """Ends a worker; its task is retried from the stage that ended it, or reported."""
         task = worker.task
         worker.kill()
-        self.workers[self.workers.index(worker)] = _Worker(self.stages)
+        self.workers.remove(worker)
         if task is None:
             return
         left = tuple(stage for stage in task.stages if stage not in worker.done)

@@ -103,10 +103,10 @@ def _results(ray: Any, reference: Any, task: Task, stages: Sequence[Stage]) -> l
 def _backend(ray: Any, stages: Sequence[Stage], settings: ExecutorSettings) -> _Backend:
     resources = ray.cluster_resources()
     cores, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
-    limit = min([stage.max_workers for stage in stages if stage.max_workers is not None], default=None)
+    limit = min([stage.num_workers for stage in stages if stage.num_workers is not None], default=None)
     work = _Work(list(stages), settings.limits, os.getcwd())
     if any(stage.place == "accelerator" for stage in stages):
-        return _Actors(ray, work, min(limit or cores, gpus or cores, settings.workers or cores), 1 if gpus else 0)
+        return _Actors(ray, work, gpus or min(limit or cores, settings.workers or cores), 1 if gpus else 0)
     return _Tasks(ray, work, limit or settings.workers or TASKS_PER_CORE * cores)
 
 

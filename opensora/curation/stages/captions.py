@@ -61,7 +61,7 @@ class Captions(Stage):
         return "server"
 
     @property
-    def max_workers(self) -> int | None:
+    def num_workers(self) -> int | None:
         return self.concurrency
 
     @property

@@ -8,5 +8,6 @@ STAGE_NAMES = (
     "camera",
     "quality",
     "text",
+    "scores",
     "captions",
 )

@@ -15,6 +15,7 @@ from opensora.curation.stages.motion import Motion
 from opensora.curation.stages.probe import Probe
 from opensora.curation.stages.quality import Quality
 from opensora.curation.stages.scenes import Scenes
+from opensora.curation.stages.scores import Scores
 from opensora.curation.stages.stage import Stage
 from opensora.curation.stages.text import Text
 from opensora.datasets.video import Span
@@ -30,6 +31,7 @@ STAGES: dict[str, type[Stage]] = {
         Camera,
         Quality,
         Text,
+        Scores,
         Captions,
     )
 }

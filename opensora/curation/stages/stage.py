@@ -40,8 +40,8 @@ class Stage(ABC):
         return "processor"
 
     @property
-    def max_workers(self) -> int | None:
-        """The most workers that run it at once; None: as many as the executor has."""
+    def num_workers(self) -> int | None:
+        """How many workers run it at once on a machine; None: as many as the executor has."""
         return None
 
     @property
