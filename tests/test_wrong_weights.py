@@ -494,7 +494,7 @@ def test_an_unknown_prefix_is_named(tmp_path: Path, prefix: str) -> None:
 )
 def test_adapters_are_told(tmp_path: Path, names: tuple[str, ...]) -> None:
     save_file(dict.fromkeys(names, torch.zeros(2, 2)), tmp_path / "x.safetensors")
-    with pytest.raises(WeightsError, match=r"is an adapter, not a model \(.*\); merge it into its model"):
+    with pytest.raises(WeightsError, match=r"is an adapter, not a model \(.*\); give it with --lora"):
         load_weights(Model(), tmp_path / "x.safetensors")
     assert inspect(tmp_path / "x.safetensors").family.startswith("adapter")
 

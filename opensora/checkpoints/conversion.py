@@ -29,6 +29,7 @@ from opensora.config.sections import check_type
 from opensora.errors import ConfigError
 
 ENDINGS = {"safetensors": (".safetensors",), "pt": (".pt", ".pth", ".bin"), "hf": ()}
+ANY_SIZE: dict[str, Any] = {"input_size": (16, 32, 32)}  # only positions depend on it
 EIGHT_BITS = tuple(KINDS)  # as one .safetensors file, or as a folder
 
 
@@ -85,13 +86,19 @@ def _check_target(target: Path, to: str, container: str, force: bool) -> None:
         raise ConfigError(f"{target} exists; choose another path{'' if force else ', or replace it with --force'}")
 
 
-def _fit(config: str, path: Path, tensors: TensorDict, stated: dict[str, Any]) -> tuple[dict, dict, dict]:
-    """The tensors in the layout of a configuration's model, the new config.json, and the changes, as in Summary."""
+def model_section(config: str) -> dict[str, Any]:
+    """The model section of a configuration. Raises ConfigError."""
     section = load_config(config)[0].get("model")
     if not isinstance(section, dict) or not isinstance(section.get("type"), str):
         raise ConfigError(f"{config}: has no model = dict(type=...) that the weights could fit")
     check_type("model", section["type"], {**registry.MODELS, **registry.AUTOENCODERS})
-    defaults: dict[str, Any] = {"input_size": (16, 32, 32)}  # arbitrary: only positions depend on it
+    return section
+
+
+def _fit(config: str, path: Path, tensors: TensorDict, stated: dict[str, Any]) -> tuple[dict, dict, dict]:
+    """The tensors in the layout of a configuration's model, the new config.json, and the changes, as in Summary."""
+    section = model_section(config)
+    defaults = dict(ANY_SIZE)
     if (text := tensors.get("y_embedder.y_embedding")) is not None and text.ndim == 2:
         defaults |= {"caption_channels": text.shape[1], "model_max_length": text.shape[0]}
     model = builder.build_model({k: v for k, v in section.items() if k != "strict"}, path, defaults)

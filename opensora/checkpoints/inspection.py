@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 from opensora.checkpoints.finite import not_finite
 from opensora.checkpoints.formatting import join_first
 from opensora.checkpoints.hub import locate, read_config_json
+from opensora.checkpoints.lora import describe_adapter, is_adapter
 from opensora.checkpoints.prefixes import adapter_names, common_prefix
 from opensora.checkpoints.read import read_state_dict
 from opensora.checkpoints.summary import Summary, summarize
+from opensora.errors import WeightsError
 
 # Family -> texts that must each occur in some tensor name; the first matching family counts.
 FAMILIES = {
@@ -42,12 +45,15 @@ class CheckpointInfo:
     family: str  # inferred from tensor names, or "unknown"
     prefix: str  # common prefix of all names, or ""
     not_finite: tuple[str, ...]  # tensors with NaN or infinity
+    adapter: str = ""  # lines about a LoRA file
 
     def __str__(self) -> str:
         lines = [str(self.summary)]
         if self.model_type:
             lines.append(f"config.json: {self.model_type}")
         lines.append(f"family: {self.family}")
+        if self.adapter:
+            lines.append(self.adapter)
         if self.prefix:
             lines.append(f"all names begin with: {join_first([self.prefix])}")
         if self.not_finite:
@@ -66,7 +72,16 @@ def inspect(source: str | os.PathLike[str], offline: bool = False) -> Checkpoint
         family=family(tensors),
         prefix=common_prefix(tensors),
         not_finite=tuple(not_finite(tensors)),
+        adapter=_adapter(path) if is_adapter(path, tensors) else "",
     )
+
+
+def _adapter(path: Path) -> str:
+    """Lines about an adapter, or why it cannot be used."""
+    try:
+        return describe_adapter(path)
+    except WeightsError as error:
+        return f"not usable: {error}"
 
 
 def family(names: Collection[str]) -> str:

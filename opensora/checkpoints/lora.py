@@ -1,52 +1,41 @@
-"""Adapter files: LoRA weights in the layout of diffusers.
-
-Keys are `transformer.MODULE.lora_A.weight` and `.lora_B.weight`; the metadata has ranks and alphas as JSON, and the
-hash of the base that the adapter belongs to.
-"""
+"""Adapter files: LoRA weights read and written in four layouts, which are told apart by their content."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
+import hashlib
+from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from opensora.checkpoints import lora_config
 from opensora.checkpoints.finite import not_finite
 from opensora.checkpoints.formatting import join_first
+from opensora.checkpoints.lora_layouts import ENDS, LAYOUTS, Pair, layout_of, module_names, read_pairs, write_pairs
 from opensora.checkpoints.read import read_metadata, read_state_dict
 from opensora.checkpoints.save import save_file
 from opensora.checkpoints.summary import content_hash
-from opensora.config.schema import Name, Number, Positive, Schema, check
 from opensora.errors import WeightsError
-from opensora.files import open_bounded, parse_json
-from opensora.models.lora import LoRALayer, LoRAWeights, check_weights
+from opensora.files import atomic_write, open_bounded
+from opensora.models.lora import LoRALayer, LoRAWeights, check_weights, linear_layers
 
-FILE = "pytorch_lora_weights.safetensors"
-PREFIX, A, B = "transformer.", ".lora_A.weight", ".lora_B.weight"
-CONFIG, BASE = "lora_adapter_metadata", "opensora.base_sha256"  # of the metadata
+FILE, PEFT_FILE, PEFT_CONFIG = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"
+BASE = "opensora.base_sha256"  # of the metadata
+# Metadata that a layout writes anew; all other metadata goes along.
+OWN = {
+    "format", BASE, lora_config.METADATA, "ss_network_module", "ss_network_dim", "ss_network_alpha", "sshs_model_hash",
+}  # fmt: skip
 MAX_BYTES = 2**34  # of a file
-MAX_LAYERS = 100_000
-Rank = Annotated[Positive, Field(le=65_536)]
-
-
-class _Config(Schema):
-    """The configuration in the metadata, without its prefix; other keys of peft's are not read."""
-
-    r: Rank
-    lora_alpha: Number
-    rank_pattern: dict[Name, Rank] = Field(default_factory=dict)
-    alpha_pattern: dict[Name, Number] = Field(default_factory=dict)
 
 
 def adapter_file(path: Path) -> Path | None:
-    """The adapter file that a path names: a .safetensors file, or a folder with one of the usual name."""
-    file = path / FILE if path.is_dir() else path
-    return file if file.is_file() else None
+    """The adapter file that a path names: a file, or the one of a usual name in a folder."""
+    files = (path / FILE, path / PEFT_FILE) if path.is_dir() else (path,)
+    return next((file for file in files if file.is_file()), None)
 
 
 def read_lora(path: str | Path, model: nn.Module) -> LoRAWeights:
@@ -54,7 +43,7 @@ def read_lora(path: str | Path, model: nn.Module) -> LoRAWeights:
 
     Raises WeightsError naming the file and the first problem.
     """
-    weights = read_layers(path)
+    weights = read_layers(path, linear_layers(model))
     try:
         check_weights(model, weights)
     except ValueError as error:
@@ -62,83 +51,130 @@ def read_lora(path: str | Path, model: nn.Module) -> LoRAWeights:
     return weights
 
 
-def read_layers(path: str | Path) -> LoRAWeights:
-    """The adapter in a file or folder, as it is. Raises WeightsError."""
+def read_layers(path: str | Path, modules: Collection[str] | None = None) -> LoRAWeights:
+    """The adapter in a file or folder, as it is. `modules` are the model's, which kohya's names need.
+
+    Raises WeightsError.
+    """
     file = adapter_file(Path(path))
     if file is None:
-        raise WeightsError(f"{path}: no such adapter; give a .safetensors file, or a folder with {FILE}")
+        raise WeightsError(f"{path}: no such adapter; give a .safetensors file, or a folder with {FILE} or {PEFT_FILE}")
+    if file.suffix != ".safetensors":
+        raise WeightsError(f"{file}: adapters are .safetensors files; save it as one")
     with open_bounded(file, MAX_BYTES, WeightsError):
         pass  # refuses devices and pipes
-    if file.suffix != ".safetensors":
-        raise WeightsError(f"{file}: adapters are .safetensors files")
     metadata, tensors = read_metadata(file), read_state_dict(file)
     if bad := not_finite(tensors):
         raise WeightsError(f"{file}: has non-finite values in {join_first(list(bad), 3)}; use another file")
-    config, base = _config(file, metadata), metadata.get(BASE)
-    found = _pairs(file, tensors)
-    layers = {name: LoRALayer(a, b, _alpha(name, len(a), config)) for name, (a, b) in found.items()}
-    return LoRAWeights(layers, base, metadata)
+    name = layout_of(tensors, file)
+    pairs = read_pairs(tensors, LAYOUTS[name], file)
+    names = module_names(pairs, LAYOUTS[name], modules, file)
+    config = _config(name, metadata, file)
+    layers = {names[name]: _layer(names[name], pair, config, file) for name, pair in pairs.items()}
+    return LoRAWeights(layers, metadata.get(BASE), metadata)
 
 
-def _pairs(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module -> A and B. Raises WeightsError for an unknown key or half a pair."""
-    halves: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        half = next((end for end in (A, B) if name.endswith(end)), None)
-        if half is None or not key.startswith(PREFIX) or tensor.ndim != 2 or not tensor.is_floating_point():
-            raise WeightsError(f"{file}: {join_first([key])} is no tensor of an adapter of this layout")
-        halves.setdefault(name.removesuffix(half), {})[half] = tensor
-    if len(halves) > MAX_LAYERS:
-        raise WeightsError(f"{file}: adapts {len(halves):,} layers, over {MAX_LAYERS:,}")
-    for name, pair in halves.items():
-        if len(pair) < 2:
-            raise WeightsError(f"{file}: {join_first([name])} has only {next(iter(pair))[1:]}; copy the file again")
-    return {name: (pair[A], pair[B]) for name, pair in halves.items()}
+def _config(layout: str, metadata: Mapping[str, str], file: Path) -> lora_config.LoRAFileConfig | None:
+    if layout == "peft":
+        return lora_config.read_config(file.parent / PEFT_CONFIG)
+    return lora_config.parse_metadata(metadata, file) if layout == "diffusers" else None
 
 
-def _config(file: Path, metadata: Mapping[str, str]) -> _Config | None:
-    if CONFIG not in metadata:
-        return None
-    found: Any = parse_json(metadata[CONFIG], str(file), WeightsError)
-    found = found if isinstance(found, dict) else {}
-    known = {name: found[PREFIX + name] for name in _Config.model_fields if found.get(PREFIX + name) is not None}
-    return check(_Config, known, f"{file}: {CONFIG}", WeightsError, "save the adapter again")
+def _layer(module: str, pair: Pair, config: lora_config.LoRAFileConfig | None, file: Path) -> LoRALayer:
+    rank, alpha = len(pair.a), pair.alpha
+    if config and config.rank_of(module) != rank:
+        stated = config.rank_of(module)
+        raise WeightsError(f"{file}: {join_first([module])} has rank {rank}, its configuration says {stated}")
+    if config and alpha is not None and alpha != config.alpha_of(module):
+        other = f"{config.alpha_of(module):g}"
+        raise WeightsError(f"{file}: {join_first([module])} has alpha {alpha:g}, its configuration says {other}")
+    if alpha is None:
+        alpha = float(rank) if config is None else config.alpha_of(module)
+    return LoRALayer(pair.a, pair.b, alpha)
 
 
-def _alpha(name: str, rank: int, config: _Config | None) -> float:
-    """The alpha of a module; without a configuration its rank."""
-    return float(rank) if config is None else float(config.alpha_pattern.get(name, config.lora_alpha))
+def check_base(path: str | Path, weights: LoRAWeights, sha256: str) -> None:
+    """Raises WeightsError if an adapter names another base than the weights with this hash."""
+    if weights.base is not None and weights.base != sha256:
+        here, there = sha256[:12], weights.base[:12]
+        problem = f"was trained on other weights ({there}) than those loaded ({here})"
+        raise WeightsError(f"{path}: {problem}; use those, or say --any-base")
 
 
 def write_lora(path: str | Path, weights: LoRAWeights, layout: str = "diffusers") -> None:
-    """Writes an adapter to a .safetensors file, atomically. Raises WeightsError."""
-    assert layout == "diffusers"
-    tensors: dict[str, Tensor] = {}
-    for name, layer in weights.layers.items():
-        tensors |= {PREFIX + name + A: layer.A, PREFIX + name + B: layer.B}
-    save_file(tensors, path, {CONFIG: json.dumps(_described(weights)), **_base(weights)})
+    """Writes an adapter in a layout of `LAYOUTS`, atomically: a .safetensors file, or a folder for "peft".
+
+    Raises WeightsError.
+    """
+    path, tensors = Path(path), write_pairs(weights.layers, LAYOUTS[layout])
+    metadata = {key: value for key, value in weights.metadata.items() if key not in OWN}
+    metadata |= {} if weights.base is None else {BASE: weights.base}
+    if layout == "peft":
+        with atomic_write(path / PEFT_CONFIG, make_folders=True, error=WeightsError) as [temporary]:
+            temporary.write_text(lora_config.as_file(weights.layers), encoding="utf-8")
+            save_file(tensors, path / PEFT_FILE, metadata)
+        return
+    if layout == "diffusers":
+        metadata[lora_config.METADATA] = lora_config.as_metadata(weights.layers)
+    elif layout == "kohya":
+        metadata |= _kohya_metadata(weights.layers, tensors)
+    save_file(tensors, path, metadata)
 
 
-def _base(weights: LoRAWeights) -> dict[str, str]:
-    return {} if weights.base is None else {BASE: weights.base}
-
-
-def _described(weights: LoRAWeights) -> dict[str, Any]:
-    """The configuration of an adapter as diffusers stores it; r and lora_alpha are the most frequent ones."""
-    ranks = {name: layer.rank for name, layer in weights.layers.items()}
-    alphas = {name: _number(layer.alpha) for name, layer in weights.layers.items()}
-    rank, alpha = (max(set(found.values()), key=list(found.values()).count) for found in (ranks, alphas))
-    config = {
-        "r": rank, "lora_alpha": alpha, "target_modules": sorted(weights.layers),
-        "rank_pattern": {name: one for name, one in ranks.items() if one != rank},
-        "alpha_pattern": {name: one for name, one in alphas.items() if one != alpha},
+def _kohya_metadata(layers: Mapping[str, LoRALayer], tensors: dict[str, Tensor]) -> dict[str, str]:
+    """The most frequent rank and alpha, and the SHA-256 of all bytes after the header."""
+    content = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
+    header = 8 + int.from_bytes(content[:8], "little")
+    described: dict[str, Any] = lora_config.describe(layers)
+    return {
+        "ss_network_module": "networks.lora", "ss_network_dim": str(described["r"]),
+        "ss_network_alpha": str(described["lora_alpha"]),
+        "sshs_model_hash": hashlib.sha256(content[header:]).hexdigest(),
     }  # fmt: skip
-    return {PREFIX + name: value for name, value in config.items()}
 
 
-def _number(value: float) -> float:
-    return int(value) if math.isfinite(value) and value == int(value) else value
+def modelspec(architecture: str, title: str, date: str, license: str = "", base: str = "") -> dict[str, str]:
+    """Metadata after Stability AI's model specification 1.0 for an adapter of a model type, such as "STDiT3".
+
+    `date` is in ISO 8601.
+    """
+    stated = {
+        "sai_model_spec": "1.0.0", "architecture": f"{architecture}/lora", "implementation": "opensora",
+        "title": title, "date": date, "license": license, "merged_from": base,
+    }  # fmt: skip
+    return {f"modelspec.{key}": value for key, value in stated.items() if value}
+
+
+def is_adapter(path: Path, keys: Collection[str]) -> bool:
+    """Whether a file with these keys is an adapter in a layout of `LAYOUTS`."""
+    file = adapter_file(path)
+    prefixes = tuple(layout.prefix for layout in LAYOUTS.values())
+    return (
+        file is not None
+        and file.suffix == ".safetensors"
+        and all(key.startswith(prefixes) and key.endswith(tuple(ENDS)) for key in keys)
+    )
+
+
+def describe_adapter(path: Path) -> str:
+    """The lines that `opensora inspect` prints of an adapter. Raises WeightsError."""
+    file = adapter_file(path)
+    assert file is not None, path
+    tensors, metadata = read_state_dict(file), read_metadata(file)
+    layout = layout_of(tensors, file)
+    pairs = read_pairs(tensors, LAYOUTS[layout], file)
+    config = _config(layout, metadata, file)
+    layers = {name: _layer(name, pair, config, file) for name, pair in pairs.items()}
+    ranks = Counter(layer.rank for layer in layers.values())
+    alphas = Counter(layer.alpha for layer in layers.values())
+    values = sum(layer.A.numel() + layer.B.numel() for layer in layers.values())
+    lines = [
+        f"{file}: LoRA of {len(layers):,} layers, {values:,} parameters, in the layout of {layout}",
+        f"rank {join_first([str(one) for one in ranks])}, alpha {join_first([f'{one:g}' for one in alphas])}",
+        f"base: {metadata.get(BASE, 'not stated')}",
+    ]
+    stated = {key: value for key, value in metadata.items() if key.startswith("modelspec.")}
+    return "\n".join([*lines, *(f"{key}: {join_first([value])}" for key, value in sorted(stated.items()))])
 
 
 def adapter_hash(weights: LoRAWeights) -> str:

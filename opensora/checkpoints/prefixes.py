@@ -77,7 +77,7 @@ def check_no_adapter(names: Collection[str], path: Path) -> None:
     if any(".base_layer." in name for name in names):
         problem, remedy = "is a model with an adapter in it", "merge the two, then save it"
     else:
-        problem, remedy = "is an adapter, not a model", "merge it into its model and give the result"
+        problem, remedy = "is an adapter, not a model", "give it with --lora, beside the weights of its model"
     raise WeightsError(f"{path}: {problem} ({join_first(found, 2)}); {remedy}")
 
 

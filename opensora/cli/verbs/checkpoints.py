@@ -11,6 +11,8 @@ from opensora.cli.parser import Parser
 from opensora.cli.verbs.verb import Verb
 
 DTYPES = ("fp16", "bf16", "fp32")
+LORA = ("lora-diffusers", "lora-peft", "lora-comfyui", "lora-kohya")
+FORMATS = ("safetensors", "hf", "pt", "int8", "fp8", *LORA)
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -28,6 +30,11 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     locate(args.source, offline=args.offline)
+    if args.to in LORA:
+        from opensora.checkpoints.lora_conversion import convert_adapter
+
+        print(convert_adapter(args.source, args.destination, args.to, args.config, args.force, args.offline))
+        return 0
     from opensora.checkpoints import convert
 
     written = convert(
@@ -63,12 +70,8 @@ def _add_inspect(parser: Parser) -> None:
 def _add_convert(parser: Parser) -> None:
     parser.add_argument("source", metavar="SRC", help="a file, a folder or a hub id")
     parser.add_argument("destination", metavar="DST", help="file or folder to write, whole or not at all")
-    parser.add_argument(
-        "--to",
-        required=True,
-        choices=("safetensors", "hf", "pt", "int8", "fp8"),
-        help="hf is a folder; int8, fp8 quantize",
-    )
+    text = "hf is a folder; int8 and fp8 quantize; lora-... are layouts of adapters"
+    parser.add_argument("--to", required=True, choices=FORMATS, help=text)
     parser.add_argument("--config", help="configuration whose model the weights must fit")
     parser.add_argument("--dtype", choices=DTYPES, help="number format [unchanged]")
     text = "key names: this package's, or the authors' own [ours]"
