@@ -92,7 +92,7 @@ def test_a_lone_last_frame_is_given_as_an_image() -> None:
 def parts(tmp_path: Path) -> dict[str, Any]:
     vae, t5 = make_tiny_vae(tmp_path / "vae"), make_tiny_t5(tmp_path / "t5")
     return dict(
-        dataset=dict(type="ShapeClips", sizes=SIZES, num_clips=50, features=str(tmp_path / "features")),
+        dataset=dict(type="ShapeClips", sizes=SIZES, num_clips=10, features=str(tmp_path / "features")),
         model=dict(type="STDiT3", **TINY_STDIT3),
         vae=dict(type="VideoAutoencoderPipeline", from_pretrained=str(vae)),
         text_encoder=dict(type="t5", from_pretrained=str(t5), model_max_length=32),

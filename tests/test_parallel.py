@@ -201,7 +201,7 @@ runpy.run_path("scripts/inference.py", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, 3][: count(1, 2)])
 def test_the_program_under_torchrun(weights, alone, tmp_path, ranks):
     """scripts/inference.py, which leaves its clip beside the program; that with a given image, of one rank."""
     program, config = tmp_path / "inference.py", tmp_path / "sample.py"

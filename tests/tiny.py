@@ -47,26 +47,32 @@ TINY_VAE: dict[str, Any] = dict(
 def make_tiny_t5(folder: Path, hidden: int = 32, seed: int = 0) -> Path:
     """A T5 encoder of 2 layers with random weights and its tokenizer, as DeepFloyd/t5-v1_1-xxl lays them out."""
     from safetensors.torch import save_file
-    from transformers import T5Config, T5EncoderModel
+
+    from opensora.models.text_encoder.t5 import T5Config, T5EncoderModel
 
     folder.mkdir(parents=True, exist_ok=True)
-    vocab_size = _make_tokenizer(folder)
     config = T5Config(
-        vocab_size=vocab_size,
+        vocab_size=_make_tokenizer(folder),
         d_model=hidden,
         d_kv=hidden // 2,
         d_ff=2 * hidden,
         num_layers=2,
         num_heads=2,
+        relative_attention_num_buckets=32,
+        relative_attention_max_distance=128,
+        layer_norm_epsilon=1e-6,
         feed_forward_proj="gated-gelu",
-        architectures=["T5EncoderModel"],
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = T5EncoderModel(config)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:  # the rest scales norms
+                nn.init.normal_(parameter, std=hidden**-0.5)
     state = {name: tensor for name, tensor in model.state_dict().items() if name != "encoder.embed_tokens.weight"}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config.to_diff_dict()))
+    stated = {"architectures": ["T5EncoderModel"], "model_type": "t5", **config._asdict()}
+    (folder / "config.json").write_text(json.dumps(stated))
     return folder
 
 
