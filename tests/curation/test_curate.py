@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import random
 import signal
 import sqlite3
 import subprocess
@@ -176,10 +177,13 @@ def test_a_killed_run_goes_on(source: Path, settings: CurationSettings, tmp_path
     target = tmp_path / "killed.csv"
     argv = [sys.executable, "-m", "opensora", "data", "curate", str(source), str(target), "--workers", "2"]
     argv += ["--stages", ",".join(STAGES), "--force"]
-    ledger, computed = Path(f"{target}.ledger"), 0
+    ledger = Path(f"{target}.ledger")
     process = subprocess.Popen(argv, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and stored(ledger) <= number % 8:
+    moment = random.Random(f"{os.environ.get('OPENSORA_TEST_SEED', '0')}/{number}")
+    results, seconds = moment.randrange(9), moment.uniform(0, 0.3)
+    while process.poll() is None and stored(ledger) < results:
         time.sleep(0.02)
+    time.sleep(seconds)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -73,8 +73,12 @@ class Stage(ABC):
         """Tool, settings and weights behind the columns, as recorded beside every value."""
         known: tuple[Field[Any], ...] = fields(self) if is_dataclass(self) else ()
         settings = {one.name: getattr(self, one.name) for one in known if not one.metadata.get("execution")}
-        code = code_hash(type(self).__module__)
-        return {"stage": self.name, "settings": settings, "weights": dict(self.weights()), "code": code}
+        return {"stage": self.name, "settings": settings, "weights": dict(self.weights()), "code": self.code}
+
+    @property
+    def code(self) -> str:
+        """Names the code behind the columns: another one computes them again."""
+        return code_hash(type(self).__module__)
 
     @cached_property
     def stage_hash(self) -> str:
