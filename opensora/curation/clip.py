@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -51,6 +51,12 @@ class Clip:
     def still(self) -> bool:
         """Whether the source is a still image."""
         return self.span is None and is_image(self.path)
+
+    def part(self, span: Span) -> Clip:
+        """A span of the same source, whose hash is not computed again."""
+        part = replace(self, span=span)
+        vars(part)["source_hash"] = self.source_hash
+        return part
 
     def frames_per_second(self) -> float:
         """The frame rate of the source; 0 of a still image."""

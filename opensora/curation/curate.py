@@ -151,8 +151,8 @@ class _Run:
         for item, number in items.items():
             entry = entries[number]
             columns, missing = dict(entry.columns), []
-            for index, stage in enumerate(stages):
-                result = self.ledger.get(Key(item, stage.name, stage.stage_hash))
+            found = self.ledger.get(item, [(stage.name, stage.stage_hash) for stage in stages])
+            for index, (stage, result) in enumerate(zip(stages, found, strict=True)):
                 if result is None:
                     missing.append(index)
                 elif result.rows is None:
@@ -168,9 +168,9 @@ class _Run:
         if item is None:
             return [_failed(entry, "read", Result(None, f"{entry.clip.path}: cannot be read; check the path"))]
         columns = dict(entry.columns)
-        for stage in stages:
-            key = Key(item, stage.name, stage.stage_hash)
-            result = self.ledger.get(key) or self.passing.get(key)
+        stored = self.ledger.get(item, [(stage.name, stage.stage_hash) for stage in stages])
+        for stage, found in zip(stages, stored, strict=True):
+            result = found or self.passing.get(Key(item, stage.name, stage.stage_hash))
             if result is None or result.rows is None:
                 missing = Result(None, f"{entry.clip.path}: stage {stage.name} has no result; {reason}", 0)
                 return [_failed(entry, stage.name, result or missing)]

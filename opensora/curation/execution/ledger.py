@@ -53,11 +53,11 @@ class Ledger:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
 
-    def get(self, key: Key) -> Result | None:
-        """The result of a key, or None."""
-        query = "SELECT columns, error, attempts FROM results WHERE item = ? AND stage = ? AND stage_hash = ?"
-        found = self._connection.execute(query, key).fetchone()
-        return None if found is None else Result(json.loads(found[0]) if found[0] else None, *found[1:])
+    def get(self, item: str, stages: Sequence[tuple[str, str]]) -> list[Result | None]:
+        """The results of an item for stages (name, hash); None where there is none."""
+        query = "SELECT stage, stage_hash, columns, error, attempts FROM results WHERE item = ?"
+        found = {(stage, stage_hash): one for stage, stage_hash, *one in self._connection.execute(query, (item,))}
+        return [_result(*found[stage]) if stage in found else None for stage in stages]
 
     def put(self, key: Key, result: Result) -> None:
         """Stores a result durably; a previous one of the key is replaced."""
@@ -66,12 +66,6 @@ class Ledger:
             "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?)", (*key, columns, result.error, result.attempts)
         )
         self.commit()
-
-    def missing(self, item: str, stages: Sequence[tuple[str, str]]) -> Iterator[str]:
-        """The names of the stages [(name, hash)] without a result for an item."""
-        for stage, stage_hash in stages:
-            if self.get(Key(item, stage, stage_hash)) is None:
-                yield stage
 
     def record_tool(self, stage: str, stage_hash: str, provenance: Mapping[str, Any]) -> None:
         """Records the tool, version, settings and weights behind a stage hash."""
@@ -109,6 +103,10 @@ class Ledger:
     def commit(self) -> None:
         """Makes all changes durable."""
         self._connection.commit()
+
+
+def _result(columns: str | None, error: str | None, attempts: int) -> Result:
+    return Result(json.loads(columns) if columns else None, error, attempts)
 
 
 @contextmanager
