@@ -236,9 +236,10 @@ class Dispatcher:
         for running in lost:
             job = running.job
             del self.running[job.id]
-            job.attempts += 1
+            job.attempts = 1 if running.done > job.reached else job.attempts + 1
+            job.reached = max(job.reached, running.done)
             if job.attempts >= self.limits.max_attempts:
-                job.fail("worker_died", f"its worker ended {job.attempts} times", time.time())
+                job.fail("worker_died", f"its worker ended {job.attempts} times without getting further", time.time())
                 self._close(job)
             else:
                 job.status = QUEUED

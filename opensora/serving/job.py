@@ -32,7 +32,8 @@ class VideoJob:
     expires_at: float | None = None
     error: dict[str, str] | None = None  # code and message
     made_from: dict[str, str] = field(default_factory=dict)  # how ("remix", "continue", ...) -> the id of that job
-    attempts: int = 0  # how often its worker died
+    attempts: int = 0  # how often its worker died since it last got further
+    reached: int = 0  # the most steps that were done when a worker died
     bytes: int = 0  # of its files
     sha256: str | None = None  # of its frames
     identical: bool | None = None  # a replay: whether its frames are those of the original

@@ -23,6 +23,6 @@ class Limits:
     max_plans: int = 32  # plans that wait
     keep_seconds: int = 7 * 86_400  # age at which a result is deleted
     max_disk: int = 20 * 2**30  # bytes of all results and uploads; the oldest are deleted first
-    max_attempts: int = 3  # how often a job may take its worker down
+    max_attempts: int = 5  # how often a job may take its worker down without getting further
     max_batch: int = 4  # jobs that are computed together
     stall_seconds: float = 3_600  # a worker that reports nothing for so long is killed

@@ -22,7 +22,7 @@ REQUESTS = (
 )
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_kills_lose_nothing(server: ServerProgram, tmp_path: Path) -> None:
     if FULL:
         server = ServerProgram(tmp_path / "data", "--devices", "cpu", "--api-key", KEY).start()
