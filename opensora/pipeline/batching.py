@@ -29,13 +29,14 @@ def batches(models: LoadedModels, job: Job, requests: Sequence[Request], texts: 
     ahead, so that few results wait for their turn. Where the device computes a batch with other bits, requests stay
     single.
     """
-    remaining, same_bits = list(requests), {}
+    remaining, same_bits = list(requests), models.same_bits
+    call_key = (job.size, job.scheduler.num_branches, job.negative_text is None, job.settings.multi_resolution)
     while remaining:
         window = remaining[: LOOKAHEAD * job.batch_size if job.batch_size > 1 else 1]
         batch_key = _batch_key(job, window[0], texts)
         batch = [request for request in window if _batch_key(job, request, texts) == batch_key][: job.batch_size]
         remaining = [request for request in remaining if request not in batch]
-        key = (batch_key, len(batch))
+        key = (call_key, batch_key, len(batch))
         if len(batch) > 1 and key not in same_bits:
             same_bits[key] = is_batch_invariant(models, job, batch, texts)
             if not same_bits[key]:

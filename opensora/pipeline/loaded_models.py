@@ -78,6 +78,7 @@ class LoadedModels:
         self.vae: Any = None
         self.model: Any = None  # the diffusion model
         self.denoiser: Any = None  # the diffusion model as the sampler calls it: compiled, split over ranks, captured
+        self.same_bits: dict[Any, bool] = {}  # kind of batch -> whether it is computed with the bits of single requests
         self._unloaded: dict[str, Any] = {}  # part -> module without weights
         self._latent_size: tuple[int, ...] | None = None  # for which the unloaded diffusion model was built
         self._loaded_for: tuple[int, ...] | None = None  # for which the loaded diffusion model was built
@@ -162,6 +163,7 @@ class LoadedModels:
     def unload(self) -> None:
         """Frees all weights; the next request loads them again."""
         self.text_encoder = self.vae = self.model = self.denoiser = None
+        self.same_bits.clear()
         self._offloader = Offloader(self.plan.offload, self.device)
 
     def load_text_encoder(self) -> Any:

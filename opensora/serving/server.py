@@ -20,6 +20,7 @@ logger = logging.getLogger("opensora")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MAX_CONNECTIONS = 1_000
 KEEP_ALIVE, SHUTDOWN = 15, 5  # seconds
+BACKLOG = 1_024
 
 
 def serve(
@@ -66,6 +67,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(BACKLOG)  # from now on: clients wait while the server starts
     except (OSError, OverflowError) as error:
         problem = getattr(error, "strerror", None) or error
         raise ConfigError(f"{host}:{port} cannot be used ({problem}); choose another --host or --port") from error

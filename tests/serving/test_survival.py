@@ -7,19 +7,22 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.full import FULL, count
 from tests.serving.programs import KEY, SEED, ServerProgram, wait_for_all
 
-REQUESTS = (
-    {"prompt": "a red circle moving right on a black background", "steps": 8, "width": 48, "height": 48},
-    {"prompt": "a blue square growing", "steps": 8, "width": 48, "height": 48},
-    {"prompt": "a green circle", "steps": 8, "num_frames": 1},
-    {"prompt": "a red circle moving right on a black background", "steps": 8, "steps_until": 5},
+PROMPT = "a red circle moving right on a black background"
+REQUESTS: tuple[dict[str, Any], ...] = (
+    {"prompt": PROMPT, "steps": 8},
+    {"prompt": "a blue square growing", "steps": 12},
+    {"prompt": "a green circle", "steps": 12, "num_frames": 1},
+    {"prompt": PROMPT, "steps": 12, "steps_until": 8},
     {"prompt": "|0|a red circle|1|a blue circle", "steps": 6, "loop": 2, "num_frames": 34},
 )
+SMALL = {"width": 32, "height": 32}
 
 
 @pytest.mark.timeout(3600)
@@ -28,7 +31,7 @@ def test_kills_lose_nothing(server: ServerProgram, tmp_path: Path) -> None:
         server = ServerProgram(tmp_path / "data", "--devices", "cpu", "--api-key", KEY).start()
     rng = random.Random(SEED)
     num_jobs, kills = count(2, 60), count(2, 20)
-    wanted = [{**REQUESTS[number % len(REQUESTS)], "seed": number} for number in range(num_jobs)]
+    wanted = [{**SMALL, **REQUESTS[number % len(REQUESTS)], "seed": number} for number in range(num_jobs)]
     with server.client() as web:
         ids = [web.post("/v1/videos", json=one).raise_for_status().json()["id"] for one in wanted]
     for number in range(kills):

@@ -16,6 +16,9 @@ from opensora.serving.server import serve
 
 KEYS = "OPENSORA_API_KEY"  # environment variable; several keys are separated by commas
 MB = 2**20
+LIMITS = (
+    "max_queued", "max_queued_per_key", "max_upload", "max_pixels", "max_steps", "max_batch", "keep_hours", "max_disk",
+)  # fmt: skip
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -32,13 +35,13 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _limits(args: argparse.Namespace) -> Limits:
     """The limits of the flags. Raises ConfigError."""
-    for name in ("max_queued", "max_queued_per_key", "max_upload", "max_pixels", "max_steps", "keep_hours", "max_disk"):
+    for name in LIMITS:
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give a number above 0")
     return Limits(
         max_queued=args.max_queued, max_queued_per_key=args.max_queued_per_key, max_upload=args.max_upload * MB,
         max_pixels=args.max_pixels, max_steps=min(args.max_steps, MAX_STEPS), keep_seconds=args.keep_hours * 3_600,
-        max_disk=args.max_disk * MB,
+        max_disk=args.max_disk * MB, max_batch=args.max_batch,
     )  # fmt: skip
 
 
@@ -66,6 +69,7 @@ def _add_serve(parser: Parser) -> None:
         ("max_upload", default.max_upload // MB, "megabytes of a request"),
         ("max_pixels", default.max_pixels, "pixels of a result, over all frames"),
         ("max_steps", default.max_steps, "steps of a request"),
+        ("max_batch", default.max_batch, "jobs of one size that are computed together, where that is faster"),
         ("keep_hours", default.keep_seconds // 3_600, "hours until a result is deleted"),
         ("max_disk", default.max_disk // MB, "megabytes of results and uploads; the oldest results are deleted first"),
     ):
