@@ -1,0 +1,178 @@
+"""Renders clips of the world, with captions, from a seed. A clip is a function of (seed, index)."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+
+from opensora.datasets.synthetic.world.motions import CAMERA, MOTIONS, Path, path, view
+from opensora.datasets.synthetic.world.palette import COLOURS
+from opensora.datasets.synthetic.world.scenes import PICTURES, PLAIN, SCENES, Canvas
+from opensora.datasets.synthetic.world.things import FACING, MAIN, PAINTS, ROUND, THINGS
+
+Array = np.ndarray
+STILL = "standing still"
+
+
+def _shows(thing: str, motion: str) -> bool:
+    return not (thing in ROUND and MOTIONS[motion].kind in ("turn", "swing"))
+
+
+COMBINATIONS = tuple(c for c in product(THINGS, COLOURS, MOTIONS) if _shows(c[0], c[2]))
+_RANK = np.random.default_rng(0).permutation(len(COMBINATIONS))
+HELD_OUT = tuple(c for c, rank in zip(COMBINATIONS, _RANK, strict=True) if rank % 10 == 0)  # never trained on
+TRAINED = tuple(c for c, rank in zip(COMBINATIONS, _RANK, strict=True) if rank % 10)
+
+
+class Actor(NamedTuple):
+    """A thing of a clip: name, colour and motion, and where it goes, in short sides of the frame."""
+
+    thing: str
+    colour: str
+    motion: str
+    start: tuple[float, float]
+    travel: tuple[float, float]
+    radii: tuple[float, float]  # at the first and the last frame
+    mirrored: bool = False
+
+
+class World(NamedTuple):
+    """A clip before it is rendered: actors from back to front, scene, camera, and the seed of the scene's details."""
+
+    actors: tuple[Actor, ...]
+    scene: str
+    camera: str
+    details: int
+    behind: bool = False  # whether the first actor, the subject, passes behind the second
+
+
+class Clip(NamedTuple):
+    """A rendered clip: `video` uint8 [T, H, W, 3], its caption and the world behind it."""
+
+    video: Array
+    text: str
+    world: World
+
+
+def render(world: World, num_frames: int, height: int, width: int) -> Array:
+    """The clip as uint8 [T, H, W, 3], edges anti-aliased over one pixel."""
+    side = min(height, width)
+    progress = np.linspace(0, 1, num_frames) if num_frames > 1 else np.full(1, 0.5)
+    camera_x, zoom = view(world.camera, progress, num_frames)
+    scale = (side * zoom).astype(np.float32)[:, None, None]  # pixels per short side
+    x = ((np.arange(width, dtype=np.float32) + 0.5 - width / 2)[None, None] / scale) + camera_x.astype(np.float32)[:, None, None]
+    y = (np.arange(height, dtype=np.float32) + 0.5 - height / 2)[None, :, None] / scale
+    moving = slice(None) if world.camera != "still" else slice(1)  # a picture that stands still is drawn once
+    canvas = Canvas(x[moving], y[moving], 1 / scale[moving])
+    SCENES[world.scene].draw(canvas, np.random.default_rng(world.details))
+    frames = np.broadcast_to(canvas.colour, (num_frames, height, width, 3)).copy()
+    order = world.actors if world.behind else world.actors[::-1]
+    for actor in order:
+        _draw_actor(frames, actor, progress, x, y, scale)
+    return np.round(frames).clip(0, 255).astype(np.uint8)
+
+
+def actor_path(actor: Actor, progress: Array, num_frames: int) -> Path:
+    """The path of an actor over the frames of a clip."""
+    return path(MOTIONS[actor.motion].kind, progress, num_frames, actor.start, actor.travel, actor.radii)
+
+
+def _draw_actor(frames: Array, actor: Actor, progress: Array, x: Array, y: Array, scale: Array) -> None:
+    way = actor_path(actor, progress, len(frames))
+    for index in range(len(frames)):
+        cx, cy, radius, angle = (float(values[index]) for values in way)
+        pixels = float(scale[index, 0, 0])
+        reach = 1.05 * radius + 1.5 / pixels
+        columns, rows = np.abs(x[index, 0] - cx) <= reach, np.abs(y[index, :, 0] - cy) <= reach
+        if not columns.any() or not rows.any():
+            continue
+        area = np.ix_(rows, columns)
+        dx, dy = (x[index, 0][columns][None] - cx) / radius, (y[index, :, 0][rows][:, None] - cy) / radius
+        cos, sin = np.cos(angle), np.sin(angle)
+        u, v = cos * dx + sin * dy, cos * dy - sin * dx
+        u = -u if actor.mirrored else u
+        colour = frames[index][area]
+        for layer in THINGS[actor.thing]:
+            paint = COLOURS[actor.colour] if layer.paint == MAIN else PAINTS[layer.paint]
+            coverage = np.clip(0.5 - layer.distance(u, v) * radius * pixels, 0, 1)[..., None]
+            colour += coverage * (np.array(paint, np.float32) - colour)
+        frames[index][area] = colour
+
+
+def draw_world(rng: np.random.Generator, height: int, width: int, held_out: bool = False) -> World:
+    """A random world from the training or the held-out combinations; its subject stays inside the frame."""
+    combinations = HELD_OUT if held_out else TRAINED
+    thing, colour, motion = combinations[rng.integers(len(combinations))]
+    scenes = [name for name, scene in SCENES.items() if colour not in scene.hides]
+    plain = [name for name in scenes if name in PLAIN]
+    scene = str(rng.choice(plain if rng.random() < 0.3 else [name for name in scenes if name not in PLAIN]))
+    camera = "still"
+    if scene in PICTURES and MOTIONS[motion].travel == (0, 0) and not MOTIONS[motion].growth and rng.random() < 0.35:
+        camera = str(rng.choice([name for name in CAMERA if name != "still"]))
+    size = np.array([width, height]) / min(height, width)
+    subject = _place(rng, thing, colour, motion, size, camera)
+    actors, behind = (subject,), False
+    if camera == "still" and rng.random() < 0.15:
+        other = _companion(rng, subject, scene, size)
+        behind = bool(rng.random() < 0.5)
+        actors = (subject, other)
+    return World(actors, scene, camera, int(rng.integers(2**31)), behind)
+
+
+def _place(rng: np.random.Generator, thing: str, colour: str, motion: str, size: Array, camera: str) -> Actor:
+    """An actor whose path stays inside the frame of `size` (width, height), in short sides."""
+    move = MOTIONS[motion]
+    small, large, steady = rng.uniform(0.11, 0.13), rng.uniform(0.25, 0.31), rng.uniform(0.17, 0.23)
+    radii = {0: (steady, steady), 1: (small, large), -1: (large, small)}[move.growth]
+    margin = max(radii) + 0.02
+    room = np.maximum(size - 2 * margin, 0)  # range of the centre
+    if camera != "still":
+        room = room * 0.3
+    travel = np.array(move.travel) * room * rng.uniform(0.7, 1.0)
+    low, high = -room / 2 + np.maximum(-travel, 0), room / 2 - np.maximum(travel, 0)
+    if move.kind == "bounce":
+        low[1] = min(-room[1] / 2 + 0.3, high[1])
+    start = rng.uniform(low, np.maximum(high, low))
+    left = travel[0] < 0 or (travel[0] == 0 and rng.random() < 0.5)
+    mirrored = bool(thing in FACING and left)
+    return Actor(thing, colour, motion, (start[0], start[1]), (travel[0], travel[1]), radii, mirrored)
+
+
+def _companion(rng: np.random.Generator, subject: Actor, scene: str, size: Array) -> Actor:
+    """A thing of another kind and colour that stands on the subject's way."""
+    things = [thing for thing in THINGS if thing != subject.thing]
+    colours = [colour for colour in COLOURS if colour != subject.colour and colour not in SCENES[scene].hides]
+    thing, colour = str(rng.choice(things)), str(rng.choice(colours))
+    radius = rng.uniform(0.16, 0.21)
+    middle = np.array(subject.start) + np.array(subject.travel) * rng.uniform(0.35, 0.65)
+    if subject.travel == (0, 0):
+        middle = middle + rng.choice([-1, 1]) * np.array([0.3, 0])
+    limit = size / 2 - radius - 0.02
+    x, y = np.clip(middle, -limit, limit)
+    return Actor(thing, colour, STILL, (float(x), float(y)), (0.0, 0.0), (radius, radius))
+
+
+def caption(rng: np.random.Generator, world: World) -> str:
+    """A caption in one of many phrasings."""
+    subject = world.actors[0]
+    phrases = MOTIONS[subject.motion].phrases
+    motion = subject.motion if rng.random() < 0.4 else str(rng.choice(phrases))
+    place = str(rng.choice(SCENES[world.scene].phrases))
+    text = f"a {subject.colour} {subject.thing} {motion}"
+    if len(world.actors) > 1:
+        other = world.actors[1]
+        relation = "behind" if world.behind else "in front of"
+        text = f"{text} {relation} a {other.colour} {other.thing}"
+    text = f"{text} {place}" if rng.random() < 0.7 else f"{place}, {text}"
+    if world.camera != "still":
+        text = f"{text}, {rng.choice(CAMERA[world.camera])}"
+    return text.replace("a orange", "an orange").replace("a apple", "an apple").replace("a umbrella", "an umbrella")
+
+
+def make_clip(seed: int, index: int, num_frames: int, height: int, width: int, held_out: bool = False) -> Clip:
+    """Clip `index` of the unlimited set `seed`; `held_out` uses only the combinations held out of training."""
+    rng = np.random.default_rng((seed, index, int(held_out), 3))
+    world = draw_world(rng, height, width, held_out)
+    return Clip(render(world, num_frames, height, width), caption(rng, world), world)
