@@ -55,7 +55,7 @@ def polygon(x: Array, y: Array, points: Points) -> Array:
 
 def union(*shapes: Array) -> Array:
     """Everything that is in one of the shapes."""
-    return np.minimum.reduce(shapes)
+    return np.minimum.reduce(np.broadcast_arrays(*shapes))
 
 
 def cut(shape: Array, hole: Array) -> Array:
@@ -65,7 +65,7 @@ def cut(shape: Array, hole: Array) -> Array:
 
 def common(*shapes: Array) -> Array:
     """What is in all shapes."""
-    return np.maximum.reduce(shapes)
+    return np.maximum.reduce(np.broadcast_arrays(*shapes))
 
 
 def star_points(corners: int, inner: float, turn: float = 0.0) -> list[tuple[float, float]]:

@@ -1,0 +1,262 @@
+"""Recognizes thing, colour, motion, scene and camera of a clip of the world by image processing; nothing is learned."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from opensora.datasets.synthetic.world.motions import MOTIONS, PAN, ZOOM
+from opensora.datasets.synthetic.world.palette import COLOURS
+from opensora.datasets.synthetic.world.render import STILL, Actor, World, render
+from opensora.datasets.synthetic.world.scenes import PICTURES, SCENES
+from opensora.datasets.synthetic.world.things import MAIN, ROUND, THINGS
+
+Array = np.ndarray
+NEAR_COLOUR = 70.0  # RGB distance below which a pixel has a palette colour
+NEAR_SCENE = 30.0  # mean RGB distance of rows below which a scene is recognized
+SMALLEST = 0.004  # of the frame's pixels: less is no thing
+FIT = 0.7  # least overlap (intersection over union) with a template
+GRID, ANGLES = 40, 24  # side of a template, and how many rotations are tried
+SPREAD = 0.27  # root of a template's area, in parts of its side
+TRAVEL, GROWTH, TURN, SWING, BOUNCE = 0.13, np.log(1.35), 1.0, 0.2, 0.12  # least of a clear motion
+
+
+class Track(NamedTuple):
+    """A thing in the frames where it shows: indices, centres and radii in short sides, angles, fits; all [N]."""
+
+    frames: Array
+    x: Array
+    y: Array
+    radius: Array
+    angle: Array
+    fit: Array
+
+
+class Recognized(NamedTuple):
+    """Names as in the tables of the world; None where nothing is recognized."""
+
+    thing: str | None
+    colour: str | None
+    motion: str | None
+    scene: str | None
+    camera: str | None
+    track: Track | None = None
+
+
+def recognize(video: Array, colour: str | None = None) -> Recognized:
+    """What the clip `video`, uint8 [T, H, W, 3], shows; with `colour`, about the thing of that colour."""
+    video = video.astype(np.float32)
+    scene = recognize_scene(video)
+    hidden = SCENES[scene].hides if scene else ()
+    masks = {name: colour_mask(video, name) for name in ([colour] if colour else COLOURS) if name not in hidden}
+    if not masks:
+        return Recognized(None, None, None, scene, None)
+    sizes = {name: float(mask.mean()) for name, mask in masks.items()}
+    found = max(sizes, key=sizes.__getitem__)
+    if sizes[found] < SMALLEST:
+        return Recognized(None, None, None, scene, recognize_camera(video, np.zeros(video.shape[:3], bool), scene))
+    mask = masks[found]
+    camera = recognize_camera(video, _grow(mask, 3), scene)
+    thing, track = recognize_thing(mask)
+    motion = recognize_motion(thing, track, camera, len(video)) if thing else None
+    return Recognized(thing, found, motion, scene, camera, track)
+
+
+def colour_mask(video: Array, colour: str) -> Array:
+    """Where each frame shows a palette colour, without what lies far from the rest, bool [T, H, W]."""
+    distances = {name: np.linalg.norm(video - np.array(value, np.float32), axis=-1) for name, value in COLOURS.items()}
+    nearest = np.minimum.reduce(list(distances.values()))
+    return _near_centre((distances[colour] <= NEAR_COLOUR) & (distances[colour] <= nearest))
+
+
+def _near_centre(mask: Array) -> Array:
+    """The pixels of each frame that are near the middle of them all; far ones belong to something else."""
+    kept = np.zeros_like(mask)
+    for frame, target in zip(mask, kept, strict=True):
+        rows, columns = np.nonzero(frame)
+        if len(rows):
+            distance = np.hypot(rows - np.median(rows), columns - np.median(columns))
+            near = distance <= 1.5 * np.sqrt(len(rows))
+            target[rows[near], columns[near]] = True
+    return kept
+
+
+def _grow(mask: Array, times: int) -> Array:
+    for _ in range(times):
+        padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
+        mask = mask | padded[:, :-2, 1:-1] | padded[:, 2:, 1:-1] | padded[:, 1:-1, :-2] | padded[:, 1:-1, 2:]
+    return mask
+
+
+def recognize_scene(video: Array) -> str | None:
+    """The scene whose rows have the nearest median colours."""
+    rows = _rows(video)
+    distances = {name: float(np.abs(rows - profile).mean() * 3**0.5) for name, profile in _profiles().items()}
+    best = min(distances, key=distances.__getitem__)
+    return best if distances[best] <= NEAR_SCENE else None
+
+
+def _rows(video: Array, count: int = 16) -> Array:
+    """Median colours of horizontal bands around the middle square of the frame, [count, 3]."""
+    height, width = video.shape[1:3]
+    side = min(height, width)
+    top = (height - side) // 2
+    bands = np.array_split(video[:, top : top + side], count, axis=1)
+    return np.stack([np.median(band.reshape(-1, 3), axis=0) for band in bands])
+
+
+@cache
+def _profiles() -> dict[str, Array]:
+    """The bands of each scene without things, over several seeds of its details."""
+    empty = {name: [render(World((), name, STILL_CAMERA, seed), 1, 64, 64) for seed in range(6)] for name in SCENES}
+    return {name: _rows(np.concatenate(pictures).astype(np.float32)) for name, pictures in empty.items()}
+
+
+STILL_CAMERA = "still"
+
+
+def recognize_camera(video: Array, thing: Array, scene: str | None) -> str | None:
+    """How the camera moves, by the move of the first frame's background that predicts the later ones best.
+
+    None on plain scenes, where no move shows. `thing` [T, H, W] is left out of the comparison.
+    """
+    if scene not in PICTURES or len(video) < 2:
+        return None
+    last = min(len(video) - 1, 8)
+    share = last / 16
+    errors = {STILL_CAMERA: _background_error(video, thing, last, 0.0, 1.0)}
+    for strength in (0.5, 0.75, 1.0, 1.25):
+        for sign, pan, zoom in ((1, "pan right", "zoom in"), (-1, "pan left", "zoom out")):
+            moved = _background_error(video, thing, last, sign * strength * PAN * share, 1.0)
+            errors[pan] = min(errors.get(pan, np.inf), moved)
+            grown = _background_error(video, thing, last, 0.0, ZOOM ** (sign * strength * share))
+            errors[zoom] = min(errors.get(zoom, np.inf), grown)
+    return min(errors, key=errors.__getitem__)
+
+
+def _background_error(video: Array, thing: Array, last: int, pan: float, zoom: float) -> float:
+    """The mean difference of frame `last` and the first frame moved, where both show background."""
+    height, width = video.shape[1:3]
+    side = min(height, width)
+    x = (np.arange(width) + 0.5 - width / 2) / zoom + pan * side + width / 2 - 0.5
+    y = (np.arange(height) + 0.5 - height / 2) / zoom + height / 2 - 0.5
+    columns, rows = np.round(x).astype(int), np.round(y).astype(int)
+    inside = ((columns >= 0) & (columns < width))[None] & ((rows >= 0) & (rows < height))[:, None]
+    columns, rows = columns.clip(0, width - 1), rows.clip(0, height - 1)
+    source, hidden = video[0][rows][:, columns], thing[0][rows][:, columns]
+    shown = inside & ~hidden & ~thing[last]
+    return float(np.abs(video[last] - source).mean(-1)[shown].mean()) if shown.any() else np.inf
+
+
+@cache
+def _templates() -> tuple[list[str], Array, Array]:
+    """The names of things, their pictures [things, 2 * ANGLES, GRID, GRID], mirrored ones last, and radii per spread."""
+    names, pictures, radii = list(THINGS), [], []
+    angles = np.arange(ANGLES) * 2 * np.pi / ANGLES
+    for name in names:
+        cx, cy, spread = _moments(name)
+        radii.append(1 / spread)
+        grid = (np.arange(GRID) + 0.5 - GRID / 2) / (SPREAD * GRID) * spread
+        rows = []
+        for mirror in (1, -1):
+            for angle in angles:
+                x, y = grid[None], grid[:, None]
+                u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+                rows.append(_main(name, mirror * u + cx, v + cy, spread / (SPREAD * GRID)))
+        pictures.append(np.stack(rows))
+    return names, np.stack(pictures).astype(np.float32), np.array(radii)
+
+
+def _main(name: str, x: Array, y: Array, pixel: float) -> Array:
+    """How far each point shows the thing's main colour."""
+    shown = np.zeros(np.broadcast(x, y).shape)
+    for layer in THINGS[name]:
+        coverage = np.clip(0.5 - layer.distance(x, y) / pixel, 0, 1)
+        shown = shown + coverage * ((layer.paint == MAIN) - shown)
+    return shown
+
+
+@cache
+def _moments(name: str) -> tuple[float, float, float]:
+    """Centre of the main colour, and the root of its area, for radius 1."""
+    axis = np.linspace(-1.1, 1.1, 220)
+    shown = _main(name, axis[None], axis[:, None], 0.01)
+    area = shown.sum()
+    return float((shown.sum(0) * axis).sum() / area), float((shown.sum(1) * axis).sum() / area), float(np.sqrt(area) * 0.01)
+
+
+def recognize_thing(mask: Array) -> tuple[str | None, Track | None]:
+    """The thing whose templates overlap best with the regions of `mask`, and where it is."""
+    height, width = mask.shape[1:]
+    side = min(height, width)
+    area = mask.sum((1, 2))
+    frames = np.flatnonzero(area >= SMALLEST * height * width)
+    if 2 * len(frames) < len(mask):
+        return None, None
+    x = mask[frames].sum(1) @ (np.arange(width) + 0.5) / area[frames]
+    y = mask[frames].sum(2) @ (np.arange(height) + 0.5) / area[frames]
+    spread = np.sqrt(area[frames])
+    names, templates, radii = _templates()
+    cuts = np.stack([_cut(mask[f], cx, cy, s) for f, cx, cy, s in zip(frames, x, y, spread, strict=True)])
+    flat = templates.reshape(-1, GRID * GRID)
+    overlap = cuts.reshape(len(cuts), -1) @ flat.T
+    total = cuts.sum((1, 2))[:, None] + flat.sum(1)[None]
+    fits = (overlap / (total - overlap)).reshape(len(cuts), len(names), -1)  # [N, things, angles]
+    score = np.sort(fits.max(2), axis=0)[len(cuts) // 2 :].mean(0)
+    upright = np.sort(fits[:, :, [0, ANGLES]].max(2), axis=0)[len(cuts) // 2 :].mean(0)
+    score = score + 0.02 * (upright >= score - 0.02)  # a thing that stands upright is the likelier one
+    best = int(score.argmax())
+    if score[best] < FIT:
+        return None, None
+    turns = np.array([0.02 if a % ANGLES == 0 else 0.0 for a in range(2 * ANGLES)])
+    choice = (fits[:, best] + turns).argmax(1) % ANGLES
+    centre = (x - width / 2) / side, (y - height / 2) / side
+    angle = choice * 2 * np.pi / ANGLES
+    return names[best], Track(frames, *centre, spread / side * radii[best], angle, fits[:, best].max(1))
+
+
+def _cut(mask: Array, cx: float, cy: float, spread: float) -> Array:
+    """The region around a centre, at the size of a template."""
+    step = spread / (SPREAD * GRID)
+    offsets = (np.arange(GRID) + 0.5 - GRID / 2) * step
+    columns, rows = np.floor(cx + offsets).astype(int), np.floor(cy + offsets).astype(int)
+    inside = ((rows >= 0) & (rows < mask.shape[0]))[:, None] & ((columns >= 0) & (columns < mask.shape[1]))[None]
+    return (mask[rows.clip(0, mask.shape[0] - 1)][:, columns.clip(0, mask.shape[1] - 1)] & inside).astype(np.float32)
+
+
+def recognize_motion(thing: str, track: Track, camera: str | None, num_frames: int) -> str | None:
+    """The motion that stands out most, after the camera's own; None for a single frame."""
+    if len(track.frames) < 3:
+        return None
+    time = track.frames / max(num_frames - 1, 1)
+    x, y, growth = track.x.copy(), track.y.copy(), np.log(track.radius)
+    pace = (time - 0.5) * num_frames / 17
+    if camera in ("pan left", "pan right"):
+        x = x + PAN * pace * (1 if camera == "pan right" else -1)
+    elif camera in ("zoom in", "zoom out"):
+        sign = 1 if camera == "zoom in" else -1
+        growth = growth - sign * np.log(ZOOM) * pace
+        x, y = x * ZOOM ** (-sign * pace), y * ZOOM ** (-sign * pace)
+    slopes = np.polyfit(time, np.column_stack([x, y, growth]), 1)[0]
+    y_rest = y - np.polyval(np.polyfit(time, y, 1), time)
+    angle = np.unwrap(track.angle) if thing not in ROUND else np.zeros(len(time))
+    angle_slope = np.polyfit(time, angle, 1)[0]
+    angle_rest = angle - np.polyval(np.polyfit(time, angle, 1), time)
+    scores = {
+        _direction(slopes[0], slopes[1]): np.hypot(slopes[0], slopes[1]) / TRAVEL,
+        "growing" if slopes[2] > 0 else "shrinking": abs(slopes[2]) / GROWTH,
+        "turning": abs(angle_slope) / TURN,
+        "bouncing": np.ptp(y_rest) / BOUNCE,
+        "swinging": np.ptp(angle_rest) / 2 / SWING if abs(angle_slope) < TURN else 0.0,
+        STILL: 1.0,
+    }
+    return max(scores, key=scores.__getitem__)
+
+
+def _direction(dx: float, dy: float) -> str:
+    """One of the eight directions."""
+    eighth = round(float(np.arctan2(dy, dx)) / (np.pi / 4)) % 8
+    travels = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
+    return next(name for name, motion in MOTIONS.items() if motion.travel == travels[eighth])
