@@ -10,7 +10,7 @@ Array = np.ndarray
 
 
 class Motion(NamedTuple):
-    """The phrases of a motion, its direction of travel (x, y), growth (+1, -1), and whether it turns, bounces or swings."""
+    """Phrases of a motion, its travel (x, y), growth (+1 or -1), and its kind: straight, turn, bounce or swing."""
 
     phrases: tuple[str, ...]
     travel: tuple[int, int] = (0, 0)
@@ -25,7 +25,9 @@ MOTIONS = {
     "moving down": Motion(("moving down", "moves down", "falling", "going down"), (0, 1)),
     "moving up and right": Motion(("moving up and right", "rising to the right", "going up to the right"), (1, -1)),
     "moving up and left": Motion(("moving up and left", "rising to the left", "going up to the left"), (-1, -1)),
-    "moving down and right": Motion(("moving down and right", "falling to the right", "going down to the right"), (1, 1)),
+    "moving down and right": Motion(
+        ("moving down and right", "falling to the right", "going down to the right"), (1, 1)
+    ),
     "moving down and left": Motion(("moving down and left", "falling to the left", "going down to the left"), (-1, 1)),
     "growing": Motion(("growing", "grows", "getting bigger", "expanding"), growth=1),
     "shrinking": Motion(("shrinking", "shrinks", "getting smaller", "contracting"), growth=-1),
@@ -54,7 +56,14 @@ class Path(NamedTuple):
     angle: Array
 
 
-def path(kind: str, progress: Array, frames: float, start: tuple[float, float], travel: tuple[float, float], radii: tuple[float, float]) -> Path:
+def path(
+    kind: str,
+    progress: Array,
+    frames: float,
+    start: tuple[float, float],
+    travel: tuple[float, float],
+    radii: tuple[float, float],
+) -> Path:
     """The path of a thing; `frames` is the length of the clip in frames, so that turns and bounces keep their pace."""
     x, y = start[0] + progress * travel[0], start[1] + progress * travel[1]
     radius = radii[0] * (radii[1] / radii[0]) ** progress

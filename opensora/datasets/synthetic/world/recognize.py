@@ -8,23 +8,26 @@ from typing import NamedTuple
 import numpy as np
 
 from opensora.datasets.synthetic.world.motions import MOTIONS, PAN, ZOOM
-from opensora.datasets.synthetic.world.palette import COLOURS
-from opensora.datasets.synthetic.world.render import STILL, Actor, World, render
+from opensora.datasets.synthetic.world.palette import COLOURS, NEAR_COLOUR
+from opensora.datasets.synthetic.world.render import STILL, World, render
 from opensora.datasets.synthetic.world.scenes import PICTURES, SCENES
-from opensora.datasets.synthetic.world.things import MAIN, ROUND, THINGS
+from opensora.datasets.synthetic.world.things import MAIN, SYMMETRY, THINGS
 
 Array = np.ndarray
-NEAR_COLOUR = 70.0  # RGB distance below which a pixel has a palette colour
 NEAR_SCENE = 30.0  # mean RGB distance of rows below which a scene is recognized
 SMALLEST = 0.004  # of the frame's pixels: less is no thing
 FIT = 0.7  # least overlap (intersection over union) with a template
 GRID, ANGLES = 40, 24  # side of a template, and how many rotations are tried
 SPREAD = 0.27  # root of a template's area, in parts of its side
+STILL_CAMERA = "still"
 TRAVEL, GROWTH, TURN, SWING, BOUNCE = 0.13, np.log(1.35), 1.0, 0.2, 0.12  # least of a clear motion
 
 
 class Track(NamedTuple):
-    """A thing in the frames where it shows: indices, centres and radii in short sides, angles, fits; all [N]."""
+    """A thing in the frames where it shows: indices, centres and radii in short sides, angles, fits; all [N].
+
+    The centre is that of the thing's main colour, which need not be the centre of its drawing.
+    """
 
     frames: Array
     x: Array
@@ -32,6 +35,7 @@ class Track(NamedTuple):
     radius: Array
     angle: Array
     fit: Array
+    mirrored: Array
 
 
 class Recognized(NamedTuple):
@@ -57,18 +61,18 @@ def recognize(video: Array, colour: str | None = None) -> Recognized:
     found = max(sizes, key=sizes.__getitem__)
     if sizes[found] < SMALLEST:
         return Recognized(None, None, None, scene, recognize_camera(video, np.zeros(video.shape[:3], bool), scene))
-    mask = masks[found]
-    camera = recognize_camera(video, _grow(mask, 3), scene)
-    thing, track = recognize_thing(mask)
-    motion = recognize_motion(thing, track, camera, len(video)) if thing else None
+    thing, track = recognize_thing(masks[found])
+    camera = recognize_camera(video, around(track, masks[found]), scene)
+    motion = recognize_motion(thing, track, camera, len(video)) if thing and track else None
     return Recognized(thing, found, motion, scene, camera, track)
 
 
 def colour_mask(video: Array, colour: str) -> Array:
-    """Where each frame shows a palette colour, without what lies far from the rest, bool [T, H, W]."""
+    """How far each pixel has a palette colour, [T, H, W] in 0..1, without what lies far from the rest."""
     distances = {name: np.linalg.norm(video - np.array(value, np.float32), axis=-1) for name, value in COLOURS.items()}
     nearest = np.minimum.reduce(list(distances.values()))
-    return _near_centre((distances[colour] <= NEAR_COLOUR) & (distances[colour] <= nearest))
+    soft = np.clip(1.5 - distances[colour] / NEAR_COLOUR, 0, 1) * (distances[colour] <= nearest)
+    return soft * _near_centre(soft > 0.5)
 
 
 def _near_centre(mask: Array) -> Array:
@@ -83,11 +87,17 @@ def _near_centre(mask: Array) -> Array:
     return kept
 
 
-def _grow(mask: Array, times: int) -> Array:
-    for _ in range(times):
-        padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
-        mask = mask | padded[:, :-2, 1:-1] | padded[:, 2:, 1:-1] | padded[:, 1:-1, :-2] | padded[:, 1:-1, 2:]
-    return mask
+def around(track: Track | None, mask: Array) -> Array:
+    """The pixels that a thing may cover, with the parts that have not its colour."""
+    covered = mask > 0
+    if track is None:
+        return covered
+    height, width = mask.shape[1:]
+    side = min(height, width)
+    x, y = (np.arange(width) + 0.5 - width / 2) / side, (np.arange(height) + 0.5 - height / 2) / side
+    for frame, cx, cy, radius in zip(track.frames, track.x, track.y, track.radius, strict=True):
+        covered[frame] |= np.hypot(x[None] - cx, y[:, None] - cy) <= 1.5 * radius
+    return covered
 
 
 def recognize_scene(video: Array) -> str | None:
@@ -112,9 +122,6 @@ def _profiles() -> dict[str, Array]:
     """The bands of each scene without things, over several seeds of its details."""
     empty = {name: [render(World((), name, STILL_CAMERA, seed), 1, 64, 64) for seed in range(6)] for name in SCENES}
     return {name: _rows(np.concatenate(pictures).astype(np.float32)) for name, pictures in empty.items()}
-
-
-STILL_CAMERA = "still"
 
 
 def recognize_camera(video: Array, thing: Array, scene: str | None) -> str | None:
@@ -152,11 +159,11 @@ def _background_error(video: Array, thing: Array, last: int, pan: float, zoom: f
 
 @cache
 def _templates() -> tuple[list[str], Array, Array]:
-    """The names of things, their pictures [things, 2 * ANGLES, GRID, GRID], mirrored ones last, and radii per spread."""
+    """Names of things, their pictures [things, 2 * ANGLES, GRID, GRID], mirrored ones last, and radii per spread."""
     names, pictures, radii = list(THINGS), [], []
     angles = np.arange(ANGLES) * 2 * np.pi / ANGLES
     for name in names:
-        cx, cy, spread = _moments(name)
+        cx, cy, spread = moments(name)
         radii.append(1 / spread)
         grid = (np.arange(GRID) + 0.5 - GRID / 2) / (SPREAD * GRID) * spread
         rows = []
@@ -164,12 +171,12 @@ def _templates() -> tuple[list[str], Array, Array]:
             for angle in angles:
                 x, y = grid[None], grid[:, None]
                 u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
-                rows.append(_main(name, mirror * u + cx, v + cy, spread / (SPREAD * GRID)))
+                rows.append(main_colour(name, mirror * u + cx, v + cy, spread / (SPREAD * GRID)))
         pictures.append(np.stack(rows))
     return names, np.stack(pictures).astype(np.float32), np.array(radii)
 
 
-def _main(name: str, x: Array, y: Array, pixel: float) -> Array:
+def main_colour(name: str, x: Array, y: Array, pixel: float) -> Array:
     """How far each point shows the thing's main colour."""
     shown = np.zeros(np.broadcast(x, y).shape)
     for layer in THINGS[name]:
@@ -179,12 +186,16 @@ def _main(name: str, x: Array, y: Array, pixel: float) -> Array:
 
 
 @cache
-def _moments(name: str) -> tuple[float, float, float]:
+def moments(name: str) -> tuple[float, float, float]:
     """Centre of the main colour, and the root of its area, for radius 1."""
     axis = np.linspace(-1.1, 1.1, 220)
-    shown = _main(name, axis[None], axis[:, None], 0.01)
+    shown = main_colour(name, axis[None], axis[:, None], 0.01)
     area = shown.sum()
-    return float((shown.sum(0) * axis).sum() / area), float((shown.sum(1) * axis).sum() / area), float(np.sqrt(area) * 0.01)
+    return (
+        float((shown.sum(0) * axis).sum() / area),
+        float((shown.sum(1) * axis).sum() / area),
+        float(np.sqrt(area) * 0.01),
+    )
 
 
 def recognize_thing(mask: Array) -> tuple[str | None, Track | None]:
@@ -202,7 +213,7 @@ def recognize_thing(mask: Array) -> tuple[str | None, Track | None]:
     cuts = np.stack([_cut(mask[f], cx, cy, s) for f, cx, cy, s in zip(frames, x, y, spread, strict=True)])
     flat = templates.reshape(-1, GRID * GRID)
     overlap = cuts.reshape(len(cuts), -1) @ flat.T
-    total = cuts.sum((1, 2))[:, None] + flat.sum(1)[None]
+    total = (cuts**2).sum((1, 2))[:, None] + (flat**2).sum(1)[None]
     fits = (overlap / (total - overlap)).reshape(len(cuts), len(names), -1)  # [N, things, angles]
     score = np.sort(fits.max(2), axis=0)[len(cuts) // 2 :].mean(0)
     upright = np.sort(fits[:, :, [0, ANGLES]].max(2), axis=0)[len(cuts) // 2 :].mean(0)
@@ -211,19 +222,25 @@ def recognize_thing(mask: Array) -> tuple[str | None, Track | None]:
     if score[best] < FIT:
         return None, None
     turns = np.array([0.02 if a % ANGLES == 0 else 0.0 for a in range(2 * ANGLES)])
-    choice = (fits[:, best] + turns).argmax(1) % ANGLES
+    choice = (fits[:, best] + turns).argmax(1)
     centre = (x - width / 2) / side, (y - height / 2) / side
-    angle = choice * 2 * np.pi / ANGLES
-    return names[best], Track(frames, *centre, spread / side * radii[best], angle, fits[:, best].max(1))
+    angle = choice % ANGLES * 2 * np.pi / ANGLES
+    radius, fit = spread / side * radii[best], fits[:, best].max(1)
+    return names[best], Track(frames, *centre, radius, angle, fit, choice >= ANGLES)
 
 
 def _cut(mask: Array, cx: float, cy: float, spread: float) -> Array:
-    """The region around a centre, at the size of a template."""
+    """The region around a centre, at the size of a template, interpolated between pixels."""
     step = spread / (SPREAD * GRID)
     offsets = (np.arange(GRID) + 0.5 - GRID / 2) * step
-    columns, rows = np.floor(cx + offsets).astype(int), np.floor(cy + offsets).astype(int)
-    inside = ((rows >= 0) & (rows < mask.shape[0]))[:, None] & ((columns >= 0) & (columns < mask.shape[1]))[None]
-    return (mask[rows.clip(0, mask.shape[0] - 1)][:, columns.clip(0, mask.shape[1] - 1)] & inside).astype(np.float32)
+    rows = _interpolation(cy - 0.5 + offsets, mask.shape[0])
+    columns = _interpolation(cx - 0.5 + offsets, mask.shape[1])
+    return (rows @ mask @ columns.T).astype(np.float32)
+
+
+def _interpolation(positions: Array, size: int) -> Array:
+    """Weights [positions, size] of linear interpolation between the pixels of a row; 0 outside."""
+    return np.maximum(1 - np.abs(positions[:, None] - np.arange(size)[None]), 0)
 
 
 def recognize_motion(thing: str, track: Track, camera: str | None, num_frames: int) -> str | None:
@@ -241,7 +258,8 @@ def recognize_motion(thing: str, track: Track, camera: str | None, num_frames: i
         x, y = x * ZOOM ** (-sign * pace), y * ZOOM ** (-sign * pace)
     slopes = np.polyfit(time, np.column_stack([x, y, growth]), 1)[0]
     y_rest = y - np.polyval(np.polyfit(time, y, 1), time)
-    angle = np.unwrap(track.angle) if thing not in ROUND else np.zeros(len(time))
+    symmetry = SYMMETRY.get(thing, 1)
+    angle = np.unwrap(track.angle, period=2 * np.pi / symmetry) if symmetry in range(1, 7) else np.zeros(len(time))
     angle_slope = np.polyfit(time, angle, 1)[0]
     angle_rest = angle - np.polyval(np.polyfit(time, angle, 1), time)
     scores = {

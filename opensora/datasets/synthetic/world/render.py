@@ -8,19 +8,23 @@ from typing import NamedTuple
 import numpy as np
 
 from opensora.datasets.synthetic.world.motions import CAMERA, MOTIONS, Path, path, view
-from opensora.datasets.synthetic.world.palette import COLOURS
+from opensora.datasets.synthetic.world.palette import COLOURS, NEAR_COLOUR
 from opensora.datasets.synthetic.world.scenes import PICTURES, PLAIN, SCENES, Canvas
-from opensora.datasets.synthetic.world.things import FACING, MAIN, PAINTS, ROUND, THINGS
+from opensora.datasets.synthetic.world.things import FACING, MAIN, PAINTS, SYMMETRY, THINGS
 
 Array = np.ndarray
 STILL = "standing still"
 
 
-def _shows(thing: str, motion: str) -> bool:
-    return not (thing in ROUND and MOTIONS[motion].kind in ("turn", "swing"))
+def _shows(thing: str, colour: str, motion: str) -> bool:
+    """Whether the thing's parts can be told apart in this colour, and its motion be seen."""
+    paints = [np.array(PAINTS[layer.paint]) for layer in THINGS[thing] if layer.paint != MAIN]
+    if any(np.linalg.norm(paint - COLOURS[colour]) <= NEAR_COLOUR for paint in paints):
+        return False
+    return MOTIONS[motion].kind not in ("turn", "swing") or SYMMETRY.get(thing, 1) in range(1, 7)
 
 
-COMBINATIONS = tuple(c for c in product(THINGS, COLOURS, MOTIONS) if _shows(c[0], c[2]))
+COMBINATIONS = tuple(c for c in product(THINGS, COLOURS, MOTIONS) if _shows(*c))
 _RANK = np.random.default_rng(0).permutation(len(COMBINATIONS))
 HELD_OUT = tuple(c for c, rank in zip(COMBINATIONS, _RANK, strict=True) if rank % 10 == 0)  # never trained on
 TRAINED = tuple(c for c, rank in zip(COMBINATIONS, _RANK, strict=True) if rank % 10)
@@ -62,7 +66,8 @@ def render(world: World, num_frames: int, height: int, width: int) -> Array:
     progress = np.linspace(0, 1, num_frames) if num_frames > 1 else np.full(1, 0.5)
     camera_x, zoom = view(world.camera, progress, num_frames)
     scale = (side * zoom).astype(np.float32)[:, None, None]  # pixels per short side
-    x = ((np.arange(width, dtype=np.float32) + 0.5 - width / 2)[None, None] / scale) + camera_x.astype(np.float32)[:, None, None]
+    columns = np.arange(width, dtype=np.float32) + 0.5 - width / 2
+    x = columns[None, None] / scale + camera_x.astype(np.float32)[:, None, None]
     y = (np.arange(height, dtype=np.float32) + 0.5 - height / 2)[None, :, None] / scale
     moving = slice(None) if world.camera != "still" else slice(1)  # a picture that stands still is drawn once
     canvas = Canvas(x[moving], y[moving], 1 / scale[moving])
@@ -113,7 +118,8 @@ def draw_world(rng: np.random.Generator, height: int, width: int, held_out: bool
         camera = str(rng.choice([name for name in CAMERA if name != "still"]))
     size = np.array([width, height]) / min(height, width)
     subject = _place(rng, thing, colour, motion, size, camera)
-    actors, behind = (subject,), False
+    actors: tuple[Actor, ...] = (subject,)
+    behind = False
     if camera == "still" and rng.random() < 0.15:
         other = _companion(rng, subject, scene, size)
         behind = bool(rng.random() < 0.5)

@@ -44,7 +44,10 @@ def _sky(canvas: Canvas, rng: np.random.Generator) -> None:
     x, y = canvas.x, canvas.y
     for cx in np.arange(-REACH, REACH, 0.62) + rng.uniform(-0.1, 0.1):
         cy, size = rng.uniform(-0.42, 0.38), rng.uniform(0.07, 0.1)
-        puffs = [disc(x, y, cx + dx * size, cy + dy * size, r * size) for dx, dy, r in ((-0.9, 0, 0.7), (0, -0.3, 1), (1, 0, 0.75))]
+        puffs = [
+            disc(x, y, cx + dx * size, cy + dy * size, r * size)
+            for dx, dy, r in ((-0.9, 0, 0.7), (0, -0.3, 1), (1, 0, 0.75))
+        ]
         canvas.paint(union(*puffs), (240, 246, 252))
 
 
@@ -98,7 +101,18 @@ def _snow(canvas: Canvas, rng: np.random.Generator) -> None:
     for cx in np.arange(-REACH, REACH, 0.42):
         foot, tall = rng.uniform(0.2, 0.3), rng.uniform(0.16, 0.24)
         cx = cx + rng.uniform(-0.1, 0.1)
-        tiers = [polygon(x, y, [(cx, foot - tall * (k + 1.3) / 2.3), (cx + 0.08 - 0.02 * k, foot - tall * k / 2.6), (cx - 0.08 + 0.02 * k, foot - tall * k / 2.6)]) for k in (0, 1)]
+        tiers = [
+            polygon(
+                x,
+                y,
+                [
+                    (cx, foot - tall * (k + 1.3) / 2.3),
+                    (cx + 0.08 - 0.02 * k, foot - tall * k / 2.6),
+                    (cx - 0.08 + 0.02 * k, foot - tall * k / 2.6),
+                ],
+            )
+            for k in (0, 1)
+        ]
         canvas.paint(union(*tiers), (62, 96, 92))
 
 
@@ -142,6 +156,8 @@ SCENES: dict[str, Scene] = {
     "meadow": Scene(_meadow, ("on a meadow", "in a green field", "over a meadow"), ("white", "cyan", "green")),
     "desert": Scene(_desert, ("in the desert", "over the desert", "in a sandy desert"), ("white", "yellow", "orange")),
     "snow": Scene(_snow, ("in the snow", "in a snowy land", "over the snow"), ("white", "cyan")),
-    "city": Scene(_city, ("over a city at dusk", "in a city at dusk", "above the city in the evening"), ("purple", "orange")),
+    "city": Scene(
+        _city, ("over a city at dusk", "in a city at dusk", "above the city in the evening"), ("purple", "orange")
+    ),
 }
 PICTURES = tuple(name for name in SCENES if name not in PLAIN)  # scenes on which a moving camera shows

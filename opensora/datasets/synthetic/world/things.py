@@ -199,4 +199,12 @@ THINGS: dict[str, tuple[Layer, ...]] = {
     "butterfly": (Layer(_wings), Layer(lambda x, y: ellipse(x, y, 0, 0, 0.09, 0.62), "dark")),
 }
 FACING = ("car", "boat", "fish", "bird")  # they look to the right, and are mirrored when they move left
-ROUND = ("circle", "sun")  # turning them shows nothing, or little
+SYMMETRY = {
+    "circle": 0,
+    "square": 4,
+    "triangle": 3,
+    "star": 5,
+    "flower": 6,
+    "sun": 8,
+    "ball": 2,
+}  # turns that look alike
