@@ -82,6 +82,29 @@ def test_sets_of_paths(here: Path) -> None:
     assert [row["text"][:5] for row in edit("--update-text", "other.csv")] == ["The v", "new w", "", "new w"]
 
 
+def test_clips_of_one_file_are_different_rows(here: Path) -> None:
+    source = Path("parts.csv")
+    Path("clips").mkdir(exist_ok=True)
+    Path("clips/a.mp4").write_bytes(b"a film")
+    rows = ("clips/a.mp4,one,0,10,", "clips/a.mp4,two,10,,", "clips/a.mp4,one again,0,10.0,", "clips/a.mp4,all,,,")
+    source.write_text("path,text,start_pts,end_pts,crop\n" + "\n".join((*rows, "clips/a.mp4,crop,0,10,0 0 8 8")))
+    texts = ["one", "two", "all", "crop"]
+    assert [row["text"] for row in edit("--remove-path-duplication", source=source.name)] == texts
+    assert [row["text"] for row in edit("--remove-content-duplication", source=source.name)] == texts
+    Path("other.csv").write_text("path,text,start_pts,end_pts\nclips/a.mp4,new,10,\nclips/a.mp4,whole,,\n")
+    assert [row["text"] for row in edit("--intersection", "other.csv", source=source.name)] == ["two", "all"]
+    assert [row["text"] for row in edit("--difference", "other.csv", source=source.name)] == [
+        "one",
+        "one again",
+        "crop",
+    ]
+    updated = [row["text"] for row in edit("--update-text", "other.csv", source=source.name)]
+    assert updated == ["one", "new", "one again", "whole", "crop"]
+    Path("paths.csv").write_text("path,text\nclips/a.mp4,of the file\n")
+    assert len(edit("--intersection", "paths.csv", source=source.name)) == 5
+    assert {row["text"] for row in edit("--update-text", "paths.csv", source=source.name)} == {"of the file"}
+
+
 def test_captions(here: Path) -> None:
     texts = [row["text"] for row in edit("--refine-llm-caption", "--merge-cmotion", "--append-text", "!")]
     assert texts[0] == "A cat camera motion: pan left.!" and texts[3] == "a dog again!"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from opensora.curation.tables.clip_keys import clip_keys
 from opensora.curation.tables.context import Context
 from opensora.curation.tables.reading import open_table
 from opensora.curation.tables.stream import Cell, Row, TableStream, number_of, text_of
@@ -44,16 +45,15 @@ def load(table: TableStream, suffix: str) -> TableStream:
 
 
 def update(table: TableStream, other: str, context: Context) -> TableStream:
-    """Captions from the table `other` for paths that it has; other rows keep theirs."""
+    """Captions from the table `other` for clips that it has, for paths if it has no parts of files; others stay."""
     found = open_table(other)
-    path, text = found.index("path"), found.index("text")
-    store = context.scratch.mapping((text_of(row[path]), text_of(row[text])) for row in found.rows)
-    place = table.index("path")
+    text, (own, theirs) = found.index("text"), clip_keys(table, found)
+    store = context.scratch.mapping((theirs(row), text_of(row[text])) for row in found.rows)
     wide = table if "text" in table.columns else table.with_columns(("text",), lambda row: [None])
     caption = wide.index("text")
 
     def changed(row: Row) -> Row:
-        new = store.get(text_of(row[place]))
+        new = store.get(own(row))
         return row if new is None else [*row[:caption], new, *row[caption + 1 :]]
 
     return wide.mapped(changed)

@@ -14,6 +14,7 @@ from opensora.curation.tables.reading import open_tables
 from opensora.curation.tables.stream import TableStream, number_of
 from opensora.curation.tables.writing import check_target, write_table
 from opensora.datasets.bucket import Bucket, Buckets
+from opensora.datasets.clip_columns import parse_crop
 from opensora.errors import ConfigError
 
 SIZES = ("num_frames", "height", "width")
@@ -47,12 +48,16 @@ def split_by_bucket(
 
 
 def _sizes(table: TableStream) -> list[np.ndarray]:
-    """num_frames, height and width of all rows, each [N]; NaN where missing."""
+    """num_frames, height and width of all rows or of their crops, each [N]; NaN where missing."""
     places = [table.index(name) for name in SIZES]
+    cropped = table.columns.index("crop") if "crop" in table.columns else None
     columns = [array("d") for _ in SIZES]
     for row in table.rows:
-        for column, place in zip(columns, places, strict=True):
-            value = number_of(row[place])
+        cells = [row[place] for place in places]
+        if cropped is not None and (crop := parse_crop(row[cropped])):
+            cells[1:] = crop.height, crop.width
+        for column, cell in zip(columns, cells, strict=True):
+            value = number_of(cell)
             column.append(np.nan if value is None else value)
     return [np.frombuffer(column) if column else np.zeros(0) for column in columns]
 
