@@ -19,7 +19,13 @@ from opensora.checkpoints.gguf_t5 import t5_config, t5_header, t5_pieces, t5_tok
 from opensora.checkpoints.hub import locate, one_line, read_config_json
 from opensora.checkpoints.sections import WITHOUT_WEIGHTS, Section, check_section
 from opensora.checkpoints.summary import Summary
-from opensora.checkpoints.tokenizer import load_clip_tokenizer, load_t5_tokenizer, make_t5_tokenizer, tokenizer_hash
+from opensora.checkpoints.tokenizer import (
+    load_clip_tokenizer,
+    load_t5_tokenizer,
+    make_t5_tokenizer,
+    tokenizer_files,
+    tokenizer_hash,
+)
 from opensora.config.schema import check
 from opensora.config.sections import checked
 from opensora.config.sections.checkpoints import CLIPConfig, CLIPTextConfig, ModelMetadata, T5Config
@@ -125,7 +131,7 @@ def build_text_encoder(section: Section, path: Path | None, dtype: torch.dtype) 
         if kind == "t5":
             encoder = t5.make_t5(t5.T5Config(**dict(stated)), _t5_tokenizer(path), length, dtype)
         else:
-            encoder = make_clip(config, load_clip_tokenizer(folder), length, dtype)
+            encoder = make_clip(config, load_clip_tokenizer(tokenizer_folder(path)), length, dtype)
     except OpenSoraError:
         raise
     except Exception as error:  # the tokenizers' libraries raise anything
@@ -142,14 +148,20 @@ def tokenizer_sha256(path: Path | None) -> dict[str, str]:
     header = t5_header(path)
     if header and t5_pieces(header, path):
         return {"tokenizer": t5_tokenizer_hash(header)}
-    return {"tokenizer": tokenizer_hash(_folder(path))}
+    return {"tokenizer": tokenizer_hash(tokenizer_folder(path))}
 
 
 def _t5_tokenizer(path: Path) -> Tokenizer:
     """T5's tokenizer, inside or beside its weights."""
     header = t5_header(path)
     pieces = t5_pieces(header, path) if header else None
-    return make_t5_tokenizer(*pieces, path) if pieces else load_t5_tokenizer(_folder(path))
+    return make_t5_tokenizer(*pieces, path) if pieces else load_t5_tokenizer(tokenizer_folder(path))
+
+
+def tokenizer_folder(path: Path) -> Path:
+    """The folder of a text encoder's tokenizer: that of its weights, or `tokenizer/` beside it, as diffusers has it."""
+    own, beside = _folder(path), _folder(path).parent / "tokenizer"
+    return beside if not tokenizer_files(own) and tokenizer_files(beside) else own
 
 
 def _folder(path: Path) -> Path:

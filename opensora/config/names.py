@@ -1,4 +1,4 @@
-"""Resolves the name of a configuration: a file, a name below configs/, or a model of `opensora models`."""
+"""Resolves the name of a configuration: a file, a name below configs/, a model of `opensora models`, a hub folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora.config import model_zoo
+from opensora.config.hub_folder import INDEX, is_hub_folder, read_hub_folder
 from opensora.config.reader import read_config
 from opensora.config.schema import FilePath, check
 from opensora.errors import ConfigError
@@ -18,6 +19,7 @@ MODELS = {entry.name: entry.config for entry in model_zoo.MODELS}
 def find_config(name: str | Path) -> Path:
     """The configuration file of a path, a name below `configs/` (with or without `.py`), or a model name.
 
+    That of a hub folder is its index.
     Raises ConfigError with the nearest name.
     """
     given: str = check(FilePath, name, key="the name of a configuration")
@@ -27,6 +29,8 @@ def find_config(name: str | Path) -> Path:
     for candidate in (Path(given), folder / model, folder / f"{model}.py"):
         if candidate.is_file():
             return candidate
+    if is_hub_folder(Path(given)):
+        return Path(given, INDEX)
     if Path(given).exists() and not (folder / wanted).is_dir():
         kind = "a folder" if Path(given).is_dir() else "not a regular file"
         raise ConfigError(f"configuration '{given}' is {kind}; give a file")
@@ -41,7 +45,7 @@ def load_config(name: str | Path, trust: bool = False) -> tuple[dict[str, Any], 
     For a model name without a configuration of its own, the model section is reduced to that `type`, without weights.
     """
     path = find_config(name)
-    config = read_config(path, trust)
+    config = read_hub_folder(path.parent) if path.name == INDEX else read_config(path, trust)
     section = config.get("model")
     if str(name) in MODELS and "/" in str(name) and isinstance(section, dict) and section.get("type") != str(name):
         config["model"] = {"type": str(name)}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from opensora.checkpoints.hub import locate
 from opensora.cli import preflight
 from opensora.cli.parser import Parser
 from opensora.cli.verbs.verb import Verb
+from opensora.config import load_config
+from opensora.errors import ConfigError
 
 DTYPES = ("fp16", "bf16", "fp32")
 LORA = ("lora-diffusers", "lora-peft", "lora-comfyui", "lora-kohya")
@@ -46,11 +49,40 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    if args.to == "hub":
+        return _export_hub(args)
     preflight.check_exists(args.checkpoint)
     from opensora.acceleration.precision import DTYPES
     from opensora.training.checkpoint.export import export
 
     print(export(Path(args.checkpoint), Path(args.destination), not args.no_ema, DTYPES.get(args.dtype)))
+    return 0
+
+
+def _export_hub(args: argparse.Namespace) -> int:
+    """Exports a run, or the models of a configuration, as a hub folder."""
+    config, _ = load_config(args.config or args.checkpoint)
+    if Path(args.destination).exists():
+        raise ConfigError(f"{args.destination} exists; choose another folder")
+    from opensora.acceleration.precision import DTYPES
+    from opensora.pipeline.hub_export import export_hub_folder
+    from opensora.pipeline.model_card import CardFacts
+
+    facts = CardFacts(
+        args.license,
+        args.base_model,
+        args.training and Path(args.training),
+        [Path(file) for file in args.samples or []],
+    )
+    with TemporaryDirectory() as work:
+        if args.config:
+            from opensora.training.checkpoint.export import export
+
+            preflight.check_exists(args.checkpoint)
+            export(Path(args.checkpoint), Path(work), not args.no_ema, DTYPES.get(args.dtype))
+            config["model"] = {**config["model"], "from_pretrained": work}
+        for summary in export_hub_folder(config, Path(args.destination), facts).values():
+            print(summary)
     return 0
 
 
@@ -81,8 +113,15 @@ def _add_convert(parser: Parser) -> None:
 
 
 def _add_export(parser: Parser) -> None:
-    parser.add_argument("checkpoint", help="experiment folder, one of its checkpoints, or a model folder")
+    text = "experiment folder, one of its checkpoints, or a model folder; with --to hub also a configuration"
+    parser.add_argument("checkpoint", help=text)
     parser.add_argument("destination", metavar="DST", help="folder to write config.json and weights into")
+    parser.add_argument("--to", choices=("model", "hub"), default="model", help="hub: all models, with a card [model]")
+    parser.add_argument("--config", help="of hub: configuration of the other models and the sampler")
+    parser.add_argument("--license", default="other", help="of hub: license id for the card [other]")
+    parser.add_argument("--base-model", help="of hub: id of the model it was trained from")
+    parser.add_argument("--training", metavar="FILE", help="of hub: training configuration to show in the card")
+    parser.add_argument("--samples", nargs="+", metavar="FILE", help="of hub: outputs of generate to show in the card")
     parser.add_argument("--no-ema", action="store_true", help="export the trained weights, not their EMA [no]")
     parser.add_argument("--dtype", choices=DTYPES, help="number format [unchanged]")
 
