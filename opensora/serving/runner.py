@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +48,9 @@ class Runner:
 
     def compute(self, tasks: Sequence[Task]) -> None:
         """Computes tasks of one batch key; sends their steps and results."""
-        for group in self._speed.groups(tasks):
+        resumed = [task for task in tasks if _state_file(task).exists()]  # each from a step of its own
+        fresh = [task for task in tasks if task not in resumed]
+        for group in [*([task] for task in resumed), *(self._speed.groups(fresh) if fresh else [])]:
             wanted = [task for task in group if task["id"] not in self.cancelled]
             if wanted:
                 self._compute(wanted)
@@ -159,7 +162,7 @@ class Run:
 
 def _saved_state(task: Task) -> draft.Draft | None:
     """The state to resume a task from; a damaged one is dropped, and the task starts again."""
-    file = folder_of(task["id"]) / STATE
+    file = _state_file(task)
     if not file.exists():
         return None
     try:
@@ -170,6 +173,10 @@ def _saved_state(task: Task) -> draft.Draft | None:
         logger.warning("%s; the job starts again", error)
         file.unlink()
         return None
+
+
+def _state_file(task: Task) -> Path:
+    return folder_of(task["id"]) / STATE
 
 
 def _explain(error: Exception) -> tuple[str, str]:
