@@ -205,7 +205,7 @@ def test_a_batch_size_says_that_it_changes_nothing(made: list, caplog: pytest.Lo
 
 
 def _help(flag: str = "--help", verb: str = "generate") -> str:
-    parser = make_parser()._subparsers._group_actions[0].choices[verb]
+    parser = make_parser()._subparsers._group_actions[0].choices[verb].complete()
     return parser.format_help(everything=flag == "--help-all")
 
 

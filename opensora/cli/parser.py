@@ -6,7 +6,7 @@ import argparse
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from opensora.errors import ConfigError, did_you_mean
@@ -30,19 +30,25 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser with exact flags and values such as `-1,0`. A wrong command line ends with a one-line error.
 
-    The error of an incomplete command line shows `example`.
+    The error of an incomplete command line shows `example`. `add_arguments` adds arguments when they are first needed:
+    of all verbs, a command line has one.
     """
 
-    def __init__(self, prog: str | None = None, *, example: str = "", **kwargs: Any) -> None:
+    def __init__(
+        self, prog: str | None = None, *, example: str = "", add_arguments: Callable[[Any], None] | None = None,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(prog, formatter_class=_formatter, allow_abbrev=False, **kwargs)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # the rule of Python 3.14, for all versions
         self.example = example
+        self._add_arguments = add_arguments
         self.advanced: set[str] = set()  # flags that only --help-all shows
         self.verbs: Sequence[str] = ()
         self.abbreviable: Sequence[str] = ()  # flags that accept unambiguous prefixes, as in Open-Sora 1.2
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in argparse, but an unknown word is an error, and flags may use their published spellings."""
+        self.complete()
         words = self._normalize(sys.argv[1:] if args is None else args)
         verb = next((word for word in words if not word.startswith("-")), None)
         if self.verbs and verb is not None and verb not in self.verbs:
@@ -51,6 +57,13 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self._refuse(unknown)
         return found, unknown
+
+    def complete(self) -> Parser:
+        """The parser with all of its arguments."""
+        add, self._add_arguments = self._add_arguments, None
+        if add is not None:
+            add(self)
+        return self
 
     def error(self, message: str) -> NoReturn:
         message = message.replace("\n", " ")

@@ -23,7 +23,8 @@ def add_verbs(parser: Parser, verbs: Mapping[str, Verb], metavar: str) -> None:
     subparsers = parser.add_subparsers(required=True, metavar=metavar)
     for name, verb in verbs.items():
         description = f"{verb.help[0].upper()}{verb.help[1:]}."
-        subparser = subparsers.add_parser(name, help=verb.help, description=description, example=verb.example)
-        verb.add_arguments(subparser)
+        subparser = subparsers.add_parser(
+            name, help=verb.help, description=description, example=verb.example, add_arguments=verb.add_arguments
+        )
         subparser.set_defaults(run=verb.run, example=verb.example)
     parser.verbs = list(verbs)
