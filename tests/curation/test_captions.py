@@ -25,9 +25,9 @@ from opensora.curation.curate import CurationReport, CurationSettings, curate
 from opensora.curation.execution.gate import MAX_FAILURES
 from opensora.curation.execution.ledger import open_ledger
 from opensora.curation.execution.settings import ExecutorSettings
-from opensora.curation.stages.captions import seconds_to_wait
 from opensora.datasets.video import write_image
 from opensora.errors import ConfigError, MediaError
+from opensora.remote.retries import seconds_to_wait
 from tests.chat_server import Server, drips, hangs_up, says, sends
 from tests.curation.footage import footage
 
@@ -211,7 +211,7 @@ def test_requests_run_at_once(settings: CurationSettings, server: Server) -> Non
         ({"url": None}, "captions.url=http"), ({"model": ""}, "captions.model=NAME"),
         ({"frames": 0}, "captions.frames must be 1 to 64"), ({"tries": 0}, "captions.tries must be 1 to 20"),
         ({"url": "file:///etc/passwd"}, "is not valid"),
-        ({"concurrency": 1000}, "captions.concurrency"), ({"max_requests": -1}, "0 or more"),
+        ({"concurrency": 1000}, "captions.concurrency"), ({"max_requests": -1}, "captions.max_requests"),
     ],
 )  # fmt: skip
 def test_what_is_refused_at_once(settings: CurationSettings, options: dict[str, Any], words: str) -> None:

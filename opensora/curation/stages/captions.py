@@ -1,42 +1,46 @@
-"""Captions by a vision-language model: on any server with OpenAI's chat completions API."""
+"""Captions by a vision-language model: of a server, or of a local folder."""
 
 from __future__ import annotations
 
 import base64
-import random
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
+from opensora.acceleration.device_names import check_device_name
 from opensora.curation.clip import Clip
 from opensora.curation.stages.stage import Columns, Place, Stage, execution_setting
 from opensora.curation.tables.captions import without_opening
 from opensora.datasets.captions import append_score
-from opensora.datasets.video import encode_jpeg
-from opensora.errors import ConfigError, MediaError, UnavailableError
-from opensora.remote.chat import Answer, Endpoint, UnusableAnswer, ask, find_endpoint, text_of
+from opensora.datasets.video import encode_jpeg, fit_within
+from opensora.errors import ConfigError, MediaError
+from opensora.remote.chat import Endpoint, UnusableAnswer, find_endpoint, text_of
+from opensora.remote.retries import MAX_WAIT, Patience, ask_patiently
 
 MAX_CHARACTERS = 4_000  # of a caption
-MAX_WAIT = 60.0  # seconds before a request is repeated
-BUSY = (408, 409, 425, 429)  # and 500 and more: the same request may succeed later
-REFUSED = (401, 402, 403, 404, 405)  # whatever the clip is
 PROMPT = (
     "These are frames of one video clip, in order. Describe the clip in one paragraph of at most 120 words: the "
     "subject, what it does, the setting, the light and the style. Say only what is visible. Answer with the paragraph "
     "alone."
 )
+BOUNDS = {
+    "frames": (1, 64), "side": (32, 4096), "max_tokens": (1, 100_000), "concurrency": (1, 256), "workers": (1, 256),
+    "tries": (1, 20), "seconds": (0.001, 3600), "pause": (0, MAX_WAIT), "max_requests": (0, 10**9),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Captions(Stage):
-    """text: the caption of `frames` frames at equal distances, shrunk to `side` pixels, by `model` on the server `url`.
+    """text: the caption of `frames` frames at equal distances, of at most `side` pixels a side, by a vision-language
+    model: `model` on the server `url` with OpenAI's chat completions API, or the local folder `model` for transformers.
 
-    `refine` drops openings such as `The video shows`; `camera` appends the column cmotion, if there is one. A request
-    is repeated after timeouts, failed connections and busy servers, up to `tries` times in all; the pause doubles each
-    time, or is what the server asks for. `max_requests` clips are captioned in a run. The key is OPENAI_API_KEY.
+    `refine` drops openings such as `The video shows`; `camera` appends the column cmotion, if there is one. At most
+    `max_requests` clips are captioned in a run. For servers: `concurrency` requests run at once; one is repeated after
+    timeouts (`seconds`), failed connections and busy servers, up to `tries` times in all; the pause doubles each time,
+    or is what the server asks for; the key is OPENAI_API_KEY. Local models run on `device`, in `workers` processes.
     """
 
     url: str | None = execution_setting(None)
@@ -47,11 +51,13 @@ class Captions(Stage):
     max_tokens: int = 300
     refine: bool = execution_setting(True)
     camera: bool = execution_setting(True)
-    concurrency: int = execution_setting(4)
     max_requests: int | None = execution_setting(None)
+    concurrency: int = execution_setting(4)
     tries: int = execution_setting(4)
     seconds: float = execution_setting(60.0)
     pause: float = execution_setting(1.0)
+    device: str | None = execution_setting(None)
+    workers: int | None = execution_setting(None)
 
     name: ClassVar[str] = "captions"
     columns: ClassVar[tuple[str, ...]] = ("text",)
@@ -63,45 +69,53 @@ class Captions(Stage):
 
     @property
     def place(self) -> Place:
-        return "server"
+        return "server" if self.url else "accelerator"
 
     @property
     def num_workers(self) -> int | None:
-        return self.concurrency
+        return self.concurrency if self.url else self.workers
 
     @property
     def max_items(self) -> int | None:
         return self.max_requests
 
     def check(self) -> None:
-        if not (self.url and self.model):
-            remedy = "--set captions.url=http://HOST:PORT/v1 captions.model=NAME"
-            raise ConfigError(f"captions need a server of a vision-language model; name it with {remedy}")
-        self._endpoint()
-        bounds = {
-            "frames": (1, 64), "side": (32, 4096), "max_tokens": (1, 100_000), "concurrency": (1, 256),
-            "tries": (1, 20), "seconds": (0.001, 3600), "pause": (0, MAX_WAIT), "max_requests": (0, None),
-        }  # fmt: skip
-        for name, (least, most) in bounds.items():
+        if not self.model or not (self.url or Path(self.model).is_dir()):
+            remedy = "captions.url=http://HOST:PORT/v1 captions.model=NAME, or captions.model=FOLDER of a local one"
+            raise ConfigError(f"captions need a vision-language model; name it with --set {remedy}")
+        for name, (least, most) in BOUNDS.items():
             value = getattr(self, name)
-            if value is not None and (value < least or (most is not None and value > most)):
-                within = f"{least} or more" if most is None else f"{least} to {most}"
-                raise ConfigError(f"captions.{name} must be {within}, not {value}")
+            if value is not None and not least <= value <= most:
+                raise ConfigError(f"captions.{name} must be {least} to {most:,}, not {value}")
+        check_device_name(self.device)
+        if self.url:
+            self._endpoint()
+        else:
+            self.weights()
 
     def setup(self) -> None:
-        self._endpoint()
+        if self.url:
+            self._endpoint()
+        else:
+            self._local_model()
+
+    def weights(self) -> Mapping[str, str]:
+        if self.url:
+            return {}
+        from opensora.checkpoints.vision_language import vision_language_hash
+
+        return {"model": vision_language_hash(self.model)}
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """With the name of a local model alone: its hash says which one it is, wherever it lies."""
+        found = super().provenance
+        name = self.model if self.url else Path(self.model).name
+        return found | {"settings": found["settings"] | {"model": name}}
 
     def process(self, clip: Clip) -> Columns:
-        pictures, _ = clip.sampled(self.frames, lambda frame: encode_jpeg(frame, self.side))
-        content: list[dict[str, Any]] = [{"type": "text", "text": self.prompt}]
-        for picture in pictures:
-            url = f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
-            content.append({"type": "image_url", "image_url": {"url": url}})
-        answer = self._asked(clip, [{"role": "user", "content": content}])
-        try:
-            text = text_of(answer.body, MAX_CHARACTERS, whole=True)
-        except UnusableAnswer as error:
-            raise MediaError(f"{clip.path}: the language model's {error}") from None
+        frames, _ = clip.sampled(self.frames, lambda frame: fit_within(frame, self.side))
+        text = self._by_server(clip, frames) if self.url else self._by_local_model(clip, frames)
         text = " ".join("".join(letter for letter in text if letter.isprintable()).split())
         if not text:
             raise MediaError(f"{clip.path}: the language model's answer is empty")
@@ -116,40 +130,26 @@ class Captions(Stage):
     def _endpoint(self) -> Endpoint:
         return find_endpoint(self.url, self.model, "stage captions")
 
-    def _asked(self, clip: Clip, messages: list[dict[str, Any]]) -> Answer:
-        """The answer of status 200. Raises UnavailableError, MediaError if the server refuses this clip."""
-        from http.client import HTTPException
+    def _by_server(self, clip: Clip, frames: Sequence[np.ndarray]) -> str:
+        content: list[dict[str, Any]] = [{"type": "text", "text": self.prompt}]
+        for frame in frames:
+            url = f"data:image/jpeg;base64,{base64.b64encode(encode_jpeg(frame)).decode()}"
+            content.append({"type": "image_url", "image_url": {"url": url}})
+        messages = [{"role": "user", "content": content}]
+        patience = Patience(self.tries, self.seconds, self.pause)
+        body = ask_patiently(self._endpoint(), messages, patience, clip.path, max_tokens=self.max_tokens)
+        try:
+            return text_of(body, MAX_CHARACTERS, whole=True)
+        except UnusableAnswer as error:
+            raise MediaError(f"{clip.path}: the language model's {error}") from None
 
-        reason = ""
-        for attempt in range(1, self.tries + 1):
-            wait: float | None = None
-            try:
-                answer = ask(self._endpoint(), messages, self.seconds, max_tokens=self.max_tokens)
-            except (OSError, HTTPException, ValueError) as error:  # ValueError: an invalid host name
-                reason = f"cannot be reached ({getattr(error, 'strerror', None) or type(error).__name__})"
-            else:
-                if answer.status == 200:
-                    return answer
-                reason = f"answers {answer.status}"
-                if answer.status < 500 and answer.status not in BUSY:
-                    kind = UnavailableError if answer.status in REFUSED or answer.status < 400 else MediaError
-                    raise kind(f"{clip.path}: the language model's server {reason}")
-                wait = seconds_to_wait(answer.retry_after)
-            if attempt < self.tries:
-                backoff = self.pause * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
-                time.sleep(min(MAX_WAIT, backoff if wait is None else wait))
-        raise UnavailableError(f"{clip.path}: the language model's server {reason}, asked {self.tries} times")
+    def _local_model(self) -> Any:
+        from opensora.checkpoints.vision_language import load_vision_language
 
+        return load_vision_language(self.model, self.device)
 
-def seconds_to_wait(header: str | None) -> float | None:
-    """The seconds of a header Retry-After, a number or a date; None if it says nothing usable."""
-    text = (header or "").strip()
-    if text.isdecimal():
-        return float(text[:9])
-    try:
-        wanted = parsedate_to_datetime(text)
-        if wanted.tzinfo is None:
-            return None
-        return max(0.0, (wanted - datetime.now(timezone.utc)).total_seconds())
-    except (ValueError, TypeError, OverflowError):
-        return None
+    def _by_local_model(self, clip: Clip, frames: Sequence[np.ndarray]) -> str:
+        text, ended = self._local_model().answer(frames, self.prompt, self.max_tokens)
+        if not ended:
+            raise MediaError(f"{clip.path}: the language model's answer is cut off at its limit of tokens")
+        return str(text)[:MAX_CHARACTERS]

@@ -57,14 +57,21 @@ def write_image(frame: np.ndarray, path: str | Path, metadata: dict[str, str] | 
     return Path(path)
 
 
-def encode_jpeg(frame: np.ndarray, max_side: int, quality: int = 85) -> bytes:
-    """A frame uint8 [H, W, 3] as JPEG, shrunk to at most `max_side` pixels a side."""
+def fit_within(frame: np.ndarray, max_side: int) -> np.ndarray:
+    """A frame uint8 [H, W, 3], shrunk to at most `max_side` pixels a side."""
     from PIL import Image
 
     image = Image.fromarray(np.ascontiguousarray(frame))
     image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def encode_jpeg(frame: np.ndarray, quality: int = 85) -> bytes:
+    """A frame uint8 [H, W, 3] as JPEG."""
+    from PIL import Image
+
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
+    Image.fromarray(frame).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
