@@ -39,7 +39,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> TrainSettings:
 def test_a_table_begins_with_a_small_loss(settings: TrainSettings) -> None:
     device = torch.empty(0).device
     data = make_data(settings, device, RankLayout())
-    model, scheduler = build_model(settings, data, device).eval(), registry.build(settings.scheduler)
+    model, scheduler = build_model(settings, data, device)[0].eval(), registry.build(settings.scheduler)
     batch = data.encode(data.source.reader(0, 0)())
     frames, height, width = batch.size
     size = {"num_frames": frames, "height": height, "width": width}

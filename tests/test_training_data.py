@@ -338,7 +338,7 @@ class TestTraining:
         )  # fmt: skip
         kind, ratios = check_training(asked)
         data = make_data(asked, CPU, RankLayout())
-        made = build_model(asked, data, CPU)
+        made = build_model(asked, data, CPU)[0]
         for parameter in made.parameters():
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.02)

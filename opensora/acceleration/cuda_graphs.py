@@ -80,6 +80,10 @@ class CapturedModel:
         graph.replay()
         return graph.output.clone()  # the next replay overwrites the output
 
+    def forget(self) -> None:
+        """Drops all graphs, of a model whose layers have changed."""
+        self.graphs.clear()
+
     def _capture(self, values: list[Any], structure: TreeSpec, device: torch.device) -> _Graph:
         inputs = [value.clone() if isinstance(value, Tensor) else value for value in values]
         x, timestep, others = tree_unflatten(inputs, structure)

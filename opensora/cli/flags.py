@@ -38,6 +38,10 @@ SAMPLING_FLAGS = {
     "num_sampling_steps": (int, "sampling steps", "scheduler.num_sampling_steps"),
     "cfg_scale": (float, "classifier-free guidance scale", "scheduler.cfg_scale"),
 }
+TRAINING_FLAGS = {
+    "lora_rank": (int, "train an adapter (LoRA) of this rank instead of the model", "lora.rank"),
+    "lora_alpha": (float, "alpha of the adapter; default: its rank", "lora.alpha"),
+}
 # Aliases of other programs.
 ALIASES = {
     "num_sampling_steps": ("--steps", "--num-inference-steps"),
@@ -59,6 +63,7 @@ METAVARS = {
     **dict.fromkeys(("ckpt_path", "vae_path", "text_encoder_path"), "PATH"),
     **dict.fromkeys(("prompt_path", "output", "image", "first_frame", "last_frame", "extend", "edit"), "FILE"),
     **dict.fromkeys(("save_dir", "outputs", "load"), "FOLDER"), "data_path": "TABLE", "prompt": "PROMPT",
+    "lora": "FILE[:STRENGTH]",
 }  # fmt: skip
 
 
@@ -78,7 +83,7 @@ def flags_of(kind: SettingsClass, config: Mapping[str, Any] | None = None) -> It
         if field.metadata.get("help"):
             default = config.get(field.name, field.default)
             yield Flag(field.name, _arguments(field), field.metadata["help"], _default_text(default))
-    sections = SECTION_FLAGS | (SAMPLING_FLAGS if issubclass(kind, InferenceSettings) else {})
+    sections = SECTION_FLAGS | (SAMPLING_FLAGS if issubclass(kind, InferenceSettings) else TRAINING_FLAGS)
     for name, (convert, text, target) in sections.items():
         section, key = target.split(".")
         default = (config.get(section) or {}).get(key, dataclasses.MISSING)
@@ -122,7 +127,10 @@ GROUPS: dict[str, tuple[Any, ...]] = {
     ),
     "sampling": ("num_sampling_steps", "cfg_scale", "steps_until", "draft", ..., "guidance_interval"),
     "long videos": ("loop", ..., "condition_frame_length"),
-    "weights": ("ckpt_path", "vae_path", "text_encoder_path", "offline", ..., "allow_downloads"),
+    "weights": (
+        "ckpt_path", "vae_path", "text_encoder_path", "lora", "offline", ...,
+        "fuse_lora", "any_base", "allow_downloads",
+    ),
     "speed and memory": (
         "device", "dtype", "memory", "compile", ...,
         "batch_size", "graphs", "linear", "attention", "cpu_dtype", "guidance_ranks",

@@ -10,7 +10,7 @@ import secrets
 from dataclasses import fields
 from typing import Any
 
-from opensora.cli.flags import SAMPLING_FLAGS, SECTION_FLAGS, merge_size_flags, option_of
+from opensora.cli.flags import SAMPLING_FLAGS, SECTION_FLAGS, TRAINING_FLAGS, merge_size_flags, option_of
 from opensora.config import load_config
 from opensora.config.settings import InferenceSettings, SearchSettings, Settings
 from opensora.distributed.ranks import world_size
@@ -49,7 +49,7 @@ def merge(config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     merged |= {name: value for name, value in given.items() if name in settings}
     if "prompt_path" in given and "prompt" not in given:
         merged.pop("prompt", None)  # the configuration's prompts would win over the file
-    for name, (_, _, target) in (SECTION_FLAGS | SAMPLING_FLAGS).items():
+    for name, (_, _, target) in (SECTION_FLAGS | SAMPLING_FLAGS | TRAINING_FLAGS).items():
         if name in given and not _set_key(merged, target, given[name]):
             section = target.partition(".")[0]
             raise ConfigError(f"{option_of(name)} sets {target}, but the configuration has no {section}")
@@ -67,6 +67,9 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 def _set_key(config: dict[str, Any], target: str, value: Any) -> bool:
     """Sets `section.key` and returns True if the configuration has that section."""
     section, key = target.split(".")
+    if section == "lora":
+        config[section] = {**(config.get(section) or {}), key: value}
+        return True
     if isinstance(config.get(section), dict):
         config[section][key] = value
     elif section == "dataset" and key in config:

@@ -31,11 +31,12 @@ def calibrated_cache(models: LoadedModels, job: Job, latent_shape: tuple[int, ..
     if settings.cache != "auto" or settings.max_error == 0:
         return job.cache
     prompts, interval = step_cache.calibration_prompts(settings), settings.guidance_interval
+    adapters = {"lora": [settings.lora, models.adapters.hashes]} if models.adapters.hashes else {}
     negative = {} if job.negative_text is None else {"negative": job.negative_text}
     key = calibration_store.key_of(
         weights=models.summaries["model"].sha256, scheduler=settings.scheduler, shape=latent_shape, size=job.size,
         dtype=models.dtype, fps=settings.fps, prompts=prompts, max_error=settings.max_error, interval=interval,
-        linear=settings.linear, **negative,
+        linear=settings.linear, **negative, **adapters,
     )  # fmt: skip
     calibrated = broadcast_object(calibration_store.load(key) if models.layout.is_main else None, models.layout)
     if calibrated is None:

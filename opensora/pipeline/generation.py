@@ -16,6 +16,8 @@ from opensora.acceleration.memory_plan import PLANS
 from opensora.checkpoints import builder
 from opensora.distributed.collectives import broadcast_object
 from opensora.pipeline import draft, prompt_refiner, step_cache
+from opensora.pipeline.adapter_uses import adapter_uses
+from opensora.pipeline.adapters import check_adapters
 from opensora.pipeline.batching import batches
 from opensora.pipeline.calibrated_cache import calibrated_cache
 from opensora.pipeline.checks import check_inputs, check_text_lengths, memory_advice, warn_untrained
@@ -79,6 +81,7 @@ def generate(
     if not keeps_text_encoder:
         models.drop_text_encoder()
     models.load(job.size)
+    models.use_adapters(job.settings)
     warn_untrained(job.size, builder.trained_sizes(models.path("model")))
     latent_shape = (models.vae.out_channels, *models.vae.get_latent_size(job.size))
     _check_drafts(models, job, requests, latent_shape)
@@ -114,6 +117,8 @@ def check_requests(models: LoadedModels, job: Job, requests: Sequence[Request], 
     requests = place_media(job, requests, built.model, built.vae)
     check_text_lengths(job, requests, built)
     check_inputs(job, built)
+    if models.model is None:  # else they are checked when they are put in place
+        check_adapters(built.model, adapter_uses(job.settings.lora))
     return requests
 
 

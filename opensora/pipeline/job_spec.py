@@ -15,6 +15,7 @@ from opensora.checkpoints.sections import check_local_weights, check_section
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError
 from opensora.pipeline import media_conditions, reference_path
+from opensora.pipeline.adapter_uses import check_adapters_exist
 from opensora.pipeline.output_folder import output_folder
 from opensora.pipeline.outputs import Outputs
 from opensora.pipeline.prompts import negative_text
@@ -66,6 +67,7 @@ class JobSpec:
         for part in PARTS:
             check_section(getattr(settings, part), part)
             check_local_weights(getattr(settings, part), part)
+        check_adapters_exist(settings.lora)
 
         numbered = settings if sample is None and not drafts else dataclasses.replace(settings, num_sample=1)
         requests = make_requests(numbered)

@@ -33,6 +33,7 @@ from opensora.distributed.sequence_parallel import check_divisible
 from opensora.errors import ConfigError, WeightsError
 from opensora.models.text_encoder.classes import ClassIds
 from opensora.pipeline import step_cache
+from opensora.pipeline.adapters import Adapters
 from opensora.pipeline.request import PARTS, Size
 
 logger = logging.getLogger("opensora")
@@ -79,6 +80,7 @@ class LoadedModels:
         self.model: Any = None  # the diffusion model
         self.denoiser: Any = None  # the diffusion model as the sampler calls it: compiled, split over ranks, captured
         self.same_bits: dict[Any, bool] = {}  # kind of batch -> whether it is computed with the bits of single requests
+        self.adapters = Adapters()  # of the diffusion model
         self._unloaded: dict[str, Any] = {}  # part -> module without weights
         self._latent_size: tuple[int, ...] | None = None  # for which the unloaded diffusion model was built
         self._loaded_for: tuple[int, ...] | None = None  # for which the loaded diffusion model was built
@@ -201,6 +203,15 @@ class LoadedModels:
         self.model, self._loaded_for = model, self._latent_size
         self.denoiser = self._accelerated(model)
 
+    def use_adapters(self, settings: InferenceSettings) -> None:
+        """Puts the adapters of a request into the loaded diffusion model. Raises WeightsError and ConfigError."""
+        base = self.summaries["model"].sha256
+        if self.adapters.use(self.model, settings, base, self.dtype):
+            self.same_bits.clear()
+            self._offloader.offload("model", self.model)
+            if isinstance(self.denoiser, CapturedModel):
+                self.denoiser.forget()
+
     def _needs_loading(self, size: Size) -> bool:
         if self.model is None:
             return True
@@ -244,8 +255,8 @@ class LoadedModels:
         return self._offloader.onloaded(part)
 
     def hashes(self) -> dict[str, str]:
-        """Part -> SHA-256 of its weights, and of the tokenizer."""
-        return {part: one.sha256 for part, one in self.summaries.items()} | self.tokenizer
+        """Part -> SHA-256 of its weights, those of the adapters in place ("lora 1", ...) and of the tokenizer."""
+        return {part: one.sha256 for part, one in self.summaries.items()} | self.adapters.hashes | self.tokenizer
 
 
 def check_fit(model: Any, vae: Any, text_encoder: Any) -> None:

@@ -23,6 +23,7 @@ from opensora.pipeline.in_memory_media import MediaInput
 from opensora.pipeline.job import Job
 from opensora.pipeline.job_spec import JobSpec
 from opensora.pipeline.loaded_models import LoadedModels
+from opensora.pipeline.named_adapters import NamedAdapters
 from opensora.pipeline.output_folder import output_folder
 from opensora.pipeline.outputs import Output
 from opensora.pipeline.plan import Plan, plan_job
@@ -41,7 +42,7 @@ class Preview(NamedTuple):
     loop: int = 0
 
 
-class VideoPipeline:
+class VideoPipeline(NamedAdapters):
     """Text, image or video in, video out. See docs/python.md.
 
     The first call loads the weights; they stay loaded. Calls on one pipeline run one after the other; other pipelines
@@ -51,6 +52,7 @@ class VideoPipeline:
 
     def __init__(self, settings: InferenceSettings, *, progress: bool = False) -> None:
         """A pipeline whose calls start from `settings`; `progress` shows a bar. Raises ConfigError."""
+        super().__init__()
         self.settings, self.progress = settings, progress
         self.models = LoadedModels(settings)
         self._interrupt = False

@@ -23,6 +23,7 @@ from opensora.config.settings import InferenceSettings
 from opensora.datasets.video import read_metadata
 from opensora.errors import MediaError, OpenSoraError
 from opensora.files import open_bounded, parse_json, read_json
+from opensora.pipeline.adapter_uses import adapter_uses
 
 FORMAT = 1
 KEY = "opensora_recipe"  # of the metadata of the mp4 or png
@@ -32,7 +33,8 @@ Recipe = dict[str, Any]
 # Settings that a recipe or draft may set: the content of the frames and how they are computed. All others keep their
 # defaults, whatever the file says.
 RECIPE_SETTINGS = frozenset((
-    "model", "vae", "text_encoder", "scheduler", "dtype", "cpu_dtype", "linear", "attention", "device", "memory",
+    "model", "vae", "text_encoder", "lora", "fuse_lora", "any_base",
+    "scheduler", "dtype", "cpu_dtype", "linear", "attention", "device", "memory",
     "compile", "graphs", "guidance_ranks", "batch_size", "seed", "prompt", "negative_prompt", "refined", "aes", "flow",
     "camera_motion",
     "num_sample", "num_frames", "image_size", "resolution", "aspect_ratio", "multi_resolution", "fps", "frame_interval",
@@ -171,6 +173,8 @@ def settings_of(recipe: Recipe, where: str) -> InferenceSettings:
         for name in RECIPE_SETTINGS
         if isinstance(value := getattr(stated, name), dict) and name not in ("refined", "cache_table")
     }
+    for use in adapter_uses(stated.lora):
+        _check_local(use.path, f"{where}: lora")
     for text in stated.reference_path or ():
         for source in text.split(";"):
             _check_local(source, f"{where}: reference_path")

@@ -20,6 +20,7 @@ from opensora.config.schema import Text, check, shown
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError, MediaError, OpenSoraError, WeightsError
 from opensora.pipeline import prompts
+from opensora.pipeline.adapter_uses import adapter_uses
 from opensora.pipeline.draft import Draft, differences, load
 from opensora.pipeline.frame_difference import FrameDifference, compare_frames
 from opensora.pipeline.job_spec import JobSpec
@@ -44,7 +45,7 @@ PER_RESULT = ("prompt", "reference_path", "mask_strategy")  # settings with an e
 # Settings that may change when a draft is continued. Its prompts are already refined, so `llm_*` has no effect.
 CHANGEABLE = (
     "device", "offline", "allow_downloads", "verbose", "preview", "overwrite", "llm_refine", "llm_base_url",
-    "llm_model", *(f"{part}.{name}" for part in PARTS for name in ("from_pretrained", *USER_SECTION_KEYS)),
+    "llm_model", "lora", *(f"{part}.{name}" for part in PARTS for name in ("from_pretrained", *USER_SECTION_KEYS)),
 )  # fmt: skip
 
 
@@ -60,13 +61,14 @@ class Replay(NamedTuple):
 
 def replay(
     file: str | Path, save_dir: str | Path, device: str | None = None,
-    weights: Mapping[str, str | None] | None = None, allow_downloads: bool = False,
+    weights: Mapping[str, str | None] | None = None, allow_downloads: bool = False, lora: Sequence[str] | None = None,
 ) -> Replay:  # fmt: skip
     """Repeats the output `file` into `save_dir`, with the recorded number of threads.
 
-    `weights` says where a part ("model", "vae", "text_encoder") lies now, if not where the recipe says. Hub ids and
-    URLs in the recipe are used only with `allow_downloads`. Raises MediaError when the file
-    holds no usable recipe or a reference is no longer what it was, and what generation raises.
+    `weights` says where a part ("model", "vae", "text_encoder") lies now, if not where the recipe says, and `lora`
+    where its adapters lie, in their order. Hub ids and URLs in the recipe are used only with
+    `allow_downloads`. Raises MediaError when the file holds no usable recipe or a reference is no longer what it was,
+    and what generation raises.
     """
     file, save_dir = Path(file), Path(save_dir)
     recipe = read_recipe(file)
@@ -79,6 +81,8 @@ def replay(
     }  # fmt: skip
     given = {part: source for part, source in (weights or {}).items() if source}
     changed |= {part: {**(getattr(settings, part) or {}), "from_pretrained": source} for part, source in given.items()}
+    if lora:
+        changed["lora"] = _moved(settings.lora, lora, f"{file}")
     settings = dataclasses.replace(settings, **changed)
     _check_references(file, recipe, settings)
     with recorded_threads(recipe), _suggest_flags(settings):
@@ -139,6 +143,18 @@ def _check_references(file: Path, recipe: Recipe, settings: InferenceSettings) -
         raise MediaError(f"{file}: has no hash of its reference {shown(missing[0])}; generate it again")
 
 
+def _moved(then: Sequence[str] | None, now: Sequence[str], where: str) -> list[str]:
+    """The adapters of a recipe at other paths; their strengths stay. Raises ConfigError for other adapters."""
+    uses, paths = adapter_uses(then), adapter_uses(now)
+    if len(uses) != len(paths):
+        raise ConfigError(f"{where}: has {len(uses)} adapters, but lora names {len(paths)}; give one path for each")
+    for use, found in zip(uses, paths, strict=True):
+        if found.strength not in (use.strength, 1.0):  # 1 where none is stated
+            problem = f"the strength of {found.path} was {use.strength:g} and is {found.strength:g} now"
+            raise ConfigError(f"{where}: {problem}; leave it out")
+    return [str(use._replace(path=found.path)) for use, found in zip(uses, paths, strict=True)]
+
+
 def _explanations(then: Recipe, now: Recipe) -> list[str]:
     """The weights and versions that differ between two recipes."""
     found = []
@@ -166,6 +182,8 @@ def _settings_now(draft: Draft, update: Callable[[dict[str, Any]], dict[str, Any
     then = settings_of(draft.recipe, f"{draft.file}")
     recorded = {name: value for name, value in dataclasses.asdict(then).items() if value is not None}
     now = InferenceSettings.from_config(update(recorded), f"{draft.file}")
+    if now.lora != then.lora:
+        now = dataclasses.replace(now, lora=_moved(then.lora, now.lora or (), f"{draft.file}"))
     for name, was, value in differences(dataclasses.asdict(then), dataclasses.asdict(now)):
         if name in CHANGEABLE:
             continue

@@ -17,7 +17,10 @@ from opensora.acceleration.precision import DTYPES
 from opensora.acceleration.streams import pin_memory_for
 from opensora.checkpoints import builder
 from opensora.checkpoints.fit import load_weights
+from opensora.checkpoints.lora import FILE as ADAPTER
+from opensora.checkpoints.lora import write_lora
 from opensora.checkpoints.save import save_pretrained
+from opensora.checkpoints.summary import Summary
 from opensora.config.sections import check_type
 from opensora.config.settings import TrainSettings, check_trainable
 from opensora.distributed import ranks
@@ -29,6 +32,7 @@ from opensora.distributed.process_group import RankLayout, start
 from opensora.errors import ConfigError
 from opensora.models.layers.fixed_positions import FixedPositions
 from opensora.models.layers.transformer import PatchTransformer
+from opensora.training import adapter
 from opensora.training.callbacks import make_callbacks
 from opensora.training.checkpoint.fingerprint import fingerprint
 from opensora.training.data.diffusion_data import DiffusionData, make_data
@@ -56,7 +60,8 @@ def train(settings: TrainSettings) -> TrainResult:
     layout = start(device, settings.sp_size, ranks.rank_timeout())
     run_on_main(lambda: refuse_running(settings), layout)
     data = make_data(settings, device, layout)
-    model = build_model(settings, data, device)
+    model, base = build_model(settings, data, device)
+    adapts = {} if settings.lora is None or base is None else {"base": base.sha256}
     parallelize(model, layout, DTYPES[settings.dtype], settings.grad_checkpoint, settings.compile)
     sizes = {"trained_sizes": [list(size) for size in data.sizes]} if data.sizes else {}
     workers = settings.num_workers if data.reads_files else 0
@@ -64,11 +69,12 @@ def train(settings: TrainSettings) -> TrainResult:
     trainer = Trainer(
         settings, model, DiffusionLoss(model, scheduler, ratios), device, loader, layout,
         config={**model.config, **sizes},
-        fingerprint=fingerprint(settings, **data.contents),
+        fingerprint=fingerprint(settings, **data.contents, **adapts),
         encode=data.encode,
         cost=BatchCost(model, settings.model["type"]),
         history=data.history,
         callbacks=make_callbacks(settings, model, scheduler, data, layout),
+        base=adapts.get("base"),
     )  # fmt: skip
     checkpoint = trainer.run()
     exported = export_average(trainer, layout) if trainer.finished else None
@@ -84,6 +90,7 @@ def check_training(settings: TrainSettings) -> tuple[Any, MaskRatios | None]:
         name = settings.scheduler["type"]
         raise ConfigError(f"scheduler '{name}' only samples; train with rflow, iddpm or iddpm-speed")
     check_type("model", settings.model["type"], registry.MODELS)
+    adapter.check(settings)
     ratios = None if settings.mask_ratios is None else MaskRatios(settings.mask_ratios)
     if ratios and "x_mask" not in inspect.signature(registry.builder(settings.model["type"]).forward).parameters:
         name = settings.model["type"]
@@ -91,9 +98,12 @@ def check_training(settings: TrainSettings) -> tuple[Any, MaskRatios | None]:
     return scheduler, ratios
 
 
-def build_model(settings: TrainSettings, data: DiffusionData, device: torch.device) -> PatchTransformer:
+def build_model(
+    settings: TrainSettings, data: DiffusionData, device: torch.device
+) -> tuple[PatchTransformer, Summary | None]:
     """The model to train: with the same initial weights on all ranks, or those of the checkpoint it starts from.
 
+    Also returns the summary of that checkpoint. With `lora` the model is frozen and has an adapter to train.
     Raises ConfigError when a model of a fixed size is to be trained on several.
     """
     section, keywords = settings.model, dict(data.model_kwargs)
@@ -107,17 +117,25 @@ def build_model(settings: TrainSettings, data: DiffusionData, device: torch.devi
     path = builder.locate_weights(section, "model", settings.offline) if section.get("from_pretrained") else None
     torch.manual_seed(settings.seed)
     model = builder.build_model({**section, "strict": False}, path, keywords, forced)
+    summary = None
     if path:
-        logger.info("%s", load_weights(model, path, strict=section.get("strict", False)))
-    return to_device(model, device).train()
+        summary = load_weights(model, path, strict=section.get("strict", False))
+        logger.info("%s", summary)
+        if settings.lora is not None:
+            adapter.add_trained_adapter(model, settings, summary)
+    return to_device(model, device).train(), summary
 
 
 def export_average(trainer: Trainer, layout: RankLayout) -> Path:
-    """Writes the averaged model as inference reads it into `ema` of the run folder; returns its path."""
+    """Writes the averaged model or adapter as inference reads it into `ema` of the run folder; returns its path."""
     averaged = full_state_dict(trainer.ema.state_dict(), layout)
 
     def write() -> Path:
-        save_pretrained(averaged, trainer.folder / "ema", trainer.config)
+        own = adapter.adapter_of(trainer.model, averaged, trainer.checkpoints.base)
+        if own is None:
+            save_pretrained(averaged, trainer.folder / "ema", trainer.config)
+        else:
+            write_lora(trainer.folder / "ema" / ADAPTER, own)
         return publish(trainer.folder)
 
     return run_on_main(write, layout)

@@ -8,17 +8,18 @@ from torch import Tensor, nn
 from opensora.distributed.fsdp import local_shard
 from opensora.distributed.full_state_dict import copy_full
 from opensora.errors import WeightsError
+from opensora.training.adapter import trained_state
 
 
 class EMA:
     """shadow <- decay * shadow + (1 - decay) * parameter, for trainable parameters except `pos_embed`.
 
-    Every other tensor of the model's state dict keeps its initial value. Each rank averages its own shards.
+    Every other tensor of the model's `trained_state` keeps its initial value. Each rank averages its own shards.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.shadow = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        self.shadow = {name: tensor.detach().clone() for name, tensor in trained_state(model).items()}
         followed = {name: p for name, p in model.named_parameters() if p.requires_grad and name != "pos_embed"}
         self.parameters = [local_shard(parameter) for parameter in followed.values()]
         self.averaged = [local_shard(self.shadow[name]) for name in followed]
@@ -29,7 +30,7 @@ class EMA:
         torch._foreach_lerp_(self.averaged, self.parameters, 1.0 - self.decay)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A full state dict of the model, its trainable parameters averaged."""
+        """The model's `trained_state`, its trainable parameters averaged."""
         return dict(self.shadow)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

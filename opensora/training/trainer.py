@@ -54,6 +54,7 @@ class Trainer:
     history: records the data that the run has used, in its folder
     callbacks: called after every step; those that read weights call `finish_pending` first
     deferred_check: see `Optimization`
+    base: SHA-256 of the weights that the trained adapter belongs to
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Trainer:
         config: dict[str, Any] | None = None, fingerprint: dict[str, str] | None = None,
         encode: Encode = lambda batch: batch, cost: Callable[[Any], tuple[int, int, float]] = lambda batch: (1, 0, 0.0),
         history: DataHistory | None = None, callbacks: Sequence[Callback] = (), deferred_check: bool | None = None,
+        base: str | None = None,
     ) -> None:  # fmt: skip
         self.settings, self.model, self.device = settings, model, device
         self.layout, self.fingerprint = layout or RankLayout(), fingerprint or {}
@@ -76,7 +78,7 @@ class Trainer:
             roll_back=lambda: self.checkpoints.roll_back(self.folder),
         )  # fmt: skip
         self.config = {"model_type": settings.model["type"], **(config or getattr(model, "config", {}))}
-        self.checkpoints = CheckpointManager(model, self.optimization, self.layout)
+        self.checkpoints = CheckpointManager(model, self.optimization, self.layout, base)
         self.stop_signals = StopSignals()
         self.step = 0
         self.batches_without_samples = 0  # since the last step

@@ -104,7 +104,7 @@ def _replay(args: argparse.Namespace) -> int:
     from opensora.pipeline.replay import replay
 
     weights = {part: getattr(args, part) for part in WEIGHT_FLAGS.values()}
-    result = replay(args.file, args.save_dir, args.device, weights, args.allow_downloads)
+    result = replay(args.file, args.save_dir, args.device, weights, args.allow_downloads, args.lora)
     print(one_line(result.output.path))
     if result.identical:
         print("identical: every decoded frame has the same bytes")
@@ -168,6 +168,8 @@ def _add_replay(parser: Parser) -> None:
     for flag, part in WEIGHT_FLAGS.items():
         text = f"weights of the {part.replace('_', ' ')} [those of the recipe]"
         parser.add_argument(flag, dest=part, metavar="PATH", help=text)
+    text = "where the adapters of the recipe lie now, in their order [as in the recipe]"
+    parser.add_argument("--lora", nargs="+", metavar="FILE", help=text)
 
 
 _EXAMPLE = f"opensora generate {PROMPT}"

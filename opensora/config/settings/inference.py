@@ -121,6 +121,11 @@ class InferenceSettings(CommonSettings):
         example=10,
     )  # fmt: skip
     draft: bool = setting(False, "stop after about a third of the steps and save a draft", nargs=0)
+    lora: Sequence[str] | None = setting(
+        None, "adapter files (LoRA), each FILE or FILE:STRENGTH", example=["style.safetensors:0.8"]
+    )
+    fuse_lora: bool = setting(False, "add the adapters to the weights: faster, more memory, other last bits", nargs=0)
+    any_base: bool = setting(False, "use adapters that were trained on other weights than these", nargs=0)
     cache: str = setting(
         "none", "step cache, which skips model evaluations: none, auto, table, tea or mag", schema=CACHES
     )

@@ -13,6 +13,7 @@ from opensora.config.legacy import move_data_settings
 from opensora.config.schema import FilePath, Int, Name, Number, Pair, described_as
 from opensora.config.sections.common import MAX_FRAMES
 from opensora.config.sections.data import BucketConfig, MaskRatios
+from opensora.config.sections.lora import LoRA
 from opensora.config.settings.common import CommonSettings
 from opensora.errors import ConfigError
 
@@ -25,7 +26,7 @@ Seconds = Annotated[Number, Field(gt=0, le=1e9)]
 NOT_YET_IN_TRAINING = ("discriminator", "use_image_identity_loss")
 NOT_YET_IN_VAE_TRAINING = (
     *NOT_YET_IN_TRAINING, "sp_size", "grad_checkpoint", "bucket_config", "mask_ratios", "accumulation_steps",
-    "load_video_features", "load_text_features",
+    "load_video_features", "load_text_features", "lora", "linear",
 )  # fmt: skip
 
 
@@ -88,6 +89,15 @@ class TrainSettings(CommonSettings):
     ema_decay: float = setting(
         0.9999, minimum=0, maximum=1, doc="decay of the exponential moving average of the weights"
     )
+    lora: dict | None = setting(
+        None, schema=LoRA, example={"rank": 16, "alpha": 16, "targets": ["attn.qkv", "mlp.*"]},
+        doc="train an adapter of the frozen model: rank, alpha (default: rank), targets (default: the attentions and "
+        "MLPs of all blocks), rank_pattern, alpha_pattern; see [lora.md](lora.md)",
+    )  # fmt: skip
+    linear: str = setting(
+        "exact", schema=one_of("exact", "int8", "fp8"),
+        doc="with lora: the frozen linear layers as in the file (exact), or in 8 bits",
+    )  # fmt: skip
     grad_checkpoint: bool = setting(False, doc="activation checkpointing: less memory, a third more time")
     compile: bool = setting(False, doc="compile the model's blocks")
     plugin: str = setting(

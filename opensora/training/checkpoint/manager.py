@@ -22,8 +22,11 @@ from opensora.training.run_folder import newest_intact
 class CheckpointManager:
     """Checkpoints of a model and its optimization. All ranks call its methods together unless stated otherwise."""
 
-    def __init__(self, model: nn.Module, optimization: Optimization, layout: RankLayout) -> None:
+    def __init__(
+        self, model: nn.Module, optimization: Optimization, layout: RankLayout, base: str | None = None
+    ) -> None:
         self.model, self.optimization, self.layout = model, optimization, layout
+        self.base = base  # SHA-256 of the weights that an adapter belongs to
         self.writer = BackgroundWriter()
 
     def verify(self, checkpoint: Path) -> None:
@@ -56,7 +59,7 @@ class CheckpointManager:
         """Copies the state and writes it in the background, after the previous checkpoint; returns its folder."""
         self.writer.wait()
         own = self.optimization
-        state = take_snapshot(self.model, own.ema, own.optimizer, own.scaler, self.layout)
+        state = take_snapshot(self.model, own.ema, own.optimizer, own.scaler, self.layout, self.base)
         if state is not None:
             self.writer.write(folder, state, config, running_states, keep, run)
         return folders.checkpoint_folder(folder, running_states)

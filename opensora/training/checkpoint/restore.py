@@ -11,12 +11,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from opensora.checkpoints.lora import adapter_file
 from opensora.checkpoints.pickle_interpreter import TensorView
 from opensora.checkpoints.pickles import Pickled, read_pickled
 from opensora.checkpoints.read import read_state_dict
 from opensora.config.schema import Count, NonNegative, Positive, Schema, check
 from opensora.distributed.full_state_dict import copy_full, distribute_like
 from opensora.errors import WeightsError
+from opensora.training.adapter import read_adapter_state, trained_state
 from opensora.training.checkpoint import manifest
 from opensora.training.checkpoint.running_states import RunningStates, read_running_states
 from opensora.training.ema import EMA
@@ -58,7 +60,9 @@ def read_checkpoint(folder: Path, verify_hashes: bool = True) -> LoadedCheckpoin
     if verify_hashes:
         manifest.verify(folder)
     running_states = read_running_states(folder)
-    model, ema = read_state_dict(folder / "model"), read_state_dict(folder / "ema.pt")
+    adapter = adapter_file(folder / "model")
+    model = read_adapter_state(str(adapter)) if adapter else read_state_dict(folder / "model")
+    ema = read_state_dict(folder / "ema.pt")
     for where, tensors in ((folder / "model", model), (folder / "ema.pt", ema)):
         _require_finite(where, tensors.items())
     path = folder / OPTIMIZER
@@ -120,7 +124,7 @@ def _require_finite(where: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 def check_fit(saved: LoadedCheckpoint, model: nn.Module, parameters: Sequence[Tensor]) -> None:
     """Raises WeightsError unless a checkpoint fits `model` and its trained `parameters`."""
-    own, kind = model.state_dict(), type(model).__name__
+    own, kind = trained_state(model), type(model).__name__
     for what, found in (("model", saved.model), ("averaged weights", saved.ema)):
         wrong = [name for name in {*own, *found} if name not in own or name not in found]
         wrong += [name for name in own.keys() & found.keys() if own[name].shape != found[name].shape]
@@ -143,7 +147,7 @@ def load_into(
     scaler: torch.amp.GradScaler,
 ) -> None:  # fmt: skip
     """Copies a checkpoint that fits into a run, sharded or not. The optimizer keeps its own hyperparameters."""
-    for name, tensor in model.state_dict().items():
+    for name, tensor in trained_state(model).items():
         copy_full(tensor, saved.model[name])
     ema.load_state_dict(saved.ema)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -10,29 +10,36 @@ from torch import Tensor, nn
 
 from opensora.distributed.full_state_dict import full_state_dict
 from opensora.distributed.process_group import RankLayout
+from opensora.models.lora import LoRAWeights
+from opensora.training.adapter import adapter_of, trained_state
 from opensora.training.ema import EMA
 
 
 class Snapshot(NamedTuple):
-    """The full state dicts of a checkpoint, in host memory."""
+    """The full state dicts of a checkpoint, in host memory. With an adapter, `model` and `ema` are of it alone."""
 
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
     optimizer: dict[str, Any]  # {"optimizer": ..., "scaler": ...}
+    adapter: LoRAWeights | None = None  # `model` as an adapter file holds it
 
     @property
     def num_bytes(self) -> int:
         """The size of all tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(self))
+        return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(self[:3]))
 
 
 def take_snapshot(
-    model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, layout: RankLayout
-) -> Snapshot | None:
-    """Gathers the full state on the main rank; None on the others. All ranks call this together."""
+    model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, layout: RankLayout,
+    base: str | None = None,
+) -> Snapshot | None:  # fmt: skip
+    """Gathers the full state on the main rank; None on the others. All ranks call this together.
+
+    base: SHA-256 of the weights that an adapter belongs to
+    """
     rest = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    parts = [full_state_dict(part, layout) for part in (model.state_dict(), ema.state_dict(), rest)]
-    return Snapshot(*parts) if layout.is_main else None
+    own, averaged, others = (full_state_dict(part, layout) for part in (trained_state(model), ema.state_dict(), rest))
+    return Snapshot(own, averaged, others, adapter_of(model, own, base)) if layout.is_main else None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -1,8 +1,9 @@
 """Writes a training checkpoint, completely or not at all.
 
-`epochE-global_stepN/` holds `model/` (config.json + model.safetensors), `ema.pt`, `optimizer/optimizer.pt`,
-`optimizer/manifest.json` (the hashes of all files) and `running_states.json`. Files hold full tensors whatever the
-number of ranks. Unfinished and discarded checkpoints have hidden names; the next save removes what a killed run left.
+`epochE-global_stepN/` holds `model/` (config.json and model.safetensors, or the file of an adapter), `ema.pt`,
+`optimizer/optimizer.pt`, `optimizer/manifest.json` (the hashes of all files) and `running_states.json`. Files hold full
+tensors whatever the number of ranks. Unfinished and discarded checkpoints have hidden names; the next save removes what
+a killed run left.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 
 import torch
 
+from opensora.checkpoints.lora import FILE as ADAPTER
+from opensora.checkpoints.lora import write_lora
 from opensora.checkpoints.save import save_pretrained
 from opensora.errors import OpenSoraError, WeightsError
 from opensora.files import error_message
@@ -48,7 +51,10 @@ def write_checkpoint(
     try:
         _require_space(folder, state)
         (unfinished / "optimizer").mkdir(parents=True)
-        save_pretrained(state.model, unfinished / "model", config)
+        if state.adapter is None:
+            save_pretrained(state.model, unfinished / "model", config)
+        else:
+            write_lora(unfinished / "model" / ADAPTER, state.adapter)
         _torch_save(state.ema, unfinished / "ema.pt")
         _torch_save(state.optimizer, unfinished / "optimizer" / "optimizer.pt")
         (unfinished / RUNNING_STATES).write_text(json.dumps(running_states, indent=1))
