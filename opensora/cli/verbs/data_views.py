@@ -55,7 +55,29 @@ def _check_target(target: str, suffix: str, force: bool) -> None:
         raise ConfigError(f"{target} exists; name another file, or replace it with --force")
 
 
+def _add_report(parser: Parser) -> None:
+    parser.add_argument("input", nargs="+", metavar="TABLE", help="tables (.csv, .jsonl, .parquet) or glob patterns")
+    parser.add_argument("--output", dest="target", required=True, metavar="FILE.html", help="page to write")
+    text = "rule that rows must fulfil, as of data edit; several are tried in order [none]"
+    parser.add_argument("--where", action="append", default=[], metavar="CONDITION", help=text)
+    parser.add_argument("--examples", type=int, default=6, metavar="N", help="examples of each rule [6]")
+    parser.add_argument("--force", action="store_true", help="replace an existing page [no]")
+
+
+def _report(args: argparse.Namespace) -> int:
+    _check_target(args.target, ".html", args.force)
+    from opensora.curation.analysis.report import write_report
+
+    found = write_report(args.input, args.target, args.where, args.examples)
+    print(f"{one_line(args.target)}: {found.rows:,} rows, {found.kept:,} kept")
+    return 0
+
+
 VERBS = {
+    "report": Verb(
+        "write a page about a table: distributions, what each rule drops, examples",
+        "opensora data report clips.csv --where 'aes >= 5' --output report.html", _add_report, _report,
+    ),
     "show": Verb(
         "draw the clips of training steps: crops, frames, masks, captions as the model gets them",
         "opensora data show videos.csv embedded/train/finetune --output sheet.png", _add_show, _show,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
@@ -37,17 +36,33 @@ class ColumnFigures:
         return self.numbers.count > 0 and self.numbers.count >= MOSTLY * (self.numbers.count + self.texts.count)
 
 
-@dataclass
 class Figures:
-    """The columns of a table with what follows from them: seconds, words and characters of captions, kinds of files."""
+    """The columns of a table with what follows from them: seconds, words of captions, kinds of files."""
 
-    source: str
-    columns: list[ColumnFigures]
-    rows: int = 0
-    seconds: NumberSeries = field(default_factory=NumberSeries)
-    kinds: TextSeries = field(default_factory=TextSeries)
-    words: NumberSeries = field(default_factory=NumberSeries)
-    characters: NumberSeries = field(default_factory=NumberSeries)
+    def __init__(self, table: TableStream) -> None:
+        self.source, self.rows = table.source, 0
+        shown = [place for place, name in enumerate(table.columns) if name not in UNSHOWN]
+        self.columns = [ColumnFigures(table.columns[place]) for place in shown]
+        self.seconds, self.words, self.kinds = NumberSeries(), NumberSeries(), TextSeries()
+        self._places = shown
+        self._path, self._text = (table.index(name) if _has(table, name) else None for name in ("path", "text"))
+        self._length, self._rate = (
+            table.columns.index(name) if name in table.columns else None for name in ("num_frames", "fps")
+        )
+
+    def add(self, row: Row) -> None:
+        """Counts a row."""
+        self.rows += 1
+        for column, place in zip(self.columns, self._places, strict=True):
+            column.add(row[place])
+        if self._path is not None:
+            self.kinds.add(PurePath(text_of(row[self._path])).suffix.lower() or "none")
+        if self._text is not None and (caption := text_of(row[self._text]).strip()):
+            self.words.add(len(caption.split()))
+        if self._length is not None and self._rate is not None:
+            frames, fps = number_of(row[self._length]), number_of(row[self._rate])
+            if frames and fps and frames > 1 and fps > 0:
+                self.seconds.add(frames / fps)
 
     def numbers(self) -> list[tuple[str, NumberSeries]]:
         """(title, series) of everything that is a number."""
@@ -67,32 +82,11 @@ class Figures:
 
 
 def figures_of(table: TableStream) -> Figures:
-    """Reads a table once."""
-    collected = Figures(table.source, [ColumnFigures(name) for name in table.columns if name not in UNSHOWN])
-    for _ in observed(table, collected):
-        pass
-    return collected
-
-
-def observed(table: TableStream, collected: Figures) -> Iterable[Row]:
-    """The rows of a table, which add to `collected` as they are read."""
-    places = [table.columns.index(column.name) for column in collected.columns]
-    path, text = (table.index(name) if _has(table, name) else None for name in ("path", "text"))
-    length, rate = (table.columns.index(name) if name in table.columns else None for name in ("num_frames", "fps"))
+    """The figures of a table, which is read once."""
+    figures = Figures(table)
     for row in table.rows:
-        collected.rows += 1
-        for column, place in zip(collected.columns, places, strict=True):
-            column.add(row[place])
-        if path is not None:
-            collected.kinds.add(PurePath(text_of(row[path])).suffix.lower() or "none")
-        if text is not None and (caption := text_of(row[text]).strip()):
-            collected.words.add(len(caption.split()))
-            collected.characters.add(len(caption))
-        if length is not None and rate is not None:
-            frames, fps = number_of(row[length]), number_of(row[rate])
-            if frames and fps and frames > 1 and fps > 0:
-                collected.seconds.add(frames / fps)
-        yield row
+        figures.add(row)
+    return figures
 
 
 def _has(table: TableStream, name: str) -> bool:
