@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from opensora.cli.verbs import make_parser
+from opensora.curation.stages.names import STAGE_NAMES
 from opensora.errors import ConfigError
 from tests.curation.footage import footage
 
@@ -42,7 +43,16 @@ STAGE = {"--num_workers": "2", "--bs": "8"}
 RUN = {
     "scene_cut.convert_id_to_path": ([*TABLE, "--folder_path", "x"], {"--num_workers": "2"}),
     "scene_cut.scene_detect": (TABLE, STAGE),
+    "scene_cut.cut": ([*TABLE, "--save_dir", "x"], {
+        "--min_seconds": "2", "--max_seconds": "20", "--target_fps": "24", "--shorter_size": "480", "--num_workers": "2",
+    }),
     "scoring.optical_flow": (TABLE, STAGE),
+    "scoring.ocr": (TABLE, STAGE),
+    "scoring.matching": (TABLE, {**STAGE, "--clip": "x"}),
+    "scoring.aesthetic": (TABLE, {**STAGE, "--skip_if_existing": None, "--clip": "x", "--aesthetic": "x"}),
+    "caption.caption_gpt4": (TABLE, {**STAGE, "--prompt": "x", "--model": "x", "--url": "x"}),
+    "caption.caption_llava": (TABLE, {**STAGE, "--prompt": "x", "--model-path": "x", "--url": "x"}),
+    "caption.caption_pllava": (TABLE, {**STAGE, "--prompt": "x", "--model-path": "x", "--url": "x"}),
     "caption.camera_motion": (TABLE, STAGE),
     "caption.camera_motion_detect": (TABLE, STAGE),
     "caption.caption_llama3": (TABLE, {"--output_prefix": "x"}),
@@ -57,6 +67,9 @@ REFUSED = {
     "caption.camera_motion": [["t.csv", "--threshold", "3"]],
     "caption.camera_motion_detect": [["t.csv", "--threshold", "3"]],
     "caption.caption_llama3": [["t.csv", "--key", "x"]],
+    "caption.caption_gpt4": [["t.csv", "--key", "x"]],
+    "caption.caption_llava": [["t.csv", "--tp-size", "2"], ["t.csv", "--dp-size", "2"]],
+    "scoring.aesthetic": [["t.csv", "--num_frames", "5"]],
     "frame_interpolation": [
         ["v.mp4", *flag]
         for flag in ([], ["--ckpt", "x"], ["--niters", "1"], ["--fps", "24"], ["--output_path", "x"])
@@ -84,11 +97,12 @@ def test_translated(name: str, flag: str) -> None:
     argv, own = RUN[name]
     door = importlib.import_module(f"tools.{name}").DOOR
     assert door.name == f"tools.{name}"
-    command = door.translate([*argv, flag, own[flag]])
+    command = door.translate([*argv, flag, *([] if own[flag] is None else [own[flag]])])
     assert command[0] == "data" and "t.csv" in command
     parser().parse_args(command)
-    if flag == "--num_workers" and "curate" in command:
-        assert command[-2:] == ["--workers", "2"]
+    if "curate" in command:
+        assert set(command[command.index("--stages") + 1].split(",")) <= set(STAGE_NAMES)
+        assert flag != "--num_workers" or command[-2:] == ["--workers", "2"]
 
 
 @pytest.mark.parametrize(("name", "argv"), [(name, argv) for name, cases in REFUSED.items() for argv in cases])

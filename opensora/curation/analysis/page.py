@@ -50,7 +50,7 @@ class Section(NamedTuple):
     """Rows with a common fate: the rule that drops them, their number, examples."""
 
     title: str
-    count: int
+    total: int
     examples: Sequence[Example]
 
 
@@ -58,7 +58,7 @@ def page(figures: Figures, kept_figures: Figures | None, dropped: Sequence[Secti
     """The page: counts, rules, distributions of all rows and of those kept, examples of each group."""
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     title = f"Report of {shown(figures.source)}"
-    examples = [_examples(f"dropped by {section.title}", section) for section in dropped if section.count]
+    examples = [_examples(f"dropped by {section.title}", section) for section in dropped if section.total]
     return "\n".join([
         "<!DOCTYPE html>", '<html lang="en"><head><meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY.format(digest)}">',
@@ -83,7 +83,7 @@ def _counts(figures: Figures) -> str:
 def _rules(figures: Figures, dropped: Sequence[Section], kept: Section) -> str:
     if not dropped:
         return ""
-    rows = [(f"dropped by {section.title}", section.count) for section in dropped] + [("kept", kept.count)]
+    rows = [(f"dropped by {section.title}", section.total) for section in dropped] + [("kept", kept.total)]
     lines = [
         f'<tr><td>{shown(name)}</td><td class="number">{count:,}</td>'
         f'<td class="number">{count / max(figures.rows, 1):.1%}</td></tr>'
@@ -139,7 +139,7 @@ def _svg(bars: Sequence[Bar], kind: str) -> str:
 
 def _examples(title: str, section: Section) -> str:
     figures = [_example(example) for example in section.examples]
-    return f'<h2>{shown(title)}: {section.count:,} rows</h2><div class="grid">{"".join(figures)}</div>'
+    return f'<h2>{shown(title)}: {section.total:,} rows</h2><div class="grid">{"".join(figures)}</div>'
 
 
 def _example(example: Example) -> str:
