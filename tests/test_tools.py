@@ -43,9 +43,16 @@ STAGE = {"--num_workers": "2", "--bs": "8"}
 RUN = {
     "scene_cut.convert_id_to_path": ([*TABLE, "--folder_path", "x"], {"--num_workers": "2"}),
     "scene_cut.scene_detect": (TABLE, STAGE),
-    "scene_cut.cut": ([*TABLE, "--save_dir", "x"], {
-        "--min_seconds": "2", "--max_seconds": "20", "--target_fps": "24", "--shorter_size": "480", "--num_workers": "2",
-    }),
+    "scene_cut.cut": (
+        [*TABLE, "--save_dir", "x"],
+        {
+            "--min_seconds": "2",
+            "--max_seconds": "20",
+            "--target_fps": "24",
+            "--shorter_size": "480",
+            "--num_workers": "2",
+        },
+    ),
     "scoring.optical_flow": (TABLE, STAGE),
     "scoring.ocr": (TABLE, STAGE),
     "scoring.matching": (TABLE, {**STAGE, "--clip": "x"}),

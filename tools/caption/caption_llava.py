@@ -5,10 +5,9 @@ The same as `opensora data curate ... --stages captions`.
 
 import sys
 
-from tools.caption.caption_gpt4 import captioned
-from tools.caption.caption_gpt4 import add_server_arguments
-from tools.door import Door, refuse
 from opensora.cli.parser import Parser
+from tools.caption.caption_gpt4 import add_server_arguments, captioned
+from tools.door import Door, refuse
 
 
 def _add_arguments(parser: Parser) -> None:

@@ -1,5 +1,7 @@
-"""Aesthetic scores: python -m tools.scoring.aesthetic TABLE --clip FOLDER --aesthetic FILE, as `opensora data curate ...
---stages scores`."""
+"""Aesthetic scores: python -m tools.scoring.aesthetic TABLE --clip FOLDER --aesthetic FILE.
+
+The same as `opensora data curate ... --stages scores`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ def _add_arguments(parser: Parser) -> None:
     parser.add_argument("--aesthetic", metavar="FILE", help="the published head (sac+logos+ava1-l14-linearMSE.pth)")
     text = "has no effect: the ledger has what is computed already"
     parser.add_argument("--skip_if_existing", "--skip-if-existing", action="store_true", help=text)
-    reason = "scores are the mean of three frames, as published tables have them; opensora data curate has no other number"
+    reason = "scores of opensora data curate are the mean of three frames, as those of published tables"
     refuse(parser, reason, "--num_frames", "--num-frames")
 
 
