@@ -10,7 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from opensora.curation.cutting.cut import CutSettings, cut_clips
+from opensora.curation.cutting.stage import Cut
+from opensora.curation.execution.settings import ExecutorSettings
 from opensora.datasets.bucket import Bucket, Buckets
 from opensora.datasets.datasets import VariableVideoTextDataset, VideoTextDataset, frame_indices
 from opensora.datasets.file_content import content_keys, file_stamps
@@ -20,8 +24,10 @@ from opensora.datasets.transforms import resize_crop
 from opensora.datasets.video import Crop, Span, read_video, shown_times, write_image, write_video
 from opensora.errors import ConfigError
 from opensora.training.data.data_record import cells_of, record_of_table
+from opensora.training.feature_extraction.extract import extract
 from opensora.training.feature_extraction.shards import LatentShard, missing
 from tests.curation.footage import scene
+from tests.features import settings, use
 
 FRAMES, HEIGHT, WIDTH = 40, 96, 160
 HEAD = ("path", "text", "num_frames", "height", "width", "start_pts", "end_pts", "crop")
@@ -174,8 +180,6 @@ def test_parts_decide_the_identity_of_the_data(film: Path, times: list[int], tmp
 
 
 def shard_of(rows: Table, folder: Path) -> LatentShard:
-    from safetensors.torch import save_file
-
     paths = [rows.file(0)]
     held: dict[str, Any] = {"planned": np.arange(1), "stamp": file_stamps(paths), "key": content_keys(paths)}
     if rows.parts is not None:
@@ -195,6 +199,26 @@ def test_features_of_another_part_are_stale(before: tuple, after: tuple, film: P
     with pytest.raises(ConfigError, match=r"spans or crops of rows in a.safetensors have changed"):
         missing(tmp_path, [shard], of(after), replace_stale=False)
     assert missing(tmp_path, [shard], of(after), replace_stale=True) == [shard]
+
+
+def test_features_of_clips_are_those_of_cut_files(
+    film: Path, times: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [(str(film), "a", 9, 9, 9, times[2], times[9]), (str(film), "b", 9, 9, 9, times[20], "", "8 8 64 64")]
+    clips = table(tmp_path, *rows)
+    cut_clips(CutSettings(str(clips), Cut(str(tmp_path / "cut"), lossless=True), None, ExecutorSettings(workers=0)))
+    use(monkeypatch)
+
+    def latents(path: Path, folder: str) -> torch.Tensor:
+        section = {"type": "VideoTextDataset", "num_frames": 4, "image_size": (32, 32), "data_path": str(path)}
+        how: dict[str, Any] = {"dataset": section, "bucket_config": None, "batch_size": 2}
+        [shard] = (extract(settings(path, tmp_path / folder, **how)) / "latents").rglob("*.safetensors")
+        return load_file(shard)["latents"]
+
+    assert torch.equal(latents(clips, "of_clips"), latents(tmp_path / "cut/clips.csv", "of_files"))
+    table(tmp_path, (*rows[0][:5], times[3], times[9]), rows[1])
+    with pytest.raises(ConfigError, match=r"spans or crops of rows in .* have changed"):
+        latents(clips, "of_clips")
 
 
 def test_unreadable_parts_of_one_file_are_listed_each(film: Path, tmp_path: Path) -> None:

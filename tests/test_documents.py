@@ -1,6 +1,7 @@
 """Every command of the documents is understood as it stands, and does its job with tiny stand-ins for the weights.
 
-A block runs if it has a verb that no block before it has run, and with OPENSORA_FULL=1 every block does.
+A block runs if it has a verb that no block before it has run, and with OPENSORA_FULL=1 every block does. The first
+section of `WALK_THROUGH` runs as a whole.
 A block of commands starts in a folder of its own that holds what the documents name: weights, prompts, pictures, an
 earlier training run. The blocks of a document in `IN_ORDER` go on from one another. A program that has no row in
 `SMALLER` fails the test.
@@ -48,6 +49,7 @@ DOCUMENTS = [
 ]
 DOCUMENTS += sorted(ROOT.glob("configs/**/README.md"))
 IN_ORDER = ("docs/data_processing.md", "docs/training.md")
+WALK_THROUGH = "docs/data_processing.md"  # its first section with commands always runs as a whole
 
 # What makes the environment and looks at the repository as a whole: `.ci/run` runs these, in these words.
 RUN_BY_CI = (
@@ -64,7 +66,7 @@ RUN_BY_CI = (
 # Program -> what is appended to its commands, so that they finish at once. Settings after --cfg-options come last.
 INFERENCE = ("--cfg-options", "image_size=(32, 48)", "scheduler.num_sampling_steps=2")
 PLANNING = ("--cfg-options", "image_size=(32, 48)")
-FEWER = {"--steps-until": "1"}  # flags with a number that has to fit these
+FEWER = {"--steps-until": "1", "--scenes": "4"}  # flags with a number that has to fit these
 FEWER_STEPS = {"max_steps=400": "max_steps=4", "max_steps=600": "max_steps=6"}  # of a run that goes on
 TRAINING = ("--batch-size", "1", "--dtype", "fp32", "--cfg-options", "dataset.num_clips=2", "max_steps=2")
 SMALL_CLIPS = ("dataset.image_size=(16, 16)", "dataset.num_frames=5", "dataset.sizes=None", "dataset.continued=None")
@@ -166,6 +168,7 @@ class Block(NamedTuple):
 
     place: str
     commands: list[list[str]]
+    section: int = 0  # number of the heading before it
 
 
 def split(text: str) -> list[list[str]]:
@@ -190,7 +193,8 @@ def blocks() -> Iterator[Block]:
         text = document.read_text(encoding="utf-8")
         for match in re.finditer(r"^```(?:bash|sh|shell|console)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
             line = text.count("\n", 0, match.start(1)) + 1
-            yield Block(f"{document.relative_to(ROOT).as_posix()}:{line}", split(match[1]))
+            section = len(re.findall(r"^## ", text[: match.start()], re.MULTILINE))
+            yield Block(f"{document.relative_to(ROOT).as_posix()}:{line}", split(match[1]), section)
 
 
 def jobs() -> Iterator[Block]:
@@ -209,6 +213,9 @@ def chosen(blocks: Iterable[Block]) -> Iterator[Block]:
         commands = [command for command in block.commands if command not in BY_CI]
         if FULL:
             yield block
+        elif block.place == WALK_THROUGH:
+            own = [one for one in BLOCKS if one.place.startswith(f"{WALK_THROUGH}:")]
+            yield Block(WALK_THROUGH, [one for part in own if part.section == own[0].section for one in part.commands])
         elif block.place in IN_ORDER:
             yield Block(block.place, first_of_each(commands))
         elif not {verb_of(command) for command in commands} <= seen:
@@ -411,7 +418,9 @@ def here(prepared: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def written(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what a command before another one writes."""
     folder = shutil.copytree(prepared, tmp_path_factory.mktemp("written") / "here", symlinks=True)
-    (folder / "my-videos.csv").touch()
+    for name in ("my-videos.csv", "training.csv"):
+        (folder / name).touch()
+    (folder / "outputs/finetune/ema").mkdir(parents=True)
     (folder / "features/my-videos").mkdir(parents=True)
     return folder
 
