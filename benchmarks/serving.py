@@ -4,9 +4,9 @@ python benchmarks/serving.py [--jobs 300] [--clients 20] [--steps 4] [--side 32]
 
 One server, two keys: three quarters of the clients use the first, the others the second; each client sends a job, waits
 for it, and sends the next. Meanwhile another connection asks for the state of random jobs. Printed are: jobs lost,
-percentiles of the time that a state takes, jobs started of each key while both have jobs waiting, and the resident
-memory of each process over time. Then `--gain-jobs` jobs of one size run on a server that computes them together and on
-one that does not, in turn. Writes serving.json.
+percentiles of the time that a state takes, the second key's share of the jobs (a half, where keys take turns), and the
+resident memory of each process over time. Then `--gain-jobs` jobs of one size run on a server that computes them
+together and on one that does not, in turn. Writes serving.json.
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ class Load:
         return {
             "jobs": len(self.jobs), "lost": self.num_jobs - sum(job["status"] == "completed" for job in self.jobs),
             "twice": len(self.jobs) - len({job["id"] for job in self.jobs}), "answers": len(answers), **percentiles,
+            "share_of_second_key": sum(job["key"] == KEYS[1] for job in self.jobs) / len(self.jobs),
             "waits": {key: self._wait(key) for key in KEYS}, "memory_start": tenth, "memory_end": self.memory[-1],
             "memory_growth": growth,
         }  # fmt: skip

@@ -28,10 +28,14 @@ class BatchSpeed:
         if kind not in self._tried:
             self._tried.add(kind)
             return [list(tasks)] if 1 in known else [[tasks[0]], list(tasks[1:])]
+        return [[task] for task in tasks] if self.is_slower(kind) else [list(tasks)]
+
+    def is_slower(self, kind: str) -> bool:
+        """Whether jobs of this kind were tried together and took as long as alone, or longer."""
+        known = self._seconds.get(kind, {})
         together = [known[rows] / rows for rows in known if rows > 1]
-        if together and min(together) < GAIN * known.get(1, float("inf")):
-            return [list(tasks)]
-        return [[task] for task in tasks]
+        faster = together and min(together) < GAIN * known.get(1, float("inf"))
+        return kind in self._tried and not faster
 
     def record(self, kind: str, rows: int, seconds: float) -> None:
         """Notes the seconds of a step of `rows` jobs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ logger = logging.getLogger("opensora")
 WORKER = "opensora.serving.worker"
 NICE = 5  # of a worker, so that the HTTP process answers while it computes
 RESTART_SECONDS = 1.0  # between a worker's death and its next start, doubled up to a minute
+MAX_CANDIDATES = 200  # jobs that are looked at for a batch
+MAX_KINDS = 10_000  # of jobs that are remembered
 SMOOTHING = 0.2  # of the average duration of a job
 
 
@@ -55,6 +58,7 @@ class Dispatcher:
         self.broken: str | None = None  # why no worker can be started
         self._options = {"models": models, "data": str(folder), "nice": NICE}
         self._devices = devices
+        self._alone: set[str] = set()  # batch keys of jobs that are no faster together
         self._served: dict[str, int] = {}  # owner -> when its last job was started, as a count
         self._starts = 0
         self._wake = asyncio.Condition()
@@ -149,11 +153,15 @@ class Dispatcher:
                 if message is None:
                     return
                 if message["type"] == "idle":
+                    self._learn(jobs[0], message["alone"])
                     break
                 self._take(message)
 
     def _next_jobs(self) -> list[VideoJob]:
-        """The next job and those that are computed with it: of the key that was served longest ago, its oldest."""
+        """The next job and those that are computed with it: of the key that was served longest ago, its oldest.
+
+        A job that took its worker down comes alone.
+        """
         owners = self.store.waiting()
         if not owners:
             return []
@@ -161,8 +169,23 @@ class Dispatcher:
         first = self.store.oldest_queued(owner)
         if first is None:
             return []
-        room = 0 if first.attempts else self.limits.max_batch - 1  # a job that took its worker down runs alone
-        return [first, *self.store.companions(first, room)]
+        if first.attempts or first.request.batch_key in self._alone:
+            return [first]
+        return [first, *self._companions(first)]
+
+    def _companions(self, first: VideoJob) -> list[VideoJob]:
+        """Jobs that are computed with `first`; the keys take turns here too."""
+        queues: dict[str, list[VideoJob]] = {}
+        for job in self.store.companions(first, MAX_CANDIDATES):
+            queues.setdefault(job.owner, []).append(job)
+        owners = sorted(queues, key=lambda one: (one == first.owner, self._served.get(one, 0), one))
+        rounds = (job for round in zip_longest(*(queues[owner] for owner in owners)) for job in round if job)
+        return list(islice(rounds, self.limits.max_batch - 1))
+
+    def _learn(self, job: VideoJob, alone: bool) -> None:
+        """Notes whether jobs like this one are no faster together: then no other key has to wait for a batch."""
+        if alone and job.request.batch_key and len(self._alone) < MAX_KINDS:
+            self._alone.add(job.request.batch_key)
 
     def _begin(self, jobs: list[VideoJob], worker: WorkerProcess) -> None:
         tasks = []

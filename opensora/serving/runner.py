@@ -58,6 +58,10 @@ class Runner:
             self.cancelled.discard(task["id"])
             self.watched.discard(task["id"])
 
+    def wants_alone(self, tasks: Sequence[Task]) -> bool:
+        """Whether jobs like these are no faster together."""
+        return self._speed.is_slower(tasks[0]["batch_key"] or "")
+
     def _compute(self, tasks: Sequence[Task]) -> None:
         """Computes tasks together. If that fails, those left are computed one by one, to find the one at fault."""
         run = Run(self, tasks)

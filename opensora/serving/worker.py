@@ -39,8 +39,9 @@ class Worker:
         """Computes batches until the server ends."""
         self.channel.listen(self.handle)
         while True:
-            self.runner.compute(self._batches.get())
-            self.channel.send(type="idle")
+            tasks = self._batches.get()
+            self.runner.compute(tasks)
+            self.channel.send(type="idle", alone=self.runner.wants_alone(tasks))
 
 
 def main() -> None:

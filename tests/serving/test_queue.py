@@ -77,10 +77,12 @@ def test_keys_take_turns(app: Application, worker: WorkerProcess) -> None:
 
 def test_alike_jobs_come_together_and_others_alone(app: Application) -> None:
     first = add(app, seed=1)
-    alike = [add(app, "b", seed=number, prompt="a blue square") for number in range(4)]
+    alike = [add(app, "ab"[number // 2], seed=number, prompt="a blue square") for number in range(4)]
     for other in ({"num_frames": 1}, {"draft": True}, {"guidance_scale": 3.0}, {"negative_prompt": "blurred"}):
         add(app, **other)
-    assert next_ids(app) == [first.id, alike[0].id, alike[1].id]  # max_batch is 3
+    assert next_ids(app) == [first.id, alike[2].id, alike[0].id]  # max_batch is 3; keys take turns
+    app.state.dispatcher._learn(first, alone=True)
+    assert next_ids(app) == [first.id]
 
 
 def test_a_job_that_kills_its_worker_ends_and_others_go_on(app: Application, worker: WorkerProcess) -> None:
@@ -201,3 +203,4 @@ def test_batches_are_used_where_they_are_faster() -> None:
         speed.record("k", 3, seconds)
     assert [len(group) for group in faster.groups(tasks)] == [4]
     assert [len(group) for group in slower.groups(tasks)] == [1, 1, 1, 1]
+    assert slower.is_slower("k") and not faster.is_slower("k") and not faster.is_slower("other")
