@@ -1,8 +1,8 @@
 """Runs a training program and kills it (SIGKILL) again and again before letting it finish, resuming each time.
 
-Every rank of every run is a process of its own, forked so that the imports are paid once. Saves are slowed down so that
-kills fall into them too. `seen.RANK.jsonl` in the outputs has a line for each batch: its step, its number in the step,
-the names of its samples and its loss, those of steps that were taken twice included.
+Every rank of every run is a process of its own, forked so that the imports are paid once. Saves of runs that are killed
+are slowed down, so that kills fall into them too. `seen.RANK.jsonl` in the outputs has a line for each batch: its step,
+its number in the step, the names of its samples and its loss, those of steps that were taken twice included.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def run(script: str, config: Path, outputs: Path, seed: int = 0, kills: int = 0,
 
 def _killed(script: str, config: Path, outputs: Path, seed: int, kills: int, ranks: int) -> None:
     os.chdir(ROOT)
-    slow_down_saves()
+    if kills:
+        slow_down_saves()
     record(outputs)
     preprocess("imports what it needs")
     StepCost.__call__ = lambda *_: (1, 0.0)  # a second for each new size

@@ -127,7 +127,7 @@ def test_clips_that_go_on_are_the_same(parts, small_steps, monkeypatch):
 
 def test_the_embedded_model_makes_the_same_in_every_plan(small_steps, monkeypatch):
     words = ["a red circle moving left on a black background", "--num-sampling-steps", "2"]
-    words += ["--num-frames", "17", "--image-size", "32", "48", "--verbose", "0"]
+    words += ["--num-frames", "17", "--image-size", "16", "24", "--verbose", "0"]
     settings = request_settings(words)
     made = [latents_and_frames(dataclasses.replace(settings, memory=plan.name), monkeypatch) for plan in PLANS]
     [latents], frames = made[0]

@@ -2,13 +2,14 @@
 
 Two guided steps are sampled, with and without given frames; frames are encoded, latents decoded, a prompt encoded.
 No tensor meets one of another device, and within a step the host waits for nothing, so that it stays ahead of the
-device. By default each model runs under one of the plans with one block of each kind; OPENSORA_FULL=1 runs all of them,
-in full depth. `machine.py` says what cannot run.
+device. By default one model of each class runs under one of the plans with one block of each kind; OPENSORA_FULL=1 runs
+all of them, in full depth. `machine.py` says what cannot run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,8 +65,10 @@ GIVEN = ("STDiT",)  # models that can be given frames
 
 
 def with_plans(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Each name with every plan, or by default with one of them, in turn."""
+    """Each name with every plan, or by default one name of each class with one of them, in turn."""
     plans = [plan.name for plan in PLANS]
+    if not FULL:
+        names = {registry.BUILDERS[name]: name for name in names}.values()
     return [(one, plan) for n, one in enumerate(names) for plan in (plans if FULL else [plans[n % len(plans)]])]
 
 
@@ -172,7 +175,7 @@ def text_for(models: LoadedModels, job: Job) -> Tensor:
 
 
 def check_steps(machine: FakeMachine, models: LoadedModels, job: Job, given: bool) -> None:
-    """Two steps, without given frames and with, for which the host never waits."""
+    """Steps without given frames and with, for which the host never waits."""
     text, shape = text_for(models, job), (models.vae.out_channels, *models.vae.get_latent_size(job.size))
     noise = initial_noise(1, 0, 0, shape)[None].to(DEVICE)
     edits = [torch.ones(1, shape[1])] + ([torch.ones(1, shape[1]).index_fill(1, torch.tensor([0]), 0)] if given else [])
@@ -180,7 +183,7 @@ def check_steps(machine: FakeMachine, models: LoadedModels, job: Job, given: boo
         steps = denoise(models, job, noise, text, {}, edit=edit, source=[noise_generator(1, 0)])
         with models.on_device("model"):  # weights that are offloaded travel before the first step and after the last
             machine.waits.clear()
-            for state in (next(steps), next(steps)):
+            for state in islice(steps, 2 if FULL or edit.all() else 1):
                 assert state.x.device == DEVICE and state.x.shape == noise.shape and state.x.dtype == torch.float32
             assert not machine.waits
         steps.close()
