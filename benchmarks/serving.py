@@ -125,7 +125,8 @@ class Load:
             "jobs": len(self.jobs), "lost": self.num_jobs - sum(job["status"] == "completed" for job in self.jobs),
             "twice": len(self.jobs) - len({job["id"] for job in self.jobs}), "answers": len(answers), **percentiles,
             "share_of_second_key": sum(job["key"] == KEYS[1] for job in self.jobs) / len(self.jobs),
-            "waits": {key: self._wait(key) for key in KEYS}, "memory_at_a_quarter": quarter, "memory_end": self.memory[-1],
+            "waits": {key: self._wait(key) for key in KEYS}, "memory_at_a_quarter": quarter,
+            "memory_end": self.memory[-1],
             "memory_growth": growth,
         }  # fmt: skip
 
