@@ -39,13 +39,13 @@ def write_footage(folder: str | Path, settings: FootageSettings) -> list[dict[st
     (black, frozen, letterbox, pillarbox, fps, truncated), one of each kind for every 40 scenes.
 
     A line holds `path`, `caption`, `copy_of` (a path) and `fault`, both null if there is none, `scenes` (`start` and
-    `end` frame, `cmotion`, kind of `text`, `text_area`) and `transitions` (`kind`, `start` and `end` frame).
+    `end` frame, `cmotion`, `move`, kind of `text`, `text_area`) and `transitions` (`kind`, `start` and `end` frame).
 
     Equal settings give equal bytes. Raises ConfigError for a folder with files and for settings out of bounds.
     """
     folder = Path(folder)
     _check(folder, settings)
-    lines = _films(folder, settings) + _faults(folder, settings)
+    lines = _films(folder, settings) + write_faults(folder, settings, -(-settings.scenes // 40))
     with atomic_write(folder / TRUTH, error=ConfigError) as [file]:
         file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return lines
@@ -93,7 +93,7 @@ def _line(name: str, film: Film, later: int = 0) -> dict[str, Any]:
     scenes = [
         {
             "start": max(scene.start - later, 0), "end": scene.end - later, "cmotion": scene.shot.move.words,
-            "text": scene.shot.text, "text_area": round(scene.text_area, 4),
+            "move": scene.shot.move, "text": scene.shot.text, "text_area": round(scene.text_area, 4),
         }
         for scene in film.scenes
     ]  # fmt: skip
@@ -104,10 +104,10 @@ def _line(name: str, film: Film, later: int = 0) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _faults(folder: Path, settings: FootageSettings) -> list[dict[str, Any]]:
-    """Writes the files with faults."""
+def write_faults(folder: Path, settings: FootageSettings, count: int) -> list[dict[str, Any]]:
+    """Writes `count` files with each fault. Returns their lines of truth."""
     lines: list[dict[str, Any]] = []
-    for number in range(-(-settings.scenes // 40)):
+    for number in range(count):
         for place, (kind, fault) in enumerate(FAULTS.items()):
             rng = np.random.default_rng((settings.seed, number, place, 1))
             subject = draw_subject(rng)

@@ -9,5 +9,6 @@ STAGE_NAMES = (
     "quality",
     "text",
     "scores",
+    "duplicates",
     "captions",
 )

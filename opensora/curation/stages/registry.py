@@ -10,6 +10,7 @@ from opensora.config.schema import check
 from opensora.curation.clip import Clip
 from opensora.curation.stages.camera import Camera
 from opensora.curation.stages.captions import Captions
+from opensora.curation.stages.duplicates import Duplicates
 from opensora.curation.stages.health import Health
 from opensora.curation.stages.motion import Motion
 from opensora.curation.stages.probe import Probe
@@ -32,6 +33,7 @@ STAGES: dict[str, type[Stage]] = {
         Quality,
         Text,
         Scores,
+        Duplicates,
         Captions,
     )
 }

@@ -19,6 +19,7 @@ SAME_PICTURE = 0.7  # correlation of the pictures at the ends, from which they s
 NONLINEAR = 0.6  # share of the change between the ends that a picture may lie off their mixture
 STEP = 0.5  # share of the change that one frame makes, from which it is a hard cut
 BLANK = 4.0  # levels of standard deviation, below which a picture is blank
+DIM = 0.2  # share of the deviation that the middle of a fade has at most; a dissolve keeps 0.5 or more
 
 
 class Transition(NamedTuple):
@@ -53,15 +54,15 @@ def find_transitions(looks: Sequence[Look]) -> list[Transition]:
     parabola a (1 - a) (E(A) + E(B)). A fade out and in again loses about twice of that. It holds for moving pictures.
     """
     detail = np.array([one.detail for one in looks])
-    blank = np.array([one.deviation for one in looks]) < BLANK
+    deviation = np.array([one.deviation for one in looks])
     coarse = np.stack([one.coarse.ravel() for one in looks]) if looks else np.zeros((0, 1))
     free = np.ones(len(looks), bool)
     found = []
     for depth, start, end in sorted(_candidates(detail), key=lambda one: (-one[0], one[1], one[2])):
-        if free[start - 1 : end + 1].all() and (kind := _kind(depth, start, end, blank, coarse)):
+        if free[start - 1 : end + 1].all() and (kind := _kind(depth, start, end, deviation, coarse)):
             free[start - 1 : end + 1] = False
             found.append(Transition(kind, start, end))
-    return _joined(sorted(found, key=lambda one: one.start), detail, blank)
+    return _joined(sorted(found, key=lambda one: one.start), detail, deviation)
 
 
 def _candidates(detail: np.ndarray) -> Iterator[tuple[float, int, int]]:
@@ -88,14 +89,17 @@ def _lengths(longest: int) -> list[int]:
     return lengths
 
 
-def _kind(depth: float, start: int, end: int, blank: np.ndarray, coarse: np.ndarray) -> str | None:
+def _kind(depth: float, start: int, end: int, deviation: np.ndarray, coarse: np.ndarray) -> str | None:
     """What kind of transition the frames [start, end) are; None if the pictures at their ends do not mix there."""
     window = coarse[start - 1 : end + 1]
     steps, distances = np.diff(window, axis=0), window - window[0]
     if (steps**2).sum(1).max() > STEP**2 * (distances**2).sum(1).max():
         return None  # a hard cut
-    if blank[start - 1] or blank[end] or depth > FADE_DEPTH:
-        return "fade" if blank[start - 1 : end + 1].any() else None
+    fullest, dimmest = max(deviation[start - 1], deviation[end]), deviation[start - 1 : end + 1].min()
+    if dimmest < max(BLANK, DIM * fullest):
+        return "fade"
+    if depth > FADE_DEPTH:
+        return None
     before, after = coarse[start - 1], coarse[end]
     if np.corrcoef(before, after)[0, 1] > SAME_PICTURE:
         return None
@@ -104,11 +108,11 @@ def _kind(depth: float, start: int, end: int, blank: np.ndarray, coarse: np.ndar
     return "dissolve" if (off**2).mean() < NONLINEAR**2 * ((after - before) ** 2).mean() else None
 
 
-def _joined(found: Sequence[Transition], detail: np.ndarray, blank: np.ndarray) -> list[Transition]:
+def _joined(found: Sequence[Transition], detail: np.ndarray, deviation: np.ndarray) -> list[Transition]:
     """The transitions, fades grown to their full length and joined where they meet."""
     joined: list[Transition] = []
     for one in found:
-        kind, start, end = _grown(one, detail, blank) if one.kind == "fade" else one
+        kind, start, end = _grown(one, detail, deviation) if one.kind == "fade" else one
         if joined and start <= joined[-1].end:
             joined[-1] = Transition("fade", joined[-1].start, max(end, joined[-1].end))
         else:
@@ -116,12 +120,13 @@ def _joined(found: Sequence[Transition], detail: np.ndarray, blank: np.ndarray) 
     return joined
 
 
-def _grown(fade: Transition, detail: np.ndarray, blank: np.ndarray) -> Transition:
+def _grown(fade: Transition, detail: np.ndarray, deviation: np.ndarray) -> Transition:
     """A fade with the blank frames beside it, and its ramps up to where the picture is full.
 
     On a ramp the root of the detail changes by equal steps, so a part of a ramp fits as well as all of it.
     """
-    root, middle = np.sqrt(detail), fade.start - 1 + int(np.argmax(blank[fade.start - 1 : fade.end + 1]))
+    root, blank = np.sqrt(detail), deviation < BLANK
+    middle = fade.start - 1 + int(np.argmin(deviation[fade.start - 1 : fade.end + 1]))
     ends = []
     for direction, edge in ((-1, fade.start), (1, fade.end - 1)):
         at, dark = edge, middle

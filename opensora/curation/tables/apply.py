@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-from opensora.curation.tables import captions, columns, filters, ordering, paths, probing, sets
+from opensora.curation.tables import captions, columns, filters, near_duplicates, ordering, paths, probing, sets
 from opensora.curation.tables.context import Context
 from opensora.curation.tables.scratch import scratch
 from opensora.curation.tables.stream import TableStream
@@ -49,6 +49,8 @@ FUNCTIONS: dict[str, Function] = {
     "remove-path-duplication": lambda table, _, context: sets.unique(table, "path", context),
     "remove-text-duplication": lambda table, _, context: sets.unique(table, "text", context),
     "remove-content-duplication": lambda table, _, context: sets.unique_content(table, context),
+    "near-duplication": lambda table, _, context: near_duplicates.mark(table, context),
+    "remove-near-duplication": lambda table, _, context: near_duplicates.remove(table, context),
     "difference": sets.difference,
     "intersection": sets.intersection,
     "sort": lambda table, column, context: ordering.sort(table, column, context, descending=True),

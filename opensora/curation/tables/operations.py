@@ -48,6 +48,8 @@ OPERATIONS = {
     "remove-path-duplication": Operation("keep the first row of each path"),
     "remove-text-duplication": Operation("keep the first row of each caption"),
     "remove-content-duplication": Operation("keep the first row of each file content (SHA-256)"),
+    "near-duplication": Operation("add duplicate_of, the clip that a row nearly repeats, by the column phash"),
+    "remove-near-duplication": Operation("keep one row of each group of near duplicates, by the column phash"),
     "difference": _text("TABLE", "drop rows whose path is in another table"),
     "intersection": _text("TABLE", "keep rows whose path is in another table"),
     # order

@@ -26,8 +26,7 @@ class Scratch:
 
     def in_order(self, rows: Iterable[tuple[Cell, Row]], descending: bool = False) -> Iterator[Row]:
         """The rows by their keys: numbers first, then texts, missing keys last; equal keys in the order given."""
-        self._stores += 1
-        name = f"rows{self._stores}"
+        name = f"rows{self.new_number()}"
         self.connection.execute(f"CREATE TABLE {name} (key, cells BLOB)")
         stored = ((_storable(key), marshal.dumps(row)) for key, row in rows)
         self.connection.executemany(f"INSERT INTO {name} VALUES (?, ?)", stored)
@@ -37,15 +36,18 @@ class Scratch:
             yield marshal.loads(cells)
         self.connection.execute(f"DROP TABLE {name}")
 
+    def new_number(self) -> int:
+        """A number for the names of new tables."""
+        self._stores += 1
+        return self._stores
+
     def key_set(self) -> KeySet:
         """A new, empty set of keys."""
-        self._stores += 1
-        return KeySet(self.connection, f"keys{self._stores}")
+        return KeySet(self.connection, f"keys{self.new_number()}")
 
     def mapping(self, items: Iterable[tuple[str, str]]) -> KeyMapping:
         """A mapping of texts; the last item of a key counts."""
-        self._stores += 1
-        return KeyMapping(self.connection, f"map{self._stores}", items)
+        return KeyMapping(self.connection, f"map{self.new_number()}", items)
 
 
 class KeyMapping:
