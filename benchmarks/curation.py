@@ -1,7 +1,7 @@
 """Curation of footage: executors and decoding, memory of a worker on a 4K file, and a ledger of a million results.
 
 python -m benchmarks.curation [--parts throughput memory ledger] [--files 24] [--frames 240] [--items 1000000]
-                              [--repeats 2] [--output results]
+                              [--stages probe ... quality] [--repeats 2] [--output results]
 
 throughput: `motion` on rendered files, in one process, on a pool of two, and in one process that decodes whole files.
 memory: the peak of a process that runs a stage on a 3840x2160 file, and on one four times as long.
@@ -29,10 +29,10 @@ from opensora.curation.execution.settings import Limits
 from opensora.curation.execution.task import Task
 from opensora.curation.stages import registry
 from opensora.curation.stages.stage import Columns
-from opensora.datasets.video import read_video, write_video
+from opensora.datasets.video import read_video
+from opensora.datasets.video.writer import VideoEncoder
 
-MIB = 2**20
-STAGES_4K = ("probe", "scenes", "health", "motion", "camera", "quality")
+STAGES_4K = ["probe", "scenes", "health", "motion", "camera", "quality"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,10 @@ def render(path: Path, frames: int, height: int, width: int, seed: int) -> str:
     cells = np.kron(random.integers(0, 255, (height // 40 + 1, width // 40 + 12, 3), np.uint8), np.ones((40, 40, 1)))
     wide = cells.astype(np.uint8)
     views = np.lib.stride_tricks.sliding_window_view(wide[:height], width, axis=1)  # [H, offsets, 3, W]
-    clip = np.stack([views[:, 2 * n % views.shape[1]].transpose(0, 2, 1) for n in range(frames)])
-    return str(write_video(clip, path, 24, crf=28))
+    with VideoEncoder(path, 24, crf=28) as encoder:
+        for number in range(frames):
+            encoder.add(views[:, 2 * number % views.shape[1]].transpose(0, 2, 1))
+    return str(path)
 
 
 def processor_seconds() -> float:
@@ -96,11 +98,9 @@ def results(found: Iterable[Any]) -> list[Columns]:
     return [row for _, row in pairs]
 
 
-def memory(folder: Path) -> dict[str, Any]:
-    short, long = (render(folder / f"4k_{n}.mp4", n, 2160, 3840, 1) for n in (12, 48))
-    return {
-        stage: {"mib": peak_mib(stage, short), "mib_four_times_as_long": peak_mib(stage, long)} for stage in STAGES_4K
-    }
+def memory(folder: Path, stages: Sequence[str]) -> dict[str, Any]:
+    short, long = (render(folder / f"4k_{n}.mp4", n, 2160, 3840, 1) for n in (4, 16))
+    return {stage: {"mib": peak_mib(stage, short), "mib_four_times_as_long": peak_mib(stage, long)} for stage in stages}
 
 
 def peak_mib(stage: str, path: str) -> float:
@@ -118,7 +118,8 @@ def _measure(connection: Any, stage: str, path: str) -> None:
     made = registry.make(stage, {})
     made.setup()
     made.process(Clip(path))
-    connection.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    connection.send(int(line.split()[1]) / 1024)  # getrusage would count the parent's memory before the start
 
 
 def ledger(folder: Path, items: int) -> dict[str, Any]:
@@ -150,14 +151,14 @@ def timed(work: Callable[[], Any], items: int) -> float:
 
 def main() -> None:
     parts = ["throughput", "memory", "ledger"]
-    given = common.arguments(__doc__, repeats=2, parts=parts, files=24, frames=240, items=1_000_000)
+    given = common.arguments(__doc__, repeats=2, parts=parts, stages=STAGES_4K, files=24, frames=240, items=1_000_000)
     report: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "throughput" in given.parts:
             report["throughput"] = throughput(folder, given.files, given.frames, given.repeats)
         if "memory" in given.parts:
-            report["memory"] = memory(folder)
+            report["memory"] = memory(folder, given.stages)
         if "ledger" in given.parts:
             report["ledger"] = ledger(folder, given.items)
     bars = {}
