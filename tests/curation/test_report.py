@@ -20,7 +20,7 @@ TAGS = {
 }  # fmt: skip
 EVIL = [
     "<script>alert(1)</script>", "\"><img src=x onerror=alert(1)>", "' onload='x", "</style><style>*{}</style>",
-    "javascript:alert(1)", "&lt;b&gt;", "=HYPERLINK(\"http://x\")", "\x1b[31m\u202e\u2028", "\ud800 lone", "]]>-->",
+    "javascript:alert(1)", "&lt;b&gt;", "=HYPERLINK(\"http://x\")", "\x1b[31m\u202e\u2028", "\udcff lone", "]]>-->",
 ]  # fmt: skip
 
 

@@ -239,3 +239,22 @@ def test_existing_tables_are_not_replaced(here: Path, capsys: pytest.CaptureFixt
 def test_names_of_results(here: Path) -> None:
     assert main(["data", "edit", "t.csv", "--fmin", "17", "--sort", "aes", "--format", "parquet"]) == 0
     assert Path("t_fmin17.0_sortaes.parquet").is_file()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"path": "\\ud800.mp4"}', "half a surrogate pair"),
+        ('{"path": "a", "text": "x\\udbff"}', "half a surrogate pair"),
+        ('{"path": "a", "\\ud800": 1}', "half a surrogate pair"), ('{"path": "a", "n": 1' + "0" * 500 + "}", "digits"),
+        ('{"path": "a", "aes": NaN}', "not valid JSON"), ("[" * 5000, "nested"), ('["a"]', "must be a JSON object"),
+        (json.dumps(dict.fromkeys(map(str, range(2000)))), "more than 1,000 different keys"),
+        ('{"path": "' + "x" * 200_000 + '"}', "more than 100,000"),
+    ],
+)  # fmt: skip
+def test_hostile_lines_are_one_line(here: Path, capsys: pytest.CaptureFixture, line: str, words: str) -> None:
+    Path("bad.jsonl").write_text(line + "\n")
+    assert main(["data", "edit", "bad.jsonl", "--output", "out.csv"]) == 1
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and len(error) < 2000
+    assert not Path("out.csv").exists() and not [path for path in here.iterdir() if path.name.startswith(".")]

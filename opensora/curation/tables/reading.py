@@ -114,7 +114,9 @@ def _csv_rows(source: str) -> Iterator[Row]:
 
 def _jsonl(source: str) -> tuple[tuple[str, ...], Iterator[Row]]:
     columns: dict[str, None] = {}
-    for row, _ in _json_rows(source):
+    for row, where in _json_rows(source):
+        for name in row.keys() - columns.keys():
+            _check_text(name, f"{source}: {where}", name)
         columns.update(dict.fromkeys(row))
         if len(columns) > MAX_COLUMNS:
             raise ConfigError(f"{source}: its rows have more than {MAX_COLUMNS:,} different keys; write the same")
@@ -144,15 +146,21 @@ def _json_cell(value: Any, where: str, column: str) -> Cell:
     cell: Cell = (
         value if value is None or isinstance(value, int | float | str) else json.dumps(value, ensure_ascii=False)
     )
-    _check_length(cell, where, column)
+    _check_text(cell, where, column)
     return cell
 
 
-def _check_length(cell: Cell, where: str, column: str) -> None:
-    if isinstance(cell, str) and len(cell) > MAX_TEXT:
-        raise ConfigError(
-            f"{where}, column '{shortened(column)}': holds {len(cell):,} characters, more than {MAX_TEXT:,}; shorten it"
-        )
+def _check_text(cell: Cell, where: str, column: str) -> None:
+    """Raises ConfigError for a text that is too long, or holds surrogates that stand for no byte."""
+    if not isinstance(cell, str):
+        return
+    shown = f"{where}, column '{shortened(column)}'"
+    if len(cell) > MAX_TEXT:
+        raise ConfigError(f"{shown}: holds {len(cell):,} characters, more than {MAX_TEXT:,}; shorten it")
+    try:
+        cell.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise ConfigError(f"{shown}: holds half a surrogate pair, which is no text; correct it") from None
 
 
 def _parquet(source: str) -> tuple[tuple[str, ...], Iterator[Row]]:
@@ -191,7 +199,7 @@ def _parquet_cell(cell: Any, source: str, row: int, column: str) -> Cell:
         raise ConfigError(
             f"{source}: row {row}, column '{shortened(column)}': has no text ({error_message(error)}); remove it"
         ) from error
-    _check_length(value, f"{source}: row {row}", column)
+    _check_text(value, f"{source}: row {row}", column)
     return value
 
 
