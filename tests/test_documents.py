@@ -48,7 +48,7 @@ DOCUMENTS = [
     *sorted(ROOT.glob("docs/**/*.md")),
 ]
 DOCUMENTS += sorted(ROOT.glob("configs/**/README.md"))
-IN_ORDER = ("docs/data_processing.md", "docs/training.md")
+IN_ORDER = ("docs/data_processing.md", "docs/lora.md", "docs/training.md")
 WALK_THROUGH = "docs/data_processing.md"  # its first section with commands always runs as a whole
 
 # What makes the environment and looks at the repository as a whole: `.ci/run` runs these, in these words.
@@ -119,6 +119,8 @@ SMALLER = {
     "scripts/misc/extract_feat.py": EXTRACTION,
     "scripts/misc/search_bs.py": SEARCH,
     "opensora search-bs": SEARCH,
+    "scripts/misc/lora_clips.py": ("--num", "3"),
+    "scripts/misc/eval_lora.py": ("--num-prompts", "1", *INFERENCE),
     "scripts/misc/eval_embedded.py": ("--num-prompts", "2", "--from-scenes", "--reconstruction", "1"),
 }
 
@@ -138,6 +140,7 @@ VERB_OF = {
     "torchrun -m opensora train": None,  # tests/test_training_ranks.py trains on two
     "torchrun scripts/train.py": None,
 }
+WITHOUT_VERB = {"scripts/misc/lora_clips.py", "scripts/misc/eval_lora.py"}  # docs/lora.md runs them
 RUN_BY_PREPARED = {"train", "train-vae"}
 RUN_ELSEWHERE = {"serve"}  # tests/serving
 
@@ -418,9 +421,10 @@ def here(prepared: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def written(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what a command before another one writes."""
     folder = shutil.copytree(prepared, tmp_path_factory.mktemp("written") / "here", symlinks=True)
-    for name in ("my-videos.csv", "training.csv"):
+    for name in ("my-videos.csv", "my-bars.csv", "training.csv"):
         (folder / name).touch()
     (folder / "outputs/finetune/ema").mkdir(parents=True)
+    (folder / "my-lora/bar").mkdir(parents=True)
     (folder / "features/my-videos").mkdir(parents=True)
     return folder
 
@@ -507,7 +511,7 @@ def test_commands_are_taken_apart() -> None:
 
 def test_every_verb_is_run() -> None:
     commands = [command for block in chosen(jobs()) for command in block.commands if command not in BY_CI]
-    assert set(VERBS) == {verb_of(command) for command in commands} | RUN_BY_PREPARED | RUN_ELSEWHERE
+    assert set(VERBS) == {verb_of(command) for command in commands} - WITHOUT_VERB | RUN_BY_PREPARED | RUN_ELSEWHERE
 
 
 def test_every_document_is_read() -> None:
@@ -517,7 +521,7 @@ def test_every_document_is_read() -> None:
     assert len(BLOCKS) == sum(found.count("bash") for found in fences.values())
 
 
-PROGRAMS = ("python.md", "serving.md")  # their Python is no configuration; tests of their own run it
+PROGRAMS = ("lora.md", "python.md", "serving.md")  # their Python is no configuration; tests of their own run it
 CONFIGURATIONS = [path for path in DOCUMENTS if "```python" in path.read_text("utf-8") and path.name not in PROGRAMS]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 import opensora
 from opensora import cli
-from opensora.checkpoints.lora import read_layers, write_lora
+from opensora.checkpoints.lora import FILE, read_layers, write_lora
 from opensora.errors import ConfigError, WeightsError
 from opensora.models.lora import LoRAConfig, LoRAWeights, adapters_of
 from opensora.pipeline.adapter_uses import AdapterUse, adapter_uses
@@ -196,3 +197,12 @@ def test_a_file_of_a_run_is_a_folder_too(files: Path, tmp_path: Path) -> None:
     again = read_layers(tmp_path / "ema")
     assert again.base == weights.base
     assert all(torch.equal(again.layers[name].A, one.A) for name, one in weights.layers.items())
+
+
+def test_the_program_of_the_document_runs(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = Path(__file__).parents[1] / "docs/lora.md"
+    [text] = re.findall(r"^```python\n(.*?)^```$", document.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    write_lora(tmp_path / "my-lora/bar" / FILE, read_layers(files / "one.safetensors"))
+    monkeypatch.chdir(tmp_path)
+    smaller = 'device="cpu", num_frames=1, image_size=(32, 32), num_inference_steps=2)'
+    exec(text.replace('device="cpu")', smaller), {})

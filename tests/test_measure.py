@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from opensora.datasets.synthetic.measure import Measured, measure
-from opensora.datasets.synthetic.render import make_clip
+from opensora.datasets.synthetic.render import NEW_MOTIONS, NEW_SHAPES, make_clip, make_new_clip
 from opensora.datasets.video import read_video, write_video
+from opensora.errors import ConfigError
 from tests.full import count
 
 ATTRIBUTES = ("shape", "colour", "motion", "background")
@@ -70,3 +71,19 @@ def test_a_speck_beside_the_object_is_ignored():
     video = clip.video.copy()
     video[:, :3, :3] = 255 - video[:, :1, :1]
     assert measure(video) == measure(clip.video)
+
+
+@pytest.mark.parametrize("new", [*NEW_SHAPES, *NEW_MOTIONS])
+def test_what_adapters_teach_is_recognized(new: str) -> None:
+    """In every clip, and only where it is asked for; the names the embedded model knows are recognized as before."""
+    for index in range(2):
+        clip = make_new_clip(1, index, new, 17, 64, 64)
+        assert measure(clip.video, new=True) == clip.scene[:4] and new in clip.text
+        assert new not in measure(clip.video)
+        known = make_clip(1, index, 17, 64, 64)
+        assert measure(known.video, new=True) == measure(known.video) == known.scene[:4]
+
+
+def test_what_is_nothing_new_is_refused() -> None:
+    with pytest.raises(ConfigError, match="is nothing new; choose one of bar, moving diagonally"):
+        make_new_clip(1, 0, "circle", 17, 64, 64)
