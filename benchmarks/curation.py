@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import common
 from opensora.curation.clip import Clip
 from opensora.curation.execution.ledger import Key, Ledger, Result, open_ledger
 from opensora.curation.execution.local import run_pool, run_serial
@@ -150,6 +149,8 @@ def timed(work: Callable[[], Any], items: int) -> float:
 
 
 def main() -> None:
+    from benchmarks import common  # here, so that workers do not import PyTorch
+
     parts = ["throughput", "memory", "ledger"]
     given = common.arguments(__doc__, repeats=2, parts=parts, stages=STAGES_4K, files=24, frames=240, items=1_000_000)
     report: dict[str, Any] = {}
