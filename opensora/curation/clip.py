@@ -12,7 +12,6 @@ import numpy as np
 from opensora.curation.tables.stream import Cell
 from opensora.datasets.file_content import content_key
 from opensora.datasets.video import Crop, Span, is_image, read_image, read_span, shown_times
-from opensora.datasets.video.container import opened_video, rate_of
 from opensora.errors import MediaError
 
 MAX_SAMPLES = 4096  # frames of one call
@@ -60,10 +59,7 @@ class Clip:
 
     def frames_per_second(self) -> float:
         """The frame rate of the source; 0 of a still image."""
-        if self.still:
-            return 0.0
-        with opened_video(self.path) as video:
-            return rate_of(video)
+        return self.frames(lambda total: [0], np.shape)[1]
 
     def times(self) -> list[int]:
         """The presentation times of its frames. Raises MediaError if some have none."""

@@ -127,5 +127,14 @@ def test_bars_end_at_straight_edges(tmp_path: Path) -> None:
     rows, columns = np.mgrid[:96, :160]
     light = np.zeros((96, 160, 3), np.uint8)
     light[np.hypot(rows - 48, columns - 80) < 20] = 255
-    found = [find_picture(Clip(str(write_image(one, tmp_path / "f.png")))) for one in (boxed, light, light * 0)]
-    assert found == [(20, 20, 96, 160), (0, 0, 96, 160), None]
+    corner = np.where(columns[..., None] < 9, np.uint8(0), picture)
+    corner[:15] = picture[:15]  # the dark columns are part of the picture
+    frames = (boxed, light, corner, light * 0)
+    found = [find_picture(Clip(str(write_image(one, tmp_path / "f.png")))) for one in frames]
+    assert found == [(20, 20, 96, 160), (0, 0, 96, 160), (0, 0, 96, 160), None]
+
+
+def test_an_animated_webp_has_hashes(tmp_path: Path) -> None:
+    frames = [Image.fromarray(frame) for frame in detailed(1, 6)]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], duration=100)
+    assert len(Duplicates().process(Clip(str(tmp_path / "a.webp")))["phash"].split()) == 3

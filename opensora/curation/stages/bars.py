@@ -25,8 +25,8 @@ def find_picture(clip: Clip, samples: int = SAMPLES, dark: float = DARK) -> Crop
 def picture_rectangle(frames: Iterable[np.ndarray], dark: float) -> Crop | None:
     """The part of frames [H, W] within black bars; None if no pixel reaches `dark` levels in one of the frames.
 
-    A bar ends at a straight edge: within a few lines most of the pixels are bright. Where they get bright little by
-    little the picture itself is dark, such as around a light on a black ground.
+    A bar begins with a black line and ends at a straight edge: within a few lines most pixels are bright. Where lines
+    get bright little by little the picture itself is dark, such as around a light on a black ground.
     """
     brightest: np.ndarray | None = None
     for frame in frames:
@@ -47,7 +47,7 @@ def _ends(bright: np.ndarray) -> tuple[int, int]:
 def _bar(bright: np.ndarray) -> int:
     """The number of lines of the bar at the beginning."""
     lit, full = np.flatnonzero(bright > LIT), np.flatnonzero(bright >= FULL)
-    if not len(full) or full[0] - lit[0] > max(EDGE_LINES, EDGE * len(bright)):
+    if not len(full) or not lit[0] or full[0] - lit[0] > max(EDGE_LINES, EDGE * len(bright)):
         return 0
     return int(full[0])
 
