@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import gguf
 import numpy as np
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from opensora.checkpoints.read import read_state_dict
 from opensora.checkpoints.sentencepiece import parse_sentencepiece
+from tests.tiny import make_tiny_t5
 
 LLAMA_CPP = {  # names in a T5 checkpoint -> names in llama.cpp's files
     "shared.weight": "token_embd.weight",
@@ -92,6 +95,13 @@ def write_t5_gguf(source: Path, path: Path, format: str, config: Mapping[str, fl
             add_tokenizer(writer, source / "spiece.model", len(state["shared.weight"]))
 
     return write_gguf(path, tensors, "t5encoder", metadata)
+
+
+def tiny_t5_gguf(path: Path) -> None:
+    """`make_tiny_t5` as one file."""
+    with TemporaryDirectory() as folder:
+        source = make_tiny_t5(Path(folder) / "t5")
+        write_t5_gguf(source, path, "Q8_0", json.loads((source / "config.json").read_text()))
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, pieces: Path, vocab_size: int) -> None:

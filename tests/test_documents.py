@@ -40,6 +40,8 @@ from opensora.training.result import TrainResult
 from tests import zoo
 from tests.checkpoints import use_cache
 from tests.full import FULL
+from tests.gguf_files import tiny_t5_gguf
+from tests.lora_files import embedded_lora
 from tests.tiny import make_tiny_t5, make_tiny_vae
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +50,7 @@ DOCUMENTS = [
     *sorted(ROOT.glob("docs/**/*.md")),
 ]
 DOCUMENTS += sorted(ROOT.glob("configs/**/README.md"))
-IN_ORDER = ("docs/data_processing.md", "docs/lora.md", "docs/training.md")
+IN_ORDER = ("docs/data_processing.md", "docs/lora.md", "docs/training.md", "docs/weight_files.md")
 WALK_THROUGH = "docs/data_processing.md"  # its first section with commands always runs as a whole
 
 # What makes the environment and looks at the repository as a whole: `.ci/run` runs these, in these words.
@@ -97,6 +99,7 @@ SMALLER = {
     "opensora replay": (),
     "opensora inspect": (),
     "opensora convert": (),
+    "opensora export": (),
     "opensora models": (),
     "opensora table": (),
     "opensora buckets": (),
@@ -160,6 +163,8 @@ WEIGHTS = {
     "dit-text.pt": lambda file: zoo.dit(file, "text"),
     "Latte-XL-2-256x256-ucf101.pt": lambda file: zoo.latte(file, "label_101"),
     "latte-text.pt": lambda file: zoo.latte(file, "text"),
+    "t5-v1_1-xxl-encoder-Q8_0.gguf": tiny_t5_gguf,
+    "my-lora.safetensors": embedded_lora,
 }
 TORCHRUN = {"--standalone": 1, "--nproc_per_node": 2}  # its flags in the documents, and how many words each takes
 PROMPTS = ("a red circle moving right on a black background", "a lighthouse in the rain", "a boat on a lake at dawn")
@@ -426,6 +431,7 @@ def written(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "outputs/finetune/ema").mkdir(parents=True)
     (folder / "my-lora/bar").mkdir(parents=True)
     (folder / "features/my-videos").mkdir(parents=True)
+    assert cli.main(["export", "embedded", str(folder / "weights/shapes"), "--to", "hub"]) == 0
     return folder
 
 

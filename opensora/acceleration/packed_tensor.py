@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from opensora.acceleration.packed_formats import FORMATS
 
 aten = torch.ops.aten
-CHUNK = 2**22  # values that are unpacked at once in float32
+CHUNK = 2**21  # values that are unpacked at once in float32
 
 
 class PackedTensor(Tensor):

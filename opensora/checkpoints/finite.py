@@ -26,9 +26,12 @@ def largest(tensor: Tensor) -> float:
 
 
 def magnitudes(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """The largest absolute value of each tensor."""
+    """The largest absolute value of each tensor. Packed ones take turns: each is unpacked piece by piece."""
+    packed = {name: largest(tensor) for name, tensor in tensors.items() if isinstance(tensor, PackedTensor)}
+    plain = [name for name in tensors if name not in packed]
     with ThreadPoolExecutor() as pool:
-        return dict(zip(tensors, pool.map(largest, tensors.values()), strict=True))
+        found = packed | dict(zip(plain, pool.map(largest, map(tensors.__getitem__, plain)), strict=True))
+    return {name: found[name] for name in tensors}
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
