@@ -103,6 +103,15 @@ class TestLayers:
         unpack_weights(other)
         assert type(other.weight) is nn.Parameter and torch.equal(other.weight, plain.weight)
 
+    @pytest.mark.parametrize("mode", MODES)
+    def test_casts_keep_it_packed(self, name: str, mode: type) -> None:
+        """As while a model is loaded, also in inference mode."""
+        with mode():
+            weight = packed(name)
+            for moved in (weight.to(device="cpu"), weight.to(torch.bfloat16), weight.cpu(), weight.to("cpu").float()):
+                assert isinstance(moved, PackedTensor)
+            assert weight.to(torch.bfloat16).dtype == torch.bfloat16
+
     def test_embeddings(self, name: str) -> None:
         weight, ids = packed(name), torch.tensor([[5, 0, 5], [1, 2, 3]])
         table = nn.Embedding(6, 512)

@@ -103,6 +103,8 @@ def _still_packed(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return None
     if function in (aten.detach.default, aten.alias.default, aten.clone.default):
         return weight._map(lambda tensor: function(tensor))
+    if function.overloadpacket is aten.to:  # inference mode leaves it whole
+        return function.decompose(*args, **kwargs)
     if function is aten._to_copy.default:
         dtype = kwargs.get("dtype") or weight.dtype
         if dtype.is_floating_point:
