@@ -62,6 +62,8 @@ def configuration(app: ASGIApp, **options: Any) -> uvicorn.Config:
 
 def _listen(host: str, port: int) -> socket.socket:
     """A socket on the address. Raises ConfigError where it cannot be had."""
+    if not 0 <= port < 2**16:
+        raise ConfigError(f"--port is {port}; give 0 to {2**16 - 1}")
     try:
         [(family, *_, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         listener = socket.socket(family, socket.SOCK_STREAM)

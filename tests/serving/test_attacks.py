@@ -18,6 +18,7 @@ import pytest
 import uvicorn
 
 from opensora.datasets.video import encode_image, write_video
+from opensora.errors import ConfigError
 from opensora.serving import connection, guards, server
 from opensora.serving.limits import Limits
 from tests.serving.asgi import BOUNDARY, FORM, JSON, Answer, Application, form_body
@@ -313,3 +314,9 @@ def test_a_full_queue_says_when_to_come_back(tmp_path: Path) -> None:
     full = app.post("/v1/videos", SMALL, others)
     refused(full, 429)
     assert 1 <= int(full.headers["retry-after"]) <= 3_600 and full.error["type"] == "rate_limit_error"
+
+
+@pytest.mark.parametrize("port", [-1, 65_536, 99_999])
+def test_a_port_beyond_the_last_one_is_refused(port: int) -> None:
+    with pytest.raises(ConfigError, match="--port is"):
+        server._listen("127.0.0.1", port)
