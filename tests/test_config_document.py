@@ -16,7 +16,7 @@ from opensora.config.settings import ExtractSettings, InferenceSettings, SearchS
 
 TEXT = document.DOCUMENT.read_text(encoding="utf-8")
 ROOT = document.DOCUMENT.parents[1]
-EXPLAINED = set(re.findall(r"^\| `([\w.]+)` \|", TEXT, re.M))
+EXPLAINED = {name.rpartition(".")[2] for name in re.findall(r"^\| `([\w.]+)` \|", TEXT, re.M)}
 SETTINGS = (InferenceSettings, TrainSettings, SearchSettings, ExtractSettings)
 FIELDS = {f"{kind.__name__}.{field.name}": (kind, field) for kind in SETTINGS for field in dataclasses.fields(kind)}
 CONFIGS = sorted(find_config("embedded").parents[2].rglob("*.py"))

@@ -77,7 +77,7 @@ SMALL_TIME = ("model.vae_temporal.filters=8", "model.vae_temporal.num_groups=4")
 SMALL_MODEL = tuple(f"model.{k}={v}" for k, v in zoo.SMALL.items())
 SEARCH = (
     "--dtype", "fp32", "--base-step-time", "60",
-    "--cfg-options", "bucket_config={'144p': {1: (1, 1)}}", "untimed_steps=0", "active_steps=1",
+    "--cfg-options", "bucket_config={'144p': {1: (1, 1)}, '240p': {1: (1, 1)}}", "untimed_steps=0", "active_steps=1",
     *SMALL_MODEL,
 )  # fmt: skip
 FINETUNING = (

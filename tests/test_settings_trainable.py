@@ -19,6 +19,8 @@ ASKED = {
     "use_image_identity_loss": True,
     "load_video_features": True,
     "load_text_features": True,
+    "lora": {"rank": 4},
+    "linear": "int8",
 }
 
 
@@ -27,7 +29,7 @@ def test_every_setting_is_tried():
 
 
 def test_the_default_asks_for_nothing():
-    assert all(getattr(TrainSettings, name) in (None, False, 1) for name in NOT_YET_IN_VAE_TRAINING)
+    assert all(getattr(TrainSettings, name) in (None, False, 1, "exact") for name in NOT_YET_IN_VAE_TRAINING)
     check_trainable(TrainSettings(model={"type": "STDiT3"}))
 
 

@@ -118,8 +118,8 @@ def test_only_the_first_frame_is_decoded(folder: Path, monkeypatch: pytest.Monke
     seen: list[int] = []
     own = read_row.__globals__["read_span"]
 
-    def counting(path: Path, choose: object, convert: object) -> object:
-        return own(path, choose, lambda frame: (seen.append(1), convert(frame))[1])
+    def counting(path: Path, choose: object, convert: object, span: object) -> object:
+        return own(path, choose, lambda frame: (seen.append(1), convert(frame))[1], span)
 
     monkeypatch.setattr("opensora.datasets.folder_table.read_span", counting)
     assert read_row(folder / "boat_on_a_lake.mp4").num_frames == 9

@@ -142,6 +142,7 @@ def is_quantizable(shape: Sequence[int]) -> bool:
     return min(shape) >= MIN_FEATURES and not any(size % MULTIPLE for size in shape)
 
 
+@torch.no_grad()
 def check(kind: str, device: torch.device, dtype: torch.dtype) -> None:
     """Raises ConfigError if a device cannot multiply in `kind`; "exact" always passes."""
     if kind == "exact":

@@ -205,7 +205,7 @@ class LoadedModels:
 
     def use_adapters(self, settings: InferenceSettings) -> None:
         """Puts the adapters of a request into the loaded diffusion model. Raises WeightsError and ConfigError."""
-        base = self.summaries["model"].sha256
+        base = self.summaries["model"].sha256 if settings.lora else ""
         if self.adapters.use(self.model, settings, base, self.dtype):
             self.same_bits.clear()
             self._offloader.offload("model", self.model)

@@ -82,7 +82,8 @@ class Deadly(Stage):
         return {"fine": 1}
 
 
-@pytest.mark.parametrize("on_accelerator", [False, True] if FULL else [False])
+@pytest.mark.skipif(not FULL, reason="tests/curation/test_curate.py kills local workers: set OPENSORA_FULL=1")
+@pytest.mark.parametrize("on_accelerator", [False, True])
 def test_what_kills_a_worker_is_left_out_by_name(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_accelerator: bool
 ) -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from opensora.datasets.synthetic.render import make_clip
 from opensora.datasets.video import write_image, write_video
+from tests.full import FULL
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
@@ -143,6 +144,7 @@ def test_a_clip_is_planned_made_played_replayed_and_deleted(page: playwright.Pag
     expect(page.locator("#gallery li", has_text="replay, identical")).to_have_count(0)
 
 
+@pytest.mark.skipif(not FULL, reason="tests/serving/test_runner.py continues drafts: set OPENSORA_FULL=1")
 def test_one_of_four_drafts_is_continued(page: playwright.Page) -> None:
     ask(page, seed=20, num_sampling_steps=3)
     page.click("#drafts")
@@ -169,6 +171,7 @@ def test_a_dropped_picture_is_animated_and_extended(page: playwright.Page, media
     expect(page.locator("#timeline")).to_have_attribute("aria-label", told)
 
 
+@pytest.mark.skipif(not FULL, reason="one more clip: set OPENSORA_FULL=1")
 def test_three_clips_in_a_row_have_a_text_each(page: playwright.Page) -> None:
     ask(page, seed=41)
     page.fill("#loop", "3")
@@ -198,6 +201,7 @@ def test_a_wrong_request_is_told_at_its_field_and_a_long_one_is_cancelled(page: 
     assert page.locator("#queue li img[src=x]").count() == 0  # markup stays text
 
 
+@pytest.mark.skipif(not FULL, reason="starts the server again: set OPENSORA_FULL=1")
 def test_the_page_lives_through_a_restart(page: playwright.Page, server: Server) -> None:
     ask(page, seed=61, num_sampling_steps=12)
     page.click("#generate")

@@ -117,11 +117,13 @@ def _add_export(parser: Parser) -> None:
     parser.add_argument("checkpoint", help=text)
     parser.add_argument("destination", metavar="DST", help="folder to write config.json and weights into")
     parser.add_argument("--to", choices=("model", "hub"), default="model", help="hub: all models, with a card [model]")
-    parser.add_argument("--config", help="of hub: configuration of the other models and the sampler")
+    parser.add_argument("--config", help="of hub: configuration of the other models and the sampler [none]")
     parser.add_argument("--license", default="other", help="of hub: license id for the card [other]")
-    parser.add_argument("--base-model", help="of hub: id of the model it was trained from")
-    parser.add_argument("--training", metavar="FILE", help="of hub: training configuration to show in the card")
-    parser.add_argument("--samples", nargs="+", metavar="FILE", help="of hub: outputs of generate to show in the card")
+    parser.add_argument("--base-model", help="of hub: id of the model it was trained from [none]")
+    parser.add_argument("--training", metavar="FILE", help="of hub: training configuration to show in the card [none]")
+    parser.add_argument(
+        "--samples", nargs="+", metavar="FILE", help="of hub: outputs of generate to show in the card [none]"
+    )
     parser.add_argument("--no-ema", action="store_true", help="export the trained weights, not their EMA [no]")
     parser.add_argument("--dtype", choices=DTYPES, help="number format [unchanged]")
 

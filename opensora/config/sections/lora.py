@@ -15,8 +15,17 @@ Alpha = Annotated[Number, Field(gt=0, le=1e6)]
 class LoRA(Schema):
     """A new adapter; the fields are those of `opensora.models.lora.LoRAConfig`."""
 
-    rank: Rank = 16
-    alpha: Alpha | None = None
-    targets: Annotated[list[Name], Field(min_length=1, max_length=1_000)] | None = None
-    rank_pattern: dict[Name, Rank] = Field(default_factory=dict, max_length=1_000)
-    alpha_pattern: dict[Name, Alpha] = Field(default_factory=dict, max_length=1_000)
+    rank: Rank = Field(16, description="rank of A and B", examples=[16])
+    alpha: Alpha | None = Field(None, description="B A is scaled by alpha / rank; None: the rank", examples=[16])
+    targets: Annotated[list[Name], Field(min_length=1, max_length=1_000)] | None = Field(
+        None, description="names or ends of names of linear layers, with wildcards", examples=[["attn.qkv", "mlp.*"]]
+    )
+    rank_pattern: dict[Name, Rank] = Field(
+        {},
+        max_length=1_000,
+        description="ranks of single layers; the first match counts",
+        examples=[{"fc1": 8}],
+    )
+    alpha_pattern: dict[Name, Alpha] = Field(
+        {}, max_length=1_000, description="alphas of single layers", examples=[{"fc1": 8}]
+    )
