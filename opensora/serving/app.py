@@ -17,6 +17,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from opensora.serving import create, read
+from opensora.serving.adapters import copy_adapters
 from opensora.serving.dispatcher import Dispatcher
 from opensora.serving.errors import ApiError, error_body
 from opensora.serving.events import Events
@@ -58,23 +59,25 @@ ROUTES: list[BaseRoute] = [
 
 def make_app(
     models: Sequence[str], folder: Path, *, devices: Sequence[str] = (), keys: Sequence[str] = (),
-    hosts: Sequence[str] = (), limits: Limits | None = None,
+    hosts: Sequence[str] = (), adapters: Sequence[str] = (), limits: Limits | None = None,
 ) -> ASGIApp:  # fmt: skip
     """The application of a server whose queue and results are in `folder`.
 
     models: names of `opensora models` or configurations, the first being the default
     devices: names of devices, one worker each; none: all that there are
     keys: who gives one of them is served; none: everybody
+    adapters: LoRA files that requests may name, each FILE or NAME=FILE
     hosts: names by which the server may be called, beside the loopback's
     Raises ConfigError.
     """
     limits, folder = limits or Limits(), folder.resolve()
     loaded, names = load_models(models), [_absolute(name) for name in models]
     store, events = Store(folder), Events(limits)
+    copied = copy_adapters(adapters, folder)
     dispatcher = Dispatcher(store, events, limits, names, list(devices) or [None], folder)
     planner = Planner(names, devices[0] if devices else None, folder, limits)
     uploads = Uploads(store, planner, limits)
-    state = ServerState(limits, loaded, store, events, dispatcher, planner, uploads, time.time())
+    state = ServerState(limits, loaded, store, events, dispatcher, planner, uploads, time.time(), copied)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

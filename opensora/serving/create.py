@@ -162,7 +162,9 @@ async def _make(
 ) -> Checked:
     """The request, checked as far as no model is needed. Raises ApiError."""
     try:
-        checked = await asyncio.to_thread(make_request, values, media, model, state.models, state.limits)
+        checked = await asyncio.to_thread(
+            make_request, values, media, model, state.models, state.limits, state.adapters
+        )
     except OpenSoraError as error:
         code = "model_not_found" if str(error).startswith("model ") else "invalid_value"
         raise ApiError(400, str(error), code=code, param=_param(str(error))) from None

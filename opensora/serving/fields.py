@@ -20,11 +20,12 @@ SETTINGS = frozenset((
     "frame_interval", "save_fps", "aes", "flow", "camera_motion", "loop", "condition_frame_length",
     "condition_frame_edit", "align", "mask_strategy", "keep", "strength", "watermark", "cache", "max_error",
     "cache_threshold", "cache_prompts", "guidance_interval", "draft", "steps_until",
+    "lora",
 ))  # fmt: skip
 MEDIA = ("image", "first_frame", "last_frame", "extend", "edit", "reference_path")
 # Settings that name files, addresses or devices of the server, or that the server chooses.
 REFUSED = frozenset((
-    "lora", "fuse_lora", "any_base",
+    "fuse_lora", "any_base",
     "model", "vae", "text_encoder", "scheduler", "dataset", "dtype", "device", "offline", "num_workers",
     "perceptual_loss_weight", "kl_loss_weight", "save_dir", "output", "overwrite", "prompt_path", "prompt_as_path",
     "allow_downloads", "prompt_generator", "llm_refine", "llm_base_url", "llm_model", "refined", "start_index",

@@ -150,6 +150,7 @@ async def models(request: Request) -> Response:
     """GET /v1/models, with the sizes that requests get by default"""
     data = [
         {
+            "adapters": _state(request).adapters,
             "id": name, "object": "model", "created": int(_state(request).started_at), "owned_by": "opensora",
             "defaults": {
                 "num_frames": one.num_frames, "image_size": one.image_size, "resolution": one.resolution,

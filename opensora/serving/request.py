@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from opensora.config.schema import shown
@@ -15,6 +15,7 @@ from opensora.errors import ConfigError, did_you_mean
 from opensora.pipeline import prompts
 from opensora.pipeline.argument_names import changes_of
 from opensora.pipeline.job_spec import JobSpec
+from opensora.serving.adapters import adapter_files, named_adapters
 from opensora.serving.limits import Limits
 from opensora.serving.models import Models
 
@@ -41,8 +42,10 @@ class VideoRequest(NamedTuple):
             name: [";".join(paths)] if name == "reference_path" else paths[0] for name, paths in named.items()
         }
         given = {**self.given, "prompt": [self.given["prompt"]], **media}
+        adapters = given.pop("lora", None)
         given = {name: tuple(value) if _is_pair(name, value) else value for name, value in given.items()}
-        return dataclasses.replace(base, **changes_of(dataclasses.asdict(base), given))
+        settings = dataclasses.replace(base, **changes_of(dataclasses.asdict(base), given))
+        return dataclasses.replace(settings, lora=adapter_files(adapters)) if adapters else settings
 
     @property
     def batch_key(self) -> str | None:
@@ -67,8 +70,9 @@ class Checked(NamedTuple):
 
 
 def make_request(
-    given: Mapping[str, Any], media: Mapping[str, list[str]], model: str | None, models: Models, limits: Limits
-) -> Checked:
+    given: Mapping[str, Any], media: Mapping[str, list[str]], model: str | None, models: Models, limits: Limits,
+    adapters: Collection[str] = (),
+) -> Checked:  # fmt: skip
     """Checks the values of a request. Raises ConfigError, MediaError or WeightsError, in one line."""
     name = model or next(iter(models))
     if name not in models:
@@ -77,6 +81,8 @@ def make_request(
     _check_prompt(given.get("prompt"))
     if "size" in given:
         given["image_size"] = _parse_size(given.pop("size"))
+    if "lora" in given:
+        given["lora"] = named_adapters(given["lora"], adapters)
     if given.get("seed") == -1:
         given["seed"] = secrets.randbelow(2**31)
     seconds = given.pop("seconds", None)
@@ -88,7 +94,7 @@ def make_request(
 def check_request(request: VideoRequest, base: InferenceSettings, limits: Limits) -> Checked:
     """What a request makes. Raises ConfigError, MediaError or WeightsError."""
     settings = request.settings(base, _placeholder)
-    spec = JobSpec(settings, to_files=False)
+    spec = JobSpec(dataclasses.replace(settings, lora=base.lora), to_files=False)  # the planner opens adapters
     frames, height, width = spec.size
     if (pixels := frames * height * width * settings.loop) > limits.max_pixels:
         problem = f"{settings.loop} x {spec.size} are {pixels:,} pixels, and this server makes {limits.max_pixels:,}"

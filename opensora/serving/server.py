@@ -25,7 +25,7 @@ BACKLOG = 1_024
 
 def serve(
     models: Sequence[str], host: str, port: int, folder: Path, *, keys: Sequence[str], devices: Sequence[str],
-    hosts: Sequence[str], allow_anonymous: bool, limits: Limits,
+    hosts: Sequence[str], adapters: Sequence[str], allow_anonymous: bool, limits: Limits,
 ) -> None:  # fmt: skip
     """Serves until a stop signal. Raises ConfigError for an address that anybody could use, or that is taken."""
     try:
@@ -42,7 +42,7 @@ def serve(
     if any(not key.strip() or len(key) < 8 for key in keys):
         raise ConfigError("a key has fewer than 8 characters; make one with: openssl rand -hex 24")
     listener = _listen(host, port)
-    app = make_app(models, folder, devices=devices, keys=keys, hosts=[host, *hosts], limits=limits)
+    app = make_app(models, folder, devices=devices, keys=keys, hosts=[host, *hosts], adapters=adapters, limits=limits)
     logger.info("http://%s:%d", f"[{host}]" if ":" in host else host, listener.getsockname()[1])
     uvicorn.Server(configuration(app)).run(sockets=[listener])
 

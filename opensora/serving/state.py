@@ -31,6 +31,7 @@ class ServerState:
     planner: Planner
     uploads: Uploads
     started_at: float
+    adapters: list[str]  # names
 
     def job(self, id: str, owner: str) -> VideoJob:
         """The job of this owner with this id. Raises ApiError 404."""

@@ -13,6 +13,7 @@ import pytest
 from opensora.config.settings import InferenceSettings
 from opensora.errors import ConfigError
 from opensora.serving import fields, folders, retention
+from opensora.serving.adapters import adapter_files, copy_adapters, named_adapters
 from opensora.serving.batch_speed import BatchSpeed
 from opensora.serving.dispatcher import Running
 from opensora.serving.job import COMPLETED, FAILED, QUEUED, RUNNING, VideoJob
@@ -204,3 +205,36 @@ def test_batches_are_used_where_they_are_faster() -> None:
     assert [len(group) for group in faster.groups(tasks)] == [4]
     assert [len(group) for group in slower.groups(tasks)] == [1, 1, 1, 1]
     assert slower.is_slower("k") and not faster.is_slower("k") and not faster.is_slower("other")
+
+
+class TestAdapters:
+    """Adapters are the operator's files; requests name them."""
+
+    @pytest.fixture
+    def names(self, tmp_path: Path) -> list[str]:
+        (tmp_path / "style.safetensors").write_bytes(b"one")
+        (tmp_path / "other.safetensors").write_bytes(b"two")
+        entries = [str(tmp_path / "style.safetensors"), f"soft={tmp_path / 'other.safetensors'}"]
+        return copy_adapters(entries, tmp_path / "data")
+
+    def test_are_copied_under_their_names(self, names: list[str], tmp_path: Path) -> None:
+        assert names == ["soft", "style"]
+        assert (tmp_path / "data/adapters/soft.safetensors").read_bytes() == b"two"
+        assert copy_adapters([], tmp_path / "data") == [] and not (tmp_path / "data/adapters").exists()
+
+    @pytest.mark.parametrize("given", ["style:0.5 soft", "style:0.5, soft:1", ["style:0.5", "soft"]])
+    def test_are_named_by_requests(self, names: list[str], given: object) -> None:
+        assert named_adapters(given, names) == ["style:0.5", "soft:1.0"]
+        assert adapter_files(["style:0.5"]) == ["adapters/style.safetensors:0.5"]
+
+    @pytest.mark.parametrize(
+        "given", ["../style", "styl", "/etc/passwd", "style:nan", "style:1e9", 7, [None], ["a"] * 99]
+    )
+    def test_others_are_refused(self, names: list[str], given: object) -> None:
+        with pytest.raises(ConfigError, match="lora"):
+            named_adapters(given, names)
+
+    @pytest.mark.parametrize("entry", ["gone.safetensors", "a/b=x.safetensors", "style.pt", "=x.safetensors"])
+    def test_files_are_checked(self, entry: str, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="--lora"):
+            copy_adapters([entry], tmp_path)

@@ -28,7 +28,7 @@ def _serve(args: argparse.Namespace) -> int:
         check_device_name(device)
     serve(
         args.model or ["embedded"], args.host, args.port, Path(args.data), keys=keys, devices=devices,
-        hosts=args.allow_host or [], allow_anonymous=args.allow_anonymous, limits=_limits(args),
+        hosts=args.allow_host or [], adapters=args.lora or [], allow_anonymous=args.allow_anonymous, limits=_limits(args),
     )  # fmt: skip
     return 0
 
@@ -50,6 +50,8 @@ def _add_serve(parser: Parser) -> None:
     group.add_argument(
         "--model", nargs="+", metavar="MODEL", help="names that `opensora models` prints, or configurations [embedded]"
     )
+    text = "adapters that requests may name, FILE or NAME=FILE [none]"
+    group.add_argument("--lora", nargs="+", metavar="FILE", help=text)
     group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on [127.0.0.1]")
     group.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on; 0: a free one [8000]")
     text = "a key that clients must give; better in the environment variable OPENSORA_API_KEY [none]"

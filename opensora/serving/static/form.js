@@ -14,6 +14,7 @@ const SETTINGS = [
   { name: "aes", label: "Aesthetic score", type: "number", min: 0, max: 10, step: 0.1 },
   { name: "camera_motion", label: "Camera motion",
     options: ["", "static", "pan left", "pan right", "tilt up", "tilt down", "zoom in", "zoom out"] },
+  { name: "lora", label: "Adapters", type: "text" },
   { name: "negative_prompt", label: "Negative prompt", type: "text" },
 ];
 const CUSTOM = "custom";
@@ -70,7 +71,7 @@ export function fill(job) {
   const texts = loopTexts(job.prompt);
   byId("prompt").value = texts[0] ?? "";
   byId("loop-texts").querySelectorAll("input").forEach((input, index) => (input.value = texts[index + 1] ?? ""));
-  for (const { name } of SETTINGS) byId(name).value = settings[name] ?? "";
+  for (const { name } of SETTINGS) byId(name).value = [settings[name] ?? ""].flat().join(" ");
   drops.fill(job.media, settings);
   update();
   byId("prompt").focus();
@@ -107,6 +108,9 @@ function showModel() {
   for (const { name } of SETTINGS) {
     if (byId(name).tagName === "INPUT") byId(name).placeholder = defaults[name] ?? "";
   }
+  const { adapters = [] } = model() ?? {};
+  byId("lora").closest(".field").hidden = adapters.length === 0;
+  byId("lora").placeholder = adapters.map((name) => `${name}:0.8`).join(" ");
 }
 
 function showLoops() {
