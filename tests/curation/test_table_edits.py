@@ -12,7 +12,9 @@ import pytest
 from opensora.cli import main
 from opensora.curation.tables.apply import FUNCTIONS
 from opensora.curation.tables.operations import OPERATIONS
+from opensora.curation.tables.reading import open_table
 from opensora.datasets.video import write_image, write_video
+from opensora.errors import ConfigError
 
 TABLE = """path,text,aes,flow,num_frames,resolution,fps,cmotion
 clips/a.mp4,The video shows a cat,5.5,3,17,4096,8,pan left
@@ -258,3 +260,12 @@ def test_hostile_lines_are_one_line(here: Path, capsys: pytest.CaptureFixture, l
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1 and len(error) < 2000
     assert not Path("out.csv").exists() and not [path for path in here.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.timeout(60)  # comparing each name with each took minutes
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_hundred_thousand_columns_are_refused_at_once(tmp_path: Path, suffix: str) -> None:
+    file, names = tmp_path / f"wide{suffix}", [f"c{number}" for number in range(100_000)]
+    file.write_text(",".join(names) + "\n" if suffix == ".csv" else json.dumps(dict.fromkeys(names, 1)) + "\n")
+    with pytest.raises(ConfigError, match=r"columns, more than 1,000|1,000 different keys|keys"):
+        open_table(file)

@@ -81,12 +81,12 @@ def open_table(path: str | Path) -> TableStream:
     columns = tuple(column.strip() for column in columns)
     if not any(columns):
         raise ConfigError(f"{source}: has no header; name its columns in the first line")
+    if len(columns) > MAX_COLUMNS:
+        raise ConfigError(f"{source}: has {len(columns):,} columns, more than {MAX_COLUMNS:,}; is it a table?")
     doubled = next((column for column in columns if columns.count(column) > 1), None)
     if doubled is not None:
         shown = f"columns '{shortened(doubled)}'" if doubled else "columns without a name"
         raise ConfigError(f"{source}: has two {shown}; rename or remove one")
-    if len(columns) > MAX_COLUMNS:
-        raise ConfigError(f"{source}: has {len(columns):,} columns, more than {MAX_COLUMNS:,}; is it a table?")
     return TableStream(source, columns, rows)
 
 
