@@ -267,5 +267,5 @@ def test_hostile_lines_are_one_line(here: Path, capsys: pytest.CaptureFixture, l
 def test_a_hundred_thousand_columns_are_refused_at_once(tmp_path: Path, suffix: str) -> None:
     file, names = tmp_path / f"wide{suffix}", [f"c{number}" for number in range(100_000)]
     file.write_text(",".join(names) + "\n" if suffix == ".csv" else json.dumps(dict.fromkeys(names, 1)) + "\n")
-    with pytest.raises(ConfigError, match=r"columns, more than 1,000|1,000 different keys|keys"):
+    with pytest.raises(ConfigError, match=r"columns, more than 1,000|more than 1,048,576 characters"):
         open_table(file)
