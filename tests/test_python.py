@@ -100,6 +100,7 @@ def test_batches_give_the_bytes_of_single_requests(pipe: VideoPipeline, loops: i
 def test_requests_of_one_length_are_denoised_together(pipe: VideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     monkeypatch.setattr(batching, "is_batch_invariant", lambda *_: True)
+    monkeypatch.setattr(pipe.models, "same_bits", {})  # forget what other tests have seen
     texts = ["a red circle", "a long sentence about a green square", "a red square", "a red circle"]
     pipe(texts, batch_size=3, callback_on_step_end=lambda p, i, t, given: sizes.append(len(given["latents"])))
     assert sizes == [3, 3, 1, 1]
@@ -108,6 +109,7 @@ def test_requests_of_one_length_are_denoised_together(pipe: VideoPipeline, monke
 def test_a_batch_with_other_bits_is_not_computed(pipe: VideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     monkeypatch.setattr(batching, "is_batch_invariant", lambda *_: False)
+    monkeypatch.setattr(pipe.models, "same_bits", {})
     note = lambda p, i, t, given: sizes.append(len(given["latents"]))  # noqa: E731
     pipe(["a red circle"] * 3, batch_size=3, num_inference_steps=1, callback_on_step_end=note)
     assert sizes == [1, 1, 1]

@@ -78,9 +78,12 @@ def run(words: list[str]) -> dict[str, Any]:
 
 def work(arguments: list[str]) -> None:
     """Runs a command and ends this process with its status."""
+    import torch
+
     from opensora import cli
     from tests.wrong_inputs import resume
 
+    torch.set_num_threads(torch.get_num_threads())  # a fork's thread pool is made anew, before several threads want it
     programs = {"resume": resume.resume, "make a run": resume.make_run, "make weights": resume.make_weights}
     try:
         name, *rest = arguments
