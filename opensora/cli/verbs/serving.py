@@ -28,7 +28,8 @@ def _serve(args: argparse.Namespace) -> int:
         check_device_name(device)
     serve(
         args.model or ["embedded"], args.host, args.port, Path(args.data), keys=keys, devices=devices,
-        hosts=args.allow_host or [], adapters=args.lora or [], allow_anonymous=args.allow_anonymous, limits=_limits(args),
+        hosts=args.allow_host or [], adapters=args.lora or [], allow_anonymous=args.allow_anonymous,
+        limits=_limits(args),
     )  # fmt: skip
     return 0
 
