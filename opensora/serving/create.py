@@ -15,23 +15,23 @@ from opensora.serving.body import fields_of
 from opensora.serving.errors import ApiError
 from opensora.serving.job import COMPLETED, VideoJob
 from opensora.serving.request import Checked, make_request
-from opensora.serving.state import ServerState
+from opensora.serving.state import ServerState, owner_of, state_of
 
 
 async def create(request: Request) -> Response:
     """POST /v1/videos"""
-    state = _state(request)
-    state.check_room(_owner(request))
+    state = state_of(request)
+    state.check_room(owner_of(request))
     async with fields_of(request, state.limits) as given:
-        checked = await _checked(state, _owner(request), given)
+        checked = await _checked(state, owner_of(request), given)
     return await _queued(state, request, checked, {})
 
 
 async def plan(request: Request) -> Response:
     """POST /v1/videos/plan: what a request would take; nothing is queued."""
-    state = _state(request)
+    state = state_of(request)
     async with fields_of(request, state.limits) as given:
-        checked = await _values(state, _owner(request), given)
+        checked = await _values(state, owner_of(request), given)
     answer = await state.planner.ask(plan=checked.request._asdict(), media=_media_paths(state, checked))
     ahead = sum(state.store.waiting().values()) + len(state.dispatcher.running)
     queue = {"ahead": ahead, "seconds": state.dispatcher.wait_seconds(ahead - 1) if ahead else 0}
@@ -55,48 +55,48 @@ async def extend(request: Request) -> Response:
 
 async def replay(request: Request) -> Response:
     """POST /v1/videos/{id}/replay: the same request again; `identical` then says whether the frames are the same."""
-    state = _state(request)
+    state = state_of(request)
     source = _finished(state, request)
-    checked = await _check(state, _owner(request), source.request.given, source.request.media, source.request.model)
+    checked = await _check(state, owner_of(request), source.request.given, source.request.media, source.request.model)
     return await _queued(state, request, checked, {"replay": source.id})
 
 
 async def continue_draft(request: Request) -> Response:
     """POST /v1/videos/{id}/continue: the rest of the steps of a draft."""
-    state = _state(request)
-    state.check_room(_owner(request))
+    state = state_of(request)
+    state.check_room(owner_of(request))
     source = _finished(state, request)
     if not source.draft:
         raise ApiError(409, f"video '{source.id}' is no draft; create it with draft or steps_until", code="not_a_draft")
     given = {name: value for name, value in source.request.given.items() if name not in ("draft", "steps_until")}
-    checked = await _check(state, _owner(request), given, source.request.media, source.request.model)
+    checked = await _check(state, owner_of(request), given, source.request.media, source.request.model)
     return await _queued(state, request, checked, {"continue": source.id}, draft_of=source)
 
 
 async def _again(request: Request, how: str) -> Response:
-    state = _state(request)
-    state.check_room(_owner(request))
-    source = state.job(request.path_params["id"], _owner(request))
+    state = state_of(request)
+    state.check_room(owner_of(request))
+    source = state.job(request.path_params["id"], owner_of(request))
     async with fields_of(request, state.limits) as given:
-        changes, media, model = await _split(state, _owner(request), given)
+        changes, media, model = await _split(state, owner_of(request), given)
         kept = {name: value for name, value in source.request.given.items() if name not in ("draft", "steps_until")}
         kept = {**_without_aliases(kept, changes), **changes}
         checked = await _check(
-            state, _owner(request), kept, {**source.request.media, **media}, model or source.request.model
+            state, owner_of(request), kept, {**source.request.media, **media}, model or source.request.model
         )
     return await _queued(state, request, checked, {how: source.id})
 
 
 async def _from_video(request: Request, how: str) -> Response:
-    state = _state(request)
-    state.check_room(_owner(request))
+    state = state_of(request)
+    state.check_room(owner_of(request))
     async with fields_of(request, state.limits) as given:
         video = given.pop("video", None)
         if video is None:
             raise ApiError(400, "video is missing; give a file, or the id of a video", param="video")
-        id = await state.uploads.media_of(_owner(request), video, "video")
-        source = state.store.get(id, _owner(request))
-        checked = await _checked(state, _owner(request), {**_settings_like(source), **given, how: id})
+        id = await state.uploads.media_of(owner_of(request), video, "video")
+        source = state.store.get(id, owner_of(request))
+        checked = await _checked(state, owner_of(request), {**_settings_like(source), **given, how: id})
     return await _queued(state, request, checked, {how: source.id} if source else {})
 
 
@@ -191,12 +191,12 @@ def _media_paths(state: ServerState, checked: Checked) -> dict[str, str]:
 
 def _param(message: str) -> str | None:
     """The field that a message begins with."""
-    word = message.partition(" ")[0]
+    word = message.partition(" ")[0].rstrip(":")
     return word if word in fields.NAMES else None
 
 
 def _finished(state: ServerState, request: Request) -> VideoJob:
-    job = state.job(request.path_params["id"], _owner(request))
+    job = state.job(request.path_params["id"], owner_of(request))
     if job.status != COMPLETED:
         raise ApiError(409, f"video '{job.id}' is {job.status}, not completed", code="not_ready")
     return job
@@ -205,15 +205,5 @@ def _finished(state: ServerState, request: Request) -> VideoJob:
 async def _queued(
     state: ServerState, request: Request, checked: Checked, made_from: dict[str, str], draft_of: VideoJob | None = None
 ) -> Response:
-    job = await state.queue(_owner(request), checked, made_from, draft_of)
+    job = await state.queue(owner_of(request), checked, made_from, draft_of)
     return JSONResponse(state.dispatcher.public(job))
-
-
-def _owner(request: Request) -> str:
-    owner: str = request.scope["owner"]
-    return owner
-
-
-def _state(request: Request) -> ServerState:
-    state: ServerState = request.app.state.server
-    return state

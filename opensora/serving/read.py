@@ -15,7 +15,7 @@ from opensora.serving.errors import ApiError, not_found
 from opensora.serving.events import Event, EventResponse
 from opensora.serving.job import COMPLETED, FINAL, QUEUED, RUNNING, VideoJob
 from opensora.serving.metrics import metrics_text
-from opensora.serving.state import ServerState
+from opensora.serving.state import ServerState, owner_of, state_of
 from opensora.serving.store import StoredFile, media_in_use
 
 MAX_PAGE, PAGE = 100, 20
@@ -24,7 +24,7 @@ VARIANTS = ("video", "thumbnail", "spritesheet")
 
 async def list_videos(request: Request) -> Response:
     """GET /v1/videos?after=&limit=&order="""
-    state, owner, query = _state(request), _owner(request), request.query_params
+    state, owner, query = state_of(request), owner_of(request), request.query_params
     after, limit, order = query.get("after"), query.get("limit", str(PAGE)), query.get("order", "desc")
     if not (limit.isdecimal() and len(limit) < 4 and 1 <= int(limit) <= MAX_PAGE):
         raise ApiError(400, f"limit must be 1 to {MAX_PAGE}", param="limit", code="invalid_value")
@@ -40,8 +40,8 @@ async def list_videos(request: Request) -> Response:
 
 async def retrieve(request: Request) -> Response:
     """GET /v1/videos/{id}"""
-    state = _state(request)
-    job = state.job(request.path_params["id"], _owner(request))
+    state = state_of(request)
+    job = state.job(request.path_params["id"], owner_of(request))
     body = state.dispatcher.public(job)
     if job.status == QUEUED:
         body["queue_position"] = state.store.position(job)
@@ -50,7 +50,7 @@ async def retrieve(request: Request) -> Response:
 
 async def content(request: Request) -> Response:
     """GET /v1/videos/{id}/content?variant=video|thumbnail|spritesheet"""
-    state, variant = _state(request), request.query_params.get("variant", "video")
+    state, variant = state_of(request), request.query_params.get("variant", "video")
     job = _completed(state, request)
     if variant not in VARIANTS:
         raise ApiError(400, f"variant must be one of {', '.join(VARIANTS)}", param="variant", code="invalid_value")
@@ -62,14 +62,14 @@ async def content(request: Request) -> Response:
 
 async def recipe(request: Request) -> Response:
     """GET /v1/videos/{id}/recipe: all that is needed to make the same frames again."""
-    state = _state(request)
+    state = state_of(request)
     job = _completed(state, request)
     return _file(state, folders.recipe_file(job), f"{job.id}.json")
 
 
 async def events(request: Request) -> Response:
     """GET /v1/videos/{id}/events, and GET /v1/videos/events for all jobs of a key"""
-    state, owner, id = _state(request), _owner(request), request.path_params.get("id")
+    state, owner, id = state_of(request), owner_of(request), request.path_params.get("id")
     job = state.job(id, owner) if id else None
 
     def is_last(event: Event) -> bool:
@@ -99,8 +99,8 @@ def _snapshot(state: ServerState, owner: str, jobs: list[VideoJob] | None) -> li
 
 async def cancel(request: Request) -> Response:
     """POST /v1/videos/{id}/cancel: ends a job; a finished one stays as it is."""
-    state = _state(request)
-    job = state.job(request.path_params["id"], _owner(request))
+    state = state_of(request)
+    job = state.job(request.path_params["id"], owner_of(request))
     if not job.is_final:
         state.dispatcher.cancel(job)
     return JSONResponse(state.dispatcher.public(job))
@@ -108,20 +108,20 @@ async def cancel(request: Request) -> Response:
 
 async def delete(request: Request) -> Response:
     """DELETE /v1/videos/{id}"""
-    state = _state(request)
-    job = state.job(request.path_params["id"], _owner(request))
+    state = state_of(request)
+    job = state.job(request.path_params["id"], owner_of(request))
     state.delete(job)
     return JSONResponse({"id": job.id, "object": "video.deleted", "deleted": True})
 
 
 async def create_file(request: Request) -> Response:
     """POST /v1/files: uploads an image or video; its id can be given wherever a request takes one."""
-    state = _state(request)
+    state = state_of(request)
     async with fields_of(request, state.limits) as given:
         file = given.get("file")
         if file is None or not hasattr(file, "read"):
             raise ApiError(400, "file is missing; send it in a form", param="file", code="invalid_value")
-        stored = await state.uploads.save(_owner(request), file.filename or "file", file.file)
+        stored = await state.uploads.save(owner_of(request), file.filename or "file", file.file)
     return JSONResponse(_public_file(stored))
 
 
@@ -133,12 +133,12 @@ async def retrieve_file(request: Request) -> Response:
 async def file_content(request: Request) -> Response:
     """GET /v1/files/{id}/content"""
     stored = _stored_file(request)
-    return _file(_state(request), stored.path, f"{stored.id}{stored.suffix}")
+    return _file(state_of(request), stored.path, f"{stored.id}{stored.suffix}")
 
 
 async def delete_file(request: Request) -> Response:
     """DELETE /v1/files/{id}; 409 while a job needs it."""
-    state, stored = _state(request), _stored_file(request)
+    state, stored = state_of(request), _stored_file(request)
     unfinished = [*state.store.with_status(QUEUED), *state.store.with_status(RUNNING)]
     if stored.id in media_in_use(unfinished):
         raise ApiError(409, f"a job needs file '{stored.id}'; cancel it first", code="in_use")
@@ -150,8 +150,8 @@ async def models(request: Request) -> Response:
     """GET /v1/models, with the sizes that requests get by default"""
     data = [
         {
-            "adapters": _state(request).adapters,
-            "id": name, "object": "model", "created": int(_state(request).started_at), "owned_by": "opensora",
+            "adapters": state_of(request).adapters,
+            "id": name, "object": "model", "created": int(state_of(request).started_at), "owned_by": "opensora",
             "defaults": {
                 "num_frames": one.num_frames, "image_size": one.image_size, "resolution": one.resolution,
                 "aspect_ratio": one.aspect_ratio, "fps": one.output_fps, "seed": one.seed,
@@ -159,21 +159,21 @@ async def models(request: Request) -> Response:
                 "cfg_scale": one.section("scheduler").get("cfg_scale"),
             },
         }
-        for name, one in _state(request).models.items()
+        for name, one in state_of(request).models.items()
     ]  # fmt: skip
     return JSONResponse({"object": "list", "data": data})
 
 
 async def health(request: Request) -> Response:
     """GET /health: 200 while jobs can be computed or are about to, else 503"""
-    dispatcher = _state(request).dispatcher
+    dispatcher = state_of(request).dispatcher
     body = {"status": "broken" if dispatcher.broken else "ok", "workers": dispatcher.ready, "version": __version__}
     return JSONResponse(body, status_code=503 if dispatcher.broken else 200)
 
 
 async def metrics(request: Request) -> Response:
     """GET /metrics: the text format of Prometheus"""
-    return PlainTextResponse(metrics_text(_state(request)), media_type="text/plain; version=0.0.4")
+    return PlainTextResponse(metrics_text(state_of(request)), media_type="text/plain; version=0.0.4")
 
 
 def _file(state: ServerState, path: str | os.PathLike[str], name: str) -> Response:
@@ -186,14 +186,14 @@ def _file(state: ServerState, path: str | os.PathLike[str], name: str) -> Respon
 
 
 def _completed(state: ServerState, request: Request) -> VideoJob:
-    job = state.job(request.path_params["id"], _owner(request))
+    job = state.job(request.path_params["id"], owner_of(request))
     if job.status != COMPLETED:
         raise ApiError(404, f"video '{job.id}' is {job.status}; it has no content yet", code="not_ready")
     return job
 
 
 def _stored_file(request: Request) -> StoredFile:
-    stored = _state(request).store.file(request.path_params["id"], _owner(request))
+    stored = state_of(request).store.file(request.path_params["id"], owner_of(request))
     if stored is None:
         raise not_found("file", request.path_params["id"])
     return stored
@@ -204,13 +204,3 @@ def _public_file(file: StoredFile) -> dict[str, Any]:
         "id": file.id, "object": "file", "bytes": file.bytes, "created_at": int(file.created_at),
         "filename": file.name, "purpose": "vision", "frames": file.frames, "status": "processed",
     }  # fmt: skip
-
-
-def _owner(request: Request) -> str:
-    owner: str = request.scope["owner"]
-    return owner
-
-
-def _state(request: Request) -> ServerState:
-    state: ServerState = request.app.state.server
-    return state

@@ -6,6 +6,8 @@ import os
 import time
 from dataclasses import dataclass
 
+from starlette.requests import Request
+
 from opensora.serving import folders
 from opensora.serving.dispatcher import Dispatcher
 from opensora.serving.errors import ApiError, not_found
@@ -81,3 +83,15 @@ class ServerState:
         self.store.delete(job.id)
         folders.remove(self.store.folder / folders.folder_of(job.id))
         self.events.publish(job.owner, "deleted", {"id": job.id})
+
+
+def state_of(request: Request) -> ServerState:
+    """The server that a request came to."""
+    state: ServerState = request.app.state.server
+    return state
+
+
+def owner_of(request: Request) -> str:
+    """The owner of the request's key."""
+    owner: str = request.scope["owner"]
+    return owner
