@@ -111,9 +111,10 @@ LAUNCHED = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.parametrize("launched", [True, False])
 def test_a_launcher_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obeys: bool, launched: bool) -> None:
     """Its ranks end by SIGTERM, and by force when they do not; what torchrun has not started stays."""
-    monkeypatch.setattr(failures, "POLL_SECONDS", 0.01), monkeypatch.setattr(failures, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(failures, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(failures, "GRACE_SECONDS", 60 if obeys else 0.1)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x") if launched else monkeypatch.delenv("TORCHELASTIC_RUN_ID", False)
-    file, (wait, told_by) = tmp_path / "stderr", os.pipe()
+    file, (wait, told_by), (started, starts) = tmp_path / "stderr", os.pipe(), os.pipe()
     if not (launcher := os.fork()):
         if not os.fork():
             sys.stderr = file.open("w")
@@ -122,11 +123,12 @@ def test_a_launcher_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             )
             parent = os.getppid()
             failures.exit_with_launcher()
+            os.write(starts, b"!")
             while os.getppid() == parent:
                 time.sleep(0.01)
-            time.sleep(2 if launched else 0.3)
+            time.sleep(60 if launched else 0.3)
             os._exit(os.write(told_by, b"went on") * 0)
-        time.sleep(0.1)
+        os.read(started, 1)
         os._exit(0)
     os.waitpid(launcher, 0)
     os.close(told_by)
