@@ -43,7 +43,7 @@ def refine_texts(texts: Iterable[str], where: Endpoint) -> dict[str, str]:
     refined = {text: text for text in texts}
     for text in filter(str.strip, refined):
         try:
-            refined[text] = _refine(text, where)
+            refined[text] = refine_text(text, where)
             logger.info("refined       %s", refined[text])
         except UnusableAnswer as error:
             logger.warning("prompt %r stays unchanged: the language model's %s", text, error)
@@ -54,7 +54,8 @@ def refine_texts(texts: Iterable[str], where: Endpoint) -> dict[str, str]:
     return refined
 
 
-def _refine(text: str, where: Endpoint) -> str:
+def refine_text(text: str, where: Endpoint) -> str:
+    """The refined text. Raises UnusableAnswer, or OSError, HTTPException and ValueError for failed connections."""
     messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
     try:
         answer = ask(where, messages, SECONDS)

@@ -16,19 +16,23 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
+from opensora.remote.chat import Endpoint
 from opensora.serving import create, read
 from opensora.serving.adapters import copy_adapters
 from opensora.serving.dispatcher import Dispatcher
 from opensora.serving.errors import ApiError, error_body
 from opensora.serving.events import Events
 from opensora.serving.guards import Guards
+from opensora.serving.language_model import PromptRefiner
 from opensora.serving.limits import Limits
 from opensora.serving.models import load_models
 from opensora.serving.planner import Planner
+from opensora.serving.refine import refine
 from opensora.serving.retention import keep_clean
 from opensora.serving.state import ServerState
 from opensora.serving.store import Store
 from opensora.serving.uploads import Uploads
+from opensora.serving.worker_program import RayCluster, worker_program
 
 PAGE = Path(__file__).parent / "static"
 ROUTES: list[BaseRoute] = [
@@ -50,6 +54,7 @@ ROUTES: list[BaseRoute] = [
     Route("/v1/videos/{id}/remix", create.remix, methods=["POST"]),
     Route("/v1/videos/{id}/continue", create.continue_draft, methods=["POST"]),
     Route("/v1/videos/{id}/replay", create.replay, methods=["POST"]),
+    Route("/v1/prompts/refine", refine, methods=["POST"]),
     Route("/v1/files", read.create_file, methods=["POST"]),
     Route("/v1/files/{id}", read.retrieve_file),
     Route("/v1/files/{id}", read.delete_file, methods=["DELETE"]),
@@ -60,6 +65,7 @@ ROUTES: list[BaseRoute] = [
 def make_app(
     models: Sequence[str], folder: Path, *, devices: Sequence[str] = (), keys: Sequence[str] = (),
     hosts: Sequence[str] = (), adapters: Sequence[str] = (), limits: Limits | None = None,
+    cluster: RayCluster | None = None, language_model: Endpoint | None = None,
 ) -> ASGIApp:  # fmt: skip
     """The application of a server whose queue and results are in `folder`.
 
@@ -68,16 +74,19 @@ def make_app(
     keys: who gives one of them is served; none: everybody
     adapters: LoRA files that requests may name, each FILE or NAME=FILE
     hosts: names by which the server may be called, beside the loopback's
+    cluster: a Ray cluster whose actors compute the jobs, in place of processes on this machine
+    language_model: rewrites prompts for those who ask
     Raises ConfigError.
     """
     limits, folder = limits or Limits(), folder.resolve()
     loaded, names = load_models(models), [_absolute(name) for name in models]
     store, events = Store(folder), Events(limits)
     copied = copy_adapters(adapters, folder)
-    dispatcher = Dispatcher(store, events, limits, names, list(devices) or [None], folder)
+    dispatcher = Dispatcher(store, events, limits, worker_program(names, folder, cluster), list(devices) or [None])
     planner = Planner(names, devices[0] if devices else None, folder, limits)
     uploads = Uploads(store, planner, limits)
-    state = ServerState(limits, loaded, store, events, dispatcher, planner, uploads, time.time(), copied)
+    refiner = PromptRefiner(language_model) if language_model else None
+    state = ServerState(limits, loaded, store, events, dispatcher, planner, uploads, time.time(), copied, refiner)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

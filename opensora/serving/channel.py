@@ -10,10 +10,16 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 Message = dict[str, Any]
 MAX_BYTES = 32 * 2**20  # of a message
+
+
+class Outbox(Protocol):
+    """Where a worker's messages go."""
+
+    def send(self, **message: Any) -> None: ...
 
 
 class WorkerChannel:

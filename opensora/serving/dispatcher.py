@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from itertools import islice, zip_longest
-from pathlib import Path
 from typing import Any
 
 from opensora.serving import folders
@@ -17,11 +16,10 @@ from opensora.serving.job import CANCELLED, COMPLETED, QUEUED, RUNNING, VideoJob
 from opensora.serving.limits import Limits
 from opensora.serving.process import WorkerProcess
 from opensora.serving.store import Store
+from opensora.serving.worker_program import WorkerProgram
 
 logger = logging.getLogger("opensora")
 
-WORKER = "opensora.serving.worker"
-NICE = 5  # of a worker, so that the HTTP process answers while it computes
 RESTART_SECONDS = 1.0  # between a worker's death and its next start, doubled up to a minute
 MAX_CANDIDATES = 200  # jobs that are looked at for a batch
 MAX_KINDS = 10_000  # of jobs that are remembered
@@ -47,16 +45,15 @@ class Dispatcher:
     """The workers and what they compute. All methods run in the event loop."""
 
     def __init__(
-        self, store: Store, events: Events, limits: Limits, models: list[str], devices: list[str | None],
-        folder: Path,
-    ) -> None:  # fmt: skip
+        self, store: Store, events: Events, limits: Limits, program: WorkerProgram, devices: list[str | None]
+    ) -> None:
         self.store, self.events, self.limits = store, events, limits
         self.running: dict[str, Running] = {}
         self.seconds_per_job = 10.0  # an average
         self.finished, self.deaths = 0, 0
         self.ready = 0  # workers that can compute
-        self.broken: str | None = None  # why no worker can be started
-        self._options = {"models": models, "data": str(folder), "nice": NICE}
+        self.problem: str | None = None  # why the last worker could not be started
+        self._program = program
         self._devices = devices
         self._alone: set[str] = set()  # batch keys of jobs that are no faster together
         self._served: dict[str, int] = {}  # owner -> when its last job was started, as a count
@@ -65,6 +62,11 @@ class Dispatcher:
         self._tasks: list[asyncio.Task[None]] = []
         self._workers: list[WorkerProcess] = []
         events.on_change = self._watch
+
+    @property
+    def broken(self) -> str | None:
+        """Why nothing can be computed; None while there is a worker, or one is about to start."""
+        return None if self.ready else self.problem
 
     @property
     def worker_pids(self) -> list[int | None]:
@@ -105,14 +107,14 @@ class Dispatcher:
     # one worker
 
     async def _serve(self, device: str | None) -> None:
-        worker = WorkerProcess(WORKER, device=device, **self._options)
+        worker = WorkerProcess(self._program.module, device=device, **self._program.options)
         self._workers.append(worker)
         pause = RESTART_SECONDS
         while True:
             await worker.start()
             ready = await worker.receive(self.limits.stall_seconds)
             if ready and ready["type"] == "ready":
-                pause, self.broken = RESTART_SECONDS, None
+                pause, self.problem = RESTART_SECONDS, None
                 self._start_others(device, ready)
                 self.ready += 1
                 try:
@@ -120,8 +122,8 @@ class Dispatcher:
                 finally:
                     self.ready -= 1
             else:
-                self.broken = public(ready["message"]) if ready else "a worker cannot be started; see the log"
-                logger.error("%s", self.broken)
+                self.problem = public(ready["message"]) if ready else "a worker cannot be started; see the log"
+                logger.error("%s", self.problem)
             await worker.kill()
             self._recover(worker)
             await asyncio.sleep(pause)
@@ -226,7 +228,7 @@ class Dispatcher:
             self.events.publish(job.owner, "preview", running.preview)
         elif message["type"] == "done":
             self._complete(running, message)
-        else:
+        elif message["type"] == "failed":
             del self.running[job.id]
             job.fail(message["code"], public(message["message"]), time.time())
             self._close(job)

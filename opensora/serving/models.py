@@ -9,7 +9,9 @@ from typing import Any
 
 from opensora.config import load_config
 from opensora.config.settings import InferenceSettings
+from opensora.datasets.aspect import ASPECT_RATIOS, NUM_PIXELS
 from opensora.errors import ConfigError
+from opensora.pipeline.request import PARTS, make_size
 
 # Settings that a server decides for every request.
 PER_SERVER: dict[str, Any] = {
@@ -33,5 +35,32 @@ def load_models(names: Sequence[str]) -> Models:
         served = Path(name).stem if Path(name).suffix == ".py" else name
         if served in models:
             raise ConfigError(f"two models are called {served!r}; rename one of the configurations")
-        models[served] = dataclasses.replace(settings, **PER_SERVER)
+        models[served] = dataclasses.replace(settings, **PER_SERVER, **_absolute_weights(settings))
     return models
+
+
+def _absolute_weights(settings: InferenceSettings) -> dict[str, Any]:
+    """The sections whose weights are on this machine, with their whole paths: workers run in another folder."""
+    sections = {part: getattr(settings, part) or {} for part in PARTS}
+    paths = {part: section.get("from_pretrained") for part, section in sections.items()}
+    return {
+        part: {**sections[part], "from_pretrained": str(Path(path).resolve())}
+        for part, path in paths.items()
+        if isinstance(path, str) and Path(path).exists()
+    }
+
+
+def described(settings: InferenceSettings) -> dict[str, Any]:
+    """What clients are told of a model: the defaults of its requests, and the names that sizes may have."""
+    size = make_size(settings)
+    return {
+        "defaults": {
+            "size": f"{size.width}x{size.height}", "num_frames": size.num_frames, "fps": settings.output_fps,
+            "image_size": settings.image_size, "resolution": settings.resolution,
+            "aspect_ratio": settings.aspect_ratio, "seed": settings.seed,
+            "num_sampling_steps": settings.section("scheduler").get("num_sampling_steps"),
+            "cfg_scale": settings.section("scheduler").get("cfg_scale"),
+        },
+        "resolutions": list(NUM_PIXELS) if settings.resolution else [],
+        "aspect_ratios": list(ASPECT_RATIOS) if settings.resolution else [],
+    }  # fmt: skip

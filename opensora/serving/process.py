@@ -8,9 +8,12 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from opensora.serving.channel import MAX_BYTES, Message
+
+SECRETS = ("OPENSORA_API_KEY", "OPENAI_API_KEY")  # that the HTTP process alone needs
 
 
 class WorkerProcess:
@@ -29,7 +32,7 @@ class WorkerProcess:
         """Starts the process."""
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", self.module, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-            start_new_session=True, limit=MAX_BYTES,
+            start_new_session=True, limit=MAX_BYTES, env=_without_secrets(os.environ),
         )  # fmt: skip
         self.send(**self.options)
 
@@ -55,3 +58,7 @@ class WorkerProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         await self._process.wait()
+
+
+def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name not in SECRETS}

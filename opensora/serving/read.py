@@ -9,12 +9,14 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
 from opensora import __version__
+from opensora.config.settings import InferenceSettings
 from opensora.serving import folders
 from opensora.serving.body import fields_of
 from opensora.serving.errors import ApiError, not_found
 from opensora.serving.events import Event, EventResponse
 from opensora.serving.job import COMPLETED, FINAL, QUEUED, RUNNING, VideoJob
 from opensora.serving.metrics import metrics_text
+from opensora.serving.models import described
 from opensora.serving.state import ServerState, owner_of, state_of
 from opensora.serving.store import StoredFile, media_in_use
 
@@ -147,28 +149,27 @@ async def delete_file(request: Request) -> Response:
 
 
 async def models(request: Request) -> Response:
-    """GET /v1/models, with the sizes that requests get by default"""
+    """GET /v1/models, with what requests get by default and may choose"""
+    state = state_of(request)
+    common = {"object": "model", "created": int(state.started_at), "owned_by": "opensora", "adapters": state.adapters}
     data = [
-        {
-            "adapters": state_of(request).adapters,
-            "id": name, "object": "model", "created": int(state_of(request).started_at), "owned_by": "opensora",
-            "defaults": {
-                "num_frames": one.num_frames, "image_size": one.image_size, "resolution": one.resolution,
-                "aspect_ratio": one.aspect_ratio, "fps": one.output_fps, "seed": one.seed,
-                "num_sampling_steps": one.section("scheduler").get("num_sampling_steps"),
-                "cfg_scale": one.section("scheduler").get("cfg_scale"),
-            },
-        }
-        for name, one in state_of(request).models.items()
-    ]  # fmt: skip
+        {"id": name, **common, "refines_prompts": _refines(state, one), **described(one)}
+        for name, one in state.models.items()
+    ]
     return JSONResponse({"object": "list", "data": data})
+
+
+def _refines(state: ServerState, model: InferenceSettings) -> bool:
+    """Whether the language model of the server rewrites prompts of a model: those of some are numbers of classes."""
+    return state.refiner is not None and model.section("text_encoder")["type"] != "classes"
 
 
 async def health(request: Request) -> Response:
     """GET /health: 200 while jobs can be computed or are about to, else 503"""
     dispatcher = state_of(request).dispatcher
-    body = {"status": "broken" if dispatcher.broken else "ok", "workers": dispatcher.ready, "version": __version__}
-    return JSONResponse(body, status_code=503 if dispatcher.broken else 200)
+    broken = dispatcher.broken
+    body = {"status": "broken" if broken else "ok", "workers": dispatcher.ready, "version": __version__}
+    return JSONResponse(body | ({"problem": broken} if broken else {}), status_code=503 if broken else 200)
 
 
 async def metrics(request: Request) -> Response:

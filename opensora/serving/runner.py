@@ -23,7 +23,7 @@ from opensora.pipeline.recipe import frames_digest
 from opensora.pipeline.replay import recorded_threads
 from opensora.pipeline.step import Step
 from opensora.serving.batch_speed import BatchSpeed
-from opensora.serving.channel import WorkerChannel
+from opensora.serving.channel import Outbox
 from opensora.serving.folders import NAME, SPRITESHEET, STATE, THUMBNAIL, folder_of
 from opensora.serving.models import Models
 from opensora.serving.preview import Previews
@@ -38,7 +38,7 @@ Task = dict[str, Any]  # a job as the server sends it: id, request, batch_key, m
 class Runner:
     """Pipelines that stay loaded, and the jobs that run on them."""
 
-    def __init__(self, channel: WorkerChannel, models: Models, device: str | None) -> None:
+    def __init__(self, channel: Outbox, models: Models, device: str | None) -> None:
         self.channel, self.models = channel, models
         self.device = str(with_index(pick_device(device)))
         self.cancelled: set[str] = set()  # ids; other threads add to it
@@ -147,6 +147,7 @@ class Run:
             return
         for row, id in enumerate(ids):
             step.save(row, folder_of(id) / STATE)
+            self.channel.send(type="saved", id=id)
         end = time.perf_counter()
         self._next_save = end + (end - begin) / SAVING_SHARE
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora.errors import ConfigError
+from opensora.remote.chat import Endpoint
 from opensora.serving.limits import Limits
+from opensora.serving.worker_program import RayCluster
 
 if TYPE_CHECKING:
     import uvicorn
@@ -26,6 +28,7 @@ BACKLOG = 1_024
 def serve(
     models: Sequence[str], host: str, port: int, folder: Path, *, keys: Sequence[str], devices: Sequence[str],
     hosts: Sequence[str], adapters: Sequence[str], allow_anonymous: bool, limits: Limits,
+    cluster: RayCluster | None = None, language_model: Endpoint | None = None,
 ) -> None:  # fmt: skip
     """Serves until a stop signal. Raises ConfigError for an address that anybody could use, or that is taken."""
     try:
@@ -42,7 +45,10 @@ def serve(
     if any(not key.strip() or len(key) < 8 for key in keys):
         raise ConfigError("a key has fewer than 8 characters; make one with: openssl rand -hex 24")
     listener = _listen(host, port)
-    app = make_app(models, folder, devices=devices, keys=keys, hosts=[host, *hosts], adapters=adapters, limits=limits)
+    app = make_app(
+        models, folder, devices=devices, keys=keys, hosts=[host, *hosts], adapters=adapters, limits=limits,
+        cluster=cluster, language_model=language_model,
+    )  # fmt: skip
     logger.info("http://%s:%d", f"[{host}]" if ":" in host else host, listener.getsockname()[1])
     uvicorn.Server(configuration(app)).run(sockets=[listener])
 

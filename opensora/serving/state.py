@@ -13,6 +13,7 @@ from opensora.serving.dispatcher import Dispatcher
 from opensora.serving.errors import ApiError, not_found
 from opensora.serving.events import Events
 from opensora.serving.job import VideoJob
+from opensora.serving.language_model import PromptRefiner
 from opensora.serving.limits import Limits
 from opensora.serving.models import Models
 from opensora.serving.planner import Planner
@@ -34,6 +35,7 @@ class ServerState:
     uploads: Uploads
     started_at: float
     adapters: list[str]  # names
+    refiner: PromptRefiner | None  # of the language model that the operator has named
 
     def job(self, id: str, owner: str) -> VideoJob:
         """The job of this owner with this id. Raises ApiError 404."""
@@ -67,7 +69,9 @@ class ServerState:
             raise ApiError(409, f"the state of draft '{source.id}' is gone; create it again", code="gone") from None
 
     def check_room(self, owner: str) -> None:
-        """Raises ApiError 429 if the queue is full, for this owner or for all."""
+        """Raises ApiError 429 if the queue is full, for this owner or for all, 503 without any worker."""
+        if problem := self.dispatcher.broken:
+            raise ApiError(503, f"nothing can be computed: {problem}", code="no_worker", retry_after=30)
         waiting = self.store.waiting()
         own, every = waiting.get(owner, 0), sum(waiting.values())
         if own >= self.limits.max_queued_per_key or every >= self.limits.max_queued:

@@ -1,7 +1,8 @@
 """`python -m opensora.serving.worker`: computes jobs on one device. It holds the loaded models.
 
 Its working directory is the data folder, so that recipes hold no path of the server. It takes messages {"jobs": [...]},
-{"cancel": id} and {"watch": id, "on": bool}, and answers with {"type": ...}: ready, step, preview, done, failed, idle.
+{"cancel": id} and {"watch": id, "on": bool}, and answers with {"type": ...}: ready, step, saved, preview, done, failed,
+idle.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ from typing import Any
 
 from opensora.acceleration.device import available_devices
 from opensora.errors import ConfigError
-from opensora.serving.channel import Message, WorkerChannel
+from opensora.serving.channel import Message, Outbox, WorkerChannel
 from opensora.serving.models import load_models
 from opensora.serving.runner import Runner
 
 
 class Worker:
-    """Takes batches of jobs from the channel and computes them one after the other."""
+    """Computes batches of jobs one after the other."""
 
-    def __init__(self, channel: WorkerChannel, runner: Runner) -> None:
-        self.channel, self.runner = channel, runner
+    def __init__(self, outbox: Outbox, runner: Runner) -> None:
+        self.outbox, self.runner = outbox, runner
         self._batches: queue.SimpleQueue[list[dict[str, Any]]] = queue.SimpleQueue()
 
     def handle(self, message: Message) -> None:
-        """Takes a message, in the thread of the channel."""
+        """Takes a message of the server, in any thread."""
         if "cancel" in message:
             self.runner.cancelled.add(message["cancel"])
         elif "watch" in message:
@@ -36,12 +37,11 @@ class Worker:
             self._batches.put(message["jobs"])
 
     def run(self) -> None:
-        """Computes batches until the server ends."""
-        self.channel.listen(self.handle)
+        """Computes batches for ever."""
         while True:
             tasks = self._batches.get()
             self.runner.compute(tasks)
-            self.channel.send(type="idle", alone=self.runner.wants_alone(tasks))
+            self.outbox.send(type="idle", alone=self.runner.wants_alone(tasks))
 
 
 def main() -> None:
@@ -58,7 +58,9 @@ def main() -> None:
         channel.send(type="broken", message=str(error))
         sys.exit(1)
     channel.send(type="ready", device=runner.device, devices=available_devices())
-    Worker(channel, runner).run()
+    worker = Worker(channel, runner)
+    channel.listen(worker.handle)
+    worker.run()
 
 
 if __name__ == "__main__":

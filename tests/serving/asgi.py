@@ -35,8 +35,8 @@ class Answer(NamedTuple):
 class Application:
     """A server without processes: its planner answers here, and nothing is computed."""
 
-    def __init__(self, folder: Path, keys: Sequence[str] = (), limits: Limits | None = None) -> None:
-        self.app = make_app(["embedded"], folder, devices=["cpu"], keys=keys, limits=limits or Limits())
+    def __init__(self, folder: Path, keys: Sequence[str] = (), limits: Limits | None = None, **options: Any) -> None:
+        self.app = make_app(["embedded"], folder, devices=["cpu"], keys=keys, limits=limits or Limits(), **options)
         self.state: ServerState = self.app.app.state.server  # type: ignore[attr-defined]
         worker = PlanWorker(self.state.models, "cpu")
 

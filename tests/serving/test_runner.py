@@ -134,3 +134,18 @@ def test_a_cancelled_job_stops_within_a_step() -> None:
     runner.compute([task("stopped")])
     assert [step["done"] for step in channel.of("step")] == [1, 2] and not channel.of("done")
     assert "stopped" not in runner.cancelled
+
+
+def test_weights_by_relative_path_are_found_from_the_data_folder(tmp_path: Path) -> None:
+    """Workers run in the data folder, and the operator named the files from another one."""
+    (tmp_path / "weights").mkdir()
+    sections = {
+        "model": {"type": "STDiT3", "from_pretrained": "embedded:stdit3"},
+        "vae": {"type": "VideoAutoencoderPipeline", "from_pretrained": "weights"},
+        "text_encoder": {"type": "t5", "from_pretrained": "somebody/on-the-hub"},
+    }
+    lines = [f"{name} = {value!r}" for name, value in sections.items()]
+    (tmp_path / "own.py").write_text("\n".join([*lines, "image_size = (64, 64)", "num_frames = 17"]))
+    loaded = load_models(["own.py"])["own"]
+    found = [loaded.section(name)["from_pretrained"] for name in sections]
+    assert found == ["embedded:stdit3", str((tmp_path / "weights").resolve()), "somebody/on-the-hub"]

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,20 @@ SMALL = {"width": 32, "height": 32}
 def test_kills_lose_nothing(server: ServerProgram, tmp_path: Path) -> None:
     if FULL:
         server = ServerProgram(tmp_path / "data", "--devices", "cpu", "--api-key", KEY).start()
-    rng = random.Random(SEED)
-    num_jobs, kills = count(2, 60), count(2, 20)
+
+    def kill_workers() -> None:
+        for pid in server.worker_pids():
+            os.kill(pid, signal.SIGKILL)
+
+    check_kills(server, kill_workers, random.Random(SEED), num_jobs=count(2, 60), kills=count(2, 20))
+    if FULL:
+        server.stop()
+
+
+def check_kills(
+    server: ServerProgram, kill_workers: Callable[[], None], rng: random.Random, *, num_jobs: int, kills: int
+) -> None:
+    """Kills workers and server in turn at random moments of some jobs, and compares these with undisturbed ones."""
     wanted = [{**SMALL, **REQUESTS[number % len(REQUESTS)], "seed": number} for number in range(num_jobs)]
     with server.client() as web:
         ids = [web.post("/v1/videos", json=one).raise_for_status().json()["id"] for one in wanted]
@@ -40,8 +53,7 @@ def test_kills_lose_nothing(server: ServerProgram, tmp_path: Path) -> None:
             server.kill()
             server.start()
         else:
-            for pid in server.worker_pids():
-                os.kill(pid, signal.SIGKILL)
+            kill_workers()
     with server.client() as web:
         jobs = wait_for_all(web, ids, 1500)
         assert {job["status"] for job in jobs.values()} == {"completed"}, jobs
@@ -54,8 +66,6 @@ def test_kills_lose_nothing(server: ServerProgram, tmp_path: Path) -> None:
             assert web.get(f"/v1/videos/{id}/content").content == web.get(f"/v1/videos/{other}/content").content
         rest = [web.post(f"/v1/videos/{id}/continue").raise_for_status().json()["id"] for id in drafts]
         assert all(job["status"] == "completed" for job in wait_for_all(web, rest, 1500).values())
-    if FULL:
-        server.stop()
 
 
 def wait_for_step(server: ServerProgram, ids: list[str], rng: random.Random) -> None:

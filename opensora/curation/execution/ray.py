@@ -7,7 +7,6 @@ writes the ledger.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,8 @@ from opensora.curation.execution.local import Pool
 from opensora.curation.execution.settings import ExecutorSettings, Limits
 from opensora.curation.execution.task import Executor, StageResult, Task
 from opensora.curation.stages.stage import Stage
-from opensora.errors import ConfigError, OpenSoraError, printable
+from opensora.distributed.ray_cluster import connected
+from opensora.errors import OpenSoraError
 
 TASKS_PER_CORE = 2  # in flight
 RETRIES = 1  # of a task whose Ray worker was lost
@@ -29,25 +29,8 @@ RETRIES = 1  # of a task whose Ray worker was lost
 @contextmanager
 def open_cluster(settings: ExecutorSettings) -> Iterator[Executor]:
     """Connects to a cluster, or starts one on this machine. Raises ConfigError without Ray or without the cluster."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report the use of it
-    try:
-        import ray
-    except ImportError as error:
-        raise ConfigError("--executor ray needs Ray; pip install 'opensora[ray]'") from error
-    started = not ray.is_initialized()
-    if started:
-        address = settings.address or "local"
-        own = {"include_dashboard": False} if address == "local" else {}
-        try:
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
-        except Exception as error:  # Ray raises anything
-            reason = printable(" ".join(str(error).split()))[:200]
-            raise ConfigError(f"--address {address}: no Ray cluster can be used there ({reason})") from error
-    try:
+    with connected(settings.address or "local") as ray:
         yield lambda tasks, stages: _run(ray, tasks, stages, settings)
-    finally:
-        if started:
-            ray.shutdown()
 
 
 class _Backend(Protocol):
