@@ -22,6 +22,7 @@ from opensora.config import find_config, read_config
 from opensora.datasets.synthetic.render import make_clip
 from opensora.datasets.video import write_image, write_video
 from tests.full import count
+from tests.wrong_inputs import exchanged
 from tests.wrong_inputs.mutations import as_config, as_json, damaged, mutated
 
 SECONDS, MEGABYTES, CHARACTERS = 5.0, 500.0, 2000
@@ -153,6 +154,7 @@ KINDS = {
     "weights": Kind("weights", weights),
     "config.json": Kind("weights", config_json),
     "media": Kind("shots", media),
+    **{name: Kind(*made) for name, made in exchanged.MAKERS.items()},
 }
 
 
@@ -203,6 +205,7 @@ def bases(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "weights/weights").mkdir()
     done = run(["make weights", "weights"], root / "weights")
     assert done["status"] == 0, done["told"]
+    exchanged.make_bases(root, run)
     return root
 
 
