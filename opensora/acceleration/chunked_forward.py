@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from opensora.acceleration.model_parts import blocks_of
 from opensora.acceleration.replace_modules import ModuleWrapper
@@ -65,12 +66,21 @@ CHUNKED_MODULES: dict[str, type[ChunkedModule]] = {  # by the name of a block's 
 
 
 def chunked(function: Callable[[Tensor], Tensor], x: Tensor, axis: int, tokens: int) -> Tensor:
-    """`function(x)`, of the shape of x, computed in chunks of at most `tokens` tokens along an axis."""
-    slices = x.shape[axis]
-    step = max(tokens * slices // (x.numel() // x.shape[-1]), 1)
-    if step >= slices:
+    """`function(x)`, of the shape of x, computed in chunks of at most `tokens` tokens along an axis.
+
+    A `TorchFunctionMode` can override it, as it can override torch's functions.
+    """
+    if has_torch_function((x,)):
+        return handle_torch_function(chunked, (x,), function, x, axis, tokens)
+    step = chunk_length(x, axis, tokens)
+    if step >= x.shape[axis]:
         return function(x)
     out = torch.empty_like(x)
     for part, target in zip(x.split(step, axis), out.split(step, axis), strict=True):
         target.copy_(function(part))
     return out
+
+
+def chunk_length(x: Tensor, axis: int, tokens: int) -> int:
+    """The length along an axis of chunks of at most `tokens` tokens; at least 1."""
+    return max(tokens * x.shape[axis] // (x.numel() // x.shape[-1]), 1)

@@ -31,6 +31,7 @@ from opensora.distributed.process_group import start
 from opensora.distributed.ranks import world_size
 from opensora.distributed.sequence_parallel import check_divisible
 from opensora.errors import ConfigError, WeightsError
+from opensora.models.layers.fixed_positions import FixedPositions
 from opensora.models.text_encoder.classes import ClassIds
 from opensora.pipeline import step_cache
 from opensora.pipeline.adapters import Adapters
@@ -150,7 +151,7 @@ class LoadedModels:
 
     def _needs_rebuild(self, latent_size: tuple[int, ...], built_for: tuple[int, ...] | None) -> bool:
         """Whether a model that was built for another latent size cannot take this one."""
-        return built_for != latent_size and "input_size" in registry.keywords(self.settings.model["type"])
+        return built_for != latent_size and issubclass(registry.builder(self.settings.model["type"]), FixedPositions)
 
     # 3. load
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import flop_registry
 
+from opensora.acceleration.chunked_forward import chunk_length, chunked
 from opensora.acceleration.device import is_cpu
 from opensora.acceleration.replace_modules import ModuleWrapper, replace_modules
+from opensora.models.layers.pieces import concatenated
 from opensora.profiling.meta_shapes import MetaShapes, run_on_meta, tensors_in
 
 PRODUCTS, CONVOLUTIONS, BANDWIDTH = 1e11, 5e10, 5e9  # operations and bytes a second at the nominal speed
@@ -58,9 +61,16 @@ class OperationCounter(MetaShapes):
 
     def run(self, function: Callable[[], Any]) -> Cost:
         """Calls a function; returns the cost of all that has run so far."""
-        with torch.no_grad(), self, _FusedAttention(self):
+        with torch.no_grad(), self, _WholeFunctions(self):
             function()
         return self.cost
+
+    def repeat(self, count: int, function: Callable[[], Tensor]) -> Tensor:
+        """The result of a single call of a function, at the cost of `count` calls."""
+        before, self.cost = self.cost, Cost()
+        result = function()
+        self.cost = before.then(self.cost.times(count))
+        return result
 
     def add(self, work: Cost) -> None:
         """Adds work, whose peak includes what is allocated already."""
@@ -100,20 +110,57 @@ class OperationCounter(MetaShapes):
             self.alive -= size
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention without its matrix of weights, as the fused kernels of all devices compute it."""
+class _WholeFunctions(TorchFunctionMode):
+    """Counts functions as a whole whose operations would tell too much, or take too long to trace."""
 
     def __init__(self, counter: OperationCounter) -> None:
         super().__init__()
         self.counter = counter
+        self.functions: dict[Any, Callable[..., Tensor]] = {
+            F.scaled_dot_product_attention: self._attention,
+            chunked: self._chunked,
+            concatenated: self._concatenated,
+        }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        query, key, value = args[:3]
+        return self.functions.get(func, func)(*args, **(kwargs or {}))
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Without its matrix of weights, as the fused kernels of all devices compute it."""
         batch, heads, length, width = query.shape
         self.counter.add(Cost(products=2 * batch * heads * length * key.shape[-2] * (width + value.shape[-1])))
         return query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+
+    def _chunked(self, function: Callable[[Tensor], Tensor], x: Tensor, axis: int, tokens: int) -> Tensor:
+        """One chunk of each length stands for all."""
+        step, length = chunk_length(x, axis, tokens), x.shape[axis]
+        with self:
+            if step >= length:
+                return function(x)
+            out = torch.empty_like(x)
+            for count, size in ((length // step, step), (1, length % step)):
+                if size:
+                    part, target = x.narrow(axis, 0, size), out.narrow(axis, 0, size)
+                    self.counter.repeat(count, partial(_write, function, part, target))
+        return out
+
+    def _concatenated(self, function: Callable[[Tensor], Tensor], pieces: Iterable[Tensor], dim: int) -> Tensor:
+        """Of consecutive pieces of one layout the last one, with the results of the others, stands for all."""
+        counter, results = self.counter, []
+        with self:
+            for _, group in groupby(pieces, _layout):
+                piece, *others = group
+                if others:
+                    before, size = counter.cost, list(function(piece).shape)
+                    size[dim] *= len(others)
+                    results.append(piece.new_empty(size))
+                    counter.cost = before
+                results.append(counter.repeat(1 + len(others), partial(function, piece)))
+            return torch.cat(results, dim)
+
+
+def _write(function: Callable[[Tensor], Tensor], x: Tensor, out: Tensor) -> Tensor:
+    return out.copy_(function(x))
 
 
 def count_operations(model: nn.Module, call: Callable[[Any], Any], device: torch.device) -> Cost:

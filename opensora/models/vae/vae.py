@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from opensora.errors import ConfigError
 from opensora.models.layers.arguments import arguments_of
+from opensora.models.layers.pieces import concatenated
 from opensora.models.vae.autoencoder_kl import AutoencoderKL
 from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.models.vae.vae_temporal import VAE_Temporal, VAE_Temporal_SD
@@ -83,11 +85,11 @@ class FrameAutoencoder(nn.Module):
     def moments(self, frames: Tensor) -> Tensor:
         """Mean and log variance [N, 2 C, H / 8, W / 8] of frames [N, 3, H, W], computed ENCODED_PIXELS at a time."""
         at_once = max(1, ENCODED_PIXELS // (frames.shape[2] * frames.shape[3]))
-        return torch.cat([self.module.encode(part) for part in frames.split(at_once)])
+        return concatenated(self.module.encode, frames.split(at_once))
 
     def encoded(self, pieces: Iterable[Tensor]) -> Tensor:
         """`encode` with sample=False of a video that comes in pieces [B, 3, n, H, W], one in memory at a time."""
-        return torch.cat([self.encode(piece, sample=False) for piece in pieces], dim=2)
+        return concatenated(partial(self.encode, sample=False), pieces, dim=2)
 
     def decoded(self, z: Tensor, **_: Any) -> Iterator[Tensor]:
         """`decode` in pieces [B, 3, n, H * 8, W * 8], one in memory at a time."""
@@ -97,8 +99,8 @@ class FrameAutoencoder(nn.Module):
         """`function` over the frames of x [B, C, T, H, W] (all of sample 0 first), `at_once` in a batch."""
         batch = x.shape[0]
         frames = x.transpose(1, 2).flatten(0, 1)  # [B * T, C, H, W]
-        parts = [function(part) for part in frames.split(at_once or self.micro_batch_size or len(frames))]
-        return torch.cat(parts).unflatten(0, (batch, -1)).transpose(1, 2)
+        parts = frames.split(at_once or self.micro_batch_size or len(frames))
+        return concatenated(function, parts).unflatten(0, (batch, -1)).transpose(1, 2)
 
 
 class VideoAutoencoderKL(FrameAutoencoder):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from opensora.models.layers.arguments import arguments_of
+from opensora.models.layers.pieces import concatenated
 from opensora.models.vae.temporal_decoder import AutoencoderKLTemporalDecoder
 from opensora.models.vae.vae import SPATIAL_SCALE, FrameAutoencoder
 
@@ -32,7 +33,7 @@ class VideoAutoencoderKLTemporalDecoder(FrameAutoencoder):
         Each video is decoded by itself, `micro_batch_size` consecutive frames at a time (None: all).
         """
         size = self.micro_batch_size or z.shape[2]
-        videos = [torch.cat([self.decode_frames(part) for part in video.split(size)]) for video in z.transpose(1, 2)]
+        videos = [concatenated(self.decode_frames, video.split(size)) for video in z.transpose(1, 2)]
         return torch.stack(videos).transpose(1, 2)
 
     def decode_frames(self, z: Tensor) -> Tensor:
