@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -16,8 +19,10 @@ from pathlib import Path
 
 import pytest
 
+from opensora.cli import main
 from opensora.datasets.synthetic.render import make_clip
 from opensora.datasets.video import write_image, write_video
+from tests import chat_server
 from tests.full import FULL
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -26,6 +31,7 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.whic
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 PROMPT = "a red circle moving right on a black background"
+MODELS = ("embedded", "opensora-v1-2/inference/sample")
 PATIENCE = 120_000  # milliseconds, on a busy machine
 SHOTS = os.environ.get("OPENSORA_SCREENSHOTS")  # a folder for pictures to look at
 
@@ -35,8 +41,8 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.skipif(CHROMIUM is None, rea
 class Server:
     """`opensora serve` in a process group of its own, on the same port after a restart."""
 
-    def __init__(self, data: Path) -> None:
-        self.data = data
+    def __init__(self, data: Path, language_model: str) -> None:
+        self.data, self.language_model = data, language_model
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -44,8 +50,9 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        words = ["-m", "opensora", "serve", "--port", str(self.port), "--data", str(self.data)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        words = ["-m", "opensora", "serve", "--port", str(self.port), "--data", str(self.data), "--model", *MODELS]
+        words += ["--llm-refine", "--llm-base-url", self.language_model, "--llm-model", "some-model"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENAI_API_KEY": "sk-very-secret"}
         self.process = subprocess.Popen([sys.executable, *words], env=environment, start_new_session=True)
         for _ in range(600):
             try:
@@ -62,9 +69,13 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(tmp_path_factory.mktemp("served"))
-    yield running
-    running.kill()
+    with chat_server.Server() as language_model:
+        threading.Thread(target=language_model.serve_forever, args=(0.02,), daemon=True).start()
+        language_model.answers = [chat_server.says("A vivid red circle glides to the right.")]
+        running = Server(tmp_path_factory.mktemp("served"), language_model.url)
+        yield running
+        running.kill()
+        language_model.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +140,14 @@ def test_a_clip_is_planned_made_played_replayed_and_deleted(page: playwright.Pag
     card.get_by_role("button", name=re.compile("^Play")).click()
     expect(card.locator("video")).to_have_js_property("videoWidth", 64)
     shot(page, "clip")
+    check_copies(page, card)
     card.get_by_role("button", name="Replay:").click()
     expect(page.locator("#gallery li", has_text="replay, identical")).to_have_count(1)
     page.fill("#search", "no such prompt")
     expect(card.first).to_be_hidden()
+    expect(page.locator("#gallery-empty")).to_have_text("No video has these words.")
     page.fill("#search", "")
+    expect(card.first).to_be_visible()
     for box in page.locator("#gallery li input[type=checkbox]").all():
         box.check()
     page.click("#compare")
@@ -142,6 +156,45 @@ def test_a_clip_is_planned_made_played_replayed_and_deleted(page: playwright.Pag
     page.click("#close-compare")
     page.locator("#gallery li", has_text="replay, identical").get_by_role("button", name="Delete").click()
     expect(page.locator("#gallery li", has_text="replay, identical")).to_have_count(0)
+
+
+def check_copies(page: playwright.Page, card: playwright.Locator) -> None:
+    """What the card copies is a command, a program and a request."""
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+
+    def copied(form: str) -> str:
+        page.locator("#announcer").evaluate("element => element.textContent = ''")
+        card.get_by_role("combobox", name="Copy as").select_option(form)
+        expect(page.locator("#announcer")).to_have_text("Copied.")
+        return page.evaluate("navigator.clipboard.readText()")
+
+    program, verb, *words = shlex.split(copied("Command"))
+    assert (program, verb) == ("opensora", "generate") and main(["plan", *words]) == 0
+    python = copied("Python")
+    assert compile(python, "copied", "exec") and "seed=11" in python and repr(PROMPT)[1:-1] in python
+    url, *words = shlex.split(copied("Request"))[1:]
+    body = json.loads(words[words.index("-d") + 1])
+    answer = page.request.post(f"{url}/plan", data=body)
+    assert answer.status == 200 and answer.json()["num_frames"] == 17 and body["seed"] == 11
+
+
+def test_a_prompt_is_refined_and_a_size_is_named(page: playwright.Page) -> None:
+    page.fill("#prompt", PROMPT)
+    page.fill("#loop", "2")
+    page.click("#refine")
+    expect(page.locator("#prompt")).to_have_value("A vivid red circle glides to the right.")
+    expect(page.locator("#loop-text-2")).to_have_value("")  # as before
+    page.click("#undo-refine")
+    expect(page.locator("#prompt")).to_have_value(PROMPT)
+    page.fill("#loop", "1")
+    page.select_option("#model", MODELS[1])
+    expect(page.locator("#size")).to_have_value("426x240")
+    expect(page.locator("#num_frames")).to_have_value("51")
+    page.select_option("#size", "named")
+    page.select_option("#resolution", "480p")
+    page.select_option("#aspect_ratio", "16:9")
+    expect(page.locator("#plan")).to_contain_text("51 frames of 480 x 848")
+    shot(page, "named")
 
 
 @pytest.mark.skipif(not FULL, reason="tests/serving/test_runner.py continues drafts: set OPENSORA_FULL=1")
@@ -180,6 +233,7 @@ def test_three_clips_in_a_row_have_a_text_each(page: playwright.Page) -> None:
     page.click("#generate")
     card = gallery(page, 41)
     expect(card).to_have_count(1)
+    expect(card.locator("h3")).to_contain_text("black background \u2192 a red circle growing")
     card.get_by_role("button", name="Use settings").click()
     expect(page.locator("#loop-text-3")).to_have_value("a red circle moving left on a black background")
 

@@ -53,6 +53,7 @@ const path = (id, action = "") => `v1/videos/${encodeURIComponent(id)}${action}`
 
 export const models = async () => (await json("GET", "v1/models")).data;
 export const plan = (fields, signal) => json("POST", "v1/videos/plan", fields, signal);
+export const refine = async (prompt) => (await json("POST", "v1/prompts/refine", { prompt })).prompt;
 export const create = (fields) => json("POST", "v1/videos", fields);
 export const list = (after, limit) =>
   json("GET", `v1/videos?order=desc&limit=${limit}${after ? `&after=${encodeURIComponent(after)}` : ""}`);

@@ -30,9 +30,10 @@ function buildTheme() {
 
 /** Says whether the server answers; it may be restarted while the page is open. */
 async function watchConnection() {
-  const answers = await fetch("health").then((answer) => answer.ok, () => false);
-  byId("connection").textContent = answers ? "Connected" : "The server does not answer; trying again ...";
-  setTimeout(watchConnection, answers ? 10_000 : 2_000);
+  const health = await fetch("health").then((answer) => answer.json()).catch(() => null);
+  byId("connection").textContent = !health ? "The server does not answer; trying again ..." :
+    health.problem ? `Nothing can be computed: ${health.problem}` : "Connected";
+  setTimeout(watchConnection, health && !health.problem ? 10_000 : 2_000);
 }
 
 api.onMissingKey(askForKey);

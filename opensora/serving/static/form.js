@@ -3,6 +3,9 @@
 import * as api from "./api.js";
 import { announce, byId, debounce, h } from "./dom.js";
 import * as drops from "./drops.js";
+import { promptOf, textsOf } from "./prompts.js";
+import * as refine from "./refine.js";
+import * as sizes from "./sizes.js";
 import * as timeline from "./timeline.js";
 
 const SETTINGS = [
@@ -17,30 +20,18 @@ const SETTINGS = [
   { name: "lora", label: "Adapters", type: "text" },
   { name: "negative_prompt", label: "Negative prompt", type: "text" },
 ];
-const CUSTOM = "custom";
 const SHARED = 17; // frames at a clip's end that the next clip goes on from
 let models = [];
-let sizes = []; // that the model makes, near the chosen one
 
 const model = () => models.find((one) => one.id === byId("model").value) ?? models[0];
 const number = (id) => (byId(id).value === "" ? null : Number(byId(id).value));
 
-function size() {
-  if (byId("size").value !== CUSTOM) return byId("size").value;
-  return `${byId("width").value}x${byId("height").value}`;
-}
-
-/** The prompt, with a text for each loop in the notation of Open-Sora 1.2: |0|text|1|text. */
-function promptText() {
-  const first = byId("prompt").value.trim();
-  const texts = [...byId("loop-texts").querySelectorAll("input")].map((input) => input.value.trim());
-  if (!texts.some(Boolean)) return first;
-  return `|0|${first}` + texts.map((text, index) => (text ? `|${index + 1}|${text}` : "")).join("");
-}
+/** The inputs with the texts of the clips. */
+const texts = () => [byId("prompt"), ...byId("loop-texts").querySelectorAll("input")];
 
 /** The fields of the request as the server takes them; empty ones are left out. */
 export function fields() {
-  const found = { prompt: promptText(), model: byId("model").value, size: size(), num_frames: number("num_frames"), ...drops.fields() };
+  const found = { prompt: promptOf(texts().map((input) => input.value.trim())), model: byId("model").value, ...sizes.fields(), num_frames: number("num_frames"), ...drops.fields() };
   if (number("loop") > 1) found.loop = number("loop");
   for (const { name } of SETTINGS) {
     const input = byId(name);
@@ -50,27 +41,17 @@ export function fields() {
   return Object.fromEntries(Object.entries(found).filter(([, value]) => value !== null && value !== ""));
 }
 
-/** The texts of the loops of a prompt: |0|text|1|text; a prompt without numbers is the first. */
-function loopTexts(prompt) {
-  const parts = prompt.split(/\|(\d+)\|/);
-  if (parts.length < 3 || parts[0].trim()) return [prompt];
-  const texts = [];
-  for (let index = 1; index < parts.length; index += 2) texts[Number(parts[index])] = parts[index + 1].trim();
-  return texts;
-}
-
 /** Fills the form with the settings of a job. */
 export function fill(job) {
   const { settings } = job;
   if (models.some((one) => one.id === job.model)) byId("model").value = job.model;
   showModel();
-  showSizes(job.size);
+  sizes.show(job.size);
   byId("num_frames").value = settings.num_frames ?? byId("num_frames").value;
   byId("loop").value = settings.loop ?? 1;
   showLoops();
-  const texts = loopTexts(job.prompt);
-  byId("prompt").value = texts[0] ?? "";
-  byId("loop-texts").querySelectorAll("input").forEach((input, index) => (input.value = texts[index + 1] ?? ""));
+  const given = textsOf(job.prompt);
+  texts().forEach((input, index) => (input.value = given[index] ?? ""));
   for (const { name } of SETTINGS) byId(name).value = [settings[name] ?? ""].flat().join(" ");
   drops.fill(job.media, settings);
   update();
@@ -79,36 +60,23 @@ export function fill(job) {
 
 /** Takes a result as the video that the next request extends or edits. */
 export function from(job, how) {
-  byId("prompt").value = loopTexts(job.prompt)[0] ?? "";
-  showSizes(job.size);
+  byId("prompt").value = textsOf(job.prompt)[0] ?? "";
+  sizes.show(job.size);
   drops.give(how, job.id, job.prompt);
   if (how === "extend") byId("num_frames").value = 2 * (parseInt(byId("num_frames").value, 10) || 17);
   update();
   byId("prompt").focus();
 }
 
-const defaultSize = () => {
-  const [height, width] = model()?.defaults?.image_size ?? [];
-  return width ? `${width}x${height}` : null;
-};
-
-function showSizes(chosen) {
-  const wanted = chosen ?? defaultSize() ?? sizes[0];
-  const known = [...new Set([defaultSize(), ...sizes, wanted].filter(Boolean))];
-  byId("size").replaceChildren(...known.map((one) => new Option(one.replace("x", " x "), one)), new Option("Other ...", CUSTOM));
-  byId("size").value = wanted ?? CUSTOM;
-  if (wanted) [byId("width").value, byId("height").value] = wanted.split("x");
-}
-
 function showModel() {
   const { defaults = {} } = model() ?? {};
-  sizes = [];
-  showSizes();
-  byId("num_frames").value = parseInt(defaults.num_frames, 10) || 17;
+  sizes.showModel(model() ?? {});
+  byId("num_frames").value = defaults.num_frames ?? 17;
   for (const { name } of SETTINGS) {
     if (byId(name).tagName === "INPUT") byId(name).placeholder = defaults[name] ?? "";
   }
-  const { adapters = [] } = model() ?? {};
+  const { adapters = [], refines_prompts: refines } = model() ?? {};
+  refine.offer(refines);
   byId("lora").closest(".field").hidden = adapters.length === 0;
   byId("lora").placeholder = adapters.map((name) => `${name}:0.8`).join(" ");
 }
@@ -155,32 +123,35 @@ const showPlan = debounce(async () => {
   if (!byId("prompt").value.trim()) return void (place.textContent = "");
   try {
     const plan = await api.plan(fields(), planning.signal);
-    place.textContent = summary(plan);
+    place.replaceChildren(summary(plan), ...notes(plan));
     timeline.draw(plan.timeline, plan.num_frames);
-    if (byId("size").value !== CUSTOM) {
-      sizes = plan.near_sizes;
-      showSizes(byId("size").value);
-    }
+    sizes.offer(plan.near_sizes);
   } catch (error) {
     if (error.name !== "AbortError") place.textContent = error.message;
   }
 }, 600);
 
 const gigabytes = (bytes) => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
-const duration = (seconds) => (seconds < 90 ? `${Math.max(Math.round(seconds), 1)} s` : `${Math.round(seconds / 60)} min`);
 
-/** What a request makes and takes, in a sentence or two. */
+function duration(seconds) {
+  if (seconds < 90) return `${Math.max(Math.round(seconds), 1)} s`;
+  return seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${Math.round(seconds / 3600)} h`;
+}
+
+const notes = (plan) => (plan.notes.length ? [h("ul", {}, plan.notes.map((note) => h("li", {}, note)))] : []);
+
+/** What a request makes and takes, in a sentence. */
 function summary(plan) {
   const made = plan.num_frames === 1 ? `A picture of ${plan.width} x ${plan.height}` :
     `${plan.video_seconds.toFixed(1)} s of video, ${plan.num_frames} frames of ${plan.width} x ${plan.height}`;
   const takes = plan.seconds ? `about ${duration(plan.seconds)}` : "time not yet known";
   const waits = plan.queue.ahead ? ` after ${plan.queue.ahead} waiting` : "";
   const memory = plan.fits === false ? `${gigabytes(plan.memory_bytes)} of memory, more than is free` : `${gigabytes(plan.memory_bytes)} of memory`;
-  return [`${made}: ${takes}${waits}, ${memory}.`, ...plan.notes].join(" ");
+  return `${made}: ${takes}${waits}, ${memory}.`;
 }
 
 function update() {
-  for (const field of document.querySelectorAll(".custom-size")) field.hidden = byId("size").value !== CUSTOM;
+  sizes.showFields();
   const frames = number("num_frames") ?? 1;
   const rate = model()?.defaults?.fps;
   byId("length").textContent = frames === 1 ? "A picture." : rate ? `${(frames / rate).toFixed(1)} s at ${rate} frames a second` : "";
@@ -231,9 +202,10 @@ export async function build(sent) {
   showModel();
   byId("model").addEventListener("change", () => { showModel(); update(); });
   byId("loop").addEventListener("input", () => { showLoops(); update(); });
-  for (const id of ["prompt", "size", "width", "height", "num_frames"]) byId(id).addEventListener("input", update);
+  for (const id of ["prompt", "size", "resolution", "aspect_ratio", "width", "height", "num_frames"]) byId(id).addEventListener("input", update);
   byId("request").addEventListener("submit", (event) => { event.preventDefault(); send([{}], sent); });
   byId("drafts").addEventListener("click", () => send(fourDrafts(), sent));
+  refine.build(texts, update, (error) => showError({ ...error, message: error.message, param: "prompt" }));
   byId("example").addEventListener("click", showExample);
   byId("prompt").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("request").requestSubmit();

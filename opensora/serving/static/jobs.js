@@ -2,13 +2,17 @@
 
 import * as api from "./api.js";
 import { asCommand, asPython, asRequest } from "./copies.js";
-import { announce, byId, h } from "./dom.js";
+import { announce, byId, debounce, h } from "./dom.js";
+import { readable } from "./prompts.js";
 
 const PAGE = 24;
+const MOMENT = 5; // seconds within which jobs count as created together
+const NONE = "No videos yet.";
 const jobs = new Map(); // id -> {job, card, media}
+const listed = []; // ids of the pages that were fetched, newest first
 const compared = new Set();
 let form = null; // {fill(job), from(job, how)}
-let oldest = null;
+let hasOlder = false;
 
 const ended = (job) => job.status === "completed" || job.status === "failed";
 const isDraft = (job) => job.status === "completed" && job.draft;
@@ -47,12 +51,17 @@ function copyMenu(job) {
   } }, Object.keys(forms).map((name) => new Option(name, name)));
 }
 
+/** A video with controls; it plays where `plays` is set and nothing asks for less motion. */
+const video = (url, prompt, plays = false) => h("video", { src: url, controls: true, loop: true, muted: true, playsInline: true,
+  autoplay: plays && !matchMedia("(prefers-reduced-motion: reduce)").matches, "aria-label": prompt });
+
 async function showMedia(entry) {
   if (entry.media) return;
   entry.media = await api.content(entry.job.id);
   const shown = entry.media.type.startsWith("image/")
     ? h("img", { className: "picture", src: entry.media.url, alt: entry.job.prompt })
-    : h("video", { className: "picture", src: entry.media.url, controls: true, loop: true, muted: true, playsInline: true, "aria-label": entry.job.prompt });
+    : video(entry.media.url, entry.job.prompt, isDraft(entry.job));
+  shown.className = "picture";
   entry.card.querySelector(".picture").replaceWith(shown);
 }
 
@@ -74,6 +83,8 @@ function drop(id) {
   entry.card.remove();
   jobs.delete(id);
   compared.delete(id);
+  if (listed.includes(id)) listed.splice(listed.indexOf(id), 1);
+  byId("compare").disabled = compared.size !== 2;
   showEmpty();
 }
 
@@ -103,7 +114,7 @@ function draw(entry) {
   const picture = card.querySelector(".picture") ?? h("div", { className: "picture none" }, running ? "No preview yet" : "");
   card.replaceChildren(...[
     picture,
-    h("h3", {}, job.prompt),
+    h("h3", {}, readable(job.prompt)),
     h("p", { className: "facts" }, facts(job)),
     running && h("progress", { max: 100, value: job.progress, "aria-label": `Progress of ${job.prompt}` }),
     running && h("p", { className: "facts state" }, job.status === "queued" ? "Waiting" : `${job.progress} %`),
@@ -114,14 +125,19 @@ function draw(entry) {
   insert(entry);
 }
 
-/** Puts a card into its list: the queue in order, the others newest first. */
+/** Puts a card into its list: the queue in order, the others newest first, and those of one moment by their seeds. */
 function insert({ job, card }) {
   const list = place(job);
+  card.dataset.id = job.id;
   card.dataset.created = job.created_at;
+  card.dataset.seed = job.settings.seed ?? 0;
   card.dataset.text = `${job.prompt} ${job.model} ${job.settings.seed ?? ""}`.toLowerCase();
   if (card.parentElement === list) return;
-  const older = (other) => Number(other.dataset.created) < job.created_at;
-  const before = list.id === "queue" ? null : [...list.children].find(older);
+  const follows = ({ dataset: { created, seed } }) => {
+    const age = job.created_at - Number(created);
+    return age > MOMENT || (age >= -MOMENT && Number(seed) > Number(card.dataset.seed));
+  };
+  const before = list.id === "queue" ? null : [...list.children].find(follows);
   list.insertBefore(card, before ?? null);
   showEmpty();
 }
@@ -137,13 +153,23 @@ function showPreview(entry, url) {
   entry.card.querySelector(".picture").replaceWith(shown);
 }
 
-async function showThumbnail(entry) {
-  const { url } = await api.content(entry.job.id, "thumbnail");
-  const play = h("button", { type: "button", "aria-label": `Play: ${entry.job.prompt}`, className: "picture",
-    onclick: () => showMedia(entry).then(() => entry.card.querySelector("video")?.play()) });
-  const image = h("img", { className: "picture", src: url, alt: "" });
-  play.append(image);
-  entry.card.querySelector(".picture").replaceWith(entry.job.num_frames === 1 ? image : play);
+/** Fetches the thumbnail of a card once the card comes into view. */
+const views = new IntersectionObserver((changes) => {
+  for (const { isIntersecting, target } of changes) {
+    if (!isIntersecting) continue;
+    views.unobserve(target);
+    const image = target.querySelector("img.picture");
+    if (image && !image.src) api.content(target.dataset.id, "thumbnail").then(({ url }) => (image.src = url), () => {});
+  }
+});
+
+function showThumbnail(entry) {
+  const { job, card } = entry;
+  const image = h("img", { className: "picture", alt: job.num_frames === 1 ? job.prompt : "" });
+  const play = () => h("button", { type: "button", "aria-label": `Play: ${job.prompt}`, className: "picture",
+    onclick: () => showMedia(entry).then(() => card.querySelector("video")?.play()) }, image);
+  card.querySelector(".picture").replaceWith(job.num_frames === 1 ? image : play());
+  views.observe(card);
 }
 
 /** Shows the new state of a job. */
@@ -162,7 +188,8 @@ export function update(job) {
 
 function showResult(entry) {
   if (entry.job.status !== "completed" || entry.media) return;
-  (isDraft(entry.job) ? showMedia(entry) : showThumbnail(entry)).catch(() => {});
+  if (isDraft(entry.job)) showMedia(entry).catch(() => {});
+  else showThumbnail(entry);
 }
 
 /** Follows all jobs on one stream; asks again after a pause when the connection is lost, such as by a restart. */
@@ -210,10 +237,11 @@ export function add(job) {
 }
 
 async function showPage() {
-  const page = await api.list(oldest, PAGE);
+  const page = await api.list(listed.at(-1), PAGE);
   for (const job of page.data) add(job);
-  oldest = page.last_id;
-  byId("older").hidden = !page.has_more;
+  listed.push(...page.data.map((job) => job.id));
+  hasOlder = page.has_more;
+  byId("older").hidden = !hasOlder;
 }
 
 const setting = ({ job }, name) => String(job.settings[name] ?? "default");
@@ -226,22 +254,33 @@ async function compare() {
   byId("pair").replaceChildren(...pair.map((entry) => h("figure", {},
     entry.media.type.startsWith("image/")
       ? h("img", { src: entry.media.url, alt: entry.job.prompt })
-      : h("video", { src: entry.media.url, controls: true, loop: true, muted: true, playsInline: true, "aria-label": entry.job.prompt }),
-    h("figcaption", {}, h("p", {}, entry.job.prompt), h("p", { className: "facts" }, facts(entry.job)),
+      : video(entry.media.url, entry.job.prompt),
+    h("figcaption", {}, h("p", {}, readable(entry.job.prompt)), h("p", { className: "facts" }, facts(entry.job)),
       ...differing.map((name) => h("p", { className: "facts differs" }, `${name}: ${setting(entry, name)}`))))));
   byId("compare-dialog").showModal();
 }
 
-function search() {
-  const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
-  for (const card of byId("gallery").children) card.hidden = !words.every((word) => card.dataset.text.includes(word));
+/** Shows the cards with all words; fetches older jobs until a page of cards is found or there are no more. */
+async function search() {
+  const text = byId("search").value;
+  const words = text.toLowerCase().split(/\s+/).filter(Boolean);
+  const isFound = (card) => words.every((word) => card.dataset.text.includes(word));
+  for (;;) {
+    const cards = [...byId("gallery").children];
+    for (const card of cards) card.hidden = !isFound(card);
+    byId("gallery-empty").hidden = cards.some(isFound);
+    byId("gallery-empty").textContent = words.length ? "No video has these words." : NONE;
+    if (!words.length || !hasOlder || cards.filter(isFound).length >= PAGE) return;
+    await showPage();
+    if (byId("search").value !== text) return;
+  }
 }
 
 /** Shows the newest jobs of the server. `target.fill(job)` and `target.from(job, how)` fill the form. */
 export async function build(target) {
   form = target;
-  byId("search").addEventListener("input", search);
-  byId("older").addEventListener("click", showPage);
+  byId("search").addEventListener("input", debounce(() => search().catch((error) => announce(error.message)), 200));
+  byId("older").addEventListener("click", () => showPage().catch((error) => announce(error.message)));
   byId("compare").addEventListener("click", compare);
   byId("close-compare").addEventListener("click", () => byId("compare-dialog").close());
   byId("play-both").addEventListener("click", () => {
