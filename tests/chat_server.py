@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -32,9 +32,12 @@ def says(content: object) -> Answer:
 def drips(handler: BaseHTTPRequestHandler) -> None:
     handler.send_response(200)
     handler.end_headers()
-    for _ in range(30):
+    while not handler.server.closing.wait(0.05):
         handler.wfile.write(b" ")
-        time.sleep(0.05)
+
+
+def silent(handler: BaseHTTPRequestHandler) -> None:
+    handler.server.closing.wait()
 
 
 def hangs_up(handler: BaseHTTPRequestHandler) -> None:
@@ -51,6 +54,11 @@ class Server(ThreadingHTTPServer):
         self.answers: list[Answer] = [says("A Small Cat.")]
         self.asked: list[tuple[str, dict[str, str], bytes]] = []
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        self.closing = threading.Event()
+
+    def shutdown(self) -> None:
+        self.closing.set()
+        super().shutdown()
 
     def handle_error(self, *_: object) -> None:
         """Nothing: a client that has waited long enough goes away."""

@@ -325,7 +325,7 @@ def test_interrupted_while_sampling(here, hub_cache, tmp_path_factory):
             time.sleep(0.05)
         time.sleep(0.2)
         os.kill(process.pid, signal.SIGINT)
-        process.join(60)
+        process.join(250)
         assert process.exitcode == 130
     finally:
         process.kill()

@@ -321,4 +321,4 @@ def test_models_are_listed_at_once() -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     table, heavy, seconds = done.stdout.rsplit("\n", 3)[:3]
     assert (table, heavy) == (model_zoo.table(), "HEAVY []"), done.stderr
-    assert float(seconds) < 1.5  # of processor time
+    assert float(seconds) < 4  # of processor time; half of one where nothing else runs

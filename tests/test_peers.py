@@ -68,7 +68,7 @@ def told(end: End) -> list[str]:
 def test_a_rank_that_is_gone(tmp_path: Path, who: int, what: Callable[[], None]) -> None:
     began = time.monotonic()
     found = ends(2, train_until, tmp_path, who, what)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 200
     assert found[who].code == (7 if what is leave else -signal.SIGKILL) and found[1 - who].code == 1
     (line,) = told(found[1 - who])
     assert line.startswith(f"error: rank {1 - who} has lost another rank (") and "resume training with --load" in line

@@ -298,7 +298,7 @@ def test_only_regular_files_are_references(
     capsys.readouterr()
     assert main(["replay", RECIPE, "--save-dir", "again"] if command == "replay" else ["continue", DRAFT]) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("error: ") and time.monotonic() - begin < 20
+    assert error.count("\n") == 1 and error.startswith("error: ") and time.monotonic() - begin < 60
     if Path("/etc/passwd").exists() and path == "/etc/passwd":
         import hashlib
 

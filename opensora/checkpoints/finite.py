@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from opensora.acceleration.packed_tensor import PackedTensor
+from opensora.checkpoints.tensor_threads import map_tensors
 
 _COMPARED = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # others are compared in float32
 
@@ -28,9 +28,8 @@ def largest(tensor: Tensor) -> float:
 def magnitudes(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     """The largest absolute value of each tensor. Packed ones take turns: each is unpacked piece by piece."""
     packed = {name: largest(tensor) for name, tensor in tensors.items() if isinstance(tensor, PackedTensor)}
-    plain = [name for name in tensors if name not in packed]
-    with ThreadPoolExecutor() as pool:
-        found = packed | dict(zip(plain, pool.map(largest, map(tensors.__getitem__, plain)), strict=True))
+    plain = {name: tensor for name, tensor in tensors.items() if name not in packed}
+    found = packed | map_tensors(lambda name: largest(plain[name]), plain)
     return {name: found[name] for name in tensors}
 
 

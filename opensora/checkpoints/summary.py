@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +13,7 @@ import torch
 from opensora.acceleration.packed_tensor import PackedTensor
 from opensora.checkpoints.formatting import dtype_name, join_first
 from opensora.checkpoints.key_mapping import POSITIONS, TensorDict
+from opensora.checkpoints.tensor_threads import map_tensors
 
 NOT_PARAMETERS = ("y_embedder.y_embedding", *POSITIONS, "shift", "scale")
 SHORT_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
@@ -66,8 +66,8 @@ def content_hash(tensors: TensorDict) -> str:
             digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return head.encode(errors="surrogatepass") + digest.digest()
 
-    with ThreadPoolExecutor() as pool:
-        return hashlib.sha256(b"".join(pool.map(entry, sorted(tensors)))).hexdigest()
+    entries = map_tensors(entry, tensors)
+    return hashlib.sha256(b"".join(entries[name] for name in sorted(tensors))).hexdigest()
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -28,7 +28,7 @@ from opensora.curation.execution.settings import ExecutorSettings
 from opensora.datasets.video import write_image
 from opensora.errors import ConfigError, MediaError
 from opensora.remote.retries import seconds_to_wait
-from tests.chat_server import Server, drips, hangs_up, says, sends
+from tests.chat_server import Server, drips, hangs_up, says, sends, silent
 from tests.curation.footage import footage
 
 KEY = "sk-very-secret-0123"
@@ -45,7 +45,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @pytest.fixture
 def settings(server: Server, tmp_path: Path) -> CurationSettings:
-    options = {"url": server.url, "model": "sees", "pause": 0, "seconds": 0.5, "tries": 3}
+    options = {"url": server.url, "model": "sees", "pause": 0, "seconds": 60, "tries": 3}
     return CurationSettings(
         str(tmp_path / "in"), str(tmp_path / "out.csv"), ("captions",), {"captions": options},
         executor=ExecutorSettings(workers=0), force=True,
@@ -134,16 +134,20 @@ def test_wrong_answers_are_quarantined_by_name(settings: CurationSettings, serve
     assert curate(replace(settings, retry_errors=True)) == CurationReport(len(WRONG) + 2, 0, len(WRONG))
 
 
-def silent(handler: BaseHTTPRequestHandler) -> None:
-    time.sleep(0.8)
-
-
 def test_a_busy_server_is_asked_again(settings: CurationSettings, server: Server) -> None:
     pictures(settings, 1)
-    busy = [sends("", 429, **{"Retry-After": "0"}), sends("", 503), hangs_up, silent, drips, sends("", 500)]
+    busy = [sends("", 429, **{"Retry-After": "0"}), sends("", 503), hangs_up, sends("", 500)]
     server.answers = [*busy, says("A cat.")]
-    assert curate(with_options(settings, tries=7)) == CurationReport(1, 0, 1)
-    assert texts(settings) == ["A cat."] and len(server.asked) == 7
+    assert curate(with_options(settings, tries=5)) == CurationReport(1, 0, 1)
+    assert texts(settings) == ["A cat."] and len(server.asked) == 5
+
+
+def test_a_slow_server_is_asked_again_and_given_up(settings: CurationSettings, server: Server) -> None:
+    pictures(settings, 1)
+    server.answers = [silent, drips]
+    with pytest.raises(MediaError, match=r"no answer within 0 s.*, asked 2 times"):
+        curate(with_options(settings, tries=2, seconds=0.4))
+    assert len(server.asked) == 2
 
 
 def test_the_server_says_how_long_to_wait(settings: CurationSettings, server: Server) -> None:

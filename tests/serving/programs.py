@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 ROOT = Path(__file__).parents[2]
-START_SECONDS = 120.0
+START_SECONDS = 250.0
 SEED = int(os.environ.get("OPENSORA_TEST_SEED", "0"))
 KEY, OTHER = "key-of-one-client", "key-of-another"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -64,7 +64,7 @@ class ServerProgram:
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(30)
+            return self.process.wait(120)
         finally:
             self.process.kill()
 

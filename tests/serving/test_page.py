@@ -54,9 +54,9 @@ class Server:
         words += ["--llm-refine", "--llm-base-url", self.language_model, "--llm-model", "some-model"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENAI_API_KEY": "sk-very-secret"}
         self.process = subprocess.Popen([sys.executable, *words], env=environment, start_new_session=True)
-        for _ in range(600):
+        for _ in range(2400):
             try:
-                with urllib.request.urlopen(f"{self.url}health", timeout=5):
+                with urllib.request.urlopen(f"{self.url}health", timeout=60):
                     return
             except OSError:
                 time.sleep(0.1)
