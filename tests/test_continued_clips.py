@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from opensora.datasets.synthetic.dataset import shape_clips
+from opensora.datasets.synthetic.dataset import rendered_clips
 from opensora.datasets.synthetic.measure import measure
 from opensora.datasets.synthetic.render import MOTIONS, make_clip, make_continued_clip
 from opensora.errors import ConfigError
@@ -59,12 +59,12 @@ def test_a_clip_is_a_function_of_its_number():
 
 def test_listed_in_the_configuration():
     section = {"type": "ShapeClips", "sizes": [(17, 64, 64, 0.7)], "continued": [(34, 48, 80, 0.3)], "num_clips": 20}
-    plain, continued = shape_clips(section, 4, 0).sets
+    plain, continued = rendered_clips(section, 4, 0).sets
     assert (str(plain), str(continued)) == ("17x64x64", "34x48x80_continued")
     assert continued.batch_size == 2 and continued.seed != plain.seed
     assert continued.clip(3).video.shape == (34, 48, 80, 3)
     with pytest.raises(ConfigError, match=r"dataset\.sizes lists"):
-        shape_clips(section | {"continued": [(34, 48, 80)]}, 4, 0)
+        rendered_clips(section | {"continued": [(34, 48, 80)]}, 4, 0)
 
 
 def test_training_gives_what_went_before():

@@ -106,7 +106,7 @@ class TestReproduce:
 
     def test_stages_are_started_resumed_and_skipped(self, tmp_path: Path, reproduce: ModuleType) -> None:
         def planned(stage: str) -> list[list[str]]:
-            return reproduce.plan(stage, tmp_path, ["--device", "cpu"], "fp16")
+            return reproduce.plan(reproduce.RECIPES["shapes"], stage, tmp_path, ["--device", "cpu"], "fp16")
 
         config = str(ROOT / "configs" / "embedded" / "train" / "vae_2d.py")
         fresh = ["scripts/train_vae.py", config, "--outputs", str(tmp_path / "vae_2d"), "--device", "cpu"]
@@ -121,7 +121,8 @@ class TestReproduce:
         assert planned("vae_2d") == []
         (export_text, *_), text = planned("export"), str(tmp_path / "text_encoder" / "ema")
         assert export_text[:2] == ["scripts/misc/export.py", text] and export_text[3:] == ["--dtype", "fp16"]
-        assert planned("text_encoder") == [["scripts/train_text_encoder.py", "--output", text]]
+        captions = ["--captions", "shapes"]
+        assert planned("text_encoder") == [["scripts/train_text_encoder.py", "--output", text, *captions]]
 
     def test_failure_stops(self, tmp_path: Path, reproduce: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         ran: list[Sequence[str]] = []
@@ -129,7 +130,10 @@ class TestReproduce:
         assert reproduce.main(["--outputs", str(tmp_path)]) == 1
         assert [command[0] for command in ran] == ["scripts/train_text_encoder.py", "scripts/train_vae.py"]
 
-    def test_miniature(self, tmp_path: Path, reproduce: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("model", ["shapes", "world"])
+    def test_miniature(
+        self, tmp_path: Path, reproduce: ModuleType, monkeypatch: pytest.MonkeyPatch, model: str
+    ) -> None:
         """All stages but the text encoder, three steps each, in this process; then once more with nothing to do."""
         outputs, embedded, ran = tmp_path / "out'puts", tmp_path / "embedded", []
 
@@ -145,21 +149,20 @@ class TestReproduce:
         monkeypatch.setattr(reproduce, "EMBEDDED", embedded)
         make_tiny_t5(outputs / "text_encoder" / "ema")
         write_miniature_configs(tmp_path)
-        assert reproduce.main(["--outputs", str(outputs), "--device", "cpu", "--dtype", "fp32"]) == 0
-        assert ran == [
-            *["scripts/train_vae.py"] * 2,
-            *["scripts/train.py"] * 3,
-            "scripts/train_vae.py",
-            *["scripts/misc/export.py"] * 3,
-        ]
-        vae = load_file(embedded / "vae" / "model.safetensors")
+        command = ["--model", model, "--outputs", str(outputs)]
+        assert reproduce.main([*command, "--device", "cpu", "--dtype", "fp32"]) == 0
+        train, train_vae = "scripts/train.py", "scripts/train_vae.py"
+        trained = {"shapes": [*[train_vae] * 2, *[train] * 3, train_vae], "world": [*[train_vae] * 3, *[train] * 2]}
+        exports = ["scripts/misc/export.py"] * 3
+        assert ran == [*trained[model], *exports]
+        below = embedded / "world" if model == "world" else embedded
+        vae = load_file(below / "vae" / "model.safetensors")
         assert vae["shift"].dtype == torch.float32 and vae["shift"].shape == (1, 4, 1, 1, 1)
-        builder.load_component(
-            dict(type="STDiT3", from_pretrained=str(embedded / "stdit3")), "model", CPU, torch.float32
-        )
+        section = dict(type="STDiT3", from_pretrained=str(below / "stdit3"))
+        builder.load_component(section, "model", CPU, torch.float32)
         ran.clear()
-        assert reproduce.main(["--outputs", str(outputs)]) == 0
-        assert ran == ["scripts/misc/export.py"] * 3
+        assert reproduce.main(command) == 0
+        assert ran == exports
 
 
 def write_miniature_configs(folder: Path) -> None:
@@ -185,3 +188,28 @@ def write_miniature_configs(folder: Path) -> None:
             scheduler=dict(type="rflow"),
             **short,
         )
+    write_miniature_world(folder)
+
+
+def write_miniature_world(folder: Path) -> None:
+    """The configurations of the drawn world, with tiny models and few small clips."""
+    (folder / "world").mkdir()
+    short: dict[str, Any] = dict(max_steps=3, num_workers=0, compile=False, batch_size=1, log_every=1)
+    autoencoder = dict(type="VideoAutoencoderPipeline", _delete_=True, **TINY_VAE)
+    window = dict(image_size=(32, 32), crop=(16, 16))
+    sizes = dict(sizes=[(17, 16, 24, 0.5), (1, 24, 16, 0.5)], num_clips=5)
+    changes: dict[str, dict[str, Any]] = {
+        "vae_frames": dict(dataset=window, model=autoencoder),
+        "vae_video": dict(dataset=window, model=autoencoder),
+        "vae_decoder": dict(dataset=dict(sizes=sizes["sizes"]), model=autoencoder),
+        "stdit3": dict(dataset=dict(image_size=(16, 24), num_clips=4)),
+        "stdit3_masks": dict(dataset=dict(continued=[(34, 16, 24, 0.5)], **sizes)),
+    }
+    for name, changed in changes.items():
+        if name.startswith("stdit3"):
+            changed |= dict(
+                model=dict(type="STDiT3", _delete_=True, **TINY_STDIT3),
+                text_encoder=dict(model_max_length=32),
+            )
+        base = str(ROOT / "configs" / "embedded" / "train" / "world" / f"{name}.py")
+        write_config(folder / "world" / f"{name}.py", _base_=base, **changed, **short)

@@ -73,6 +73,7 @@ EXCEPTIONS = {
     ("av", "opensora.cli.environment"): "lists codecs; no file is opened",
     ("PIL", "opensora.pipeline.watermark"): "writes a text into frames; no file is opened",
     ("PIL", "scripts.misc.eval_embedded"): "writes captions into a picture",
+    ("PIL", "scripts.misc.eval_world"): "writes captions into a picture",
     ("cv2", "opensora.curation.stages.camera"): "a robust fit; OpenCV comes with the extra data",
     ("cv2", "opensora.curation.stages.optical_flow"): "dense optical flow; OpenCV comes with the extra data",
     ("PIL", "opensora.curation.footage.pictures"): "scales noise; no file is opened",

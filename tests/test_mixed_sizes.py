@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from opensora.config.settings import TrainSettings
-from opensora.datasets.synthetic.dataset import MixedClips, shape_clips
+from opensora.datasets.synthetic.dataset import MixedClips, rendered_clips
 from opensora.errors import ConfigError
 from opensora.training.autoencoder import _mixed, train_vae
 from opensora.training.diffusion import train
@@ -24,7 +24,7 @@ SIZES = [(17, 16, 24, 0.5), (34, 16, 24, 0.3), (1, 24, 16, 0.2)]
 
 
 def clips(sizes: Any = SIZES, **settings: Any) -> MixedClips:
-    return shape_clips(dict(type="ShapeClips", sizes=sizes, **settings), 10, 7)
+    return rendered_clips(dict(type="ShapeClips", sizes=sizes, **settings), 10, 7)
 
 
 class TestMixedClips:
@@ -55,13 +55,13 @@ class TestMixedClips:
         assert clips().period is None
 
     def test_a_single_size_is_as_before(self) -> None:
-        data = shape_clips(dict(type="ShapeClips", num_frames=5, image_size=(16, 24), num_clips=9), 2, 3)
+        data = rendered_clips(dict(type="ShapeClips", num_frames=5, image_size=(16, 24), num_clips=9), 2, 3)
         assert data.period == 4 and data.sets[0].batch_size == 2 and data.sets[0].seed == 3
         assert torch.equal(data.videos(1), data.sets[0].videos(1))
 
     def test_a_size_may_have_a_number_of_clips_of_its_own(self) -> None:
         sizes = [(5, 16, 24, 1), (1, 16, 24, 1, 30)]
-        data = shape_clips(dict(type="ShapeClips", sizes=sizes, num_clips=8), 2, 3)
+        data = rendered_clips(dict(type="ShapeClips", sizes=sizes, num_clips=8), 2, 3)
         assert [one.num_clips for one in data.sets] == [8, 30]
 
     @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from tests.tiny import TINY_STDIT3, make_tiny_t5
 MODEL = {"type": "STDiT3-XL/2"}
 HUGE = 10**30
 GIVEN_BY_US = {"t5": {"model", "tokenizer"}, "clip": {"model", "tokenizer"}}  # arguments that no section sets
-NO_BUILDER = {"EncodedDataset", "BatchFeatureDataset", "ShapeClips"}  # training reads these sections itself
+# training reads these sections itself
+NO_BUILDER = {"EncodedDataset", "BatchFeatureDataset", "ShapeClips", "WorldClips"}
 
 
 def settings(**changes: Any) -> InferenceSettings:

@@ -371,7 +371,7 @@ class TestTrouble:
     @pytest.mark.parametrize(
         ("dataset", "words"),
         [
-            (None, "dataset type 'None' cannot be trained on yet; use 'ShapeClips'"),
+            (None, "dataset type 'None' cannot be trained on yet; use ShapeClips or WorldClips"),
             (dict(type="ShapeClips", num_frames=5), "dataset needs image_size"),
         ],
     )

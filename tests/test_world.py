@@ -7,10 +7,11 @@ import os
 import numpy as np
 import pytest
 
+from opensora.datasets.synthetic.world.clips import Clip, make_clip
 from opensora.datasets.synthetic.world.palette import COLOURS
 from opensora.datasets.synthetic.world.quality import find_flaws
 from opensora.datasets.synthetic.world.recognize import Recognized, recognize
-from opensora.datasets.synthetic.world.render import HELD_OUT, TRAINED, Actor, Clip, World, make_clip, render
+from opensora.datasets.synthetic.world.render import HELD_OUT, TRAINED, Actor, World, render
 from opensora.datasets.synthetic.world.scenes import PICTURES, SCENES
 from opensora.datasets.synthetic.world.things import THINGS
 

@@ -17,7 +17,8 @@ from opensora.checkpoints.fit import load_weights
 from opensora.checkpoints.hub import read_config_json
 from opensora.checkpoints.save import save_pretrained
 from opensora.config.settings import NOT_YET_IN_VAE_TRAINING, TrainSettings, check_trainable
-from opensora.datasets.synthetic.dataset import MixedClips, shape_clips
+from opensora.datasets.synthetic.ahead import VideosAhead
+from opensora.datasets.synthetic.dataset import MixedClips, rendered_clips
 from opensora.distributed.ranks import world_size
 from opensora.errors import ConfigError
 from opensora.models.vae.vae import VideoAutoencoderPipeline
@@ -51,7 +52,7 @@ def train_vae(settings: TrainSettings) -> TrainResult:
     temporal = settings.use_z_rec_loss or settings.use_real_rec_loss
     _freeze(model, settings, temporal)
     model = to_device(model, device).train()
-    data = shape_clips(settings.dataset, settings.batch_size or 1, settings.seed)
+    data = rendered_clips(settings.dataset, settings.batch_size or 1, settings.seed)
     loss = _loss(settings, model, _mixed(settings, data, device), data.period, temporal)
     identity = fingerprint(settings, **{"steps of an epoch": str(max(settings.ckpt_every, 1))})
     trainer = Trainer(settings, model, loss, device, settings.ckpt_every, fingerprint=identity)
@@ -92,13 +93,21 @@ def _freeze(model: VideoAutoencoderPipeline, settings: TrainSettings, temporal: 
 
 
 def _build(section: dict[str, Any], offline: bool) -> VideoAutoencoderPipeline:
-    """The autoencoder with the weights, shift and scale of its checkpoint, or the weights of its parts' checkpoints."""
+    """The autoencoder with the weights, shift and scale of its checkpoint, or the weights of its parts' checkpoints.
+
+    A section that gives one number as shift or scale takes those of the checkpoint's channels away: they are measured
+    anew, for latents that are to change.
+    """
     path = builder.locate_weights(section, "model", offline) if section.get("from_pretrained") else None
     parts = {} if path else _parts(section, offline)
     stated = read_config_json(path) if path else {}
-    model = registry.build({**{name: stated[name] for name in ("shift", "scale") if name in stated}, **section})
+    stated = {name: stated[name] for name in ("shift", "scale") if name in stated}
+    given = {name: section[name] for name in stated if isinstance(section.get(name), int | float)}
+    model = registry.build({**stated, **section, **{name: stated[name] for name in given}})
     if path:
         print(load_weights(model, path))
+    if given:
+        model.set_normalization(**{"shift": 0.0, "scale": 1.0, **given})
     for name, found in parts.items():
         print(load_weights(model.spatial_vae if name == "vae_2d" else model.temporal_vae, found))
     return model
@@ -118,10 +127,11 @@ def _mixed(settings: TrainSettings, data: MixedClips, device: torch.device) -> V
     number of frames.
     """
     image_ratio = settings.mixed_image_ratio if settings.mixed_strategy == "mixed_video_image" else 0.0
+    rendered = VideosAhead(data, settings.num_workers if data.slow else 0)
 
     def videos(step: int) -> Tensor:
         step = step % data.period if data.period else step
-        x = data.videos(step).to(device)  # [B, 3, T, H, W]
+        x = rendered(step).to(device)  # [B, 3, T, H, W]
         chance = torch.rand((), generator=step_generator(settings.seed + 1, step)).item()
         if settings.mixed_strategy == "mixed_video_random":
             return x[:, :, : 1 + int(chance * x.shape[2])]

@@ -10,38 +10,78 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from opensora.training.checkpoint.folders import checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "embedded" / "train"
 EMBEDDED = ROOT / "opensora" / "embedded"
-TRAINED = ("text_encoder", "vae_2d", "vae_temporal", "stdit3", "stdit3_masks", "stdit3_extend", "vae_decoder")
-BEGUN = {  # stage -> the one whose result it begins with
-    "vae_temporal": "vae_2d", "stdit3_masks": "stdit3", "stdit3_extend": "stdit3_masks", "vae_decoder": "vae_temporal",
-}  # fmt: skip
-FEATURES = {"stdit3": "features", "stdit3_masks": "features_masks", "stdit3_extend": "features_masks"}
-EXPORTED = {"text_encoder": "text_encoder", "vae": "vae_decoder", "stdit3": "stdit3_extend"}  # in the package -> stage
 
 
-def plan(stage: str, outputs: Path, flags: Sequence[str], export_dtype: str) -> list[list[str]]:
+class Stage(NamedTuple):
+    """A training program with its configuration, the stage whose weights it begins with, and its features folder."""
+
+    config: str  # below CONFIGS; of the text encoder: the captions it learns
+    begins: str | None = None
+    features: str | None = None  # of a transformer, which also takes the recipe's encoders
+
+
+class Recipe(NamedTuple):
+    """The stages of a model in order, the autoencoder that its transformer learns from, and what is exported."""
+
+    stages: dict[str, Stage]
+    vae: str
+    exported: dict[str, str]  # folder in the package -> stage
+
+
+RECIPES = {
+    "shapes": Recipe(
+        {
+            "text_encoder": Stage("shapes"),
+            "vae_2d": Stage("vae_2d.py"),
+            "vae_temporal": Stage("vae_temporal.py", "vae_2d"),
+            "stdit3": Stage("stdit3.py", None, "features"),
+            "stdit3_masks": Stage("stdit3_masks.py", "stdit3", "features_masks"),
+            "stdit3_extend": Stage("stdit3_extend.py", "stdit3_masks", "features_masks"),
+            "vae_decoder": Stage("vae_decoder.py", "vae_temporal"),
+        },
+        "vae_temporal",
+        {"text_encoder": "text_encoder", "vae": "vae_decoder", "stdit3": "stdit3_extend"},
+    ),
+    "world": Recipe(
+        {
+            "text_encoder": Stage("world"),
+            "vae_frames": Stage("world/vae_frames.py"),
+            "vae_video": Stage("world/vae_video.py", "vae_frames"),
+            "vae_decoder": Stage("world/vae_decoder.py", "vae_video"),
+            "stdit3": Stage("world/stdit3.py", None, "features"),
+            "stdit3_masks": Stage("world/stdit3_masks.py", "stdit3", "features_masks"),
+        },
+        "vae_video",
+        {"world/text_encoder": "text_encoder", "world/vae": "vae_decoder", "world/stdit3": "stdit3_masks"},
+    ),
+}
+
+
+def plan(recipe: Recipe, name: str, outputs: Path, flags: Sequence[str], export_dtype: str) -> list[list[str]]:
     """The commands (script and arguments) that are left to run for a stage; none when its result is there."""
-    result = {name: outputs / name / "ema" for name in TRAINED}
-    if stage == "export":
-        pairs = [(str(result[trained]), str(EMBEDDED / name)) for name, trained in EXPORTED.items()]
+    result = {stage: outputs / stage / "ema" for stage in recipe.stages}
+    if name == "export":
+        pairs = [(str(result[trained]), str(EMBEDDED / part)) for part, trained in recipe.exported.items()]
         return [["scripts/misc/export.py", *pair, "--dtype", export_dtype] for pair in pairs]
-    if (result[stage] / "config.json").is_file():  # the last file of a model to be written
+    if (result[name] / "config.json").is_file():  # the last file of a model to be written
         return []
-    if stage == "text_encoder":
-        return [["scripts/train_text_encoder.py", "--output", str(result[stage])]]
-    encoders = ["--vae-path", str(result["vae_temporal"]), "--text-encoder-path", str(result["text_encoder"])]
-    inputs = ["--ckpt-path", str(result[BEGUN[stage]])] if stage in BEGUN else []
-    script = "scripts/train_vae.py"
-    if stage in FEATURES:
-        script = "scripts/train.py"
-        inputs += [*encoders, "--cfg-options", f"dataset.features={str(outputs / FEATURES[stage])!r}"]
-    arguments = [str(CONFIGS / f"{stage}.py"), "--outputs", str(outputs / stage), *flags, *inputs]
-    begun = [folder for folder in sorted((outputs / stage).glob("[0-9][0-9][0-9]*-*")) if checkpoints(folder)]
+    stage = recipe.stages[name]
+    if name == "text_encoder":
+        return [["scripts/train_text_encoder.py", "--output", str(result[name]), "--captions", stage.config]]
+    inputs = ["--ckpt-path", str(result[stage.begins])] if stage.begins else []
+    if stage.features:
+        inputs += ["--vae-path", str(result[recipe.vae]), "--text-encoder-path", str(result["text_encoder"])]
+        inputs += ["--cfg-options", f"dataset.features={str(outputs / stage.features)!r}"]
+    script = "scripts/train.py" if stage.features else "scripts/train_vae.py"
+    arguments = [str(CONFIGS / stage.config), "--outputs", str(outputs / name), *flags, *inputs]
+    begun = [folder for folder in sorted((outputs / name).glob("[0-9][0-9][0-9]*-*")) if checkpoints(folder)]
     return [[script, *arguments, *(["--load", str(begun[-1])] if begun else [])]]
 
 
@@ -51,17 +91,22 @@ def run(command: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    stages = (*TRAINED, "export")
+    names = dict.fromkeys(name for recipe in RECIPES.values() for name in recipe.stages)
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--outputs", type=Path, default=Path("outputs/embedded"), help="folder of the training runs")
-    parser.add_argument("--stages", nargs="+", choices=stages, default=stages, help="default: all of them")
+    parser.add_argument("--model", choices=tuple(RECIPES), default="shapes", help="what the clips show")
+    parser.add_argument("--outputs", type=Path, help="folder of the training runs; default: outputs/embedded or /world")
+    parser.add_argument("--stages", nargs="+", choices=(*names, "export"), help="default: all of them")
     parser.add_argument("--device", help="device to train on")
     parser.add_argument("--dtype", help="bf16, fp16 or fp32: precision of the training")
     parser.add_argument("--export-dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of the package")
     args = parser.parse_args(argv)
+    recipe = RECIPES[args.model]
+    outputs = args.outputs or Path("outputs", {"shapes": "embedded"}.get(args.model, args.model))
     flags = [word for name in ("device", "dtype") if (value := getattr(args, name)) for word in (f"--{name}", value)]
-    for stage in sorted(args.stages, key=stages.index):
-        commands = plan(stage, args.outputs, flags, args.export_dtype)
+    for stage in (*recipe.stages, "export"):
+        if args.stages and stage not in args.stages:
+            continue
+        commands = plan(recipe, stage, outputs, flags, args.export_dtype)
         print(f"{stage}: {'done' if not commands else 'running'}", flush=True)
         for command in commands:
             if status := run(command):

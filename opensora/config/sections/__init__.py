@@ -36,6 +36,7 @@ TEXT_ENCODERS: dict[str, type[Section]] = {"t5": encoders.T5, "clip": encoders.C
 DATASETS: dict[str, type[Section]] = {
     "VideoTextDataset": data.VideoTextDataset, "VariableVideoTextDataset": data.VariableVideoTextDataset,
     "EncodedDataset": data.EncodedDataset, "BatchFeatureDataset": data.EncodedDataset, "ShapeClips": data.ShapeClips,
+    "WorldClips": data.WorldClips,
 }  # fmt: skip
 SECTIONS: dict[str, dict[str, type[Section]]] = {
     "model": {**MODELS, **AUTOENCODERS}, "vae": AUTOENCODERS, "text_encoder": TEXT_ENCODERS,

@@ -78,9 +78,7 @@ _Size = Annotated[
 _Sizes = Annotated[Many[_Size], Field(max_length=1_000)]
 
 
-class ShapeClips(Section):
-    """Rendered clips of moving shapes, with captions."""
-
+class _RenderedClips(Section):
     num_frames: Frames | None = arg(None, "frames per clip, for a single size", 17)
     image_size: Pair[Side] | None = arg(None, "height and width in pixels, for a single size", (64, 64))
     sizes: _Sizes | None = arg(None, f"several sizes: {_SIZES}", [(17, 64, 64, 0.5), (1, 64, 64, 0.5)])
@@ -88,7 +86,16 @@ class ShapeClips(Section):
     num_clips: _NumClips | None = arg(None, "number of different clips; None: unlimited", 9000)
     fps: Annotated[Real, Field(gt=0, le=1_000)] = arg(24, "frame rate that the model is conditioned on")
     features: FilePath | None = arg(None, "folder of the clips' encoded features", "outputs/features")
+    crop: Pair[Side] | None = arg(None, "autoencoders: height and width of a random window of each clip", (64, 64))
     seed: Seed = arg(0, "random seed of the scenes")
+
+
+class ShapeClips(_RenderedClips):
+    """Rendered clips of moving shapes, with captions."""
+
+
+class WorldClips(_RenderedClips):
+    """Rendered clips of a drawn world of things, scenes and camera moves, with captions."""
 
 
 _Batch = Annotated[Count, Field(le=100_000)]

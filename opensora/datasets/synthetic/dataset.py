@@ -2,46 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from opensora.datasets.synthetic.render import Clip, make_clip, make_continued_clip
+from opensora.datasets.synthetic import render
+from opensora.datasets.synthetic.world import clips as world
 from opensora.errors import ConfigError
 
 CHUNK, CHUNK_LATENTS = 17, 5  # frames per chunk of the video autoencoder, and latent frames per chunk
 
 
-class ShapeClips:
+class RenderedClips:
     """A set of rendered clips, unlimited unless num_clips is given; batch n starts at clip n * batch_size.
 
     With `continued` the caption describes the second half of a clip; the first half is given as a condition.
+    With `crop` (height, width) an autoencoder sees a random window of each clip.
     """
+
+    make: ClassVar[Callable[..., Any]]  # (seed, index, num_frames, height, width) -> clip with `video` and `text`
+    make_continued: ClassVar[Callable[..., Any]]
+    slow: ClassVar[bool] = False  # whether worker processes should render
 
     def __init__(
         self, num_frames: int, image_size: tuple[int, int], batch_size: int, seed: int = 0,
-        num_clips: int | None = None, continued: bool = False,
+        num_clips: int | None = None, continued: bool = False, crop: tuple[int, int] | None = None,
     ) -> None:  # fmt: skip
-        self.continued = continued
+        self.continued, self.crop = continued, crop
         self.num_frames, self.image_size = num_frames, image_size
         self.batch_size, self.seed, self.num_clips = batch_size, seed, num_clips
 
     def __str__(self) -> str:
         return "x".join(map(str, (self.num_frames, *self.image_size))) + ("_continued" if self.continued else "")
 
-    def clip(self, index: int) -> Clip:
+    def identity(self) -> dict[str, Any]:
+        """What the clips are a function of."""
+        made: dict[str, Any] = {"frames": self.num_frames, "image_size": self.image_size, "seed": self.seed}
+        made |= {"continued": True} if self.continued else {}
+        return made if type(self) is ShapeClips else {"type": type(self).__name__, **made}
+
+    def unlimited(self) -> RenderedClips:
+        """The same set without an end."""
+        return type(self)(self.num_frames, self.image_size, self.batch_size, self.seed, None, self.continued)
+
+    def clip(self, index: int) -> Any:
         """Clip `index`, modulo num_clips."""
         index = index % self.num_clips if self.num_clips else index
-        make = make_continued_clip if self.continued else make_clip
+        make = self.make_continued if self.continued else self.make
         return make(self.seed, index, self.num_frames, *self.image_size)
 
+    def window(self, index: int) -> np.ndarray:
+        """The frames of clip `index`, uint8 [T, H, W, 3], or those of a window of `crop` at a random place of it."""
+        video = self.clip(index).video
+        if self.crop is None:
+            return video
+        rng = np.random.default_rng((self.seed, index, 9))
+        top, left = (int(rng.integers(have - want + 1)) for have, want in zip(self.image_size, self.crop, strict=True))
+        return video[:, top : top + self.crop[0], left : left + self.crop[1]]
+
     def videos(self, step: int) -> Tensor:
-        """The clips of one step: [B, 3, T, H, W] float32 in [-1, 1]."""
+        """The windows of one step: [B, 3, T, H, W] float32 in [-1, 1]."""
         first = step * self.batch_size
-        return to_model([self.clip(index).video for index in range(first, first + self.batch_size)])
+        return to_model([self.window(index) for index in range(first, first + self.batch_size)])
+
+
+class ShapeClips(RenderedClips):
+    """Clips of a moving shape on a plain background."""
+
+    make = staticmethod(render.make_clip)
+    make_continued = staticmethod(render.make_continued_clip)
+
+
+class WorldClips(RenderedClips):
+    """Clips of the drawn world."""
+
+    make = staticmethod(world.make_clip)
+    make_continued = staticmethod(world.make_continued_clip)
+    slow = True
+
+
+TYPES: dict[str, type[RenderedClips]] = {"ShapeClips": ShapeClips, "WorldClips": WorldClips}
 
 
 class MixedClips:
@@ -50,9 +93,14 @@ class MixedClips:
     The size is a function of (seed, step). Larger sizes have smaller batches, so that all steps take similar time.
     """
 
-    def __init__(self, sets: Sequence[ShapeClips], shares: Sequence[float], seed: int) -> None:
+    def __init__(self, sets: Sequence[RenderedClips], shares: Sequence[float], seed: int) -> None:
         self.sets, self.seed = list(sets), seed
         self.shares = np.array(shares) / sum(shares)
+
+    @property
+    def slow(self) -> bool:
+        """Whether worker processes should render."""
+        return any(one.slow for one in self.sets)
 
     @property
     def period(self) -> int | None:
@@ -71,7 +119,7 @@ class MixedClips:
         return self.sets[self.pick(step)].videos(step)
 
 
-def shape_clips(section: dict[str, Any] | None, batch_size: int, seed: int, *needed: str) -> MixedClips:
+def rendered_clips(section: dict[str, Any] | None, batch_size: int, seed: int, *needed: str) -> MixedClips:
     """The clips of a `dataset` section. Raises ConfigError for another type, a missing setting or a wrong value.
 
     `sizes` lists (num_frames, height, width, share[, num_clips]); `num_frames` and `image_size` describe a single size.
@@ -79,8 +127,9 @@ def shape_clips(section: dict[str, Any] | None, batch_size: int, seed: int, *nee
     other sizes have seeds of their own, so that they show other scenes.
     """
     section = section or {}
-    if section.get("type") != "ShapeClips":
-        raise ConfigError(f"dataset type '{section.get('type')}' cannot be trained on yet; use 'ShapeClips'")
+    kind = TYPES.get(str(section.get("type")))
+    if kind is None:
+        raise ConfigError(f"dataset type '{section.get('type')}' cannot be trained on yet; use {' or '.join(TYPES)}")
     single = ("num_frames", "image_size")
     if section.get("sizes") is None:
         needed = (*single, *needed)
@@ -93,11 +142,14 @@ def shape_clips(section: dict[str, Any] | None, batch_size: int, seed: int, *nee
     for listed in (sizes, continued):
         for size in listed if isinstance(listed, list | tuple) else [listed]:
             _check_size(size)
+    crop = section.get("crop")
+    if crop and any(side > have for size in (*sizes, *continued) for side, have in zip(crop, size[1:3], strict=True)):
+        raise ConfigError(f"dataset.crop {tuple(crop)} is larger than the clips; name a window that fits in every size")
     count, whole = section.get("num_clips"), len(sizes)
     sizes = [*sizes, *continued]
     counts = [size[4] if len(size) > 4 else count for size in sizes]
     sets = [
-        ShapeClips(size[0], (size[1], size[2]), _scaled(batch_size, size, sizes[0]), seed + n, counts[n], n >= whole)
+        kind(size[0], (size[1], size[2]), _scaled(batch_size, size, sizes[0]), seed + n, counts[n], n >= whole, crop)
         for n, size in enumerate(sizes)
     ]
     return MixedClips(sets, [size[3] for size in sizes], seed)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from opensora.acceleration.precision import training_context
 from opensora.config.settings import TrainSettings
-from opensora.datasets.synthetic.dataset import MixedClips, ShapeClips, to_model
+from opensora.datasets.synthetic.ahead import map_ahead
+from opensora.datasets.synthetic.dataset import MixedClips, RenderedClips, to_model
 from opensora.errors import ConfigError
 from opensora.models.text_encoder.cleaning import preprocess
 from opensora.training.data.batch import Encoders, TrainingBatch, clip_conditioning
@@ -61,7 +62,7 @@ class Batches:
         return Features(*(tensor[rows] for tensor in self.features))
 
 
-def to_batch(one: ShapeClips, batch: Features, settings: TrainSettings, name: str) -> TrainingBatch:
+def to_batch(one: RenderedClips, batch: Features, settings: TrainSettings, name: str) -> TrainingBatch:
     """Encoded clips as a batch, on the CPU."""
     size, count = (one.num_frames, *one.image_size), len(batch.latents)
     sizes = clip_conditioning(settings.model["type"], count, size, (settings.dataset or {}).get("fps", FPS))
@@ -78,10 +79,9 @@ def encode_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoders)
     section: dict[str, Any] = settings.dataset or {}
     folder = Path(section["features"])
 
-    def features(one: ShapeClips) -> Features:
+    def features(one: RenderedClips) -> Features:
         identity = {
-            "clips": {"frames": one.num_frames, "image_size": one.image_size, "seed": one.seed}
-            | ({"continued": True} if one.continued else {}),
+            "clips": one.identity(),
             "vae": encoders.contents["weights of the vae"],
             "text_encoder": encoders.contents["weights of the text encoder"],
             "tokenizer": encoders.contents.get("tokenizer"),
@@ -91,7 +91,7 @@ def encode_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoders)
         }
         where = folder / str(one) if section.get("sizes") or section.get("continued") else folder
         count = one.num_clips or section["num_clips"]
-        return encode_once(where, count, identity, partial(_encode, one, encoders, settings.dtype))
+        return encode_once(where, count, identity, partial(_encode, one, encoders, settings))
 
     return [features(one) for one in clips.sets]
 
@@ -101,20 +101,19 @@ def held_out_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoder
     held = []
     for one in clips.sets if settings.validate_every else ():
         first = one.num_clips or settings.section("dataset")["num_clips"]
-        more = ShapeClips(one.num_frames, one.image_size, one.batch_size, one.seed, None, one.continued)
         for start in range(0, settings.validation_samples, one.batch_size):
             rows = range(first + start, first + min(start + one.batch_size, settings.validation_samples))
-            features = Features(**_encode(more, encoders, settings.dtype, rows))
+            features = Features(**_encode(one.unlimited(), encoders, settings, rows))
             held.append((str(one), to_batch(one, features, settings, f"held out from {rows.start}")))
     return held
 
 
-def _encode(one: ShapeClips, encoders: Encoders, dtype: str, indices: range) -> dict[str, Tensor]:
+def _encode(one: RenderedClips, encoders: Encoders, settings: TrainSettings, indices: range) -> dict[str, Tensor]:
     """The tensors of Features; texts are as long as the longest may be."""
     vae, text_encoder, device = encoders.vae, encoders.text, encoders.device
-    made = [one.clip(index) for index in indices]
+    made = list(map_ahead(one.clip, indices, settings.num_workers if one.slow else 0))
     videos = to_model([clip.video for clip in made]).to(encoders.dtype)
-    with torch.no_grad(), training_context(device, dtype):
+    with torch.no_grad(), training_context(device, settings.dtype):
         parts = [vae.encode(part.to(device), sample=False).cpu() for part in videos.split(ENCODE_BATCH)]
         last = vae.encode(videos[:, :, -1:].to(device), sample=False).cpu()
     text, mask = text_encoder.encode([preprocess(clip.text) for clip in made])

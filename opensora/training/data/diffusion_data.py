@@ -13,7 +13,7 @@ from opensora import registry
 from opensora.config.settings import TrainSettings
 from opensora.datasets.datasets import VideoTextDataset
 from opensora.datasets.quarantine import UnreadableRow
-from opensora.datasets.synthetic.dataset import shape_clips
+from opensora.datasets.synthetic.dataset import rendered_clips
 from opensora.distributed.collectives import all_gather_objects, barrier, run_on_main
 from opensora.distributed.process_group import RankLayout
 from opensora.errors import ConfigError
@@ -84,7 +84,7 @@ def _rendered_clips(
 ) -> DiffusionData:
     if settings.batch_size is None:
         raise ConfigError("training on rendered clips needs a batch_size")
-    clips = shape_clips(section, settings.batch_size, section.get("seed", 0), "features", "num_clips")
+    clips = rendered_clips(section, settings.batch_size, section.get("seed", 0), "features", "num_clips")
     encoders = Encoders(settings, device, RankLayout())  # one rank encodes while the others wait: nothing is sharded
     source = _main_first(layout, lambda: ClipSource(clips, encode_clips(clips, settings, encoders), settings))
     sizes = [(one.num_frames, *one.image_size) for one in clips.sets if not one.continued]

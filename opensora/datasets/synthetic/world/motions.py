@@ -18,6 +18,7 @@ class Motion(NamedTuple):
     kind: str = "straight"
 
 
+STILL = "standing still"
 MOTIONS = {
     "moving left": Motion(("moving left", "moves left", "going left", "sliding to the left"), (-1, 0)),
     "moving right": Motion(("moving right", "moves right", "going right", "sliding to the right"), (1, 0)),
@@ -34,17 +35,16 @@ MOTIONS = {
     "turning": Motion(("turning", "turns", "spinning", "rotating"), kind="turn"),
     "bouncing": Motion(("bouncing", "bounces", "jumping up and down", "hopping"), kind="bounce"),
     "swinging": Motion(("swinging", "swings", "rocking", "swaying"), kind="swing"),
-    "standing still": Motion(("standing still", "stands still", "not moving", "resting")),
+    STILL: Motion(("standing still", "stands still", "not moving", "resting")),
 }
 
-CAMERA = {
-    "still": (),
-    "pan left": ("the camera pans left", "camera motion: pan left"),
-    "pan right": ("the camera pans right", "camera motion: pan right"),
-    "zoom in": ("the camera zooms in", "camera motion: zoom in"),
-    "zoom out": ("the camera zooms out", "camera motion: zoom out"),
-}
+STILL_CAMERA = "still"
+CAMERA = {  # how captions tell of it
+    STILL_CAMERA: "the camera stands still", "pan left": "the camera pans left", "pan right": "the camera pans right",
+    "zoom in": "the camera zooms in", "zoom out": "the camera zooms out",
+}  # fmt: skip
 PAN, ZOOM = 0.5, 1.45  # short sides of travel, and ratio of sizes, over 17 frames
+HOP = 0.22  # height of a bounce
 
 
 class Path(NamedTuple):
@@ -72,7 +72,7 @@ def path(
     if kind == "turn":
         angle = np.pi * pace
     elif kind == "bounce":
-        y = y - 0.3 * np.abs(np.sin(2 * np.pi * pace))
+        y = y - HOP * np.abs(np.sin(2 * np.pi * pace))
     elif kind == "swing":
         angle = 0.5 * np.sin(2 * np.pi * pace)
     return Path(x, y, radius, angle)

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from opensora.datasets.synthetic.world.motions import STILL_CAMERA
 from opensora.datasets.synthetic.world.palette import COLOURS
 from opensora.datasets.synthetic.world.recognize import (
-    STILL_CAMERA,
     Recognized,
     Track,
     around,

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from opensora.datasets.synthetic.world.motions import MOTIONS, PAN, ZOOM
+from opensora.datasets.synthetic.world.motions import MOTIONS, PAN, STILL, STILL_CAMERA, ZOOM
 from opensora.datasets.synthetic.world.palette import COLOURS, NEAR_COLOUR
-from opensora.datasets.synthetic.world.render import STILL, World, render
+from opensora.datasets.synthetic.world.render import World, render
 from opensora.datasets.synthetic.world.scenes import PICTURES, SCENES
 from opensora.datasets.synthetic.world.things import MAIN, SYMMETRY, THINGS
 
@@ -19,7 +19,6 @@ SMALLEST = 0.004  # of the frame's pixels: less is no thing
 FIT = 0.7  # least overlap (intersection over union) with a template
 GRID, ANGLES = 40, 24  # side of a template, and how many rotations are tried
 SPREAD = 0.27  # root of a template's area, in parts of its side
-STILL_CAMERA = "still"
 TRAVEL, GROWTH, TURN, SWING, BOUNCE = 0.13, np.log(1.35), 1.0, 0.2, 0.12  # least of a clear motion
 
 

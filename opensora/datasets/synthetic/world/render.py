@@ -1,4 +1,4 @@
-"""Renders clips of the world, with captions, from a seed. A clip is a function of (seed, index)."""
+"""Worlds with things, a scene and a camera, drawn at random and rendered."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from opensora.datasets.synthetic.world.motions import CAMERA, MOTIONS, Path, path, view
+from opensora.datasets.synthetic.world.motions import CAMERA, HOP, MOTIONS, STILL, STILL_CAMERA, Path, path, view
 from opensora.datasets.synthetic.world.palette import COLOURS, NEAR_COLOUR
 from opensora.datasets.synthetic.world.scenes import PICTURES, PLAIN, SCENES, Canvas
 from opensora.datasets.synthetic.world.things import FACING, MAIN, PAINTS, SYMMETRY, THINGS
 
 Array = np.ndarray
-STILL = "standing still"
 
 
 def _shows(thing: str, colour: str, motion: str) -> bool:
@@ -40,6 +39,7 @@ class Actor(NamedTuple):
     travel: tuple[float, float]
     radii: tuple[float, float]  # at the first and the last frame
     mirrored: bool = False
+    angle: float = 0.0  # at the first frame, in radians
 
 
 class World(NamedTuple):
@@ -50,42 +50,40 @@ class World(NamedTuple):
     camera: str
     details: int
     behind: bool = False  # whether the first actor, the subject, passes behind the second
-
-
-class Clip(NamedTuple):
-    """A rendered clip: `video` uint8 [T, H, W, 3], its caption and the world behind it."""
-
-    video: Array
-    text: str
-    world: World
+    speed: float = 1.0  # how far the subject travels or grows: 0.5 to 1 of what the frame leaves it
 
 
 def render(world: World, num_frames: int, height: int, width: int) -> Array:
     """The clip as uint8 [T, H, W, 3], edges anti-aliased over one pixel."""
-    side = min(height, width)
     progress = np.linspace(0, 1, num_frames) if num_frames > 1 else np.full(1, 0.5)
+    return render_at(world, progress, num_frames, height, width)
+
+
+def render_at(world: World, progress: Array, num_frames: int, height: int, width: int) -> Array:
+    """The frames at `progress` [T], 0 to 1 of a clip of `num_frames`, as uint8 [T, H, W, 3]."""
+    side = min(height, width)
     camera_x, zoom = view(world.camera, progress, num_frames)
     scale = (side * zoom).astype(np.float32)[:, None, None]  # pixels per short side
     columns = np.arange(width, dtype=np.float32) + 0.5 - width / 2
     x = columns[None, None] / scale + camera_x.astype(np.float32)[:, None, None]
     y = (np.arange(height, dtype=np.float32) + 0.5 - height / 2)[None, :, None] / scale
-    moving = slice(None) if world.camera != "still" else slice(1)  # a picture that stands still is drawn once
+    moving = slice(None) if world.camera != STILL_CAMERA else slice(1)  # a picture that stands still is drawn once
     canvas = Canvas(x[moving], y[moving], 1 / scale[moving])
     SCENES[world.scene].draw(canvas, np.random.default_rng(world.details))
-    frames = np.broadcast_to(canvas.colour, (num_frames, height, width, 3)).copy()
+    frames = np.broadcast_to(canvas.colour, (len(progress), height, width, 3)).copy()
     order = world.actors if world.behind else world.actors[::-1]
     for actor in order:
-        _draw_actor(frames, actor, progress, x, y, scale)
+        _draw_actor(frames, actor, actor_path(actor, progress, num_frames), x, y, scale)
     return np.round(frames).clip(0, 255).astype(np.uint8)
 
 
 def actor_path(actor: Actor, progress: Array, num_frames: int) -> Path:
     """The path of an actor over the frames of a clip."""
-    return path(MOTIONS[actor.motion].kind, progress, num_frames, actor.start, actor.travel, actor.radii)
+    way = path(MOTIONS[actor.motion].kind, progress, num_frames, actor.start, actor.travel, actor.radii)
+    return way._replace(angle=way.angle + actor.angle)
 
 
-def _draw_actor(frames: Array, actor: Actor, progress: Array, x: Array, y: Array, scale: Array) -> None:
-    way = actor_path(actor, progress, len(frames))
+def _draw_actor(frames: Array, actor: Actor, way: Path, x: Array, y: Array, scale: Array) -> None:
     for index in range(len(frames)):
         cx, cy, radius, angle = (float(values[index]) for values in way)
         pixels = float(scale[index, 0, 0])
@@ -113,33 +111,37 @@ def draw_world(rng: np.random.Generator, height: int, width: int, held_out: bool
     scenes = [name for name, scene in SCENES.items() if colour not in scene.hides]
     plain = [name for name in scenes if name in PLAIN]
     scene = str(rng.choice(plain if rng.random() < 0.3 else [name for name in scenes if name not in PLAIN]))
-    camera = "still"
+    camera = STILL_CAMERA
     if scene in PICTURES and MOTIONS[motion].travel == (0, 0) and not MOTIONS[motion].growth and rng.random() < 0.35:
-        camera = str(rng.choice([name for name in CAMERA if name != "still"]))
+        camera = str(rng.choice([name for name in CAMERA if name != STILL_CAMERA]))
     size = np.array([width, height]) / min(height, width)
-    subject = _place(rng, thing, colour, motion, size, camera)
+    speed = float(rng.uniform(0.5, 1))
+    subject = _place(rng, thing, colour, motion, size, camera, speed)
     actors: tuple[Actor, ...] = (subject,)
     behind = False
-    if camera == "still" and rng.random() < 0.15:
+    if camera == STILL_CAMERA and rng.random() < 0.15:
         other = _companion(rng, subject, scene, size)
         behind = bool(rng.random() < 0.5)
         actors = (subject, other)
-    return World(actors, scene, camera, int(rng.integers(2**31)), behind)
+    return World(actors, scene, camera, int(rng.integers(2**31)), behind, speed)
 
 
-def _place(rng: np.random.Generator, thing: str, colour: str, motion: str, size: Array, camera: str) -> Actor:
+def _place(
+    rng: np.random.Generator, thing: str, colour: str, motion: str, size: Array, camera: str, speed: float
+) -> Actor:
     """An actor whose path stays inside the frame of `size` (width, height), in short sides."""
     move = MOTIONS[motion]
-    small, large, steady = rng.uniform(0.11, 0.13), rng.uniform(0.25, 0.31), rng.uniform(0.17, 0.23)
+    middle, growth, steady = rng.uniform(0.17, 0.2), rng.uniform(2.1, 2.5) ** (speed / 2), rng.uniform(0.17, 0.23)
+    small, large = middle / growth, middle * growth
     radii = {0: (steady, steady), 1: (small, large), -1: (large, small)}[move.growth]
     margin = max(radii) + 0.02
     room = np.maximum(size - 2 * margin, 0)  # range of the centre
-    if camera != "still":
+    if camera != STILL_CAMERA:
         room = room * 0.3
-    travel = np.array(move.travel) * room * rng.uniform(0.7, 1.0)
+    travel = np.array(move.travel) * room * speed
     low, high = -room / 2 + np.maximum(-travel, 0), room / 2 - np.maximum(travel, 0)
     if move.kind == "bounce":
-        low[1] = min(-room[1] / 2 + 0.3, high[1])
+        low[1] = min(-room[1] / 2 + HOP, high[1])
     start = rng.uniform(low, np.maximum(high, low))
     left = travel[0] < 0 or (travel[0] == 0 and rng.random() < 0.5)
     mirrored = bool(thing in FACING and left)
@@ -158,27 +160,3 @@ def _companion(rng: np.random.Generator, subject: Actor, scene: str, size: Array
     limit = size / 2 - radius - 0.02
     x, y = np.clip(middle, -limit, limit)
     return Actor(thing, colour, STILL, (float(x), float(y)), (0.0, 0.0), (radius, radius))
-
-
-def caption(rng: np.random.Generator, world: World) -> str:
-    """A caption in one of many phrasings."""
-    subject = world.actors[0]
-    phrases = MOTIONS[subject.motion].phrases
-    motion = subject.motion if rng.random() < 0.4 else str(rng.choice(phrases))
-    place = str(rng.choice(SCENES[world.scene].phrases))
-    text = f"a {subject.colour} {subject.thing} {motion}"
-    if len(world.actors) > 1:
-        other = world.actors[1]
-        relation = "behind" if world.behind else "in front of"
-        text = f"{text} {relation} a {other.colour} {other.thing}"
-    text = f"{text} {place}" if rng.random() < 0.7 else f"{place}, {text}"
-    if world.camera != "still":
-        text = f"{text}, {rng.choice(CAMERA[world.camera])}"
-    return text.replace("a orange", "an orange").replace("a apple", "an apple").replace("a umbrella", "an umbrella")
-
-
-def make_clip(seed: int, index: int, num_frames: int, height: int, width: int, held_out: bool = False) -> Clip:
-    """Clip `index` of the unlimited set `seed`; `held_out` uses only the combinations held out of training."""
-    rng = np.random.default_rng((seed, index, int(held_out), 3))
-    world = draw_world(rng, height, width, held_out)
-    return Clip(render(world, num_frames, height, width), caption(rng, world), world)

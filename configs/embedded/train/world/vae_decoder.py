@@ -1,0 +1,23 @@
+# Autoencoder of the drawn world, stage 3: the decoders alone, on whole frames of all sizes and several chunks.
+_base_ = "../vae_2d.py"
+
+dataset = dict(
+    type="WorldClips",
+    num_frames=None,
+    image_size=None,
+    sizes=[
+        (17, 128, 128, 0.4), (34, 128, 128, 0.1), (1, 128, 128, 0.06),
+        (17, 96, 160, 0.15), (34, 96, 160, 0.03), (1, 96, 160, 0.04),
+        (17, 160, 96, 0.15), (34, 160, 96, 0.03), (1, 160, 96, 0.04),
+    ],
+)  # fmt: skip
+model = dict(from_pretrained="outputs/world/vae_video/ema")
+freeze_encoders = True
+
+seed = 23
+outputs = "outputs/world/vae_decoder"
+batch_size = 2
+max_steps = 300
+lr = 3e-4
+ema_decay = 0.98
+ckpt_every = 25
