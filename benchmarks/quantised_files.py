@@ -1,11 +1,12 @@
 """Quantised weight files against bf16: peak memory of loading and running, error of the weights, and of a video.
 
-python -m benchmarks.quantised_files [--layers 2] [--blocks 2] [--prompts 2] [--output results]
+python -m benchmarks.quantised_files [--layers 2] [--blocks 2] [--words 4096] [--prompts 2] [--formats bf16 int8 ...]
+python -m benchmarks.quantised_files --layers 24 --words 32128 --blocks 28 --prompts 0 --formats bf16 int8 Q4_K
 
-Memory is that of a T5-XXL encoder (64 tokens) and of an STDiT3-XL/2 (one evaluation of small latents) with random
-weights of their published sizes but only some of their blocks and words, in a process of its own for each format; the
-files of the whole models are counted from the bytes of a block and a word. Errors are relative (Frobenius norm), per
-layer of the embedded model; its videos are compared with those of its own weights by PSNR.
+Memory is that of a T5-XXL encoder (16 tokens) and of an STDiT3-XL/2 (one evaluation of small latents) with random
+weights, in a process of its own for each format. By default they have only some of their blocks and words. The second
+command takes whole models, with files of up to 10 GB among the temporary ones. Errors are relative (Frobenius norm),
+per layer of the embedded model; its videos are compared with those of its own weights by PSNR.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,7 +42,9 @@ from opensora.profiling.memory_meter import resident_memory
 FORMATS = ("bf16", "int8", "fp8", "Q8_0", "Q5_K", "Q4_K")
 T5_XXL = dict(vocab_size=32_128, d_model=4_096, d_kv=64, d_ff=10_240, num_heads=64, num_layers=24)
 XL = dict(hidden_size=1_152, num_heads=16, depth=28, caption_channels=4_096, model_max_length=300)
-WORDS = 4_096  # of the vocabulary
+EMBEDDED_DEPTH = 6
+TOKENS = 16  # of the prompt
+BLOCK = re.compile(r"(blocks?)\.(\d+)\.")  # in the name of a tensor
 TOKENIZER = ("spiece.model", "tokenizer_config.json")
 PROMPTS = ("a red circle moving right on a black background", "a large blue square growing on a white background")
 CHILD = "import sys; from benchmarks.quantised_files import child; child(*sys.argv[1:])"
@@ -77,26 +81,53 @@ def _is_packed(name: str) -> bool:
     return name == "shared.weight" or ("block" in name and name.endswith("weight") and "t_block" not in name)
 
 
-def write(state: dict[str, Tensor], folder: Path, kind: str) -> None:
+def by_block(state: dict[str, Any], depth: int) -> Iterator[dict[str, Any]]:
+    """What is beside the blocks, then each of `depth` blocks; the last block of the state stands for all after it."""
+    number = {name: int(found[2]) if (found := BLOCK.search(name)) else -1 for name in state}
+    for block in range(-1, depth):
+        source = min(block, max(number.values()))
+        yield {BLOCK.sub(rf"\1.{block}.", name): one for name, one in state.items() if number[name] == source}
+
+
+def write(state: dict[str, Tensor], folder: Path, kind: str, depth: int) -> None:
     """Writes the weights of a folder in a format; embedders and other matrices beside the blocks stay as they are."""
     if kind in ("int8", "fp8", "bf16"):
-        tensors = state if kind == "bf16" else stored(quantize_tensors(state, kind))
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-        return
+        _write_shards(state if kind == "bf16" else quantize_tensors(state, kind), folder, depth)
+    else:
+        _write_gguf(state, folder, kind, depth)
+
+
+def _write_shards(tensors: dict[str, Tensor], folder: Path, depth: int) -> None:
+    places = {}
+    for number, part in enumerate(by_block(tensors, depth), start=1):
+        file = f"model-{number:05d}-of-{depth + 1:05d}.safetensors"
+        held = {name: tensor.contiguous() for name, tensor in stored(part).items()}
+        save_file(held, folder / file)
+        places |= dict.fromkeys(held, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def _write_gguf(state: dict[str, Tensor], folder: Path, kind: str, depth: int) -> None:
     writer = gguf.GGUFWriter(folder / "model.gguf", "model", use_temp_file=False)
-    for name, tensor in state.items():
-        raw = packed(tensor, kind) if _is_packed(name) else None
-        if raw is not None:
-            writer.add_tensor(name, raw[0], raw_dtype=gguf.GGMLQuantizationType[raw[1]])
-        else:
-            if tensor.ndim > 4:
-                writer.add_array(f"comfy.gguf.orig_shape.{name}", list(tensor.shape))
-                tensor = tensor.flatten(0, -4)
-            writer.add_tensor(name, tensor.half().contiguous().numpy())
+    arrays = {name: _array(name, tensor, kind) for name, tensor in state.items()}
+    for part in by_block(arrays, depth):
+        for name, (array, raw_type, shape) in part.items():
+            writer.add_tensor(name, array, raw_dtype=raw_type)
+            if len(shape) > 4:
+                writer.add_array(f"comfy.gguf.orig_shape.{name}", shape)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _array(name: str, tensor: Tensor, kind: str) -> tuple[np.ndarray, gguf.GGMLQuantizationType | None, list[int]]:
+    """What GGUF stores of a tensor: its bytes, their format (None: that of the array), and its shape."""
+    shape = list(tensor.shape)
+    if _is_packed(name) and (raw := packed(tensor, kind)) is not None:
+        return raw[0], gguf.GGMLQuantizationType[raw[1]], shape
+    flat = tensor.flatten(0, -4) if tensor.ndim > 4 else tensor
+    return flat.half().contiguous().numpy(), None, shape
 
 
 @torch.inference_mode()
@@ -109,7 +140,7 @@ def child(part: str, folder: str) -> None:
         encoder = builder.build_text_encoder(section, path, torch.bfloat16)
         before = resident_memory()
         builder.load_text_encoder_weights(encoder, section, path, cpu)
-        encoder.model([(torch.arange(64)[None], torch.ones(1, 64, dtype=torch.long))])
+        encoder.model([(torch.arange(TOKENS)[None], torch.ones(1, TOKENS, dtype=torch.long))])
     else:
         model = builder.build_model(section, path)
         before = resident_memory()
@@ -121,56 +152,52 @@ def child(part: str, folder: str) -> None:
     print(int(peak[1]) * 1024 - before)
 
 
-def memory(part: str, blocks: int) -> dict[str, dict[str, float]]:
-    """Format -> measured peak of a model with `blocks` blocks, and bytes of the whole model's file, counted."""
+def random_model(part: str, depth: int, words: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights of two blocks in bf16, and the config.json of a model with `depth` of them."""
     torch.manual_seed(0)
     if part == "text_encoder":
         fixed = dict(relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6)
-        config: dict[str, Any] = {**T5_XXL, **fixed, "feed_forward_proj": "gated-gelu"}
-        config |= {"num_layers": blocks, "vocab_size": WORDS}
-        model: Any = t5.T5EncoderModel(t5.T5Config(**config)).bfloat16()
-        whole, marks = T5_XXL["num_layers"], (".block.",)
+        config: dict[str, Any] = {**T5_XXL, **fixed, "feed_forward_proj": "gated-gelu", "vocab_size": words}
+        model: Any = t5.T5EncoderModel(t5.T5Config(**{**config, "num_layers": 2}))
+        config["num_layers"] = depth
     else:
-        config = {**XL, "depth": blocks, "model_type": "STDiT3", "qk_norm": True}
-        model = STDiT3(**{key: value for key, value in config.items() if key != "model_type"}).bfloat16()
-        whole, marks = XL["depth"], ("spatial_blocks.", "temporal_blocks.")
-    for parameter in model.parameters():
+        config = {**XL, "depth": depth, "model_type": "STDiT3", "qk_norm": True}
+        model = STDiT3(**{key: value for key, value in config.items() if key != "model_type"} | {"depth": 2})
+    for parameter in model.bfloat16().parameters():
         parameter.data.normal_(std=0.02)
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items() if "embed_tokens" not in name}
+    return {name: one.detach() for name, one in model.state_dict().items() if "embed_tokens" not in name}, config
+
+
+def memory(part: str, depth: int, words: int, formats: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Format -> peak of loading and running a model of `depth` blocks, and the size of its file, in bytes."""
+    state, config = random_model(part, depth, words)
     found = {}
-    for kind in FORMATS:
+    for kind in formats:
         with TemporaryDirectory() as folder:
-            write(state, Path(folder), kind)
+            write(state, Path(folder), kind, depth)
+            size = sum(file.stat().st_size for file in Path(folder).iterdir())
             (Path(folder) / "config.json").write_text(json.dumps(config))
             for name in TOKENIZER:
                 shutil.copy(locate("embedded:text_encoder") / name, folder)
-            held = read_state_dict(next(Path(folder).glob("model.*")))
-            size = {
-                n: sum(one.nbytes for one in t.parts()) if isinstance(t, PackedTensor) else t.nbytes
-                for n, t in held.items()
-            }
-            in_blocks = sum(bytes_ for name, bytes_ in size.items() if any(mark in name for mark in marks))
-            counted = sum(size.values()) + in_blocks / blocks * (whole - blocks)
-            counted += size.get("shared.weight", 0) * (T5_XXL["vocab_size"] / WORDS - 1)
             done = subprocess.run(
                 [sys.executable, "-c", CHILD, part, folder], stdout=subprocess.PIPE, text=True, check=True
             )
-            found[kind] = {"peak": int(done.stdout), "file": sum(size.values()), "whole_file": counted}
+            found[kind] = {"peak": int(done.stdout), "file": size}
             print(part, kind, found[kind], flush=True)
     return found
 
 
-def quality(count: int) -> dict[str, dict[str, float]]:
-    """Format -> relative error of the layers of the embedded model, and PSNR (dB) of its videos."""
+def quality(count: int, formats: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Format -> relative error of the layers of the embedded model, and PSNR (dB) of its videos against bf16."""
     source = locate("embedded:stdit3")
     exact = read_state_dict(source)
     videos = {}
     found: dict[str, dict[str, float]] = {}
-    for kind in FORMATS:
+    for kind in formats:
         with TemporaryDirectory() as folder:
-            write(exact, Path(folder), kind)
+            write(exact, Path(folder), kind, EMBEDDED_DEPTH)
             shutil.copy(source / "config.json", folder)
-            held = read_state_dict(next(Path(folder).glob("model.*")))
+            held = read_state_dict(folder)
             small = [name for name, tensor in held.items() if isinstance(tensor, PackedTensor)]
             errors = [float((unpacked(held[n]) - exact[n].float()).norm() / exact[n].float().norm()) for n in small]
             pipe = opensora.load("embedded", device="cpu", ckpt_path=folder)
@@ -187,13 +214,14 @@ def quality(count: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    given = common.arguments(__doc__, layers=2, blocks=2, prompts=2)
-    report: dict[str, Any] = {part: memory(part, blocks) for part, blocks in
-                              (("text_encoder", given.layers), ("model", given.blocks))}  # fmt: skip
-    report["quality"] = quality(given.prompts)
+    given = common.arguments(__doc__, layers=2, blocks=2, words=4_096, prompts=2, formats=list(FORMATS))
+    depths = {"text_encoder": given.layers, "model": given.blocks}
+    formats = ["bf16", *(kind for kind in given.formats if kind != "bf16")]  # what the others are compared with
+    report: dict[str, Any] = {part: memory(part, depth, given.words, formats) for part, depth in depths.items()}
+    report["quality"] = quality(given.prompts, formats) if given.prompts else {}
     ratios = {
         f"{part}, {key}": {kind: one[key] / report[part]["bf16"][key] for kind, one in report[part].items()}
-        for part in ("text_encoder", "model") for key in ("peak", "whole_file")
+        for part in depths for key in ("peak", "file")
     }  # fmt: skip
     report["summary"] = {"ratios": ratios, "quality": report["quality"]}
     common.save("quantised_files", report, ratios, given.output, "of bf16")

@@ -105,6 +105,7 @@ SMALLER = {
     "opensora buckets": (),
     "opensora data": (),
     "opensora train": FINETUNING,
+    "opensora extract": EXTRACTION,
     "opensora benchmark": ("--warmup-count", "0", "--eval-count", "1", *INFERENCE),
     "opensora doctor": (),
     "torchrun -m opensora train": ON_TWO,
@@ -122,7 +123,7 @@ SMALLER = {
     "scripts/misc/extract_feat.py": EXTRACTION,
     "scripts/misc/search_bs.py": SEARCH,
     "opensora search-bs": SEARCH,
-    "scripts/misc/lora_clips.py": ("--num", "3"),
+    "scripts/misc/lora_clips.py": ("--num", "3", "--known", "2"),
     "scripts/misc/eval_lora.py": ("--num-prompts", "1", *INFERENCE),
     "scripts/misc/eval_embedded.py": ("--num-prompts", "2", "--from-scenes", "--reconstruction", "1"),
 }
@@ -430,7 +431,8 @@ def written(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).touch()
     (folder / "outputs/finetune/ema").mkdir(parents=True)
     (folder / "my-lora/bar").mkdir(parents=True)
-    (folder / "features/my-videos").mkdir(parents=True)
+    for name in ("my-videos", "my-bars"):
+        (folder / "features" / name).mkdir(parents=True)
     assert cli.main(["export", "embedded", str(folder / "weights/shapes"), "--to", "hub"]) == 0
     return folder
 

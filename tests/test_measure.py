@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from opensora.datasets.synthetic.measure import Measured, measure
-from opensora.datasets.synthetic.render import NEW_MOTIONS, NEW_SHAPES, make_clip, make_new_clip
+from opensora.datasets.synthetic.render import NEW_MOTIONS, NEW_SHAPES, draw_new_scene, make_clip, make_new_clip
 from opensora.datasets.video import read_video, write_video
 from opensora.errors import ConfigError
 from tests.full import count
@@ -77,13 +77,28 @@ def test_a_speck_beside_the_object_is_ignored():
 def test_what_adapters_teach_is_recognized(new: str) -> None:
     """In every clip, and only where it is asked for; the names the embedded model knows are recognized as before."""
     for index in range(2):
-        clip = make_new_clip(1, index, new, 17, 64, 64)
+        clip = make_new_clip(1, index, [new], 17, 64, 64)
         assert measure(clip.video, new=True) == clip.scene[:4] and new in clip.text
         assert new not in measure(clip.video)
         known = make_clip(1, index, 17, 64, 64)
         assert measure(known.video, new=True) == measure(known.video) == known.scene[:4]
 
 
-def test_what_is_nothing_new_is_refused() -> None:
+def test_a_new_shape_with_a_new_motion_is_recognized() -> None:
+    for index in range(2):
+        clip = make_new_clip(1, index, ["moving diagonally", "bar"], 17, 64, 64)
+        assert measure(clip.video, new=True) == clip.scene[:4]
+        assert clip.scene[0] == "bar" and clip.scene[2] == "moving diagonally"
+
+
+@pytest.mark.parametrize(("new", "combinations"), [("bar", 8 * 7 * 4), ("moving diagonally", 3 * 8 * 4)])
+def test_clips_of_something_new_show_every_combination_once(new: str, combinations: int) -> None:
+    rng = np.random.default_rng(0)
+    scenes = [draw_new_scene(rng, index, [new], 64, 64)[:4] for index in range(combinations + 1)]
+    assert len(set(scenes)) == combinations and scenes[0] == scenes[-1]
+
+
+@pytest.mark.parametrize("new", [["circle"], ["bar", "growing"], [""]])
+def test_what_is_nothing_new_is_refused(new: list[str]) -> None:
     with pytest.raises(ConfigError, match="is nothing new; choose one of bar, moving diagonally"):
-        make_new_clip(1, 0, "circle", 17, 64, 64)
+        make_new_clip(1, 0, new, 17, 64, 64)

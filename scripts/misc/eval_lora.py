@@ -1,7 +1,7 @@
 """Measures what an adapter of the embedded model teaches: generates, measures the pixels, prints a table.
 
-The prompts name something new (docs/lora.md) in scenes that were not trained on. Flags that are not listed go to
-`opensora generate`, such as `--lora my-lora/bar`.
+The prompts name something new (docs/lora.md), a shape, a motion or both, in scenes that were not trained on. Flags that
+are not listed go to `opensora generate`, such as `--lora my-lora/bar`.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ from opensora.datasets.video import contact_sheet, read_video, tile, write_image
 from opensora.pipeline.output_folder import check_folder
 
 SIDE, SHOWN = 64, 12  # pixels of a clip; clips in the picture
+FIRST = 40  # scenes before it are those of the clips; for a shape no later one has their colour, motion and background
 SEEDS = 10  # one seed gives every prompt the same noise: groups of prompts get seeds of their own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Generates into the folder, and writes evaluation.json and evaluation.png beside the clips."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("new", choices=[*NEW_SHAPES, *NEW_MOTIONS], help="what all prompts name")
+    parser.add_argument("new", nargs="+", choices=[*NEW_SHAPES, *NEW_MOTIONS], help="what all prompts name")
     parser.add_argument("--num-prompts", type=int, default=100, help="number of prompts [100]")
     parser.add_argument("--seed", type=int, default=2024, help="of the prompts, and the first of the videos [2024]")
     parser.add_argument("--save-dir", default="./samples/lora", help="receives the clips [./samples/lora]")
     args, extra = parser.parse_known_args(argv)
     folder = Path(check_folder(args.save_dir))
-    clips = [make_new_clip(args.seed, index, args.new, 1, SIDE, SIDE) for index in range(args.num_prompts)]
+    numbers = range(FIRST, FIRST + args.num_prompts)
+    clips = [make_new_clip(args.seed, number, args.new, 1, SIDE, SIDE) for number in numbers]
     for seed, part in enumerate(np.array_split(np.arange(len(clips)), min(SEEDS, len(clips))), start=args.seed):
-        numbers = ["--start-index", str(part[0]), "--end-index", str(part[-1] + 1), "--seed", str(seed)]
-        flags = ["--save-dir", str(folder), "--overwrite", *numbers, *extra]
+        span = ["--start-index", str(part[0]), "--end-index", str(part[-1] + 1), "--seed", str(seed)]
+        flags = ["--save-dir", str(folder), "--overwrite", *span, *extra]
         if status := cli.main(["generate", *(clip.text for clip in clips), *flags]):
             return status
     videos = [read_video(folder / f"sample_{index:04d}.mp4")[0] for index in range(len(clips))]

@@ -1,9 +1,10 @@
 # An adapter (LoRA) of the embedded model on a few videos of your own: docs/lora.md.
 _base_ = "finetune.py"
 
-lora = dict(rank=4)
+lora = dict(rank=6)
+mask_ratios = {"_delete_": True, "identity": 0.9, "image_head": 0.1}
 outputs = "outputs/lora"
-max_steps = 400
-lr = 2e-3
+max_steps = 1000
+lr = 1e-3
 lr_schedule = "cosine"
 validate_every = 0

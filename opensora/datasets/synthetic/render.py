@@ -6,6 +6,7 @@ combinations is held out of training, to measure compositional generalization.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -75,17 +76,22 @@ def draw_scene(rng: np.random.Generator, height: int, width: int, held_out: bool
     return _place(rng, (shape, colour, motion, background), height, width)
 
 
-def draw_new_scene(rng: np.random.Generator, new: str, height: int, width: int) -> Scene:
-    """A random scene of a new shape or motion; the rest is as in `draw_scene`.
+def draw_new_scene(rng: np.random.Generator, index: int, new: Sequence[str], height: int, width: int) -> Scene:
+    """Scene `index` of something new, at a random place: a shape, a motion, or one of each.
 
-    Raises ConfigError for a name that is not new.
+    The rest of it counts through all combinations, each of them once before one is repeated, so that a few clips show
+    every name about equally often. Raises ConfigError for a name that is not new.
     """
-    if new not in (*NEW_SHAPES, *NEW_MOTIONS):
-        raise ConfigError(f"{new[:80]!r} is nothing new; choose one of {', '.join((*NEW_SHAPES, *NEW_MOTIONS))}")
-    shape, colour, motion, background = (
-        names[rng.integers(len(names))] for names in map(tuple, (SHAPES, COLOURS, MOTIONS, BACKGROUNDS))
-    )
-    shape, motion = (new if new in NEW_SHAPES else shape), (new if new in NEW_MOTIONS else motion)
+    for name in new:
+        if name not in (*NEW_SHAPES, *NEW_MOTIONS):
+            known = ", ".join((*NEW_SHAPES, *NEW_MOTIONS))
+            raise ConfigError(f"{name[:80]!r} is nothing new; choose one of {known}")
+    shapes = [name for name in new if name in NEW_SHAPES] or SHAPES
+    motions = [name for name in new if name in NEW_MOTIONS] or tuple(MOTIONS)
+    colours, backgrounds = tuple(COLOURS), tuple(BACKGROUNDS)
+    shape, motion = shapes[index % len(shapes)], motions[index % len(motions)]
+    colour = colours[index % len(colours)]
+    background = backgrounds[(index // len(colours) + index) % len(backgrounds)]
     return _place(rng, (shape, colour, motion, background), height, width)
 
 
@@ -172,10 +178,10 @@ def make_clip(seed: int, index: int, num_frames: int, height: int, width: int, h
     return Clip(render(scene, num_frames, height, width), _describe(rng, scene), scene)
 
 
-def make_new_clip(seed: int, index: int, new: str, num_frames: int, height: int, width: int) -> Clip:
+def make_new_clip(seed: int, index: int, new: Sequence[str], num_frames: int, height: int, width: int) -> Clip:
     """Clip `index` of the set `seed` of clips that show something new; see `draw_new_scene`."""
     rng = np.random.default_rng((seed, index, 3))
-    scene = draw_new_scene(rng, new, height, width)
+    scene = draw_new_scene(rng, index, new, height, width)
     return Clip(render(scene, num_frames, height, width), _describe(rng, scene), scene)
 
 
