@@ -31,7 +31,8 @@ from opensora.models.sizes import size_conditioning
 from opensora.models.stdit.stdit3 import STDiT3
 from opensora.pipeline.plan import make_plan
 from opensora.pipeline.stage_costs import ResourceEstimate
-from opensora.profiling import cost_model, memory_meter
+from opensora.profiling import memory_meter
+from opensora.profiling.cost_model import CostModel
 from opensora.schedulers.rf import RFLOW
 
 HEAD, TEXT, TOKENS = 72, 64, 80  # channels of a head and of the text, and its length
@@ -51,9 +52,8 @@ def child(name: str, file: str, width: str, *size: str) -> None:
     latent = (frames // 17 * 5, height // 8, columns // 8)
     noise, text = torch.randn(1, 4, *latent, device=device), torch.randn(1, 1, TOKENS, TEXT, device=device, dtype=dtype)
     told = size_conditioning("STDiT2", 1, (height, columns), frames, FPS, device=device)
-    counted = cost_model.step_cost(
-        model, latent, told, TOKENS, dtype, device, batch=1 if plan.sequential_cfg else 2, plan=plan
-    ).peak
+    batch = 1 if plan.sequential_cfg else 2
+    counted = CostModel(dtype, device).step(model, latent, told, TOKENS, batch, plan=plan).peak
     plan.prepare_model(model)
     before = memory_meter.resident_memory() if is_cpu(device) else torch.accelerator.memory_allocated(device)
     reset_peak_memory(device)
@@ -85,10 +85,9 @@ def counted(config: str, size: list[int]) -> dict[str, Any]:
     words = ["x", "--model", config, "--num-frames", str(size[0]), "--image-size", *map(str, size[1:])]
     settings = request_settings([*words, "--memory", "fast"])
     made = make_plan(settings)
-    accelerator = {"device": torch.device("meta"), "dtype": torch.bfloat16}
-    estimate = ResourceEstimate(
-        made.models, made.models.build(made.job.size), made.job, made.requests, again=False, **accelerator
-    )
+    accelerator = CostModel(torch.bfloat16, torch.device("meta"))
+    built = made.models.build(made.job.size)
+    estimate = ResourceEstimate(made.models, built, made.job, made.requests, again=False, costs=accelerator)
     return {
         plan.name: {
             "counted": estimate.peak(plan),

@@ -35,7 +35,8 @@ from opensora.pipeline.decode import decode
 from opensora.pipeline.pipeline import VideoPipeline
 from opensora.pipeline.plan import make_plan
 from opensora.pipeline.stage_costs import ResourceEstimate
-from opensora.profiling import cost_model, memory_meter
+from opensora.profiling import memory_meter
+from opensora.profiling.cost_model import CostModel
 from opensora.profiling.operation_counter import OperationCounter
 from tests import zoo
 from tests.test_plain import error, inputs, models, prepared, randomize
@@ -259,7 +260,7 @@ def test_decoding_holds_one_piece_at_a_time(parts, monkeypatch):
     path = parts["VideoAutoencoderKL"]
     vae = builder.build_model({"type": "VideoAutoencoderKL", "from_pretrained": str(path)}, path)
     whole, pieces = (
-        [cost_model.decoding_cost(vae, (frames, 512, 512), torch.float32, META, streamed).peak for frames in (4, 16)]
+        [CostModel(torch.float32, META).decoding(vae, (frames, 512, 512), streamed).peak for frames in (4, 16)]
         for streamed in (False, True)
     )
     frame = 4 * 3 * 512 * 512

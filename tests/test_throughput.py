@@ -14,6 +14,7 @@ from opensora.acceleration.precision import training_context
 from opensora.distributed.process_group import RankLayout
 from opensora.models.stdit.stdit3 import STDiT3
 from opensora.profiling import peak_flops
+from opensora.profiling.cost_model import CostModel
 from opensora.training import throughput
 from opensora.training.data.batch import clip_conditioning
 from opensora.training.throughput import StepCost, Throughput
@@ -79,10 +80,8 @@ class TestStepCost:
 
     def test_each_shape_is_counted_once(self, monkeypatch):
         cost, shapes = StepCost(STDiT3(**TINY_STDIT3), "STDiT3"), []
-        count = throughput.cost_model.step_cost
-        monkeypatch.setattr(
-            throughput.cost_model, "step_cost", lambda *args, **how: shapes.append(1) or count(*args, **how)
-        )
+        count = CostModel.step
+        monkeypatch.setattr(CostModel, "step", lambda *args, **how: shapes.append(1) or count(*args, **how))
         for latent, samples in (((5, 4, 4), 1), ((5, 4, 4), 3), ((1, 4, 4), 1), ((5, 4, 4), 2)):
             cost(*batch(samples, latent))
         assert len(shapes) == 2

@@ -106,8 +106,8 @@ class _Benchmark:
         """The cost of one evaluation of the model, with all guidance branches."""
         models, job = self.models, self.job
         self.tokens = max(count_tokens(models.text_encoder, text) for text in job.texts(self.request))
-        where, rows = (models.dtype, models.device), job.scheduler.num_branches
-        return cost_model.step_cost(model, self.latent_size, job.conditioning, self.tokens, *where, rows)
+        costs, rows = cost_model.CostModel(models.dtype, models.device), job.scheduler.num_branches
+        return costs.step(model, self.latent_size, job.conditioning, self.tokens, rows)
 
     def flops(self) -> dict[str, float | None]:
         """Stage -> floating-point operations; None where they are not known."""
@@ -115,7 +115,7 @@ class _Benchmark:
         flops: dict[str, float | None] = {"denoise": None, "text": None}
         if job.cache.is_exact and job.scheduler.num_sampling_steps:
             flops["denoise"] = _operations(self.step.times(job.scheduler.num_sampling_steps * loops))
-        decoding = cost_model.decoding_cost(models.vae, job.size, models.dtype, models.device)
+        decoding = cost_model.CostModel(models.dtype, models.device).decoding(models.vae, job.size)
         flops["decode"] = _operations(decoding.times(loops))
         if not isinstance(models.text_encoder, ClassIds):
             encoder = models.text_encoder.model

@@ -27,6 +27,7 @@ from opensora.pipeline.request import SPATIAL_FACTOR, Request
 from opensora.pipeline.stage_costs import ResourceEstimate, Stage
 from opensora.pipeline.text_encoding import portions
 from opensora.profiling import memory_meter, speed_history
+from opensora.profiling.cost_model import CostModel
 from opensora.profiling.speed_history import Span
 
 Changes = Mapping[str, Any]  # settings and their new values
@@ -156,7 +157,8 @@ class Plan:
         settings = dataclasses.replace(self.job.settings, **changes)
         try:
             models = self.models if MODEL_SETTINGS.isdisjoint(changes) else LoadedModels(settings)
-            other = plan_job(models, Job(JobSpec(settings, to_files=self.job.to_files), models))
+            job = Job(JobSpec(settings, to_files=self.job.to_files), models)
+            other = plan_job(models, job, self.estimate.costs)
         except OpenSoraError:
             return False
         return self.available is None or self._base + other.estimate.peak(self.memory_plan) <= self.available
@@ -197,8 +199,8 @@ def make_plan(settings: InferenceSettings, spec: JobSpec | None = None) -> Plan:
     return plan_job(models, Job(spec or JobSpec(settings), models))
 
 
-def plan_job(models: LoadedModels, job: Job) -> Plan:
-    """The plan of a job on models, which need no weights and do not change."""
+def plan_job(models: LoadedModels, job: Job, costs: CostModel | None = None) -> Plan:
+    """The plan of a job on models, which need no weights and do not change. `costs` may have counted some of it."""
     wanted = [request for request in job.requests if not job.outputs.keeps_existing(request.path)]
     with output_folder(job.outputs.folder) if job.to_files else nullcontext():
         if job.to_files:
@@ -215,6 +217,7 @@ def plan_job(models: LoadedModels, job: Job) -> Plan:
     notes += [f"{part}: '{getattr(models.settings, part)['from_pretrained']}' would be downloaded" for part in absent]
     notes += [note for request in requests for note in adjustments(job, request)]
     grid = (built.vae.group[0], SPATIAL_FACTOR, SPATIAL_FACTOR)
-    estimate = ResourceEstimate(models, built, job, requests, again=len(portions(job, requests)) > 1)
+    again = len(portions(job, requests)) > 1
+    estimate = ResourceEstimate(models, built, job, requests, again, costs)
     base = memory_meter.resident_memory() + LIBRARIES
     return Plan(models, job, estimate, requests, list(dict.fromkeys(notes)), base, grid)

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
-import torch
-
 from opensora.acceleration import quantization
 from opensora.acceleration.device import is_cpu
 from opensora.acceleration.memory_plan import BY_NAME, PLANS, MemoryPlan
@@ -20,10 +18,12 @@ from opensora.pipeline.job import Job
 from opensora.pipeline.loaded_models import Components, LoadedModels
 from opensora.pipeline.request import Request
 from opensora.pipeline.text_encoding import Texts, count_tokens
-from opensora.profiling import cost_model, memory_meter, speed_history
+from opensora.profiling import memory_meter, speed_history
+from opensora.profiling.cost_model import CostModel, text_cost, weight_bytes
 from opensora.profiling.operation_counter import Cost
 
-T5_XXL = {"parameters": 4_762_310_656, "tokens": 300}  # assumed for a text encoder whose files are not on this machine
+# Parameters, tokens that are read, tokens of features: assumed for a text encoder whose files are not on this machine.
+ASSUMED = {"t5": (4_762_310_656, 300, 300), "clip": (63_165_952, 77, 1), "classes": (0, 1, 1)}
 SAFETY_FACTOR = 16  # more tensors of a network's widest layer than it ever holds at once
 
 
@@ -41,17 +41,16 @@ class ResourceEstimate:
     """The memory and cost of a job under each memory plan. The models need no weights and are left as they are.
 
     again: whether the text encoder is loaded a second time, beside the other models
-    device, dtype: of the work and the weights, if not those of the models
+    costs: counts the work, by default in the dtype and on the device of the models
     """
 
     def __init__(
         self, models: LoadedModels, components: Components, job: Job, requests: Sequence[Request], again: bool,
-        device: torch.device | None = None, dtype: torch.dtype | None = None,
+        costs: CostModel | None = None,
     ) -> None:  # fmt: skip
         self.models, self.components, self.job, self.requests, self.again = models, components, job, requests, again
-        self.device, self.dtype = device or models.device, dtype or models.dtype
-        self.on_host = is_cpu(self.device)
-        self.where = (self.dtype, self.device)
+        self.costs = costs or CostModel(models.dtype, models.device)
+        self.dtype, self.on_host = self.costs.dtype, is_cpu(self.costs.device)
         self.latent_size = tuple(components.vae.get_latent_size(job.size))
         self.stages = cache(lambda plan: list(self._stages(plan)))
 
@@ -86,7 +85,7 @@ class ResourceEstimate:
     def weights(self) -> int:
         """Bytes of the weights of autoencoder and diffusion model."""
         parts = (self.components.vae, self.components.model)
-        return sum(cost_model.weight_bytes(part, self.dtype) for part in parts)
+        return sum(weight_bytes(part, self.dtype) for part in parts)
 
     def _peak_of(self, stages: Sequence[Stage], plan: MemoryPlan) -> int:
         if self.on_host:
@@ -131,7 +130,7 @@ class ResourceEstimate:
     @cached_property
     def _decoding(self) -> Cost:
         """Decoding one clip, under any plan."""
-        cost = cost_model.decoding_cost(self.components.vae, self.job.size, *self.where, streamed=True)
+        cost = self.costs.decoding(self.components.vae, self.job.size, streamed=True)
         return cost._replace(peak=cost.peak + self._frames_held())
 
     def _frames_held(self) -> int:
@@ -161,7 +160,7 @@ class ResourceEstimate:
         vae, work, sizes = self.components.vae, Cost(), self._encoded()
         at_once = frames_at_once(*self.job.frame_size) if plan.single_frames else None
         for one in sorted(set(sizes)):
-            work = work.then(cost_model.encoding_cost(vae, one, *self.where, at_once).times(sizes.count(one)))
+            work = work.then(self.costs.encoding(vae, one, at_once).times(sizes.count(one)))
         longest = max((frames for frames, *_ in sizes), default=0)
         held = self._float_frames(longest if self.on_host or at_once is None else min(longest, at_once))
         return work._replace(peak=work.peak + held)
@@ -171,7 +170,7 @@ class ResourceEstimate:
         model, job = self.components.model, self.job
         given = any(edit < 1 for clips in self._timelines() for clip in clips for edit in clip.edit)
         rows = job.batch_size * (1 if plan.sequential_cfg else job.scheduler.num_branches)
-        step = cost_model.step_cost(model, self.latent_size, job.conditioning, tokens, *self.where, rows, given, plan)
+        step = self.costs.step(model, self.latent_size, job.conditioning, tokens, rows, given, plan)
         return step.times(job.scheduler.num_branches / rows)
 
     def _float_frames(self, frames: int) -> int:
@@ -180,7 +179,7 @@ class ResourceEstimate:
 
     def _stage(self, name: str, part: str, cost: Cost) -> Stage:
         module = getattr(self.components, part)
-        plain = cost_model.weight_bytes(module, self.dtype)
+        plain = weight_bytes(module, self.dtype)
         held, files, copied = self._weights(part, plain)
         if part == "model" and self.models.settings.linear != "exact":
             held = plain - quantization.num_quantized(module) * (self.dtype.itemsize - 1)
@@ -208,16 +207,16 @@ class ResourceEstimate:
         if isinstance(encoder, ClassIds):
             return 1, Stage("text", 0, 0, False, Cost())
         if encoder is None:
-            held, tokens = dtype.itemsize * T5_XXL["parameters"], T5_XXL["tokens"]
-            cost = Cost(products=2.0 * tokens * T5_XXL["parameters"], moved=held, calls=1000, peak=2**28)
-            cost = cost.times(len(texts))
-            return tokens, Stage("text", held, held, False, cost)
+            parameters, read, tokens = ASSUMED[job.settings.section("text_encoder")["type"]]
+            held = dtype.itemsize * parameters
+            cost = Cost(products=2.0 * read * parameters, moved=held, calls=1000, peak=2**28)
+            return tokens, Stage("text", held, held, False, cost.times(len(texts)))
         lengths = [count_tokens(encoder, text) for text in texts]
         config = getattr(encoder.model, "config", None) or encoder.model.text_model.config
         parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
         cost = Cost()
         for length in lengths:
-            cost = cost.then(cost_model.text_cost(config, parameters, length))
+            cost = cost.then(text_cost(config, parameters, length))
         held, files, copied = self._weights("text_encoder", sum(map(_bytes, encoder.model.parameters())))
         stage = Stage("text", held, files, copied, cost)
         return max(lengths, default=1), stage
@@ -228,14 +227,14 @@ def record_speed(models: LoadedModels, job: Job, texts: Texts, clips: int) -> No
     complete = not job.stop and not job.drafts and job.cache.is_exact and models.layout.world_size == 1
     if not complete or models.settings.compile or max(job.seconds.values()) < speed_history.MIN_SECONDS:
         return
-    latent, where = tuple(models.vae.get_latent_size(job.size)), (models.dtype, models.device)
+    latent, counted = tuple(models.vae.get_latent_size(job.size)), CostModel(models.dtype, models.device)
     tokens = max(text.shape[2] if text.ndim == 4 else 1 for text in texts.values())
     steps, rows = job.scheduler.num_sampling_steps or job.scheduler.num_steps, job.batch_size
     batch = job.scheduler.num_branches * rows
-    step = cost_model.step_cost(models.model, latent, job.conditioning, tokens, *where, batch)
+    step = counted.step(models.model, latent, job.conditioning, tokens, batch)
     costs = {
         "sampling": step.times(steps / rows),
-        "decoding": cost_model.decoding_cost(models.vae, job.size, *where),
+        "decoding": counted.decoding(models.vae, job.size),
     }
     for stage, cost in costs.items():
         speed_history.remember(models.device, stage, cost.times(clips), job.seconds[stage], models.dtype)

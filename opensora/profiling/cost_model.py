@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from opensora.acceleration.memory_plan import FAST, MemoryPlan
 from opensora.acceleration.model_parts import kept_in_float32
 from opensora.acceleration.replace_modules import copy_structure
-from opensora.profiling.operation_counter import Cost, count_operations
+from opensora.profiling.operation_counter import Cost, CountedModel
 
 
 def meta_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -34,19 +34,52 @@ def _inference_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dty
     return dtype if tensor.is_floating_point() and not kept_in_float32(name) else tensor.dtype
 
 
-def step_cost(
-    model: nn.Module, latent: tuple[int, ...], conditioning: Mapping[str, Tensor], tokens: int, dtype: torch.dtype,
-    device: torch.device, batch: int = 2, frames_given: bool = False, plan: MemoryPlan = FAST,
-) -> Cost:  # fmt: skip
-    """One evaluation of a diffusion model.
+class CostModel:
+    """Counts what the stages of a generation cost in `dtype` on `device`.
 
-    latent: (T, H, W); conditioning: its size conditioning; tokens: length of the text; batch: samples times guidance
-    branches; frames_given: some frames are kept or edited.
+    It keeps a copy of each model, so that later counts trace what is new to them alone. The models must not change.
     """
-    copy = meta_copy(model, dtype)
-    plan.prepare_model(copy)
-    inputs, others = _step_inputs(copy, latent, conditioning, tokens, dtype, batch, frames_given)
-    return count_operations(copy, lambda copy: copy(*inputs, **others), device)
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self._copies: dict[tuple[nn.Module, bool], CountedModel] = {}
+
+    def step(
+        self, model: nn.Module, latent: tuple[int, ...], conditioning: Mapping[str, Tensor], tokens: int,
+        batch: int = 2, frames_given: bool = False, plan: MemoryPlan = FAST,
+    ) -> Cost:  # fmt: skip
+        """One evaluation of a diffusion model.
+
+        latent: (T, H, W); conditioning: its size conditioning; tokens: length of the text; batch: samples times
+        guidance branches; frames_given: some frames are kept or edited.
+        """
+        inputs, others = _step_inputs(model, latent, conditioning, tokens, self.dtype, batch, frames_given)
+        return self._copy(model, plan).count(lambda copy: copy(*inputs, **others))
+
+    def decoding(self, vae: nn.Module, size: tuple[int, ...], streamed: bool = False) -> Cost:
+        """Decoding one clip (T, H, W); `streamed`: in pieces, one of which is held at a time."""
+        z = torch.empty(1, vae.out_channels, *vae.get_latent_size(size), dtype=self.dtype, device="meta")
+
+        def decode(vae: Any) -> None:
+            if streamed:
+                deque(vae.decoded(z, num_frames=size[0]), maxlen=1)
+            else:
+                vae.decode(z, num_frames=size[0])
+
+        return self._copy(vae).count(decode)
+
+    def encoding(self, vae: nn.Module, size: tuple[int, ...], frames_at_once: int | None = None) -> Cost:
+        """Encoding a video (T, H, W), `frames_at_once` frames at a time (None: all)."""
+        pieces = torch.empty(1, 3, *size, dtype=self.dtype, device="meta").split(frames_at_once or size[0], dim=2)
+        return self._copy(vae).count(lambda vae: vae.encoded(pieces))
+
+    def _copy(self, model: nn.Module, plan: MemoryPlan = FAST) -> CountedModel:
+        key = model, plan.chunked
+        if key not in self._copies:
+            copy = meta_copy(model, self.dtype)
+            plan.prepare_model(copy)
+            self._copies[key] = CountedModel(copy, self.device)
+        return self._copies[key]
 
 
 def _step_inputs(
@@ -64,29 +97,6 @@ def _step_inputs(
         others["x_mask"] = torch.empty(batch, latent[0], dtype=torch.bool, device="meta")
     x = torch.empty(batch, model.in_channels, *latent, device="meta")
     return (x, torch.empty(batch, device="meta"), y), others
-
-
-def decoding_cost(
-    vae: nn.Module, size: tuple[int, ...], dtype: torch.dtype, device: torch.device, streamed: bool = False
-) -> Cost:
-    """Decoding one clip (T, H, W); `streamed`: in pieces, one of which is held at a time."""
-    z = torch.empty(1, vae.out_channels, *vae.get_latent_size(size), dtype=dtype, device="meta")
-
-    def decode(vae: Any) -> None:
-        if streamed:
-            deque(vae.decoded(z, num_frames=size[0]), maxlen=1)
-        else:
-            vae.decode(z, num_frames=size[0])
-
-    return count_operations(meta_copy(vae, dtype), decode, device)
-
-
-def encoding_cost(
-    vae: nn.Module, size: tuple[int, ...], dtype: torch.dtype, device: torch.device, frames_at_once: int | None = None
-) -> Cost:
-    """Encoding a video (T, H, W), `frames_at_once` frames at a time (None: all)."""
-    pieces = torch.empty(1, 3, *size, dtype=dtype, device="meta").split(frames_at_once or size[0], dim=2)
-    return count_operations(meta_copy(vae, dtype), lambda vae: vae.encoded(pieces), device)
 
 
 def text_cost(config: Any, parameters: int, tokens: int) -> Cost:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from opensora.acceleration.chunked_forward import chunk_length, chunked
 from opensora.acceleration.device import is_cpu
 from opensora.acceleration.replace_modules import ModuleWrapper, replace_modules
-from opensora.models.layers.pieces import concatenated
+from opensora.models.layers.pieces import concatenated, one_by_one
 from opensora.profiling.meta_shapes import MetaShapes, run_on_meta, tensors_in
 
 PRODUCTS, CONVOLUTIONS, BANDWIDTH = 1e11, 5e10, 5e9  # operations and bytes a second at the nominal speed
@@ -60,7 +60,8 @@ class OperationCounter(MetaShapes):
         self.storages: dict[int, Any] = {}
 
     def run(self, function: Callable[[], Any]) -> Cost:
-        """Calls a function; returns the cost of all that has run so far."""
+        """The cost of calling a function."""
+        self.cost = Cost()
         with torch.no_grad(), self, _WholeFunctions(self):
             function()
         return self.cost
@@ -116,10 +117,11 @@ class _WholeFunctions(TorchFunctionMode):
     def __init__(self, counter: OperationCounter) -> None:
         super().__init__()
         self.counter = counter
-        self.functions: dict[Any, Callable[..., Tensor]] = {
+        self.functions: dict[Any, Callable[..., Any]] = {
             F.scaled_dot_product_attention: self._attention,
             chunked: self._chunked,
             concatenated: self._concatenated,
+            one_by_one: self._one_by_one,
         }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -158,31 +160,43 @@ class _WholeFunctions(TorchFunctionMode):
                 results.append(counter.repeat(1 + len(others), partial(function, piece)))
             return torch.cat(results, dim)
 
+    def _one_by_one(self, function: Callable[[Tensor], Tensor], pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Of consecutive pieces of one layout the second one, beside the result of the first, stands for the others."""
+        for _, group in groupby(pieces, _layout):
+            piece, *others = group
+            yield function(piece)
+            if others:
+                yield self.counter.repeat(len(others), partial(function, piece))
+
 
 def _write(function: Callable[[Tensor], Tensor], x: Tensor, out: Tensor) -> Tensor:
     return out.copy_(function(x))
 
 
-def count_operations(model: nn.Module, call: Callable[[Any], Any], device: torch.device) -> Cost:
-    """The cost on `device` of `call(model)`, where the model and its inputs are on the meta device.
+class CountedModel:
+    """A model on the meta device whose calls are counted, as `device` would execute them.
 
-    Parts that are built alike, and their `decode`, are traced once for inputs of the same shapes; a later call adds the
+    Parts that are built alike, and their `decode`, are traced once for inputs of the same shapes; later calls add the
     cost of the first. For that the parts of `model` are wrapped.
     """
-    counter = OperationCounter(device)
-    memo = _Memo(counter)
-    kinds: dict[Any, int] = {}
 
-    def counted_once(module: Any) -> nn.Module:
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.counter = OperationCounter(device)
+        self._memo = _Memo(self.counter)
+        self._kinds: dict[Any, int] = {}
+        self.model = replace_modules(model, self._counted_once)
+
+    def count(self, call: Callable[[Any], Any]) -> Cost:
+        """The cost of `call(model)` for inputs on the meta device."""
+        return self.counter.run(lambda: call(self.model))
+
+    def _counted_once(self, module: Any) -> nn.Module:
         if isinstance(module, CONTAINERS) or not any(module.children()):
             return module
-        kind = kinds.setdefault(_structure(module), len(kinds))
+        kind = self._kinds.setdefault(_structure(module), len(self._kinds))
         if hasattr(module, "decode"):  # autoencoders call it once for each piece of a video
-            module.decode = partial(memo, (kind, "decode"), module.decode)
-        return _CountedOnce(module, kind, memo)
-
-    model = replace_modules(model, counted_once)
-    return counter.run(lambda: call(model))
+            module.decode = partial(self._memo, (kind, "decode"), module.decode)
+        return _CountedOnce(module, kind, self._memo)
 
 
 class _Memo:

@@ -15,7 +15,7 @@ from opensora.checkpoints import builder
 from opensora.distributed.collectives import all_reduce_mean
 from opensora.distributed.process_group import RankLayout
 from opensora.models.layers.transformer import PatchTransformer
-from opensora.profiling import cost_model
+from opensora.profiling.cost_model import CostModel
 from opensora.profiling.peak_flops import peak_flops
 from opensora.training.data.batch import TrainingBatch
 
@@ -35,6 +35,7 @@ class StepCost:
         matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
         trained = sum(matrix.numel() for matrix in matrices if matrix.requires_grad)
         self.passes = 2 + trained / max(sum(matrix.numel() for matrix in matrices), 1)
+        self._costs = CostModel(torch.float32, HOST)
         self._known: dict[tuple[Any, ...], float] = {}
 
     def __call__(self, latents: Tensor, cond: Mapping[str, Tensor]) -> tuple[int, float]:
@@ -48,7 +49,7 @@ class StepCost:
     def _forward(self, size: tuple[int, ...], text: int, cond: Mapping[str, Tensor]) -> float:
         """FLOPs of a forward pass for one sample."""
         sizes = {name: value[:1] for name, value in cond.items() if name not in ("y", "mask")}
-        cost = cost_model.step_cost(self.model, size, sizes, text, torch.float32, HOST, batch=1)
+        cost = self._costs.step(self.model, size, sizes, text, batch=1)
         return cost.products + cost.convolutions
 
 

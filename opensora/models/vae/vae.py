@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from opensora.errors import ConfigError
 from opensora.models.layers.arguments import arguments_of
-from opensora.models.layers.pieces import concatenated
+from opensora.models.layers.pieces import concatenated, one_by_one
 from opensora.models.vae.autoencoder_kl import AutoencoderKL
 from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.models.vae.vae_temporal import VAE_Temporal, VAE_Temporal_SD
@@ -123,7 +123,7 @@ class VideoAutoencoderKL(FrameAutoencoder):
         return self._by_frames(self.decode_frames, z, self._at_once(z))
 
     def decoded(self, z: Tensor, **_: Any) -> Iterator[Tensor]:
-        yield from map(self.decode, z.split(self._at_once(z), dim=2))
+        return one_by_one(self.decode, z.split(self._at_once(z), dim=2))
 
     def _at_once(self, z: Tensor) -> int:
         most = frames_at_once(*(SPATIAL_FACTOR * side for side in z.shape[3:]))
