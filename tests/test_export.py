@@ -124,6 +124,21 @@ class TestReproduce:
         captions = ["--captions", "shapes"]
         assert planned("text_encoder") == [["scripts/train_text_encoder.py", "--output", text, *captions]]
 
+    def test_either_size_takes_up_the_stages_of_the_other(self, tmp_path: Path, reproduce: ModuleType) -> None:
+        world = reproduce.RECIPES["world"]
+        for stage in filter(lambda stage: stage.config.endswith(".py"), world.stages.values()):
+            assert (reproduce.CONFIGS / stage.config).is_file()
+            assert (reproduce.CONFIGS / reproduce.smaller(stage).config).is_file()
+        (tmp_path / "vae_video" / "ema").mkdir(parents=True)
+        (tmp_path / "vae_video" / "ema" / "config.json").write_text("{}")
+        (small,) = reproduce.plan(
+            world._replace(stages={name: reproduce.smaller(stage) for name, stage in world.stages.items()}),
+            "vae_decoder", tmp_path, [], "fp16",
+        )  # fmt: skip
+        assert "cpu" in Path(small[1]).parts and str(tmp_path / "vae_video" / "ema") in small
+        with pytest.raises(SystemExit):
+            reproduce.main(["--small"])
+
     def test_failure_stops(self, tmp_path: Path, reproduce: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         ran: list[Sequence[str]] = []
         monkeypatch.setattr(reproduce, "run", lambda command: ran.append(command) or len(ran) - 1)

@@ -119,7 +119,7 @@ def test_windows_lie_in_their_clips() -> None:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_rendered_ahead_is_what_is_rendered(num_workers: int) -> None:
     data = clips()
-    ahead = VideosAhead(data, num_workers)
+    ahead = VideosAhead(data, num_workers, torch.device("cpu"))
     for step in (4, 4, 5, 9, 2):
         assert torch.equal(ahead(step), data.videos(step))
 

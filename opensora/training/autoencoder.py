@@ -127,11 +127,11 @@ def _mixed(settings: TrainSettings, data: MixedClips, device: torch.device) -> V
     number of frames.
     """
     image_ratio = settings.mixed_image_ratio if settings.mixed_strategy == "mixed_video_image" else 0.0
-    rendered = VideosAhead(data, settings.num_workers if data.slow else 0)
+    rendered = VideosAhead(data, settings.num_workers if data.slow else 0, device)
 
     def videos(step: int) -> Tensor:
         step = step % data.period if data.period else step
-        x = rendered(step).to(device)  # [B, 3, T, H, W]
+        x = rendered(step)  # [B, 3, T, H, W]
         chance = torch.rand((), generator=step_generator(settings.seed + 1, step)).item()
         if settings.mixed_strategy == "mixed_video_random":
             return x[:, :, : 1 + int(chance * x.shape[2])]

@@ -33,6 +33,7 @@ class Recipe(NamedTuple):
     stages: dict[str, Stage]
     vae: str
     exported: dict[str, str]  # folder in the package -> stage
+    small: bool = False  # whether there are configurations for a CPU, in a folder `cpu` beside the others
 
 
 RECIPES = {
@@ -60,8 +61,15 @@ RECIPES = {
         },
         "vae_video",
         {"world/text_encoder": "text_encoder", "world/vae": "vae_decoder", "world/stdit3": "stdit3_masks"},
+        small=True,
     ),
 }
+
+
+def smaller(stage: Stage) -> Stage:
+    """The stage with the configuration for a CPU; their results are alike, so each stage may have either."""
+    folder, _, name = stage.config.rpartition("/")
+    return stage._replace(config=f"{folder}/cpu/{name}") if folder else stage
 
 
 def plan(recipe: Recipe, name: str, outputs: Path, flags: Sequence[str], export_dtype: str) -> list[list[str]]:
@@ -96,11 +104,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", choices=tuple(RECIPES), default="shapes", help="what the clips show")
     parser.add_argument("--outputs", type=Path, help="folder of the training runs; default: outputs/embedded or /world")
     parser.add_argument("--stages", nargs="+", choices=(*names, "export"), help="default: all of them")
+    parser.add_argument("--small", action="store_true", help="small batches and windows, for a CPU (world)")
     parser.add_argument("--device", help="device to train on")
     parser.add_argument("--dtype", help="bf16, fp16 or fp32: precision of the training")
     parser.add_argument("--export-dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of the package")
     args = parser.parse_args(argv)
     recipe = RECIPES[args.model]
+    if args.small:
+        if not recipe.small:
+            parser.error(f"--model {args.model} has one size; leave --small out")
+        recipe = recipe._replace(stages={name: smaller(stage) for name, stage in recipe.stages.items()})
     outputs = args.outputs or Path("outputs", {"shapes": "embedded"}.get(args.model, args.model))
     flags = [word for name in ("device", "dtype") if (value := getattr(args, name)) for word in (f"--{name}", value)]
     for stage in (*recipe.stages, "export"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from opensora.datasets.synthetic.dataset import MixedClips
+from opensora.datasets.synthetic.dataset import MixedClips, to_model
 
 
 class _Calls(Dataset):
@@ -37,15 +37,15 @@ def map_ahead(function: Callable[[int], Any], numbers: Iterable[int], num_worker
 
 
 class VideosAhead:
-    """`clips.videos(step)` for rising steps, computed ahead by worker processes. The latest step is remembered."""
+    """`clips.videos(step)` on a device, rendered ahead by worker processes. The latest step is remembered."""
 
-    def __init__(self, clips: MixedClips, num_workers: int) -> None:
-        self.clips, self.num_workers = clips, num_workers
+    def __init__(self, clips: MixedClips, num_workers: int, device: torch.device) -> None:
+        self.clips, self.num_workers, self.device = clips, num_workers, device
         self.step, self.latest = -1, torch.empty(0)
 
     def __call__(self, step: int) -> Tensor:
         if step != self.step:
             if step != self.step + 1 or not self.latest.numel():
-                self.following = map_ahead(self.clips.videos, count(step), self.num_workers)
-            self.step, self.latest = step, next(self.following)
+                self.following = map_ahead(self.clips.windows, count(step), self.num_workers)
+            self.step, self.latest = step, to_model(next(self.following), self.device)
         return self.latest

@@ -63,10 +63,10 @@ class RenderedClips:
         top, left = (int(rng.integers(have - want + 1)) for have, want in zip(self.image_size, self.crop, strict=True))
         return video[:, top : top + self.crop[0], left : left + self.crop[1]]
 
-    def videos(self, step: int) -> Tensor:
-        """The windows of one step: [B, 3, T, H, W] float32 in [-1, 1]."""
+    def windows(self, step: int) -> np.ndarray:
+        """The windows of one step, uint8 [B, T, H, W, 3]."""
         first = step * self.batch_size
-        return to_model([self.window(index) for index in range(first, first + self.batch_size)])
+        return np.stack([self.window(index) for index in range(first, first + self.batch_size)])
 
 
 class ShapeClips(RenderedClips):
@@ -113,10 +113,14 @@ class MixedClips:
             return 0
         return int(np.random.default_rng((self.seed, step)).choice(len(self.sets), p=self.shares))
 
+    def windows(self, step: int) -> np.ndarray:
+        """The clips of one step, uint8 [B, T, H, W, 3]."""
+        step = step % self.period if self.period else step
+        return self.sets[self.pick(step)].windows(step)
+
     def videos(self, step: int) -> Tensor:
         """The clips of one step: [B, 3, T, H, W] float32 in [-1, 1]."""
-        step = step % self.period if self.period else step
-        return self.sets[self.pick(step)].videos(step)
+        return to_model(self.windows(step))
 
 
 def rendered_clips(section: dict[str, Any] | None, batch_size: int, seed: int, *needed: str) -> MixedClips:
@@ -173,6 +177,7 @@ def _latent_pixels(size: Sequence[float]) -> float:
     return (1 if size[0] == 1 else size[0] * CHUNK_LATENTS / CHUNK) * size[1] * size[2]
 
 
-def to_model(videos: list[np.ndarray]) -> Tensor:
+def to_model(videos: Sequence[np.ndarray] | np.ndarray, device: torch.device | None = None) -> Tensor:
     """Stacks uint8 clips [T, H, W, 3] into float32 [B, 3, T, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.stack(videos)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
+    stacked = videos if isinstance(videos, np.ndarray) else np.stack(videos)
+    return torch.from_numpy(stacked).to(device=device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0

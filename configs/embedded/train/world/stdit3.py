@@ -1,5 +1,5 @@
 # The drawn world: the diffusion transformer on 17 frames, from latents and text that are encoded once.
-# On a GPU as it stands; on a CPU with batch_size=32 and dataset.num_clips=12000.
+# Sizes are for a GPU with 16 processor cores that render; those for a CPU are in cpu/.
 dataset = dict(
     type="WorldClips",
     num_frames=17,

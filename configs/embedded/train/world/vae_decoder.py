@@ -14,10 +14,12 @@ dataset = dict(
 model = dict(from_pretrained="outputs/world/vae_video/ema")
 freeze_encoders = True
 
+num_workers = 16
 seed = 23
 outputs = "outputs/world/vae_decoder"
-batch_size = 2
-max_steps = 300
-lr = 3e-4
-ema_decay = 0.98
-ckpt_every = 25
+batch_size = 8
+max_steps = 1000
+lr = 5e-4
+ema_decay = 0.99
+log_every = 50
+ckpt_every = 250
