@@ -133,7 +133,7 @@ def main() -> None:
                 relay.run()
             except ray.exceptions.RayError as error:
                 logger.error("the actor is lost (%s)", type(error).__name__)
-                sys.exit(1)
+                os._exit(1)  # a thread still waits for messages of the server
     except ConfigError as error:
         channel.send(type="broken", message=str(error))
         sys.exit(1)

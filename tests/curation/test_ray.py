@@ -23,17 +23,15 @@ from opensora.datasets.video import write_image
 from opensora.errors import ConfigError
 from tests.curation.footage import footage
 from tests.full import FULL
+from tests.ray_cluster import ray_cluster
 
 RAY = ExecutorSettings("ray")
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    ray = pytest.importorskip("ray")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
-    yield ray
-    ray.shutdown()
+    with ray_cluster(num_cpus=2) as ray:
+        yield ray
 
 
 def run(target: Path, source: Path, stages: tuple[str, ...], **how: Any) -> tuple[CurationReport, str, str]:

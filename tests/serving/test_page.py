@@ -24,6 +24,7 @@ from opensora.datasets.synthetic.render import make_clip
 from opensora.datasets.video import write_image, write_video
 from tests import chat_server
 from tests.full import FULL
+from tests.lora_files import embedded_lora
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
@@ -41,8 +42,9 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.skipif(CHROMIUM is None, rea
 class Server:
     """`opensora serve` in a process group of its own, on the same port after a restart."""
 
-    def __init__(self, data: Path, language_model: str) -> None:
-        self.data, self.language_model = data, language_model
+    def __init__(self, folder: Path, language_model: str) -> None:
+        self.data, self.adapter, self.language_model = folder / "data", folder / "style.safetensors", language_model
+        embedded_lora(self.adapter)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -52,6 +54,7 @@ class Server:
     def start(self) -> None:
         words = ["-m", "opensora", "serve", "--port", str(self.port), "--data", str(self.data), "--model", *MODELS]
         words += ["--llm-refine", "--llm-base-url", self.language_model, "--llm-model", "some-model"]
+        words += ["--lora", str(self.adapter)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENAI_API_KEY": "sk-very-secret"}
         self.process = subprocess.Popen([sys.executable, *words], env=environment, start_new_session=True)
         for _ in range(2400):
@@ -126,6 +129,14 @@ def shot(page: playwright.Page, name: str) -> None:
         page.screenshot(path=Path(SHOTS) / f"{name}.png", full_page=True)
 
 
+def drop(page: playwright.Page, place: str, file: Path) -> None:
+    """Drops a picture on a place."""
+    make = "([bytes, name]) => { const data = new DataTransfer(); const kind = { type: 'image/png' };" \
+        " data.items.add(new File([new Uint8Array(bytes)], name, kind)); return data; }"  # fmt: skip
+    data = page.evaluate_handle(make, [list(file.read_bytes()), file.name])
+    page.dispatch_event(place, "drop", {"dataTransfer": data})
+
+
 def gallery(page: playwright.Page, seed: int) -> playwright.Locator:
     """The finished videos with this seed."""
     return page.locator("#gallery li", has_text=f"seed {seed}")
@@ -190,6 +201,7 @@ def test_a_prompt_is_refined_and_a_size_is_named(page: playwright.Page) -> None:
     page.select_option("#model", MODELS[1])
     expect(page.locator("#size")).to_have_value("426x240")
     expect(page.locator("#num_frames")).to_have_value("51")
+    expect(page.locator("#lora")).to_have_attribute("placeholder", "style:0.8")
     page.select_option("#size", "named")
     page.select_option("#resolution", "480p")
     page.select_option("#aspect_ratio", "16:9")
@@ -199,7 +211,7 @@ def test_a_prompt_is_refined_and_a_size_is_named(page: playwright.Page) -> None:
 
 @pytest.mark.skipif(not FULL, reason="tests/serving/test_runner.py continues drafts: set OPENSORA_FULL=1")
 def test_one_of_four_drafts_is_continued(page: playwright.Page) -> None:
-    ask(page, seed=20, num_sampling_steps=3)
+    ask(page, seed=20, num_sampling_steps=3, lora="style:0.5")
     page.click("#drafts")
     drafts = page.locator("#draft-list li")
     expect(drafts).to_have_count(4)
@@ -212,7 +224,7 @@ def test_a_dropped_picture_is_animated_and_extended(page: playwright.Page, media
     ask(page, seed=31)
     page.set_input_files("#image", media / "broken.png")
     expect(page.locator("#image-error")).not_to_be_empty()
-    page.set_input_files("#image", media / "given.png")
+    drop(page, "#drop-image", media / "given.png")
     expect(page.locator("#timeline .kept")).to_have_count(1)
     shot(page, "picture")
     page.click("#generate")
@@ -230,7 +242,8 @@ def test_three_clips_in_a_row_have_a_text_each(page: playwright.Page) -> None:
     page.fill("#loop", "3")
     page.fill("#loop-text-2", "a red circle growing on a black background")
     page.fill("#loop-text-3", "a red circle moving left on a black background")
-    page.click("#generate")
+    page.focus("#prompt")
+    page.keyboard.press("Control+Enter")
     card = gallery(page, 41)
     expect(card).to_have_count(1)
     expect(card.locator("h3")).to_contain_text("black background \u2192 a red circle growing")

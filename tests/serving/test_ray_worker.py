@@ -23,7 +23,8 @@ from opensora.serving.ray_worker import Relay, count_actors, start_actor
 from opensora.serving.runner import Runner, Task
 from opensora.serving.worker_program import RayCluster, worker_program
 from tests.full import FULL
-from tests.serving.programs import KEY, ROOT, SEED, ServerProgram
+from tests.ray_cluster import ray_cluster
+from tests.serving.programs import KEY, SEED, ServerProgram
 from tests.serving.test_survival import check_kills
 
 GIVEN = {"prompt": "a red circle", "seed": 1, "num_frames": 17, "num_sampling_steps": 4, "width": 32, "height": 32}
@@ -194,13 +195,8 @@ def test_flags_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch, capsys: 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """The address of a cluster on this machine."""
-    ray = pytest.importorskip("ray")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("PYTHONPATH", str(ROOT))
-        ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
+    with ray_cluster(num_cpus=1) as ray:
         yield ray.get_runtime_context().gcs_address
-        ray.shutdown()
 
 
 def test_a_job_of_an_actor_arrives_in_the_data_folder(cluster: str, here: Path) -> None:
