@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 from opensora.errors import ConfigError, printable
+
+CONNECT_SECONDS = 10.0
 
 
 def check_ray() -> None:
@@ -26,6 +29,7 @@ def connected(address: str, *, show_logs: bool = False) -> Iterator[Any]:
     error. Raises ConfigError without Ray and without the cluster.
     """
     check_ray()
+    _check_address(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report the use of it
     import ray
 
@@ -42,3 +46,16 @@ def connected(address: str, *, show_logs: bool = False) -> Iterator[Any]:
     finally:
         if started:
             ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Raises ConfigError where nothing listens at HOST:PORT; Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return  # a word, such as `auto`
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS):
+            pass
+    except (OSError, OverflowError, UnicodeError) as error:
+        problem = getattr(error, "strerror", None) or type(error).__name__
+        raise ConfigError(f"--address {address}: no Ray cluster can be used there ({problem})") from error

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from opensora.cli import main
+from opensora.distributed.ray_cluster import connected
 from opensora.errors import ConfigError
 from opensora.serving import folders, ray_worker
 from opensora.serving.channel import Message
@@ -187,6 +188,13 @@ def test_flags_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     assert main(["serve", "--executor", "ray"]) == 1
     assert "pip install 'opensora[ray]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://localhost:1", "no such host:6379", "[::1]:99999"])
+def test_an_address_without_a_cluster_is_told_at_once(address: str) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(ConfigError, match="no Ray cluster can be used there"), connected(address):
+        raise AssertionError
 
 
 # a real cluster
