@@ -17,6 +17,7 @@ from opensora.datasets.synthetic.world.recognize import (
     around,
     main_colour,
     moments,
+    template_fits,
 )
 
 Array = np.ndarray
@@ -61,7 +62,9 @@ def find_flaws(video: Array, seen: Recognized) -> Flaws | None:
     inner = _shrink(drawn > 0.99)
     distance = np.linalg.norm(shown - np.array(COLOURS[seen.colour], np.float32), axis=-1)
     off = [float((d > OFF_COLOUR)[i].mean()) if i.any() else 0.0 for d, i in zip(distance, inner, strict=True)]
-    return Flaws(max(off), float(1 - seen.track.fit.min()), _flicker(video, seen), _edge(shown, drawn))
+    best = template_fits(drawn)[3].max((1, 2))  # how well the drawing itself fits at this size
+    outline = 1 - float((seen.track.fit / best).min())
+    return Flaws(max(off), max(outline, 0.0), _flicker(video, seen), _edge(shown, drawn))
 
 
 def _drawn(thing: str, track: Track, number: int, height: int, width: int) -> Array:

@@ -7,17 +7,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from opensora.datasets.synthetic.world.motions import MOTIONS, PAN, STILL, STILL_CAMERA, ZOOM
+from opensora.datasets.synthetic.world.background import recognize_camera, recognize_scene
+from opensora.datasets.synthetic.world.motions import MOTIONS, PAN, STILL, ZOOM
 from opensora.datasets.synthetic.world.palette import COLOURS, NEAR_COLOUR
-from opensora.datasets.synthetic.world.render import World, render
-from opensora.datasets.synthetic.world.scenes import PICTURES, SCENES
+from opensora.datasets.synthetic.world.scenes import SCENES
 from opensora.datasets.synthetic.world.things import MAIN, SYMMETRY, THINGS
 
 Array = np.ndarray
-NEAR_SCENE = 30.0  # mean RGB distance of rows below which a scene is recognized
 SMALLEST = 0.004  # of the frame's pixels: less is no thing
 FIT = 0.7  # least overlap (intersection over union) with a template
-GRID, ANGLES = 40, 24  # side of a template, and how many rotations are tried
+GRID, ANGLES = 40, 32  # side of a template, and how many rotations are tried
+TURNING, MIRRORING = 0.05, 0.3  # fit that a radian of rotation and a mirroring must gain
+CLEAR, LEAST_CLEAR = 0.85, 6  # frames with this part of the best fit tell the motion, if there are so many
 SPREAD = 0.27  # root of a template's area, in parts of its side
 TRAVEL, GROWTH, TURN, SWING, BOUNCE = 0.13, np.log(1.35), 1.0, 0.2, 0.12  # least of a clear motion
 
@@ -99,63 +100,6 @@ def around(track: Track | None, mask: Array) -> Array:
     return covered
 
 
-def recognize_scene(video: Array) -> str | None:
-    """The scene whose rows have the nearest median colours."""
-    rows = _rows(video)
-    distances = {name: float(np.abs(rows - profile).mean() * 3**0.5) for name, profile in _profiles().items()}
-    best = min(distances, key=distances.__getitem__)
-    return best if distances[best] <= NEAR_SCENE else None
-
-
-def _rows(video: Array, count: int = 16) -> Array:
-    """Median colours of horizontal bands around the middle square of the frame, [count, 3]."""
-    height, width = video.shape[1:3]
-    side = min(height, width)
-    top = (height - side) // 2
-    bands = np.array_split(video[:, top : top + side], count, axis=1)
-    return np.stack([np.median(band.reshape(-1, 3), axis=0) for band in bands])
-
-
-@cache
-def _profiles() -> dict[str, Array]:
-    """The bands of each scene without things, over several seeds of its details."""
-    empty = {name: [render(World((), name, STILL_CAMERA, seed), 1, 64, 64) for seed in range(6)] for name in SCENES}
-    return {name: _rows(np.concatenate(pictures).astype(np.float32)) for name, pictures in empty.items()}
-
-
-def recognize_camera(video: Array, thing: Array, scene: str | None) -> str | None:
-    """How the camera moves, by the move of the first frame's background that predicts the later ones best.
-
-    None on plain scenes, where no move shows. `thing` [T, H, W] is left out of the comparison.
-    """
-    if scene not in PICTURES or len(video) < 2:
-        return None
-    last = min(len(video) - 1, 8)
-    share = last / 16
-    errors = {STILL_CAMERA: _background_error(video, thing, last, 0.0, 1.0)}
-    for strength in (0.5, 0.75, 1.0, 1.25):
-        for sign, pan, zoom in ((1, "pan right", "zoom in"), (-1, "pan left", "zoom out")):
-            moved = _background_error(video, thing, last, sign * strength * PAN * share, 1.0)
-            errors[pan] = min(errors.get(pan, np.inf), moved)
-            grown = _background_error(video, thing, last, 0.0, ZOOM ** (sign * strength * share))
-            errors[zoom] = min(errors.get(zoom, np.inf), grown)
-    return min(errors, key=errors.__getitem__)
-
-
-def _background_error(video: Array, thing: Array, last: int, pan: float, zoom: float) -> float:
-    """The mean difference of frame `last` and the first frame moved, where both show background."""
-    height, width = video.shape[1:3]
-    side = min(height, width)
-    x = (np.arange(width) + 0.5 - width / 2) / zoom + pan * side + width / 2 - 0.5
-    y = (np.arange(height) + 0.5 - height / 2) / zoom + height / 2 - 0.5
-    columns, rows = np.round(x).astype(int), np.round(y).astype(int)
-    inside = ((columns >= 0) & (columns < width))[None] & ((rows >= 0) & (rows < height))[:, None]
-    columns, rows = columns.clip(0, width - 1), rows.clip(0, height - 1)
-    source, hidden = video[0][rows][:, columns], thing[0][rows][:, columns]
-    shown = inside & ~hidden & ~thing[last]
-    return float(np.abs(video[last] - source).mean(-1)[shown].mean()) if shown.any() else np.inf
-
-
 @cache
 def _templates() -> tuple[list[str], Array, Array]:
     """Names of things, their pictures [things, 2 * ANGLES, GRID, GRID], mirrored ones last, and radii per spread."""
@@ -197,6 +141,24 @@ def moments(name: str) -> tuple[float, float, float]:
     )
 
 
+def template_fits(mask: Array) -> tuple[Array, Array, Array, Array]:
+    """Centres x, y [N] and roots of the areas [N] in pixels of masks [N, H, W], and their overlaps with all templates.
+
+    The overlaps, intersection over union, are [N, things, 2 * ANGLES].
+    """
+    height, width = mask.shape[1:]
+    area = mask.sum((1, 2))
+    x = mask.sum(1) @ (np.arange(width) + 0.5) / area
+    y = mask.sum(2) @ (np.arange(height) + 0.5) / area
+    spread = np.sqrt(area)
+    names, templates, _ = _templates()
+    cuts = np.stack([_cut(one, cx, cy, size) for one, cx, cy, size in zip(mask, x, y, spread, strict=True)])
+    flat = templates.reshape(-1, GRID * GRID)
+    overlap = cuts.reshape(len(cuts), -1) @ flat.T
+    total = (cuts**2).sum((1, 2))[:, None] + (flat**2).sum(1)[None]
+    return x, y, spread, (overlap / (total - overlap)).reshape(len(cuts), len(names), -1)
+
+
 def recognize_thing(mask: Array) -> tuple[str | None, Track | None]:
     """The thing whose templates overlap best with the regions of `mask`, and where it is."""
     height, width = mask.shape[1:]
@@ -205,27 +167,39 @@ def recognize_thing(mask: Array) -> tuple[str | None, Track | None]:
     frames = np.flatnonzero(area >= SMALLEST * height * width)
     if 2 * len(frames) < len(mask):
         return None, None
-    x = mask[frames].sum(1) @ (np.arange(width) + 0.5) / area[frames]
-    y = mask[frames].sum(2) @ (np.arange(height) + 0.5) / area[frames]
-    spread = np.sqrt(area[frames])
-    names, templates, radii = _templates()
-    cuts = np.stack([_cut(mask[f], cx, cy, s) for f, cx, cy, s in zip(frames, x, y, spread, strict=True)])
-    flat = templates.reshape(-1, GRID * GRID)
-    overlap = cuts.reshape(len(cuts), -1) @ flat.T
-    total = (cuts**2).sum((1, 2))[:, None] + (flat**2).sum(1)[None]
-    fits = (overlap / (total - overlap)).reshape(len(cuts), len(names), -1)  # [N, things, angles]
-    score = np.sort(fits.max(2), axis=0)[len(cuts) // 2 :].mean(0)
-    upright = np.sort(fits[:, :, [0, ANGLES]].max(2), axis=0)[len(cuts) // 2 :].mean(0)
+    names, _, radii = _templates()
+    x, y, spread, fits = template_fits(mask[frames])
+    score = np.sort(fits.max(2), axis=0)[len(fits) // 2 :].mean(0)
+    upright = np.sort(fits[:, :, [0, ANGLES]].max(2), axis=0)[len(fits) // 2 :].mean(0)
     score = score + 0.02 * (upright >= score - 0.02)  # a thing that stands upright is the likelier one
     best = int(score.argmax())
     if score[best] < FIT:
         return None, None
-    turns = np.array([0.02 if a % ANGLES == 0 else 0.0 for a in range(2 * ANGLES)])
-    choice = (fits[:, best] + turns).argmax(1)
+    choice = _steady(fits[:, best])
     centre = (x - width / 2) / side, (y - height / 2) / side
     angle = choice % ANGLES * 2 * np.pi / ANGLES
     radius, fit = spread / side * radii[best], fits[:, best].max(1)
     return names[best], Track(frames, *centre, radius, angle, fit, choice >= ANGLES)
+
+
+def _steady(fits: Array) -> Array:
+    """The rotation of each frame, [N], of fits [N, 2 * ANGLES]: those that fit best while it changes little.
+
+    A thing that looks much the same upside down would else turn over from frame to frame.
+    """
+    angles = np.arange(2 * ANGLES) % ANGLES
+    apart = np.abs(angles[:, None] - angles[None])
+    change = TURNING * np.minimum(apart, ANGLES - apart) * 2 * np.pi / ANGLES
+    change = change + MIRRORING * (np.arange(2 * ANGLES)[:, None] // ANGLES != np.arange(2 * ANGLES)[None] // ANGLES)
+    total, before = fits[0] + 0.02 * (angles == 0), []
+    for row in fits[1:]:
+        reached = total[None] - change
+        before.append(reached.argmax(1))
+        total = reached.max(1) + row + 0.02 * (angles == 0)
+    path = [int(total.argmax())]
+    for links in reversed(before):
+        path.append(int(links[path[-1]]))
+    return np.array(path[::-1])
 
 
 def _cut(mask: Array, cx: float, cy: float, spread: float) -> Array:
@@ -246,6 +220,9 @@ def recognize_motion(thing: str, track: Track, camera: str | None, num_frames: i
     """The motion that stands out most, after the camera's own; None for a single frame."""
     if len(track.frames) < 3:
         return None
+    clear = track.fit >= CLEAR * track.fit.max()
+    if clear.sum() >= LEAST_CLEAR:  # else something is in front of it
+        track = Track(*(values[clear] for values in track))
     time = track.frames / max(num_frames - 1, 1)
     x, y, growth = track.x.copy(), track.y.copy(), np.log(track.radius)
     pace = (time - 0.5) * num_frames / 17

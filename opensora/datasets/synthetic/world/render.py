@@ -29,6 +29,9 @@ HELD_OUT = tuple(c for c, rank in zip(COMBINATIONS, _RANK, strict=True) if rank 
 TRAINED = tuple(c for c, rank in zip(COMBINATIONS, _RANK, strict=True) if rank % 10)
 
 
+APART = 0.85  # distance of two things from one another at first, at least, in sums of their radii
+
+
 class Actor(NamedTuple):
     """A thing of a clip: name, colour and motion, and where it goes, in short sides of the frame."""
 
@@ -152,11 +155,14 @@ def _companion(rng: np.random.Generator, subject: Actor, scene: str, size: Array
     """A thing of another kind and colour that stands on the subject's way."""
     things = [thing for thing in THINGS if thing != subject.thing]
     colours = [colour for colour in COLOURS if colour != subject.colour and colour not in SCENES[scene].hides]
-    thing, colour = str(rng.choice(things)), str(rng.choice(colours))
+    pairs = [(thing, colour) for thing in things for colour in colours if _shows(thing, colour, STILL)]
+    thing, colour = pairs[rng.integers(len(pairs))]
     radius = rng.uniform(0.16, 0.21)
-    middle = np.array(subject.start) + np.array(subject.travel) * rng.uniform(0.35, 0.65)
-    if subject.travel == (0, 0):
-        middle = middle + rng.choice([-1, 1]) * np.array([0.3, 0])
+    start, travel = np.array(subject.start), np.array(subject.travel)
+    far = float(np.hypot(*travel))
+    towards = travel / far if far else np.array([float(rng.choice([-1, 1])), 0.0])
     limit = size / 2 - radius - 0.02
-    x, y = np.clip(middle, -limit, limit)
+    apart = max(APART * (radius + max(subject.radii)), far * rng.uniform(0.4, 0.65))
+    places = [np.clip(start + sign * apart * towards, -limit, limit) for sign in (1, -1)]
+    x, y = max(places, key=lambda place: float(np.hypot(*(place - start)))) if not far else places[0]
     return Actor(thing, colour, STILL, (float(x), float(y)), (0.0, 0.0), (radius, radius))
