@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import ctypes
 import json
 import platform
 import statistics
@@ -18,12 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from opensora.acceleration.allocator import keep_allocations_in_heap
 from opensora.acceleration.model_parts import kept_in_float32
 
-# Options of glibc's mallopt with the values that they reach by themselves in a program that uses large buffers:
-# buffers from mmap, from what size on (that is M_MMAP_THRESHOLD), and what is left at the heap's end.
-USUAL_ALLOCATION = ((-4, 65_536), (-3, 2**25), (-1, 2**26))
 Work = Callable[[], Any]
 Report = dict[str, Any]
 
@@ -41,7 +35,6 @@ def arguments(about: str | None, repeats: int = 5, **flags: Any) -> argparse.Nam
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
-    keep_allocations_in_heap()
     return given
 
 
@@ -77,21 +70,6 @@ def race(sides: Mapping[str, Work], repeats: int, wait: Work | None = None) -> R
         }
         for name in sides
     }  # fmt: skip
-
-
-def as_usual(work: Work) -> Work:
-    """The same work with memory taken and given back as any program does, which the package changes on a CPU."""
-
-    def run() -> Any:
-        with contextlib.suppress(OSError, AttributeError):
-            for option, value in USUAL_ALLOCATION:
-                ctypes.CDLL("libc.so.6").mallopt(option, value)
-        try:
-            return work()
-        finally:
-            keep_allocations_in_heap()
-
-    return run
 
 
 def ratios(times: Report, base: str = "plain") -> Report:

@@ -22,7 +22,6 @@ import torch
 
 from benchmarks import common
 from benchmarks.gpu import FPS, SCALE, random_model
-from opensora.acceleration.allocator import keep_allocations_in_heap
 from opensora.acceleration.device import is_cpu, peak_memory, pick_device, reset_peak_memory
 from opensora.acceleration.memory_plan import BY_NAME, PLANS
 from opensora.acceleration.placement import to_device
@@ -42,7 +41,6 @@ CHILD = "import sys; from benchmarks.memory import child; child(*sys.argv[1:])"
 @torch.no_grad()
 def child(name: str, file: str, width: str, *size: str) -> None:
     """Takes a step under a plan, keeps its result in `file`, and prints its peak in bytes and the one expected."""
-    keep_allocations_in_heap()
     frames, height, columns = map(int, size)
     plan, device = BY_NAME[name], pick_device()
     dtype = torch.float32 if is_cpu(device) else torch.bfloat16

@@ -91,11 +91,11 @@ def measure(
     for name, model in models.items():
         to_device(model, torch.device("cpu"))
         works[name] = partial(fast_step, model, x, keys_values(model, y), timestep[:1])
-    kept = partial(plain_step, slow, x, y, timestep)
-    sides = {"plain": common.as_usual(kept), "plain, memory kept": kept, "fast": works["fast"]}
+    plainly = partial(plain_step, slow, x, y, timestep)
+    sides = {"plain": plainly, "fast": works["fast"]}
     if "int8" in works:
         sides["int8"] = works["int8"]
-    made = {"plain": kept(), **{name: work() for name, work in works.items()}}
+    made = {"plain": plainly(), **{name: work() for name, work in works.items()}}
     errors = {name: common.relative_error(one, exact) for name, one in made.items()}
     for name in eight:
         errors[f"{name} of what the pair adds"] = common.relative_error(made[name] - x, exact - x)

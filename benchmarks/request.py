@@ -98,8 +98,7 @@ def main() -> None:
     for module in (parts.encoder.model, parts.model, parts.vae):
         to_device(module, CPU)
     sides = {
-        "plain": common.as_usual(lambda: plain_request(slow, config, given.steps)),
-        "plain, memory kept": lambda: plain_request(slow, config, given.steps),
+        "plain": lambda: plain_request(slow, config, given.steps),
         "fast": lambda: fast_request(parts, config, given.steps),
         "int8": lambda: fast_request(small["int8"], config, given.steps),
     }

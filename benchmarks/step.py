@@ -58,7 +58,7 @@ def measure(
     def our_way(model: STDiT3) -> Callable[[], None]:
         return lambda: step(model, lambda: pair.fast_step(model, x, texts, timestep), dtype)
 
-    sides = {"plain": common.as_usual(plainly), "plain, memory kept": plainly, "fast": our_way(fast)}
+    sides = {"plain": plainly, "fast": our_way(fast)}
     if compiled is not None:
         sides["fast, compiled"] = our_way(compiled)
     plainly("fp32")

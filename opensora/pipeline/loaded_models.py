@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from opensora import registry
-from opensora.acceleration.allocator import keep_allocations_in_heap
 from opensora.acceleration.compile import compile_blocks
 from opensora.acceleration.cuda_graphs import CapturedModel, check_graphs
 from opensora.acceleration.device import pick_device, with_index
@@ -173,7 +172,6 @@ class LoadedModels:
         """The text encoder with its weights. Raises WeightsError where its files have changed since it was read."""
         if self.text_encoder is not None:
             return self.text_encoder
-        keep_allocations_in_heap()
         encoder = self._unloaded.pop("text_encoder", None) or self._build_text_encoder()
         if path := self.paths["text_encoder"]:
             where = (self.device, self.layout, self._offloader.enabled)

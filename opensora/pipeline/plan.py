@@ -55,7 +55,7 @@ class Plan:
     @property
     def timelines(self) -> list[list[ClipConditioning]]:
         """The conditioning of each clip of each request."""
-        return [self.job.timelines[request] for request in self.requests]
+        return self.estimate.timelines
 
     @property
     def stages(self) -> list[Stage]:

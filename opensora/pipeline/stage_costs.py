@@ -16,11 +16,12 @@ from opensora.models.text_encoder.classes import ClassIds
 from opensora.models.vae.vae import frames_at_once
 from opensora.pipeline.job import Job
 from opensora.pipeline.loaded_models import Components, LoadedModels
+from opensora.pipeline.mask_strategy import ClipConditioning
 from opensora.pipeline.request import Request
 from opensora.pipeline.text_encoding import Texts, count_tokens
 from opensora.profiling import memory_meter, speed_history
 from opensora.profiling.cost_model import CostModel, text_cost, weight_bytes
-from opensora.profiling.operation_counter import Cost
+from opensora.profiling.operation_counter import Cost, num_bytes
 
 # Parameters, tokens that are read, tokens of features: assumed for a text encoder whose files are not on this machine.
 ASSUMED = {"t5": (4_762_310_656, 300, 300), "clip": (63_165_952, 77, 1), "classes": (0, 1, 1)}
@@ -120,7 +121,7 @@ class ResourceEstimate:
         yield text
         yield self._stage("encoding", "vae", self._encoding(plan))
         step = self._step(plan, tokens)
-        num_clips, steps = sum(map(len, self._timelines())), job.scheduler.num_sampling_steps
+        num_clips, steps = sum(map(len, self.timelines)), job.scheduler.num_sampling_steps
         steps = steps or job.scheduler.num_steps
         if job.stop:
             num_clips, steps = len(self.requests), steps * job.stop / job.scheduler.num_steps
@@ -143,7 +144,9 @@ class ResourceEstimate:
             held += self._float_frames(frames) if several else 0
         return held
 
-    def _timelines(self) -> list[list[Any]]:
+    @property
+    def timelines(self) -> list[list[ClipConditioning]]:
+        """The conditioning of each clip of each request."""
         return [self.job.timelines[request] for request in self.requests]
 
     def _references(self) -> list[tuple[int, int, int]]:
@@ -168,7 +171,7 @@ class ResourceEstimate:
     def _step(self, plan: MemoryPlan, tokens: int) -> Cost:
         """One evaluation of the model with all guidance branches, for one sample."""
         model, job = self.components.model, self.job
-        given = any(edit < 1 for clips in self._timelines() for clip in clips for edit in clip.edit)
+        given = any(edit < 1 for clips in self.timelines for clip in clips for edit in clip.edit)
         rows = job.batch_size * (1 if plan.sequential_cfg else job.scheduler.num_branches)
         step = self.costs.step(model, self.latent_size, job.conditioning, tokens, rows, given, plan)
         return step.times(job.scheduler.num_branches / rows)
@@ -217,7 +220,7 @@ class ResourceEstimate:
         cost = Cost()
         for length in lengths:
             cost = cost.then(text_cost(config, parameters, length))
-        held, files, copied = self._weights("text_encoder", sum(map(_bytes, encoder.model.parameters())))
+        held, files, copied = self._weights("text_encoder", sum(map(num_bytes, encoder.model.parameters())))
         stage = Stage("text", held, files, copied, cost)
         return max(lengths, default=1), stage
 
@@ -251,38 +254,25 @@ def _by_layers(encoder: Any, weights: int) -> int:
         return weights // 20
     if isinstance(encoder, ClassIds):
         return weights
-    layers = [sum(map(_bytes, layer.parameters())) for layer in blocks_of(encoder.model)]
+    layers = [sum(map(num_bytes, layer.parameters())) for layer in blocks_of(encoder.model)]
     return weights - sum(layers) + max(layers, default=0)
-
-
-def _bytes(tensor: Any) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def peak_on_host(stages: Sequence[Stage], again: bool = False) -> int:
     """Bytes that the stages add to a process at their peak.
 
-    Weights in the format of their files stay memory-mapped; others are copied while the file is mapped. Freed memory is
-    reused, not returned. `again`: texts are encoded once more at the end.
+    Weights in the format of their files stay memory-mapped; others are copied while the file is mapped. Large buffers
+    are returned when they are freed. `again`: texts are encoded once more at the end.
     """
     text, *others = stages
-    heap = highest = 0
-
-    def note(mapped: int, used: int) -> None:
-        nonlocal heap, highest
-        heap = max(heap, used)
-        highest = max(highest, mapped + heap)
-
     own = text.weights if text.copied else 0
-    note(text.files, own)
-    note(0 if text.copied else text.files, own + text.cost.peak)
-    mapped = own = 0
+    encoding = own + (0 if text.copied else text.files) + text.cost.peak
+    peaks = [text.files + own, encoding]
+    held = 0
     for stage in others:
-        own += stage.weights if stage.copied else 0
-        note(mapped + stage.files, own)
-        mapped += 0 if stage.copied else stage.files
-    for stage in others:
-        note(mapped, own + stage.cost.peak)
+        peaks.append(held + stage.files + (stage.weights if stage.copied else 0))
+        held += stage.weights if stage.copied else stage.files
+    peaks += [held + stage.cost.peak for stage in others]
     if again:
-        note(mapped + text.files, own + (text.weights if text.copied else 0) + text.cost.peak)
-    return highest
+        peaks.append(held + max(text.files + own, encoding))
+    return max(peaks)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from opensora import registry
-from opensora.acceleration.allocator import keep_allocations_in_heap
 from opensora.acceleration.device import pick_device
 from opensora.acceleration.placement import to_device
 from opensora.checkpoints import builder
@@ -45,7 +44,6 @@ def train_vae(settings: TrainSettings) -> TrainResult:
     if settings.perceptual_loss_weight:
         raise ConfigError("perceptual_loss_weight needs the weights of a perceptual network; set it to 0")
     refuse_running(settings)
-    keep_allocations_in_heap()
     device = pick_device(settings.device)
     torch.manual_seed(settings.seed)
     model = _build(settings.model, settings.offline)

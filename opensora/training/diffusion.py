@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from opensora import registry
-from opensora.acceleration.allocator import keep_allocations_in_heap
 from opensora.acceleration.device import pick_device
 from opensora.acceleration.placement import to_device
 from opensora.acceleration.precision import DTYPES
@@ -55,7 +54,6 @@ def train(settings: TrainSettings) -> TrainResult:
     """
     check_trainable(settings)
     scheduler, ratios = check_training(settings)
-    keep_allocations_in_heap()
     device = pick_device(settings.device)
     layout = start(device, settings.sp_size, ranks.rank_timeout())
     run_on_main(lambda: refuse_running(settings), layout)

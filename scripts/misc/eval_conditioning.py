@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from opensora import registry
-from opensora.acceleration.allocator import keep_allocations_in_heap
 from opensora.acceleration.device import pick_device
 from opensora.acceleration.precision import inference_dtype
 from opensora.checkpoints import builder
@@ -237,7 +236,6 @@ def _placed(maker: Maker, frames: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     folder = check_folder(args.save_dir)
-    keep_allocations_in_heap()
     config = find_config(args.model)
     values = read_config(config)
     for section, path in (("model", args.ckpt_path), ("vae", args.vae_path)):

@@ -95,6 +95,10 @@ class FrameAutoencoder(nn.Module):
         """`decode` in pieces [B, 3, n, H * 8, W * 8], one in memory at a time."""
         yield self.decode(z)
 
+    def decode_frames(self, z: Tensor) -> Tensor:
+        """Frames [N, 3, H * 8, W * 8] of scaled latents [N, C, H, W]."""
+        return self.module.decode(z / SPATIAL_SCALE)
+
     def _by_frames(self, function: Any, x: Tensor, at_once: int | None = None) -> Tensor:
         """`function` over the frames of x [B, C, T, H, W] (all of sample 0 first), `at_once` in a batch."""
         batch = x.shape[0]
@@ -128,10 +132,6 @@ class VideoAutoencoderKL(FrameAutoencoder):
     def _at_once(self, z: Tensor) -> int:
         most = frames_at_once(*(SPATIAL_FACTOR * side for side in z.shape[3:]))
         return min(self.micro_batch_size or most, most)
-
-    def decode_frames(self, z: Tensor) -> Tensor:
-        """Frames [N, 3, H * 8, W * 8] of scaled latents [N, C, H, W]."""
-        return self.module.decode(z / SPATIAL_SCALE)
 
 
 class VideoAutoencoderPipeline(nn.Module):

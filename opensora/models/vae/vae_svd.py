@@ -11,7 +11,7 @@ from torch import Tensor
 from opensora.models.layers.arguments import arguments_of
 from opensora.models.layers.pieces import concatenated
 from opensora.models.vae.temporal_decoder import AutoencoderKLTemporalDecoder
-from opensora.models.vae.vae import SPATIAL_SCALE, FrameAutoencoder
+from opensora.models.vae.vae import FrameAutoencoder
 
 
 class VideoAutoencoderKLTemporalDecoder(FrameAutoencoder):
@@ -35,7 +35,3 @@ class VideoAutoencoderKLTemporalDecoder(FrameAutoencoder):
         size = self.micro_batch_size or z.shape[2]
         videos = [concatenated(self.decode_frames, video.split(size)) for video in z.transpose(1, 2)]
         return torch.stack(videos).transpose(1, 2)
-
-    def decode_frames(self, z: Tensor) -> Tensor:
-        """Frames [T, 3, H * 8, W * 8] of scaled latents [T, C, H, W] of one video."""
-        return self.module.decode(z / SPATIAL_SCALE)

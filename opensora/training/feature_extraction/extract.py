@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from opensora import registry
-from opensora.acceleration.allocator import keep_allocations_in_heap
 from opensora.acceleration.device import pick_device, set_device
 from opensora.acceleration.precision import DTYPES, inference_dtype
 from opensora.checkpoints import builder
@@ -58,7 +57,6 @@ class Extraction:
     def __init__(self, settings: ExtractSettings) -> None:
         self.settings, self.folder = settings, Path(settings.save_dir)
         self.rank, self.world_size, _ = ranks()
-        keep_allocations_in_heap()
         self.dataset = make_dataset(settings)
         self.table = self.dataset.table
         if settings.save_text_features and self.table.text is None:
