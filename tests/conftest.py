@@ -12,12 +12,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores; re
 import pytest
 
 from tests.checkpoints import make_hub_cache, use_cache
+from tests.full import left_out
 
 
 @pytest.fixture(scope="session")
 def filled_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hub cache with everything that the 1.2 sample configuration names; copy it before changing it."""
     return make_hub_cache(tmp_path_factory.mktemp("hub"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_disk() -> Iterator[None]:
+    """Files are not forced to disk: no test switches the power off, and waiting takes milliseconds a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture
@@ -27,8 +36,11 @@ def hub_cache(filled_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return filled_cache
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The tests of wrong inputs come first: stolen from the end of a worker's, they would start a second server."""
+    if left := set(left_out(items)):
+        items[:] = [item for item in items if item not in left]
+        config.hook.pytest_deselected(items=list(left))
     items.sort(key=lambda item: "wrong_inputs" not in item.nodeid)
 
 

@@ -53,6 +53,20 @@ def run(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = T
         return [torch.load(Path(folder) / f"result{rank}", weights_only=False) for rank in range(ranks)]
 
 
+def apart(function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> Any:
+    """What `function(*args)` returns in a process of its own, which it may change as it likes."""
+    with TemporaryDirectory() as folder:
+        process = fork_server().Process(target=_apart, args=(folder, function, args))
+        process.start()
+        process.join(timeout)
+        process.kill()
+        process.join()
+        if (error := Path(folder) / "error").exists():
+            raise AssertionError(error.read_text())
+        assert process.exitcode == 0, f"the process ended with {process.exitcode}"
+        return torch.load(Path(folder) / "result", weights_only=False)
+
+
 class End(NamedTuple):
     """How a rank ended: its exit code, negative for a signal, and what it wrote to standard error."""
 
@@ -89,6 +103,15 @@ def _program(rank: int, ranks: int, folder: str, function: Callable[..., Any], a
         return function(*args)
 
     sys.exit(run_program(program))
+
+
+def _apart(folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    try:
+        torch.save(function(*args), Path(folder) / "result")
+    except BaseException:
+        (Path(folder) / "error").write_text(traceback.format_exc())
+        raise
 
 
 def _rank(rank: int, ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from opensora.models.vae.autoencoder_kl import AutoencoderKL
 from opensora.models.vae.blocks import ACTIVATIONS, ResidualBlock, SelfAttention
 from opensora.models.vae.temporal_decoder import AutoencoderKLTemporalDecoder
+from tests.full import some
 from tests.test_plain import error
 
 TINY_FRAMES: dict[str, Any] = dict(
@@ -30,6 +30,8 @@ PUBLISHED: dict[str, Any] = TINY | PUBLISHED_FRAMES | dict(up_block_types=("UpDe
 
 def pair(ours: type[nn.Module], config: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
     """diffusers' model with random weights, and ours with the same ones."""
+    import diffusers
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         reference = getattr(diffusers, ours.__name__)(**config).eval()
@@ -86,6 +88,7 @@ ATTENTIVE = dict(
          "up_block_types": ("UpDecoderBlock2D",)},
     ],
 )  # fmt: skip
+@some(4)
 def test_every_layout_of_images(changes: dict[str, Any]) -> None:
     config = TINY | changes
     compare(AutoencoderKL, config, images(2, config["in_channels"], 18, 26))

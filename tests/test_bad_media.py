@@ -20,6 +20,7 @@ from opensora.datasets.video import reader
 from opensora.datasets.video.container import SIZE_KEY
 from opensora.errors import MediaError
 from opensora.pipeline.references import References, read_reference
+from tests.full import some
 
 pytestmark = pytest.mark.timeout(60)
 check_references = References((16, 24)).check
@@ -352,6 +353,7 @@ def test_a_playlist_leads_nowhere(tmp_path):
 
 
 @pytest.mark.parametrize("name", DAMAGED)
+@some(4)
 def test_damaged_files(name, tmp_path):
     """Bytes overwritten at random: frames or a MediaError, whatever is hit."""
     content = USABLE[name][0](tmp_path / name).read_bytes()

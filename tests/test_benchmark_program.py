@@ -14,7 +14,7 @@ from opensora.cli.accelerator_guide import PUBLISHED, guide_parser, guide_settin
 from opensora.config import find_config, read_config
 from opensora.datasets.video import read_video
 from opensora.errors import ConfigError, MediaError, WeightsError
-from tests.full import count
+from tests.full import count, some
 from tests.tiny import make_tiny_stdit3, make_tiny_t5, make_tiny_vae
 from tests.zoo import MODELS, flags, make_parts
 
@@ -62,6 +62,7 @@ def test_work_counts_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", list(MODELS)[:: count(3, 1)])
+@some(2)
 def test_reports_on_every_model(model: str, parts: dict[str, Path], tmp_path: Path) -> None:
     config, make = MODELS[model]
     settings = read_config(find_config(config))

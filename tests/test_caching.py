@@ -26,7 +26,7 @@ from opensora.errors import ConfigError
 from opensora.pipeline import step_cache
 from opensora.pipeline.recipe import read_recipe
 from opensora.pipeline.replay import replay
-from tests.full import FULL
+from tests.full import FULL, some
 from tests.tiny import TINY_STDIT3
 
 SHAPE, STEPS, SCALE = (1, 4, 2, 4, 4), 12, 3.0
@@ -224,6 +224,7 @@ def test_predicted_errors_are_those_of_a_model_that_ignores_the_past() -> None:
 
 @pytest.mark.parametrize("name", ["rflow", "iddpm", "dpm-solver"])
 @pytest.mark.parametrize("interval", [None, (0.2, 0.7)], ids=["", "interval"])
+@some(3)
 def test_calibration_keeps_to_the_error_on_other_prompts(name: str, interval: Any) -> None:
     scheduler, model = make_scheduler(name), Model(variance=name == "iddpm")
     effects = cached_sampling.effects(scheduler, 4, {})
@@ -398,6 +399,7 @@ def test_calibrated_generation_repeats(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("flags", [("--cache", "tea"), ("--cache", "mag"), ("--guidance-interval", "0.2", "0.8")])
+@some(2)
 def test_other_approximations_repeat(flags: tuple[str, ...], tmp_path: Path) -> None:
     argv = ["generate", "a red circle", *SMALL, "--num-sampling-steps", "4", *flags]
     assert cli.main([*argv, "--save-dir", str(tmp_path / "one")]) == 0

@@ -25,6 +25,7 @@ from opensora.pipeline.mask_strategy import parse_mask_strategy
 from opensora.pipeline.recipe import read_recipe
 from opensora.pipeline.references import read_reference
 from tests.checkpoints import SAMPLE, run_script, snapshot
+from tests.full import some
 
 CPU = torch.device("cpu")
 SIZE = (16, 24)
@@ -87,6 +88,7 @@ def test_loops_have_the_documented_length(loop: int, length: int, frames: int) -
 
 
 @pytest.mark.parametrize("sampler", ["rflow", "iddpm"])
+@some(1)
 def test_an_image_condition_replays(capsys: pytest.CaptureFixture, sampler: str) -> None:
     scheduler = f"scheduler={{'type': '{sampler}', 'num_sampling_steps': 3, 'cfg_scale': 4.0}}"
     prompt = 'a wave.{"reference_path": "image.png;image.png", "mask_strategy": "0;0,1,0,-1,1"}'
@@ -140,6 +142,7 @@ def with_words(*argv: object, frames: int = 34) -> dict:
         (("--edit", "clip.mp4", "--strength", "0.4"), "clip.mp4#first=34", "0,0,0,0,10,0.4"),
     ],
 )
+@some(3)
 def test_words_become_tuples(capsys, argv: tuple, reference_path: str, mask_strategy: str) -> None:
     settings = with_words(*argv)
     assert (settings["reference_path"], settings["mask_strategy"]) == ([reference_path], [mask_strategy])
@@ -216,6 +219,7 @@ CONFIGS = sorted(Path(opensora.__file__).parents[1].glob("configs/*/inference/*.
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: "/".join(path.parts[-3:]))
 @pytest.mark.parametrize("loop", [2, 5])
+@some(22)
 def test_loop_works_with_every_models_defaults_or_one_message_says_what_to_change(path: Path, loop: int) -> None:
     config = read_config(path)
     if "scheduler" not in config:
@@ -244,6 +248,7 @@ def told(message: str, frames: int, settings: InferenceSettings) -> tuple[int, I
 @pytest.mark.parametrize("kind", ["OpenSoraVAE_V1_2", "VideoAutoencoderKL"])
 @pytest.mark.parametrize("frames", [1, 5, 16, 17, 18, 34, 51, 100])
 @pytest.mark.parametrize("length", [0, 1, 4, 5, 7, 10, 60])
+@some(40)
 def test_what_is_advised_for_loops_works(kind: str, frames: int, length: int) -> None:
     vae = SimpleVae(*((17, 5) if kind == "OpenSoraVAE_V1_2" else (1, 1)))
     settings = InferenceSettings(model={"type": "x"}, num_frames=frames, loop=2, condition_frame_length=length)

@@ -23,6 +23,7 @@ from opensora.cli import main
 from opensora.config import find_config, model_zoo
 from opensora.errors import ConfigError, WeightsError
 from tests.checkpoints import tree
+from tests.full import some
 from tests.tiny import make_tiny_stdit3, make_tiny_vae
 from tests.zoo import SMALL, dit, latte, make_vae, pixart, stdit, stdit2
 
@@ -106,6 +107,7 @@ class TestContainers:
 
 class TestLayouts:
     @pytest.mark.parametrize("name", PUBLISHED)
+    @some(5)
     def test_there_and_back(self, tmp_path: Path, name: str) -> None:
         make, section, differs = PUBLISHED[name]
         source = make(tmp_path)
@@ -124,6 +126,7 @@ class TestLayouts:
             assert_same(read_state_dict(tmp_path / "checked.pt"), without_positions)
 
     @pytest.mark.parametrize("name", PUBLISHED)
+    @some(4)
     def test_a_folder_of_ours_says_how_to_build_it(self, tmp_path: Path, name: str) -> None:
         make, section, _ = PUBLISHED[name]
         source = make(tmp_path)

@@ -17,6 +17,7 @@ from opensora.datasets.folder_table import make_table, read_row
 from opensora.datasets.video import reader
 from opensora.errors import MediaError
 from opensora.pipeline.references import References, read_reference
+from tests.full import some
 
 check_references = References((16, 24)).check
 CASES = Path(__file__).parent / "cases" / "media"
@@ -99,6 +100,7 @@ def check(path: Path, count: int) -> None:
 @pytest.mark.parametrize("kind", ["mkv", "mp4", "ts"])
 @pytest.mark.parametrize("codec", ["hevc", "h264", "refresh", "mpeg2"])
 @pytest.mark.parametrize("where", ["key", 3, 17])
+@some(15)
 def test_cut_without_encoding_anew(codec, kind, where, tmp_path):
     if kind == "mp4" and codec in ("mpeg2", "refresh"):
         pytest.skip("one more container is enough")

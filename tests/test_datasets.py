@@ -25,6 +25,7 @@ from opensora.datasets.table import TextColumn, read_table
 from opensora.datasets.transforms import resize_crop
 from opensora.datasets.video import reader
 from opensora.errors import ConfigError, MediaError
+from tests.full import some
 
 LENGTH = 40
 
@@ -175,6 +176,7 @@ def test_texts():
     ],
 )
 @pytest.mark.parametrize("uneven", [False, True])
+@some(7)
 def test_span_is_what_a_full_decode_gives(name, codec, options, uneven, tmp_path):
     path = write_clip(tmp_path / name, codec, uneven, **options)
     full, fps = media.read_video(path)

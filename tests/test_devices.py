@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-import subprocess
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,53 +12,64 @@ from typing import Any
 import pytest
 import torch
 
+import benchmark_open_sora
+import demo_open_sora
 from opensora.acceleration import device as devices
 from opensora.acceleration import streams
 from opensora.acceleration.device import PACKAGES, pick_device
+from opensora.config.settings import TrainSettings
 from opensora.errors import ConfigError
+from opensora.pipeline import benchmark
+from opensora.training.trainer import Trainer
+from tests.ranks import apart
 
 ROOT = Path(__file__).parents[1]
 HOST = torch.device("cpu")
 
-PROGRAM = """
-import json, sys
-import tests.fake_torch_gcu as fake
-sys.modules["torch_gcu"] = fake
-import benchmark_open_sora, demo_open_sora, opensora.pipeline.benchmark
-opensora.pipeline.benchmark.peak_flops = lambda device, dtype: 1e12  # a trial for a large device takes a host too long
-import torch
-from opensora.acceleration.device import pick_device
-from opensora.config.settings import TrainSettings
-from opensora.training.trainer import Trainer
 
-class Event:
-    def __init__(self, device): assert device == "gcu"
-    def record(self): fake.CALLS["events"] += 1
+def simulate(here: Path, there: Path) -> dict[str, int]:
+    """Runs programs on the host and on a made-up "gcu", in a process of its own; what was asked of the device."""
+    os.chdir(ROOT)
+    import tests.fake_torch_gcu as fake
 
-torch.Event = Event
+    sys.modules["torch_gcu"] = fake
 
-def run(folder, device):
+    class Event:
+        def __init__(self, device: str) -> None:
+            assert device == "gcu"
+
+        def record(self) -> None:
+            fake.CALLS["events"] += 1
+
+    torch.Event = Event
+    # A trial for a large device takes a host too long.
+    benchmark.peak_flops = lambda device, dtype: 1e12
+    run_programs(here, "cpu")
+    assert "placed" not in fake.CALLS
+    run_programs(there, "gcu")
+    return dict(fake.CALLS)
+
+
+def run_programs(folder: Path, device: str) -> None:
+    """Generation, the benchmark on the made-up device, and training."""
     argv = ["--device", device, "--image-size", "16", "24", "--num-frames", "5", "--num-sampling-steps", "2"]
-    argv += ["--dtype", "fp32", "--verbose", "0", "--save-dir", folder, "--prompt", "a red circle"]
+    argv += ["--dtype", "fp32", "--verbose", "0", "--save-dir", str(folder), "--prompt", "a red circle"]
     assert demo_open_sora.main(argv) == 0
     if device == "gcu":
-        report = ["--warmup-count", "0", "--eval-count", "1", "--benchmark-save-path", folder + "/report.json"]
+        report = ["--warmup-count", "0", "--eval-count", "1", "--benchmark-save-path", f"{folder}/report.json"]
         assert benchmark_open_sora.main([*argv, *report]) == 0
     torch.manual_seed(0)
     there = pick_device(device)
     model = torch.nn.Linear(4, 4).to(there)
-    loss = lambda step, generator: model(torch.randn(2, 4, generator=generator).to(there)).square().mean()
-    settings = dict(model={"type": "Linear"}, dtype="fp32", max_steps=4, log_every=3, outputs=folder, tensorboard=False)
-    trainer = Trainer(TrainSettings(**settings), model, loss, there, 8)
+
+    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
+        return model(torch.randn(2, 4, generator=generator).to(there)).square().mean()
+
+    how = dict(dtype="fp32", max_steps=4, log_every=3, outputs=str(folder), tensorboard=False)
+    trainer = Trainer(TrainSettings(model={"type": "Linear"}, **how), model, loss, there, 8)
     trainer.run()
     assert trainer.optimization.deferred_check == (device == "gcu")
-    torch.save(model.weight.detach(), folder + "/weight.pt")
-
-run(sys.argv[1], "cpu")
-assert "placed" not in fake.CALLS
-run(sys.argv[2], "gcu")
-print(json.dumps(fake.CALLS))
-"""
+    torch.save(model.weight.detach(), folder / "weight.pt")
 
 
 def test_the_host_is_always_there() -> None:
@@ -106,10 +117,7 @@ def test_the_host_has_accounts() -> None:
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], Path, Path]:
     """What was asked of a made-up "gcu" while the programs ran on it, their outputs, and those on the host."""
     here, there = (tmp_path_factory.mktemp(device) for device in ("cpu", "gcu"))
-    command = [sys.executable, "-c", PROGRAM, str(here), str(there)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1]), there, here
+    return apart(simulate, here, there), there, here
 
 
 def test_a_backend_from_outside_runs_everything(simulated: tuple[dict[str, int], Path, Path]) -> None:

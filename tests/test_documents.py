@@ -324,6 +324,7 @@ def run_small(name: str, arguments: Sequence[str]) -> int:
     *flags, options = [list(part) for part in _cut(SMALLER[name])]
     given, given_options = _cut(arguments)
     given = [FEWER.get(before, word) for before, word in zip(["", *given], given, strict=False)]
+    given += ["--workers", "0"] if given[:1] == ["curate"] and "--executor" not in given else []  # starts no process
     if SMALLER[name] is not SEARCH:
         options += [SETTINGS_OF[word] for word in given if word in SETTINGS_OF]
     options += [FEWER_STEPS[option] for option in given_options if option in FEWER_STEPS]

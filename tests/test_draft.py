@@ -28,7 +28,7 @@ from opensora.schedulers.iddpm import IDDPM
 from opensora.schedulers.iddpm_speed import IDDPM_SPEED
 from opensora.schedulers.rf import RFLOW
 from tests.checkpoints import SAMPLE, run_script, snapshot, tree, use_cache
-from tests.full import count
+from tests.full import count, some
 
 CPU = torch.device("cpu")
 SAMPLERS = {
@@ -153,6 +153,7 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
+@some(3)
 def test_a_continued_video_is_the_one_without_a_stop(here: Path, capsys: pytest.CaptureFixture, name: str) -> None:
     argv = ("--num-frames", "5", "--cfg-options", SCHEDULER % SCHEDULERS[name])
     check_continued(capsys, *argv, stop=("--steps-until", "2"))

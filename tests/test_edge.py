@@ -17,7 +17,7 @@ from opensora import cli
 from opensora.cli.program import run_program
 from opensora.distributed.ranks import ranks, world_size
 from opensora.errors import ConfigError, MediaError, WeightsError
-from tests.full import count
+from tests.full import count, some
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = ["a\x1b[2Jb", "a\rb", "a\x07\x08b", "a\x9b31mb", "a\u202eb", "a\nerror: b", "a\udcffb", "a\x00b"]
@@ -53,12 +53,14 @@ def test_a_full_disk_is_told_in_one_line(argv: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("shell", ["{} >&-", "{} >&- 2>&-", "{} <&- >&- 2>&-", "{} 2>/dev/full >/dev/null"])
 @pytest.mark.parametrize(("argv", "status"), [(("inspect", "gone.mp4"), 1), (("models",), 0)][: count(1, 2)])
+@some(2)
 def test_streams_that_are_closed_end_in_no_traceback(shell: str, argv: tuple[str, ...], status: int) -> None:
     ended = opensora(*argv, shell=shell)
     assert ended.returncode == status and ended.stderr.count("\n") == (status if shell == "{} >&-" else 0)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+@some(1)
 def test_output_for_few_characters(encoding: str) -> None:
     code = "from opensora.cli.program import run_program\nrun_program(lambda: print('каt→é.mp4'))"
     known = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}

@@ -31,7 +31,7 @@ from opensora.training.data.encoded import refuse_stale
 from opensora.training.feature_extraction.extract import extract
 from tests.features import BUCKETS, TextEncoder, Vae, make_rows, settings, use, write_rows
 
-SEED = 7
+SEED, OWN_BUCKETS = 7, {"144p": {9: (1.0, 1)}}
 
 
 @pytest.fixture(scope="module")
@@ -219,9 +219,9 @@ def test_a_shard_of_broken_files_alone(tmp_path: Path, rows: list[tuple], monkey
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, list[tuple]]:
     """A table of videos of its own, their features, and its rows."""
     use(monkeypatch)
-    made = make_rows(tmp_path / "own", 6)
+    made = make_rows(tmp_path / "own", 3)
     path = write_rows(tmp_path / "own.csv", made)
-    return path, extract(settings(path, tmp_path / "features")), made
+    return path, extract(settings(path, tmp_path / "features", bucket_config=OWN_BUCKETS)), made
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_features_that_were_encoded_anew_are_named(own: tuple) -> None:
     path, folder, rows = own
     before = record_of_features(EncodedDataset(folder))
     make_rows(rows[0][0].parent, 1, first=1, seed=1)
-    extract(settings(path, folder, replace_stale=True))
+    extract(settings(path, folder, bucket_config=OWN_BUCKETS, replace_stale=True))
     told = record_of_features(EncodedDataset(folder)).changes_since(before)
     assert told.startswith("1 shards changed: latents/crop0/") and "its cells and its file" in told
 

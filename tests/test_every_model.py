@@ -9,7 +9,7 @@ import pytest
 from opensora.cli.verbs.generation import request_settings
 from opensora.config import find_config, read_config
 from opensora.pipeline.pipeline import VideoPipeline
-from tests.full import FULL
+from tests.full import FULL, some
 from tests.zoo import MODELS, flags, make_parts
 
 SAMPLERS = ("iddpm", "iddpm-speed", "dpm-solver", "rflow")
@@ -23,6 +23,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("model", MODELS)
+@some(6)
 def test_generates(model: str, parts: dict[str, Path], tmp_path: Path) -> None:
     """Loaded once; without FULL at one length a sampler, so that every model and every sampler has both."""
     config, make = MODELS[model]

@@ -21,6 +21,7 @@ from opensora.errors import WeightsError
 from opensora.models.stdit.stdit3 import STDiT3
 from opensora.training.checkpoint.export import export
 from opensora.training.trainer import Trainer
+from tests.full import some
 from tests.test_resume import write_config
 from tests.tiny import TINY_STDIT3, TINY_VAE, make_tiny_stdit3, make_tiny_t5, make_tiny_vae
 
@@ -55,6 +56,7 @@ def run(tmp_path: Path) -> Trainer:
 
 @pytest.mark.parametrize("whole_experiment", [True, False])
 @pytest.mark.parametrize("ema", [True, False])
+@some(2)
 def test_training_checkpoint(tmp_path: Path, run: Trainer, ema: bool, whole_experiment: bool) -> None:
     summary = export(run.folder if whole_experiment else run.saved, tmp_path / "out", ema)
     written = load_file(tmp_path / "out" / "model.safetensors")

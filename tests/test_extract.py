@@ -21,7 +21,7 @@ from opensora.errors import ConfigError, MediaError
 from opensora.training.feature_extraction import extract as module
 from opensora.training.feature_extraction.extract import ExtractSettings, extract
 from tests.features import BUCKETS, TextEncoder, Vae, contents, make_rows, settings, use, write_rows
-from tests.full import count
+from tests.full import count, some
 from tests.ranks import fork_server
 
 
@@ -98,6 +98,7 @@ def test_nothing_is_encoded_twice(whole: Path, table: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("stop_after", [0, 4, 11])
+@some(2)
 def test_interrupted_and_resumed(
     stop_after: int, whole: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +139,7 @@ def test_killed_at_any_moment(table: Path, tmp_path: Path) -> None:
     folder, whole = tmp_path / "killed", tmp_path / "uninterrupted"
     start(whole).join(250)
     done, kills = 0, 0
-    for _ in range(count(3, 30)):
+    for _ in range(count(2, 30)):
         process = start(folder)
         deadline, before = time.monotonic() + 120, num_files(folder)
         while process.is_alive() and num_files(folder) < before + 1 + kills % 3 and time.monotonic() < deadline:

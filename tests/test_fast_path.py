@@ -22,6 +22,7 @@ from opensora.models.vae.vae import VideoAutoencoderPipeline
 from opensora.pipeline.replay import replay
 from opensora.pipeline.step_cache import psnr
 from opensora.schedulers.rf import RFLOW
+from tests.full import some
 from tests.test_plain import error, inputs, models
 from tests.tiny import TINY_VAE
 
@@ -165,6 +166,7 @@ FEWER_BITS = {
 
 
 @pytest.mark.parametrize("kind", FEWER_BITS)
+@some(2)
 def test_a_request_asks_for_fewer_bits(kind, tmp_path):
     """Other frames, but not by much; and a recipe makes them again."""
     if "bf16" in kind and not precision.multiplies_bf16():

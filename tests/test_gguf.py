@@ -23,7 +23,7 @@ from opensora.checkpoints.read import is_packed, read_state_dict
 from opensora.cli import main
 from opensora.config import load_config
 from opensora.errors import WeightsError
-from tests.full import count
+from tests.full import count, some
 from tests.gguf_files import quantized, random_blocks, write_gguf, write_t5_gguf
 
 CPU = torch.device("cpu")
@@ -69,6 +69,7 @@ class TestT5:
     def file(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         return write_t5_gguf(T5, tmp_path / f"t5-{request.param}.gguf", request.param, CONFIG)
 
+    @some(2)
     def test_one_file_is_an_encoder_with_its_tokenizer(self, exact: builder.Any, file: Path) -> None:
         encoder = load_t5(file)
         config = encoder.model.config
@@ -84,6 +85,7 @@ class TestT5:
         error = (features - wanted).norm() / wanted.norm()
         assert 1e-4 < error < {"Q8_0": 0.02, "Q5_1": 0.1, "Q4_0": 0.25}[file.stem[3:]]
 
+    @some(2)
     def test_features_are_those_of_the_unpacked_weights(self, file: Path, tmp_path: Path) -> None:
         convert(str(file), str(tmp_path / "plain.safetensors"), "safetensors")
         (tmp_path / "plain").mkdir()
@@ -92,6 +94,7 @@ class TestT5:
             (tmp_path / "plain" / name).write_bytes((T5 / name).read_bytes())
         assert torch.equal(load_t5(file).encode(PROMPTS)[0], load_t5(tmp_path / "plain").encode(PROMPTS)[0])
 
+    @some(2)
     def test_inspect_tells_it(self, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["inspect", str(file)]) == 0
         printed = capsys.readouterr().out
@@ -106,6 +109,7 @@ class TestT5:
         assert load_t5(file).tokenizer.ids(PROMPTS[0], 32) == exact.tokenizer.ids(PROMPTS[0], 32)
         assert builder.tokenizer_sha256(file) == builder.tokenizer_sha256(T5)
 
+    @some(2)
     def test_half_precision(self, exact: builder.Any, file: Path) -> None:
         features = load_t5(file, torch.bfloat16).encode(PROMPTS[:1])[0]
         wanted = exact.encode(PROMPTS[:1])[0]

@@ -69,7 +69,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-RANKS = [(2, ("auto", "together")), (3, ("auto",)), (4, ("auto",))][: count(2, 3)]
+RANKS = [(2, ("auto", "together")), (3, ("auto",)), (4, ("auto",))][: count(1, 3)]
 
 
 def of_all_cases(hows: tuple[str, ...]) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ from opensora.pipeline.loaded_models import LoadedModels
 from opensora.pipeline.pipeline import VideoPipeline
 from opensora.pipeline.recipe import frames_digest, read_recipe
 from tests.checkpoints import SAMPLE, SCRIPT, run_script, snapshot
-from tests.full import count
+from tests.full import count, some
 from tests.tiny import make_tiny_stdit3, make_tiny_t5
 
 SHIPPED = Path(opensora.__file__).parent / "embedded"
@@ -77,6 +77,7 @@ def digests(folder: Path) -> dict[str, str]:
         (("--image-size", "8", "8"), (8, 8)),
     ],
 )
+@some(3)
 def test_image(here, capsys, size, expected):
     argv = (SAMPLE, "--num-frames", "1", *size, "--num-sampling-steps", "2", "--prompt", "A cat.")
     assert run_script(*argv, "--save-dir", "out") == 0
@@ -146,6 +147,7 @@ def test_weights_named_by_folder_and_by_file(here, hub_cache):
 
 
 @pytest.mark.parametrize("num_frames", ["1", "2", "16", "18", "image"])
+@some(3)
 def test_every_number_of_frames(here, num_frames):
     assert run_script(SAMPLE, *SMALL, "--num-frames", num_frames, "--prompt", "x", "--save-dir", "out") == 0
     media = next(path for path in (here / "out").iterdir() if path.suffix != ".json")

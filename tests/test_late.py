@@ -19,6 +19,7 @@ from opensora.errors import OpenSoraError
 from opensora.training import bad_step_guard as guards
 from opensora.training.data.loader import PrefetchLoader, StepIndices
 from opensora.training.trainer import Trainer
+from tests.full import some
 from tests.ranks import run
 from tests.test_sequence import BATCH, full, loss_of, make
 from tests.test_trainer import CPU, assert_same_end, log, trainer
@@ -34,6 +35,7 @@ def both(tmp_path: Path, **options: Any) -> tuple[Trainer, Trainer]:
 
 @pytest.mark.parametrize("every", [{"log_every": 1}, {"log_every": 3, "ckpt_every": 4}, {"log_every": 10}])
 @pytest.mark.parametrize("nan_at", [None, 0, 3, 9])
+@some(6)
 def test_bad_steps_are_left_out(tmp_path: Path, nan_at: int | None, every: dict[str, int]) -> None:
     waits, late = both(tmp_path, nan_at=nan_at, lr_schedule="cosine", **every)
     assert_same_end(late, waits)
@@ -124,6 +126,7 @@ def test_sharded_weights_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@some(2)
 def test_checkpointed_blocks_are_computed_again_as_they_were(tmp_path: Path, dtype: str, late: bool) -> None:
     """In the backward pass of training, and in that of the guard, which looks into a step that jumps."""
     model = make("STDiT3").float()

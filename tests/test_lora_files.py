@@ -29,6 +29,7 @@ from opensora.cli import main
 from opensora.errors import WeightsError
 from opensora.models.lora import LoRAConfig, LoRALayer, LoRAWeights
 from tests.checkpoints import tree
+from tests.full import some
 from tests.test_lora import KINDS, make, weights_for
 
 CONFIG = "model = dict(type='STDiT3', hidden_size=48, depth=2, num_heads=3, caption_channels=32, model_max_length=7)\n"
@@ -79,6 +80,7 @@ class TestLayouts:
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @some(6)
     def test_there_and_back(
         self, tmp_path: Path, model: nn.Module, weights: LoRAWeights, layout: str, dtype: torch.dtype
     ) -> None:

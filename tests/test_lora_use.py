@@ -21,6 +21,7 @@ from opensora.pipeline.adapter_uses import AdapterUse, adapter_uses
 from opensora.pipeline.pipeline import VideoPipeline
 from opensora.pipeline.recipe import read_recipe
 from opensora.pipeline.replay import finish, replay
+from tests.full import some
 from tests.test_lora import weights_for
 
 PROMPT = "a red circle moving right"
@@ -106,6 +107,7 @@ def test_a_replaced_file_is_read_again(pipe: VideoPipeline, files: Path, tmp_pat
 
 
 @pytest.mark.parametrize("changes", [{"memory": "low"}, {"linear": "int8"}, {"memory": "balanced", "batch_size": 2}])
+@some(2)
 def test_every_kind_of_pipeline_sees_adapters(files: Path, changes: dict[str, Any]) -> None:
     other = opensora.load("embedded", **SMALL, **changes)
     before = frames(other)

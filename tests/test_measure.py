@@ -11,7 +11,7 @@ from opensora.datasets.synthetic.measure import Measured, measure
 from opensora.datasets.synthetic.render import NEW_MOTIONS, NEW_SHAPES, draw_new_scene, make_clip, make_new_clip
 from opensora.datasets.video import read_video, write_video
 from opensora.errors import ConfigError
-from tests.full import count
+from tests.full import count, some
 
 ATTRIBUTES = ("shape", "colour", "motion", "background")
 
@@ -33,6 +33,7 @@ def encoded(video: np.ndarray, path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("degrade", [clean, noisy, encoded])
+@some(2)
 def test_rendered_clips(degrade, tmp_path):
     right = dict.fromkeys(ATTRIBUTES, 0)
     number = count(20, 300)
@@ -45,6 +46,7 @@ def test_rendered_clips(degrade, tmp_path):
 
 
 @pytest.mark.parametrize("size", [(5, 48, 80), (6, 200, 144), (51, 40, 40)])
+@some(1)
 def test_other_sizes(size):
     for index in range(10):
         clip = make_clip(3, index, *size)

@@ -19,6 +19,7 @@ from opensora.training.autoencoder import _mixed, train_vae
 from opensora.training.diffusion import train
 from opensora.training.losses.autoencoder import PIXEL_FRAMES, consecutive_frames
 from opensora.training.losses.diffusion import end_in_image
+from tests.full import some
 from tests.tiny import TINY_STDIT3, TINY_VAE, make_tiny_t5, make_tiny_vae
 
 SIZES = [(17, 16, 24, 0.5), (34, 16, 24, 0.3), (1, 24, 16, 0.2)]
@@ -140,6 +141,7 @@ def test_the_autoencoder_trains_on_several_sizes(tmp_path: Path, strategy: str |
 
 
 @pytest.mark.parametrize("strategy", [None, "mixed_video_random"])
+@some(1)
 def test_decoders_alone_are_trained(tmp_path: Path, strategy: str | None) -> None:
     """Clips of several chunks and single frames; latents stay what they were."""
     start = make_tiny_vae(tmp_path / "start", shift=(0.1, 0.0, -0.1, 0.2), scale=(1.0, 2.0, 1.5, 0.5))

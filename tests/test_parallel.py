@@ -158,7 +158,7 @@ def assert_same_clips(found: list[Tensor], expected: list[Tensor]) -> None:
         assert (one - other).norm() < 1e-5 * other.norm()
 
 
-@pytest.mark.parametrize(("ranks", "how"), [(2, "auto"), (3, "auto"), (2, "together"), (4, "auto")][: count(2, 4)])
+@pytest.mark.parametrize(("ranks", "how"), [(3, "auto"), (2, "auto"), (2, "together"), (4, "auto")][: count(1, 4)])
 def test_ranks_generate_the_same_video(weights, alone, tmp_path, ranks, how):
     main, *others = run(ranks, generate_all, weights, tmp_path, how)
     assert not any(others), "only the main rank decodes"

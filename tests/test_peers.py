@@ -23,6 +23,7 @@ from opensora.distributed.process_group import start
 from opensora.errors import ConfigError, OpenSoraError, WeightsError
 from opensora.training.data.loader import PrefetchLoader, StepIndices
 from opensora.training.trainer import Trainer
+from tests.full import some
 from tests.ranks import End, ends, run
 
 CPU = torch.device("cpu")
@@ -65,6 +66,7 @@ def told(end: End) -> list[str]:
 
 
 @pytest.mark.parametrize(("who", "what"), [(0, die), (1, die), (1, leave)])
+@some(2)
 def test_a_rank_that_is_gone(tmp_path: Path, who: int, what: Callable[[], None]) -> None:
     began = time.monotonic()
     found = ends(2, train_until, tmp_path, who, what)

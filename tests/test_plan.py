@@ -37,7 +37,7 @@ from opensora.profiling import cost_model, memory_meter, operation_counter, spee
 from opensora.profiling.cost_model import CostModel
 from tests import zoo
 from tests.checkpoints import SAMPLE
-from tests.full import FULL, count
+from tests.full import FULL, count, some
 from tests.tiny import make_tiny_stdit3
 
 ROOT = Path(__file__).parents[1]
@@ -298,6 +298,7 @@ def test_both_refuse_before_any_weight_is_read(
         dict(scheduler__type="dpm-solver", num_frames=1),
     ],
 )
+@some(2)
 def test_a_plan_comes_true_with_weights(parts: dict[str, Path], changes: dict[str, Any]) -> None:
     settings = settings_for(parts, **changes)
     plan = make_plan(settings)
@@ -328,6 +329,7 @@ def test_a_clip_text_encoder_that_is_not_here(name: str, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("size", "room", "part"), [((256, 256), 0.92, "--num-frames"), ((512, 512), 0.62, "--image-size")]
 )
+@some(1)
 def test_the_nearest_setting_that_fits(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], room: float, part: str
 ) -> None:

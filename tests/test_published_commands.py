@@ -24,6 +24,7 @@ from opensora.datasets.video import write_video
 from tests import fake_wandb, zoo
 from tests import test_documents as documents
 from tests.checkpoints import use_cache
+from tests.full import some
 
 ROOT = Path(__file__).parents[1]
 V1_2, V1_1 = "configs/opensora-v1-2/inference/sample.py", "configs/opensora-v1-1/inference/sample.py"
@@ -201,6 +202,7 @@ def run(processes: int, words: Sequence[str]) -> int:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("document", "command"), COMMANDS, ids=lambda value: value[:90])
+@some(16)
 def test_published_command(
     document: str, command: str, here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

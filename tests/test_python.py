@@ -25,6 +25,7 @@ from opensora.pipeline.pipeline import Preview, VideoPipeline
 from opensora.pipeline.recipe import frames_digest, read_recipe
 from opensora.pipeline.video import Video
 from tests.checkpoints import SAMPLE
+from tests.full import count
 
 PROMPTS = ["a red circle moving right", "a blue square growing", "a white triangle standing still", "a cyan circle"]
 SMALL = {"num_frames": 5, "height": 16, "width": 24, "num_inference_steps": 2}
@@ -90,7 +91,7 @@ def test_batches_give_the_bytes_of_single_requests(pipe: VideoPipeline, loops: i
         "condition_frame_length": 5,
         "num_inference_steps": 2 // loops,
     }
-    texts = [*PROMPTS[:3], PROMPTS[0]] if loops > 1 else [*PROMPTS, PROMPTS[0], "a dog"]
+    texts = [*PROMPTS[:2], PROMPTS[0]] if loops > 1 else [*PROMPTS, PROMPTS[0], "a dog"]
     single = [pipe(text, **given) for text in texts]
     together = pipe(texts, batch_size=len(texts) - 1, **given)
     assert [frames_digest(one.frames) for one in together] == [frames_digest(one.frames) for one in single]
@@ -117,8 +118,9 @@ def test_a_batch_with_other_bits_is_not_computed(pipe: VideoPipeline, monkeypatc
 
 def test_batches_of_the_published_size_of_the_embedded_model() -> None:
     pipe = opensora.load("embedded", device="cpu", num_frames=17, num_inference_steps=1)
-    single = [frames_digest(pipe(text).frames) for text in PROMPTS]
-    assert [frames_digest(one.frames) for one in pipe(PROMPTS, batch_size=4)] == single
+    texts = PROMPTS[: count(2, 4)]
+    single = [frames_digest(pipe(text).frames) for text in texts]
+    assert [frames_digest(one.frames) for one in pipe(texts, batch_size=4)] == single
 
 
 def test_given_frames_in_a_batch(pipe: VideoPipeline) -> None:
@@ -460,5 +462,5 @@ def test_blocks_of_the_document(here: Path, block: str) -> None:
     Image.new("RGB", (64, 64), "red").save("photo.png")
     if "opensora.load(" not in block:
         block = f'pipe = opensora.load("embedded", device="cpu", height=16, width=24, steps=2)\n{block}'
-    block = re.sub("64|128", "16", block)
+    block = re.sub("64|128", "16", block).replace('device="cpu")', 'device="cpu", height=16, width=24, steps=2)')
     exec(compile(f"import opensora\n{block}", "docs/python.md", "exec"), {})

@@ -21,6 +21,7 @@ from opensora.config import load_config
 from opensora.datasets.video import read_video
 from opensora.errors import ConfigError, WeightsError
 from tests.checkpoints import tree
+from tests.full import some
 
 CPU = torch.device("cpu")
 EMBEDDED = {"model": "embedded:stdit3", "text_encoder": "embedded:text_encoder"}
@@ -98,6 +99,7 @@ def test_inspect_tells_the_format(kind: str, files: dict[str, Path]) -> None:
     assert info.summary.parameters == inspect(EMBEDDED["model"]).summary.parameters
 
 
+@some(1)
 def test_a_video_is_made_from_both(kind: str, files: dict[str, Path], tmp_path: Path) -> None:
     """Text encoder and model in 8 bits: another video than the exact one, but a close one."""
     argv = ["generate", "a red circle moving right on a black background", "--image-size", "64", "64"]

@@ -27,6 +27,7 @@ from opensora.remote.chat import Endpoint
 from opensora.utils.config_utils import parse_inference_args
 from tests.chat_server import Server, drips, hangs_up, says, sends, silent
 from tests.checkpoints import SAMPLE, run_script, tree
+from tests.full import some
 
 KEY = "sk-very-secret-0123"
 SMALL = ("--num-sampling-steps", "2", "--image-size", "16", "24", "--num-frames", "17", "--verbose", "0")
@@ -339,6 +340,7 @@ def test_class_numbers_are_not_refined(here, server, capsys):
         ("a cat", "refined must be a dict; it is 'a cat'"),
     ],
 )
+@some(2)
 def test_damaged_recipes(here, server, capsys, refined, problem):
     assert run_script(SAMPLE, *ASK, "--prompt", "a cat") == 0
     sidecar = here / "made/sample_0000.json"

@@ -22,6 +22,7 @@ from opensora.pipeline.frame_difference import compare_frames
 from opensora.pipeline.recipe import read_recipe
 from opensora.pipeline.replay import _explanations
 from tests.checkpoints import SAMPLE, run_script, snapshot, tree, use_cache
+from tests.full import some
 
 SMALL = ("--num-sampling-steps", "2", "--image-size", "16", "24", "--num-frames", "5")
 
@@ -66,6 +67,7 @@ def frames(path: Path) -> bytes:
         (("--prompt", "a dog: 'woof'", "--prompt-as-path", "--save-fps", "8", "--dtype", "fp32"), "a dog: 'woof'.mp4"),
     ],
 )
+@some(3)
 def test_replay_is_identical(here, capsys, argv, name):
     (here / "p.txt").write_text("one\ntwo\nthree\nfour\n")
     assert run_script(SAMPLE, *SMALL, *argv, "--save-dir", "made") == 0
@@ -169,6 +171,7 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", [1, 3])
+@some(1)
 def test_the_number_of_threads_is_recorded_and_used_again(here, capsys, monkeypatch, threads, number):
     used, clip = [], generation.denoise_clip
     monkeypatch.setattr(generation, "denoise_clip", lambda *given: used.append(torch.get_num_threads()) or clip(*given))

@@ -16,6 +16,7 @@ from opensora.schedulers.guidance import GuidedDenoiser
 from opensora.schedulers.iddpm import IDDPM
 from opensora.schedulers.iddpm_speed import IDDPM_SPEED
 from opensora.schedulers.rf import RFLOW
+from tests.full import some
 
 SHAPE = (4, 3, 2, 2)  # C, T, H, W
 FEW = {"num_sampling_steps": 6, "cfg_scale": 3.0}
@@ -251,6 +252,7 @@ def gaussian_data(mean: float, deviation: float):
 
 @pytest.mark.parametrize("skip_type", ["time_uniform", "logSNR", "time_quadratic"])
 @pytest.mark.parametrize("method", ["multistep", "singlestep"])
+@some(3)
 def test_dpm_solver_converges_faster_with_higher_order(method, skip_type):
     model, solution = gaussian_data(0.3, 0.5)
 

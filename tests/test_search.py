@@ -41,7 +41,7 @@ from opensora.training.batch_size_search.search import (
 from opensora.training.batch_size_search.search_model import LinearFit, ModelSearch
 from opensora.utils.config_utils import parse_search_args
 from tests.devices import Simulated, random_config
-from tests.full import count
+from tests.full import count, some
 from tests.tiny import make_tiny_t5, make_tiny_vae
 
 SEEDS = 60
@@ -85,6 +85,7 @@ def both(seed: int, **device: Any) -> tuple[Simulated, list[tuple[list[tuple[Buc
         pytest.param({"tells": True, "wall": 0.9}, 0.46, id="early wall"),
     ],
 )
+@some(2)
 def test_ours_needs_half_of_the_trials(device: dict[str, Any], share: float):
     theirs, ours, wrong, theirs_wrong, answers = 0, 0, 0, 0, 0
     for seed in range(SEEDS):

@@ -19,6 +19,7 @@ from opensora.distributed.process_group import start
 from opensora.training.checkpoint import folders
 from opensora.training.data.loader import PrefetchLoader, StepIndices
 from opensora.training.trainer import Trainer
+from tests.full import some
 from tests.ranks import run
 from tests.test_sequence import BATCH, loss_of, make
 from tests.test_trainer import CPU, assert_same_end, names, trainer
@@ -35,6 +36,7 @@ def _handlers_come_back() -> Iterator[None]:
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("number", SIGNALS)
+@some(4)
 def test_it_saves_at_the_end_of_the_step(
     tmp_path: Path, number: int, late: bool, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -30,7 +30,7 @@ from opensora.training.diffusion import build_model, check_training, train
 from opensora.training.feature_extraction.extract import ExtractSettings, extract
 from opensora.training.losses.diffusion import DiffusionLoss
 from opensora.training.step import step_generator
-from tests.full import FULL
+from tests.full import FULL, some
 from tests.test_encoders import make_clip_folder
 from tests.tiny import TINY_STDIT3, make_tiny_t5, make_tiny_vae
 from tests.zoo import SMALL, make_vae
@@ -271,6 +271,7 @@ class TestTraining:
         assert ends[0] == ends[1] and len(ends[0]) == STEPS
 
     @pytest.mark.parametrize("row", [0, 3, 7])
+    @some(2)
     def test_a_batch_without_a_sample_is_no_step(self, files: Path, tmp_path: Path, row: int) -> None:
         """An epoch of eight batches, one of them without a sample, has seven steps."""
         small = Small(tmp_path, files)
@@ -282,6 +283,7 @@ class TestTraining:
         assert (place["epoch"], place["index"]) in ((1, 1), (1, 2))
 
     @pytest.mark.parametrize("gone", [True, False])
+    @some(1)
     def test_the_limit_of_broken_files_is_that_of_the_run(self, files: Path, tmp_path: Path, gone: bool) -> None:
         """One file of eight may be broken: not one more in each process."""
         small = Small(tmp_path, files)
@@ -309,6 +311,7 @@ class TestTraining:
         assert train(settings(files, "whole", accept_changes=True, **again)).path.name == "ema"
 
     @pytest.mark.parametrize("change", ["replaced", "mended", "gone", "text"])
+    @some(2)
     def test_changed_data_is_named(self, files: Path, tmp_path: Path, change: str) -> None:
         """Files replaced under the same names, with the same sizes and times, and texts that were written anew."""
         whole = Small(tmp_path, files)
@@ -332,6 +335,7 @@ class TestTraining:
         ("model", "scheduler"),
         [(model, one) for n, model in enumerate(MODELS) for one in (SCHEDULERS if FULL else [SCHEDULERS[n % 3]])],
     )
+    @some(4)
     def test_every_model_learns_with_every_scheduler(self, files: Path, model: str, scheduler: str) -> None:
         """Each has a loss whose gradients reach its first layer."""
         text = "clip" if model in ("DiT", "Latte") else "t5"

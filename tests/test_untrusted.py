@@ -28,6 +28,7 @@ from opensora.pipeline import draft, recipe
 from opensora.pipeline.recipe import RECIPE_SETTINGS, USER_SETTINGS, read_recipe
 from opensora.pipeline.request import make_requests
 from tests.checkpoints import SAMPLE, run_script, tree, use_cache
+from tests.full import some
 
 KEY = "sk-very-secret-0123"
 SMALL = ("--image-size", "16", "24", "--num-frames", "1", "--num-sampling-steps", "3", "--verbose", "0")
@@ -203,6 +204,7 @@ WITHOUT_EFFECT = ("not to be refined, but a server", "a generator of prompts")
 
 @pytest.mark.parametrize("command", ["replay", "continue"])
 @pytest.mark.parametrize("name", ASKING)
+@some(20)
 def test_nobody_is_asked(
     here: Path, listener: Listener, capsys: pytest.CaptureFixture, name: str, command: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -326,6 +328,7 @@ def test_references_without_a_hash_are_refused(here: Path, capsys: pytest.Captur
 
 @pytest.mark.parametrize("part", ["model", "vae", "text_encoder"])
 @pytest.mark.parametrize("path", ["/dev/zero", "fifo", "/etc/passwd", "out/sample_0000.json", "/proc/self/mem"])
+@some(7)
 def test_only_weights_are_weights(here: Path, capsys: pytest.CaptureFixture, part: str, path: str) -> None:
     os.mkfifo("fifo")
     forge(sections(part, from_pretrained=path))
@@ -398,6 +401,7 @@ BROKEN: dict[str, Change] = {
 
 @pytest.mark.parametrize("command", ["replay", "continue"])
 @pytest.mark.parametrize("name", BROKEN)
+@some(80)
 def test_broken_fields_are_one_line(here: Path, capsys: pytest.CaptureFixture, name: str, command: str) -> None:
     forge(BROKEN[name])
     assert run(command, capsys)[0] == 1

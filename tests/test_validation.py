@@ -21,6 +21,7 @@ from opensora.training.data.batch import TrainingBatch, clip_conditioning
 from opensora.training.ema import EMA
 from opensora.training.tracking import Tracker
 from opensora.training.validation import BINS, Prompt, Samples, Validation, inference_mode, report
+from tests.full import some
 from tests.ranks import run
 from tests.tiny import TINY_STDIT3, TINY_VAE
 
@@ -106,6 +107,7 @@ class TestLosses:
         assert one.mean().item() == pytest.approx(2.0, rel=0.05)
 
     @pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
+    @some(2)
     def test_same_weights_same_numbers(self, scheduler):
         model = tiny()
         runs = []

@@ -25,6 +25,7 @@ from opensora.errors import WeightsError
 from opensora.models.stdit.stdit import STDiT
 from opensora.models.vae.vae import FrameAutoencoder, VideoAutoencoderKL
 from opensora.models.vae.vae_svd import VideoAutoencoderKLTemporalDecoder
+from tests.full import some
 from tests.test_encoders import SHAPES
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -347,6 +348,7 @@ class TestRules:
     @pytest.mark.parametrize("kind", [VideoAutoencoderKL, VideoAutoencoderKLTemporalDecoder])
     @pytest.mark.parametrize("age", ["new", "old names", "old names and convolutions"])
     @pytest.mark.parametrize("meta", [False, True])
+    @some(6)
     def test_diffusers_autoencoders(self, tmp_path: Path, kind: type[FrameAutoencoder], age: str, meta: bool) -> None:
         """Every way to publish one loads without being told which."""
         expected = kind(**SHAPES[kind]).state_dict()

@@ -67,7 +67,7 @@ MORE: tuple[tuple[str, ...], ...] = (
 SNIPPET = """
 import opensora
 pipe = opensora.load("embedded", device="cpu")
-video = pipe("a red circle moving right on a black background", num_frames=17, seed=3)
+video = pipe("a red circle moving right on a black background", num_frames=17, num_inference_steps=2, seed=3)
 assert video.frames.dtype == "uint8" and video.frames.shape == (17, 64, 64, 3)
 video.save("out.mp4")
 """

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from opensora import registry
-from opensora.checkpoints.save import save_pretrained
+from opensora.checkpoints.save import save_file, save_pretrained
 from opensora.models.vae.vae import VideoAutoencoderKL
 from tests.checkpoints import COMMIT
-from tests.test_encoders import make_clip_folder, published
+from tests.test_encoders import SHAPES
 from tests.tiny import make_tiny_stdit3, make_tiny_t5, make_tiny_vae
+from tests.tiny_clip import make_clip_folder, seeded
 
 SMALL: dict[str, Any] = dict(hidden_size=48, depth=2, num_heads=2)
 TEXT: dict[str, Any] = dict(caption_channels=32, model_max_length=120)
@@ -23,8 +24,16 @@ PUBLISHED_SIZE = (1, 8, 8)  # latents of the stand-ins' own training; requests h
 
 
 def make_vae(folder: Path) -> Path:
-    """A per-frame autoencoder as stabilityai/sd-vae-ft-ema lays it out."""
-    published(VideoAutoencoderKL, folder)
+    """A per-frame autoencoder as stabilityai/sd-vae-ft-ema lays it out: in the names of diffusers."""
+    shape = SHAPES[VideoAutoencoderKL]
+    state = seeded(0, lambda: VideoAutoencoderKL(**shape)).state_dict()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name.removeprefix("module."): tensor for name, tensor in state.items()},
+        folder / "diffusion_pytorch_model.safetensors",
+    )
+    config = {"_class_name": "AutoencoderKL", **shape, "sample_size": 1024, "scaling_factor": 0.13025}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

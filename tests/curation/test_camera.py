@@ -15,6 +15,7 @@ from opensora.curation.stages.motion import Motion
 from opensora.datasets.video import write_image, write_video
 from opensora.errors import MediaError
 from tests.curation.footage import HEIGHT, WIDTH, texture
+from tests.full import some
 
 SEEDS = range(20 if os.environ.get("OPENSORA_FULL") else 2)
 # word -> (right, down in widths a second, growth a second, degrees a second) of the camera
@@ -45,6 +46,7 @@ def filmed(move: tuple[float, float, float, float], seed: int, fps: float = 24, 
 
 
 @pytest.mark.parametrize("word", MOVES)
+@some(6)
 def test_words_of_camera_moves(word: str, tmp_path: Path) -> None:
     found = []
     for seed in SEEDS:

@@ -29,6 +29,7 @@ from opensora.curation.stages.stage import Columns, Stage
 from opensora.datasets.video import write_image, write_video
 from opensora.errors import ConfigError, MediaError
 from tests.curation.footage import HEIGHT, WIDTH, footage, scene
+from tests.full import count
 
 STAGES = ("probe", "scenes", "health")
 SERIAL, POOL = ExecutorSettings(workers=0), ExecutorSettings(workers=2)
@@ -108,25 +109,33 @@ class Trouble(Stage):
         return {"fine": 1}
 
 
-def test_trouble_ends_one_item_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.STAGES, "trouble", Trouble)
+def run_trouble(tmp_path: Path, names: tuple[str, ...], limits: Limits) -> tuple[CurationReport, list[dict[str, Any]]]:
+    """The report and the quarantine of pictures with these names, on two workers."""
     folder = tmp_path / "in"
     folder.mkdir()
-    for number, name in enumerate(("crash", "exit", "hang", "hog", "bug", "media", "good", "other")):
+    for number, name in enumerate(names):
         write_image(np.full((16, 16, 3), number, np.uint8), folder / f"{name}_{number}.png")
-    settings = CurationSettings(
-        str(folder),
-        str(tmp_path / "out.csv"),
-        ("trouble",),
-        executor=replace(POOL, limits=Limits(seconds=6, memory_mib=700)),
-    )
-    report = curate(settings)
-    assert (report.rows, report.quarantined) == (2, 6)
-    errors = {Path(bad["path"]).name.split("_")[0]: (bad["error"], bad["attempts"]) for bad in quarantine(settings)}
+    executor = replace(POOL, limits=limits)
+    settings = CurationSettings(str(folder), str(tmp_path / "out.csv"), ("trouble",), executor=executor)
+    return curate(settings), quarantine(settings)
+
+
+def test_trouble_ends_one_item_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.STAGES, "trouble", Trouble)
+    names = ("crash", "exit", "hang", "bug", "media", "good", "other")
+    report, bad = run_trouble(tmp_path, names, Limits(seconds=4))
+    assert (report.rows, report.quarantined) == (2, 5)
+    errors = {Path(one["path"]).name.split("_")[0]: (one["error"], one["attempts"]) for one in bad}
     assert "signal 11" in errors["crash"][0] and errors["crash"][1] == 2
-    assert "status 3" in errors["exit"][0] and "more than 6 s" in errors["hang"][0]
-    assert "more than 700 MiB" in errors["hog"][0] and "KeyError" in errors["bug"][0]
-    assert errors["media"] == (f"{folder}/media_5.png: has no colour; give it one", 1)
+    assert "status 3" in errors["exit"][0] and "more than 4 s" in errors["hang"][0] and "KeyError" in errors["bug"][0]
+    assert errors["media"] == (f"{tmp_path}/in/media_4.png: has no colour; give it one", 1)
+
+
+def test_too_much_memory_ends_one_item_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.STAGES, "trouble", Trouble)
+    report, [bad] = run_trouble(tmp_path, ("hog", "good"), Limits(memory_mib=700))
+    assert (report.rows, report.quarantined) == (1, 1)
+    assert "hog_0.png" in bad["error"] and "more than 700 MiB" in bad["error"]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +178,7 @@ def test_the_list_of_names_is_complete() -> None:
     assert tuple(registry.STAGES) == STAGE_NAMES
 
 
-@pytest.mark.parametrize("number", range(30 if os.environ.get("OPENSORA_FULL") else 2))
+@pytest.mark.parametrize("number", range(count(1, 30)))
 def test_a_killed_run_goes_on(source: Path, settings: CurationSettings, tmp_path: Path, number: int) -> None:
     """The table is that of an undisturbed run, and nothing is computed twice but what was in flight."""
     curate(settings)

@@ -50,7 +50,8 @@ def test_all_executors_write_the_same_table(cluster: Any, tmp_path: Path) -> Non
     stages = ("probe", "scenes", "health", "motion", "camera")
     serial = run(tmp_path / "serial.csv", source, stages, executor=ExecutorSettings(workers=0))
     assert serial[0] == CurationReport(4, 1, 17)
-    assert run(tmp_path / "pool.csv", source, stages, executor=ExecutorSettings(workers=2)) == serial
+    if FULL:  # tests/curation/test_curate.py compares the pool of two
+        assert run(tmp_path / "pool.csv", source, stages, executor=ExecutorSettings(workers=2)) == serial
     assert run(tmp_path / "ray.csv", source, stages, executor=RAY) == serial
     shards = [tmp_path / f"{shard}.csv" for shard in (0, 1)]
     for shard, target in enumerate(shards):
