@@ -39,8 +39,8 @@ class Step:
 
     @property
     def can_resume(self) -> bool:
-        """Whether `save` writes a state to resume from: within the first clip, before its last step."""
-        return self._end.loop == 0 and self._end.state.step < self._end.state.num_steps
+        """Whether `save` writes a state to resume from: within the first clip, before its last step or a draft's."""
+        return self._end.loop == 0 and self._end.state.step < (self._job.stop or self._end.state.num_steps)
 
     def frames(self, row: int = 0) -> np.ndarray:
         """The predicted clip of a row, uint8 [T, H, W, 3]; takes as long as decoding a result."""

@@ -86,6 +86,27 @@ def test_a_killed_job_goes_on_with_the_same_bytes(scheduler_steps: dict[str, int
     assert [name for name in killed if killed[name] != undisturbed[name]] == []
 
 
+@pytest.mark.parametrize("scheduler_steps", [{}, {"steps_until": 3}], ids=["whole", "draft"])
+def test_a_job_that_is_killed_after_its_last_step(
+    scheduler_steps: dict[str, int], undisturbed_runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last step is taken again: what was decoded is not in a saved state."""
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(module, "SAVING_SHARE", 1e9)  # after every step
+        patch.setattr(module, "write_image", kill)
+        compute([task("killed", **scheduler_steps)])
+    resumed = compute([task("killed", **scheduler_steps)])
+    undisturbed_runner.compute([task("undisturbed", **scheduler_steps)])
+    assert [step["done"] for step in resumed.of("step")] == [scheduler_steps.get("steps_until", 4)]
+    killed, undisturbed = content("killed"), content("undisturbed")
+    assert killed.keys() == undisturbed.keys()
+    assert [name for name in killed if name != DRAFT and killed[name] != undisturbed[name]] == []
+
+
 def test_a_damaged_state_starts_the_job_again() -> None:
     folder_of("damaged").mkdir(parents=True)
     (folder_of("damaged") / STATE).write_bytes(b"half a file")
