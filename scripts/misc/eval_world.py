@@ -116,7 +116,8 @@ def figures(rows: list[Row]) -> dict[str, dict[str, float]]:
     found = {group: _percent([row["right"] for row in members]) for group, members in groups.items()}
     flaws = [row["flaws"] for row in one if "flaws" in row]
     edge = {"edge": float(np.median([flaw["edge"] for flaw in flaws]))} if flaws else {}
-    return {**found, "flawed": _percent([{name: flaw[name] for name in MOST_FLAWED} for flaw in flaws]) | edge}
+    flawed = [{name: flaw[name] for name in MOST_FLAWED if name in flaw} for flaw in flaws]
+    return {**found, "flawed": _percent(flawed) | edge}
 
 
 def _percent(rows: list[dict[str, bool]]) -> dict[str, float]:
