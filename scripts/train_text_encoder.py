@@ -33,6 +33,7 @@ from opensora.models.text_encoder.t5 import T5Encoder
 
 VOCAB_SIZE, BATCH_SIZE = 512, 128
 CAPTIONS: dict[str, ModuleType] = {"shapes": shapes, "world": world}  # each with ATTRIBUTES and draw_caption
+STEPS = {"shapes": 1000, "world": 4000}
 
 
 def train_tokenizer(captions: ModuleType, folder: Path, seed: int) -> None:
@@ -145,13 +146,13 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(shapes.__file__).parents[2] / "embedded" / "text_encoder")
     parser.add_argument("--captions", choices=tuple(CAPTIONS), default="shapes", help="which clips they belong to")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, help=f"default: {STEPS['shapes']} (shapes) or {STEPS['world']} (world)")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     captions = CAPTIONS[args.captions]
     train_tokenizer(captions, args.output, args.seed)
-    train_encoder(captions, args.output, args.steps, args.seed)
+    train_encoder(captions, args.output, args.steps or STEPS[args.captions], args.seed)
 
 
 if __name__ == "__main__":
