@@ -272,7 +272,7 @@ def test_a_wrong_request_is_told_at_its_field_and_a_long_one_is_cancelled(page: 
 def test_the_page_lives_through_a_restart(page: playwright.Page, server: Server) -> None:
     ask(page, seed=61, num_sampling_steps=12)
     page.click("#generate")
-    expect(page.locator("#queue li")).not_to_have_count(0)
+    expect(page.locator("#queue li", has_text="seed 61")).to_have_count(1)
     server.kill()
     expect(page.locator("#connection")).to_contain_text("does not answer")
     server.start()
