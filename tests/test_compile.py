@@ -11,9 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._dynamo.utils import counters
-from torch._inductor.compile_fx import compile_fx
 
 from opensora import registry
 from opensora.acceleration.compile import compile_blocks
@@ -57,6 +54,8 @@ def step(model: nn.Module, size: tuple[int, int, int]) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_on_buckets_never_falls_back(kind: str) -> None:
     """A graph for each bucket and kind of block, and none for another size of the same bucket."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     torch.compiler.reset()
     fixed = "input_size" in registry.keywords(kind) and kind not in ("STDiT2", "STDiT3")
     masks = "x_mask" in registry.builder(kind).forward.__annotations__
@@ -109,6 +108,9 @@ def test_the_flag_compiles_the_model(
 @pytest.mark.timeout(1200)
 def test_compiled_blocks_compute_the_same(model: STDiT3) -> None:
     """A block is one graph for every size. Without a C++ compiler the graphs run as they are."""
+    from torch._dynamo.utils import counters
+    from torch._inductor.compile_fx import compile_fx
+
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:

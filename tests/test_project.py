@@ -105,8 +105,10 @@ def test_ci_runs_the_commands_of_the_readme():
     shown = re.findall(r"^```bash\n(.*?)\n```$", read("README.md"), re.MULTILINE | re.DOTALL)[:2]
     run = re.findall(r"^(?:first|second)='(.*)'$", read(".ci/run"), re.MULTILINE)
     assert run == shown
-    for check in ("ruff check .", "ruff format --check .", "mypy"):
+    for check in ("ruff check .", "ruff format --check ."):
         assert re.search(rf"^{re.escape(check)} \|\| fail", read(".ci/run"), re.MULTILINE)
+    assert re.search(r"^python\(\) \{\n *nice .* mypy .*&$", read(".ci/run"), re.MULTILINE), "beside the tests"
+    assert re.search(r'^wait "\$types" \|\| fail "mypy', read(".ci/run"), re.MULTILINE)
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     subprocess.run(["bash", "-n", ROOT / ".ci" / "run"], check=True)
 
