@@ -21,8 +21,8 @@ from opensora.cli.program import run_program
 TIMEOUT = 250  # seconds, for all that the ranks do
 PRELOADED = [
     "torch.distributed.fsdp", "torch.distributed.tensor", "torch.multiprocessing.spawn", "torch._dynamo",
-    "tokenizers", "opensora.models.text_encoder.cleaning", "opensora.models.vae.vae", "opensora.pipeline.pipeline",
-    "opensora.training.autoencoder", "opensora.training.diffusion",
+    "torch.utils.tensorboard", "tokenizers", "opensora.models.text_encoder.cleaning", "opensora.models.vae.vae",
+    "opensora.pipeline.pipeline", "opensora.training.autoencoder", "opensora.training.diffusion",
 ]  # fmt: skip
 
 

@@ -29,7 +29,7 @@ SETTINGS = dict(hidden_size=32, depth=1, num_heads=2, caption_channels=16, model
 BUCKETS = list(itertools.product((1, 2), (1, 5), (False, True)))[:: 1 if FULL else 6]
 LIMIT = 8 if FULL else 1
 # Model -> kinds of blocks, each with a graph for every bucket that the model can tell apart.
-KINDS = {"STDiT3": 2} | ({"STDiT2": 1, "STDiT": 1, "Latte": 2, "DiT": 1, "PixArt": 1, "PixArtMS": 1} if FULL else {})
+KINDS = {"STDiT2": 1} | ({"STDiT3": 2, "STDiT": 1, "Latte": 2, "DiT": 1, "PixArt": 1, "PixArtMS": 1} if FULL else {})
 
 
 @pytest.fixture

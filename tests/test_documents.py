@@ -9,6 +9,7 @@ earlier training run. The blocks of a document in `IN_ORDER` go on from one anot
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -21,7 +22,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -378,6 +379,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "videos.csv").write_text("path,text,num_frames,height,width\nwave.mp4,a wave,17,144,256\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr("opensora.training.autoencoder.STATISTICS_CLIPS", 2)
         assert run_small("scripts/train_vae.py", ["configs/embedded/train/vae_2d.py"]) == 0
         assert run_small("scripts/train_vae.py", ["configs/embedded/train/vae_temporal.py"]) == 0
         assert run_small("scripts/train.py", ["configs/embedded/train/stdit3.py"]) == 0
@@ -442,10 +444,16 @@ def check_request(settings: InferenceSettings) -> int:
     """All that can be said about a request without reading a weight: sizes, prompts, references, masks, loops."""
     job = Job(JobSpec(settings), LoadedModels(settings))
     assert job.requests
-    vae = builder.build_model(settings.vae, builder.find_weights(settings.vae, "vae"))
+    vae = built_autoencoder(json.dumps(settings.vae))
     model = SimpleNamespace(patch_size=(1, 2, 2))  # its checkpoint may be what a command before this one writes
     place_media(job, job.requests, model, vae)
     return 0
+
+
+@functools.cache
+def built_autoencoder(section: str) -> Any:
+    section = json.loads(section)
+    return builder.build_model(section, builder.find_weights(section, "vae"))
 
 
 def check_training(settings: TrainSettings) -> TrainResult:

@@ -64,12 +64,13 @@ def seen(outputs: Path) -> dict[tuple[int, int], set[tuple[str, float]]]:
 @pytest.mark.timeout(100 * KILLS + 300)
 @pytest.mark.parametrize("ranks", [2, 1] if FULL else [2])  # test_resume kills one rank
 def test_every_resume_repeats_the_uninterrupted_run(tmp_path: Path, ranks: int) -> None:
-    config = table_config(tmp_path, max_steps=4 * KILLS + 6)
+    steps = 4 * KILLS + (6 if FULL else 2)
+    config = table_config(tmp_path, max_steps=steps)
     killing.run(SCRIPT, config, tmp_path / "whole", ranks=ranks)
     assert len(killing.run(SCRIPT, config, tmp_path / "killed", 0, KILLS, ranks)) == KILLS
     assert_same(results(tmp_path / "killed"), results(tmp_path / "whole"))
     expected, found = seen(tmp_path / "whole"), seen(tmp_path / "killed")
-    assert len(expected) == (4 * KILLS + 6) * ranks and all(len(values) == 1 for values in expected.values())
+    assert len(expected) == steps * ranks and all(len(values) == 1 for values in expected.values())
     assert found == expected
 
 

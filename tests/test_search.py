@@ -201,7 +201,7 @@ def test_tokens_are_those_of_the_latents(frames: int, latents: int):
 
 
 def settings(**changes: Any) -> SearchSettings:
-    base = dict(model=TINY, scheduler=RFLOW, dtype="fp32", device="cpu", untimed_steps=1, active_steps=2, lr=1e-4)
+    base = dict(model=TINY, scheduler=RFLOW, dtype="fp32", device="cpu", untimed_steps=0, active_steps=1, lr=1e-4)
     base |= dict(bucket_config={"144p": {1: (2, 1), 17: (1, 1)}}, base_step_time=60.0, mask_ratios={"random": 0.5})
     return SearchSettings(**(base | changes))
 
@@ -215,10 +215,10 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("grad_checkpoint", [True, False][: count(1, 2)])
 def test_real_steps(grad_checkpoint: bool):
     """More samples take longer; the whole of a training step is computed, and leads nowhere."""
-    taken = TrainingProbe(settings(grad_checkpoint=grad_checkpoint, active_steps=1))
+    taken = TrainingProbe(settings(grad_checkpoint=grad_checkpoint, untimed_steps=1))
     parameters = taken.optimization.parameters
     before = [parameter.clone() for parameter in parameters]
-    few, many = (min(taken(ONE, n).seconds for _ in range(2)) for n in (1, 64))
+    few, many = (min(taken(ONE, n).seconds for _ in range(2)) for n in (1, 16))
     assert many > 2 * few > 0
     assert all(torch.equal(*pair) for pair in zip(before, parameters, strict=True))
     assert all(state["exp_avg_sq"].isfinite().all() for state in taken.optimization.optimizer.state.values())
@@ -235,7 +235,7 @@ def test_steps_are_counted(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
 def test_blocks_are_computed_again_with_checkpointing(grad_checkpoint: bool):
-    taken, seen = TrainingProbe(settings(grad_checkpoint=grad_checkpoint, untimed_steps=0, active_steps=1)), []
+    taken, seen = TrainingProbe(settings(grad_checkpoint=grad_checkpoint)), []
     taken.model.spatial_blocks[0].mlp.register_forward_hook(lambda *_: seen.append(1))
     taken(ONE, 1)
     assert len(seen) == 1 + grad_checkpoint
@@ -336,8 +336,11 @@ def test_whole_search_on_this_machine(in_folder: Path, capsys: pytest.CaptureFix
     """A configuration to train with comes out, its sizes in their ranges, and a table beside it."""
     buckets = {"240p": {1: (3, 2)}, "144p": {1: (8, 6), 17: (2, 1), 34: (1, 0)}}
     config, table = search_report.search_batch_sizes(
-        settings(bucket_config=buckets, base=("144p", 1), base_step_time=None, resolution="144p", warmup_steps=7)
-    )
+        settings(
+            bucket_config=buckets, base=("144p", 1), base_step_time=None, resolution="144p", warmup_steps=7,
+            untimed_steps=1, active_steps=2,
+        )
+    )  # fmt: skip
     assert (str(config), str(table)) == ("outputs/search_bs-144p.py", "outputs/search_bs-144p.md")
     read = TrainSettings.from_config(read_config(config), config.name)
     assert (read.model, read.scheduler, read.mask_ratios) == (TINY, RFLOW, {"random": 0.5})

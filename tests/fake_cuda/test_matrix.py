@@ -2,8 +2,8 @@
 
 Guided steps are sampled, with and without given frames; frames are encoded, latents decoded, a prompt encoded.
 No tensor meets one of another device, and within a step the host waits for nothing, so that it stays ahead of the
-device. By default one model of each class runs under one of the plans with one block of each kind; OPENSORA_FULL=1 runs
-all of them, in full depth. `machine.py` says what cannot run.
+device. By default one model of most classes runs under one of the plans with one block of each kind; OPENSORA_FULL=1
+runs all of them, in full depth. `machine.py` says what cannot run.
 """
 
 from __future__ import annotations
@@ -62,6 +62,9 @@ AUTOENCODERS = {
 }
 XXL = T5Config(32128, 4096, 64, 10240, 24 if FULL else 2, 64, 32, 128, 1e-6, "gated-gelu")
 GIVEN = ("STDiT",)  # models that can be given frames
+# Without OPENSORA_FULL=1 these stand aside: a model whose blocks are those of one that runs, and an autoencoder that is
+# a part of another.
+LIKE_OTHERS = ("STDiT-XL/2x2", "DiT-XL/2x2", "PixArt-1B/2", "VideoAutoencoderKL")
 
 
 def with_plans(names: Iterable[str]) -> list[tuple[str, str]]:
@@ -69,6 +72,7 @@ def with_plans(names: Iterable[str]) -> list[tuple[str, str]]:
     plans = [plan.name for plan in PLANS]
     if not FULL:
         names = {registry.BUILDERS[name]: name for name in names}.values()
+        names = [name for name in names if name not in LIKE_OTHERS]
     return [(one, plan) for n, one in enumerate(names) for plan in (plans if FULL else [plans[n % len(plans)]])]
 
 
