@@ -6,7 +6,7 @@ import torch
 from opensora.errors import ConfigError
 from opensora.pipeline.noise import initial_noise, noise_generator
 from opensora.schedulers.guidance import GuidedDenoiser
-from opensora.schedulers.rf import RFLOW, sampling_times, timestep_transform
+from opensora.schedulers.rf import RFLOW, add_noise, churned, sampling_times, timestep_transform
 
 SHAPE = (4, 5, 2, 3)  # C, T, H, W
 SIZE = {"height": 240, "width": 426, "num_frames": 51}
@@ -222,3 +222,61 @@ def test_loss_reaches_the_parameters():
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         RFLOW(**settings)
+
+
+class TestChurn:
+    """Stochastic sampling: EDM's churn (Karras et al. 2022, algorithm 2)."""
+
+    @pytest.mark.parametrize("time", [0.02, 0.5, 0.97])
+    def test_noise_fits_the_new_time(self, time):
+        shape = (1, 1, 1, 400, 400)
+        eps, more = (torch.randn(shape, generator=source) for source in generators(0, 1))
+        x, later = churned(
+            add_noise(torch.full(shape, 3.0), eps, torch.tensor([time])), torch.tensor([time]), 0.3, more
+        )
+        sigma, before = (later / (1 - later)).item(), time / (1 - time)
+        assert sigma == pytest.approx(1.3 * before, rel=1e-4)
+        assert x.mean().item() == pytest.approx(3 * (1 - later.item()), abs=0.01)
+        assert x.std().item() == pytest.approx(later.item(), rel=0.01)
+
+    def test_pure_noise_stays_as_it_is(self):
+        x, later = churned(noise(), torch.ones(2), 0.4, torch.full((2, *SHAPE), 7.0))
+        assert torch.equal(x, noise()) and torch.equal(later, torch.ones(2))
+
+    def test_none_is_the_deterministic_sampler(self):
+        cond = {"y": text(1.0, 2.0)}
+        plain = RFLOW(cfg_scale=1.0).sample(Recorder(), noise(), cond)
+        assert torch.equal(RFLOW(cfg_scale=1.0, s_churn=0.0).sample(Recorder(), noise(), cond), plain)
+        drawn = RFLOW(cfg_scale=1.0, s_churn=3.0).sample(Recorder(), noise(), cond, source=generators(0, 1))
+        assert not torch.allclose(drawn, plain)
+
+    @pytest.mark.parametrize("edit", [None, torch.tensor([[0.0, 0.5, 1.0, 1.0, 1.0]] * 2)], ids=["whole", "edited"])
+    def test_a_resumed_run_and_a_smaller_batch_are_the_same(self, edit):
+        flow, cond = RFLOW(num_sampling_steps=6, cfg_scale=1.0, s_churn=2.0), {"y": text(1.0, 2.0)}
+        sources = generators(0, 1)
+        states = flow.steps(Recorder(), noise(), cond, edit=edit, source=sources)
+        stopped = [next(states) for _ in range(3)][-1]
+        resumed = flow.sample(Recorder(), noise(), cond, edit=edit, source=sources, resume=stopped)
+        whole = flow.sample(Recorder(), noise(), cond, edit=edit, source=generators(0, 1))
+        assert torch.equal(resumed, whole)
+        second = {"y": cond["y"][1:]}
+        alone = flow.sample(
+            Recorder(), noise()[1:], second, edit=None if edit is None else edit[1:], source=generators(1)
+        )
+        assert torch.equal(alone[0], whole[1])
+
+    def test_kept_frames_stay_clean(self):
+        z, model = noise(), Recorder()
+        edit = torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0]] * 2)
+        flow = RFLOW(num_sampling_steps=4, cfg_scale=1.0, s_churn=4.0)
+        out = flow.sample(model, z, {"y": text(1.0, 2.0)}, edit=edit, source=generators(0, 1))
+        assert torch.equal(out[:, :, 0], z[:, :, 0])
+        assert all(torch.equal(call["x"][:, :, 0], z[:, :, 0]) for call in model.calls)
+
+    def test_growth_in_a_step_is_bounded_as_in_edm(self):
+        assert RFLOW(num_sampling_steps=30, s_churn=3.0).gamma == pytest.approx(0.1)
+        assert RFLOW(num_sampling_steps=30, s_churn=1e6).gamma == pytest.approx(2**0.5 - 1)
+
+    def test_it_needs_a_source(self):
+        with pytest.raises(ValueError, match="one generator per sample as source"):
+            RFLOW(cfg_scale=1.0, s_churn=1.0).sample(Recorder(), noise(), {"y": text(1.0, 2.0)})

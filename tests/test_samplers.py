@@ -82,7 +82,7 @@ def test_guidance_and_flags(name):
 @pytest.mark.parametrize(
     "scheduler",
     [
-        RFLOW(num_sampling_steps=6), RFLOW(num_sampling_steps=6, use_timestep_transform=True),
+        RFLOW(num_sampling_steps=6), RFLOW(num_sampling_steps=6, use_timestep_transform=True, s_churn=2.0),
         IDDPM(num_sampling_steps=6, cfg_channel=3), DPM_SOLVER(num_sampling_steps=6),
         *(DPM_SOLVER(num_sampling_steps=7, method="singlestep", order=order) for order in (1, 2, 3)),
     ],

@@ -80,11 +80,14 @@ def upload(values: Tensor, like: Tensor) -> Tensor:
         return values.to(like.device)
 
 
-def draw(source: NoiseSource, x: Tensor, rows: Sequence[bool] | None = None) -> Tensor:
+def draw(source: NoiseSource | None, x: Tensor, rows: Sequence[bool] | None = None) -> Tensor:
     """Standard-normal noise like `x`, drawn on the device of the generators.
 
-    A sample whose entry of `rows` [B] is False gets zeros, and its generator is not advanced.
+    A sample whose entry of `rows` [B] is False gets zeros, and its generator is not advanced. Raises ValueError without
+    a source, or with another number of generators than samples.
     """
+    if source is None:
+        raise ValueError("this run of the sampler draws noise; pass one generator per sample as source")
     if callable(source):
         return upload(source(), x).to(x.dtype)
     if len(source) != len(x):

@@ -57,7 +57,6 @@ class DPM_SOLVER(Sampler):
     skip_type: str = "time_uniform"
     method: str = "multistep"
 
-    draws_noise: ClassVar[bool] = False
     supports_edit: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

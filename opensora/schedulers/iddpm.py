@@ -59,7 +59,6 @@ class IDDPM(Sampler):
     ddim_eta: float | None = None
     tables: str = "float64"
 
-    draws_noise: ClassVar[bool] = True
     supports_edit: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -90,6 +89,10 @@ class IDDPM(Sampler):
         return self._process_copies[key]
 
     @property
+    def draws_noise(self) -> bool:
+        return True
+
+    @property
     def num_steps(self) -> int:
         return len(self.process)
 
@@ -111,8 +114,6 @@ class IDDPM(Sampler):
         frame with 0 is changed by the last step only, which adds the least noise and removes it again. `x_mask` marks
         the frames with int(m N) above the step.
         """
-        if source is None:
-            raise ValueError("iddpm draws noise in every step; pass one generator per sample as source")
         x, num_steps = state.x, self.num_steps
         start_steps = None if edit is None else (edit * num_steps).long()
         edited = None if start_steps is None else (start_steps < num_steps).any(dim=1).tolist()
@@ -122,7 +123,7 @@ class IDDPM(Sampler):
             yield SamplerState(step + 1, num_steps, x, x0)
 
     def step(
-        self, denoise: Denoiser, x: Tensor, index: int, source: NoiseSource, start_steps: Tensor | None,
+        self, denoise: Denoiser, x: Tensor, index: int, source: NoiseSource | None, start_steps: Tensor | None,
         edited: Sequence[bool] | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`x` at step `index` - 1 from `x` at step `index`, and the predicted clean latents.

@@ -20,6 +20,7 @@ from opensora.schedulers.guidance import Conditioning, Denoiser
 from opensora.schedulers.sampler import Sampler, Size
 
 CHUNK, CHUNK_LATENTS = 17, 5  # pixel frames that the video autoencoder encodes together, and their latent frames
+MAX_CHURN = 2**0.5 - 1  # growth of sigma in a step, as in EDM: no more new noise than there is already
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class RFLOW(Sampler):
     `use_timestep_transform` shifts times by video size (timestep shift); training multiplies by `transform_scale` too;
     `sample_method="logit-normal"` draws training times as sigmoid(Normal(`loc`, `scale`)). Both are from Esser et al.
     2024 (Stable Diffusion 3, arXiv:2403.03206). `height` and `width` (pixels) and `num_frames` (pixel frames) of a
-    video are used by the transform only. Raises ConfigError for invalid settings.
+    video are used by the transform only. `s_churn` above 0 samples stochastically, see `churned`. Raises ConfigError
+    for invalid settings.
     """
 
     num_sampling_steps: int = 10
@@ -41,8 +43,8 @@ class RFLOW(Sampler):
     loc: float = 0.0
     scale: float = 1.0
     transform_scale: float = 1.0
+    s_churn: float = 0.0
 
-    draws_noise: ClassVar[bool] = False  # except for edited frames
     supports_edit: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -52,12 +54,21 @@ class RFLOW(Sampler):
             raise ConfigError(f"scheduler: sample_method 'logit-normal' draws continuous times; {remedy}")
 
     @property
+    def draws_noise(self) -> bool:  # edited frames draw noise in any case
+        return self.s_churn > 0
+
+    @property
+    def gamma(self) -> float:
+        """Growth of the noise in a step before it is removed, at most `MAX_CHURN`; 0 without churn."""
+        return min(self.s_churn / self.num_steps, MAX_CHURN)
+
+    @property
     def num_steps(self) -> int:
         return self.num_sampling_steps
 
     def timesteps(self, height: Number = None, width: Number = None, num_frames: Number = None) -> list[float]:
-        times = self._sampling_times((height, width, num_frames))
-        return (times[:-1, 0] * self.num_timesteps).tolist()
+        times = self._sampling_times((height, width, num_frames))[:-1, 0]
+        return (churned_time(times, self.gamma) * self.num_timesteps).tolist()
 
     def _solve(
         self, denoise: Denoiser, state: SamplerState, size: Size, edit: Tensor | None, source: NoiseSource | None
@@ -68,10 +79,8 @@ class RFLOW(Sampler):
             return denoise(x, time * self.num_timesteps, **masks)
 
         if edit is None:
-            return euler(velocity, state, times)
-        if source is None:
-            raise ValueError("frames are kept or edited, which draws noise; pass one generator per sample as source")
-        return euler_edit(velocity, state, times, common.upload(edit, state.x), source)
+            return euler(velocity, state, times, self.gamma, source)
+        return euler_edit(velocity, state, times, common.upload(edit, state.x), self.gamma, source)
 
     def _sampling_times(self, size: Size) -> Tensor:
         """The times [N + 1, 1 or B] of a run."""
@@ -140,22 +149,36 @@ def add_noise(x: Tensor, noise: Tensor, time: Tensor) -> Tensor:
 Velocity = Callable[..., Tensor]  # (x [B, C, T, H, W], time [1 or B], x_mask=[B, T]) -> data - noise
 
 
-def euler(velocity: Velocity, state: SamplerState, times: Tensor) -> Iterator[SamplerState]:
-    """Euler's method from `state` over `times` [N + 1, 1 or B], which fall from 1 to 0; yields each state."""
+def euler(
+    velocity: Velocity, state: SamplerState, times: Tensor, gamma: float = 0.0, source: NoiseSource | None = None
+) -> Iterator[SamplerState]:
+    """Euler's method from `state` over `times` [N + 1, 1 or B], which fall from 1 to 0; yields each state.
+
+    With `gamma` above 0 every step first goes back to more noise (`churned`), with one tensor like `x` from `source`.
+    """
     x, num_steps = state.x, len(times) - 1
     for step in range(state.step, num_steps):
-        v = velocity(x, times[step])
-        x = x + v * per_sample(times[step] - times[step + 1])
-        yield SamplerState(step + 1, num_steps, x, x + v * per_sample(times[step + 1]))
+        time, next_time = times[step], times[step + 1]
+        if gamma:
+            x, time = churned(x, time, gamma, common.draw(source, x))
+        v = velocity(x, time)
+        x = x + v * per_sample(time - next_time)
+        yield SamplerState(step + 1, num_steps, x, x + v * per_sample(next_time))
 
 
 def euler_edit(
-    velocity: Velocity, state: SamplerState, times: Tensor, edit: Tensor, source: NoiseSource
+    velocity: Velocity,
+    state: SamplerState,
+    times: Tensor,
+    edit: Tensor,
+    gamma: float,
+    source: NoiseSource | None,
 ) -> Iterator[SamplerState]:
     """As `euler`, where frames whose `edit` [B, T] is below 1 start as clean latents.
 
     Such a frame is unchanged until the time has fallen to its `edit`, then noised to that time and denoised from there
-    on. Every step draws one tensor like `x`. `carry["given"]` marks the frames that are still clean.
+    on. Every step draws one tensor like `x`, with `gamma` a second one. `carry["given"]` marks the frames that are
+    still clean.
     """
     x, num_steps, clean = state.x, len(times) - 1, state.carried("given", edit < 1)
     for step in range(state.step, num_steps):
@@ -163,10 +186,30 @@ def euler_edit(
         active = edit >= time[:, None]
         x = torch.where(per_frame(active & clean), add_noise(x, common.draw(source, x), time), x)
         clean = clean & ~active
+        if gamma:
+            noisier, time = churned(x, time, gamma, common.draw(source, x))
+            x = torch.where(per_frame(active), noisier, x)
         v = velocity(x, time, x_mask=active)
         x = torch.where(per_frame(active), x + v * per_sample(time - next_time), x)
         x0 = x + v * (per_sample(next_time) * per_frame(active))
         yield SamplerState(step + 1, num_steps, x, x0, {"given": clean})
+
+
+def churned(x: Tensor, time: Tensor, gamma: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` at `time` [1 or B] with more of standard-normal `noise`, and its new time.
+
+    The churn of Karras et al. 2022 (EDM, arXiv:2206.00364, algorithm 2), with sigma = time / (1 - time): what earlier
+    steps got wrong is drawn again. Pure noise, at time 1, stays as it is.
+    """
+    later = churned_time(time, gamma)
+    kept = torch.where(time < 1, 1 / (1 + gamma * time), 1)  # (1 - later) / (1 - time)
+    added = (later.square() - (kept * time).square()).clamp(min=0).sqrt()
+    return per_sample(kept) * x + per_sample(added) * noise, later
+
+
+def churned_time(time: Tensor, gamma: float) -> Tensor:
+    """The time at which sigma = time / (1 - time) is 1 + gamma times as large."""
+    return (1 + gamma) * time / (1 + gamma * time)
 
 
 def timestep_transform(

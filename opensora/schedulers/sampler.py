@@ -19,8 +19,12 @@ class Sampler(ABC):
     """Turns noise into latents step by step. The fields of the subclasses are the settings."""
 
     cfg_scale: float
-    draws_noise: ClassVar[bool]  # whether sampling without `edit` needs a `source`
     supports_edit: ClassVar[bool]  # whether it can keep or edit given frames
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether sampling without `edit` needs a `source`."""
+        return False
 
     @property
     @abstractmethod

@@ -24,6 +24,9 @@ class RFLOW(Section):
     loc: Annotated[Number, Field(ge=-100, le=100)] = arg(0.0, "mean of the logit-normal distribution")
     scale: Annotated[Number, Field(gt=0, le=100)] = arg(1.0, "standard deviation of the logit-normal distribution")
     transform_scale: Annotated[Number, Field(gt=0, le=1e6)] = arg(1.0, "scale of the timestep transform in training")
+    s_churn: Annotated[Number, Field(ge=0, le=1e6)] = arg(
+        0.0, "stochastic sampling: noise that all steps together add again (EDM's S_churn); 0: none", 12.0
+    )
 
 
 class IDDPM(Section):

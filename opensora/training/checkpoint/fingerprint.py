@@ -22,7 +22,7 @@ WITHOUT_EFFECT = {
 # Paths in sections; the content at the path is fingerprinted instead.
 PATHS = {"from_pretrained", "data_path", "features", "cache_dir", "local_files_only", "shardformer", "subfolder"}
 # Scheduler settings for sampling only; earlier versions saved them, too.
-SAMPLING_ONLY = {"scheduler.cfg_scale", "scheduler.cfg_channel", "scheduler.ddim_eta"}
+SAMPLING_ONLY = {"scheduler.cfg_scale", "scheduler.cfg_channel", "scheduler.ddim_eta", "scheduler.s_churn"}
 NEW_ENTRIES = {"the length of the schedule", "steps of an epoch", "tokenizer"}  # earlier versions lack them
 MAX_VALUE = 60  # characters of a value in a message
 
