@@ -38,28 +38,31 @@ def measure(video: np.ndarray, new: bool = False) -> Measured:
     circle, square and triangle of the same area and centre; motion by the straight lines fitted to centre and radius.
     With `new`, also what adapters teach: NEW_SHAPES and NEW_MOTIONS.
     """
-    video = _reduce(video)
+    video = reduce_size(video)
     num_frames, height, width = video.shape[:3]
-    inside = np.zeros((height, width), bool)
-    inside[2:-2, 2:-2] = True
-    backdrop = np.median(video[:, ~inside].reshape(-1, 3), axis=0)
+    backdrop = border_colour(video)
     background = _nearest(backdrop, BACKGROUNDS, NEAR_BACKGROUND)
-    coverage, colour = _find_object(video, backdrop)
+    coverage, colour = find_object(video, backdrop)
     area = coverage.sum((1, 2))
     times = np.flatnonzero(area >= SMALLEST * height * width)
     if 2 * len(times) < num_frames:
         return Measured(None, None, None, background)
-    coverage, area = coverage[times], area[times]
-    x, y = coverage.sum(1) @ (np.arange(width) + 0.5), coverage.sum(2) @ (np.arange(height) + 0.5)
-    centre = np.stack([x, y], axis=1) / area[:, None]  # [T, 2] in pixels; a pixel's own centre lies at one half
-    shape = _shape(coverage, centre, area, SHAPES + NEW_SHAPES if new else SHAPES)
+    coverage, area, centre = coverage[times], area[times], _centres(coverage[times])
+    shape = _shape(coverage, SHAPES + NEW_SHAPES if new else SHAPES)
     if shape is None:
         return Measured(None, None, None, background)
     motion = _motion(times / max(num_frames - 1, 1), centre / min(height, width), area, new)
     return Measured(shape, _nearest(colour, COLOURS, NEAR_COLOUR), motion, background)
 
 
-def _reduce(video: np.ndarray) -> np.ndarray:
+def border_colour(video: np.ndarray) -> np.ndarray:
+    """The median colour of the two outermost rows and columns, [3]."""
+    inside = np.zeros(video.shape[1:3], bool)
+    inside[2:-2, 2:-2] = True
+    return np.median(video[:, ~inside].reshape(-1, 3), axis=0)
+
+
+def reduce_size(video: np.ndarray) -> np.ndarray:
     """float32 [T, H, W, 3], averaged over blocks so that the short side is 64 to 127 pixels (or as it is, if less)."""
     factor = max(1, min(video.shape[1:3]) // SIDE)
     height, width = video.shape[1] // factor, video.shape[2] // factor
@@ -72,7 +75,7 @@ def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]], limit
     return name if distance <= limit else None
 
 
-def _find_object(video: np.ndarray, backdrop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def find_object(video: np.ndarray, backdrop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How far each pixel belongs to the object, [T, H, W] in 0..1 (edges are soft), and the object's colour [3].
 
     A pixel's share is its position on the line from the background's colour to the object's. It is 0 everywhere if
@@ -87,7 +90,7 @@ def _find_object(video: np.ndarray, backdrop: np.ndarray) -> tuple[np.ndarray, n
         coverage = np.clip(offset @ towards / (towards @ towards), 0, 1)
         core = region & (coverage > 0.8)
         towards = np.median(offset[core], axis=0) if core.any() else towards
-    near = _spread(_spread(_largest_region(coverage > 0.5)))
+    near = spread(spread(_largest_region(coverage > 0.5)))
     return np.where(near, coverage, 0), backdrop + towards
 
 
@@ -96,7 +99,7 @@ def _largest_region(mask: np.ndarray) -> np.ndarray:
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     before = np.zeros(0)
     while not np.array_equal(labels, before):  # the largest label of a region spreads until it fills the region
-        labels, before = np.where(mask, _spread(labels), 0), labels
+        labels, before = np.where(mask, spread(labels), 0), labels
     largest = np.zeros_like(mask)
     for frame, label in zip(largest, labels, strict=True):
         names, sizes = np.unique(label[label > 0], return_counts=True)
@@ -105,36 +108,48 @@ def _largest_region(mask: np.ndarray) -> np.ndarray:
     return largest
 
 
-def _spread(values: np.ndarray) -> np.ndarray:
+def spread(values: np.ndarray) -> np.ndarray:
     """The largest of each pixel and its four neighbours, [T, H, W]; no value is below 0."""
     padded = np.pad(values, ((0, 0), (1, 1), (1, 1)))
     rows, columns = padded[:, :, 1:-1], padded[:, 1:-1]
     return np.maximum.reduce([values, rows[:, :-2], rows[:, 2:], columns[:, :, :-2], columns[:, :, 2:]])
 
 
-def _shape(coverage: np.ndarray, centre: np.ndarray, area: np.ndarray, shapes: Sequence[str]) -> str | None:
+def _centres(coverage: np.ndarray) -> np.ndarray:
+    """The centre (x, y) of each frame of `coverage` [T, H, W], [T, 2]: pixels, whose own centres are at one half."""
+    height, width = coverage.shape[1:]
+    x, y = coverage.sum(1) @ (np.arange(width) + 0.5), coverage.sum(2) @ (np.arange(height) + 0.5)
+    return np.stack([x, y], axis=1) / coverage.sum((1, 2))[:, None]
+
+
+def _shape(coverage: np.ndarray, shapes: Sequence[str]) -> str | None:
     """The shape that overlaps best, on average over the (up to eight) frames where the object is largest."""
-    frames = np.argsort(area)[::-1][:8]
-    fits = {s: np.mean([_overlap(coverage[t], s, centre[t], area[t]) for t in frames]) for s in shapes}
+    frames = np.argsort(coverage.sum((1, 2)))[::-1][:8]
+    fits = {s: np.mean([overlap(coverage[t], draw_alike(s, coverage[t])) for t in frames]) for s in shapes}
     best = max(fits, key=fits.__getitem__)
     return best if fits[best] >= FIT else None
 
 
-def _overlap(coverage: np.ndarray, shape: str, centre: np.ndarray, area: float) -> float:
-    """Intersection over union of an object, [H, W], with the perfect shape of the same centre and area."""
-    perfect = _draw(shape, np.sqrt(area / _unit_area(shape)), (centre[0], centre[1]), *coverage.shape)
-    return float(np.minimum(coverage, perfect).sum() / np.maximum(coverage, perfect).sum())
+def overlap(coverage: np.ndarray, other: np.ndarray) -> float:
+    """Intersection over union of two objects, [H, W] each."""
+    return float(np.minimum(coverage, other).sum() / np.maximum(coverage, other).sum())
+
+
+def draw_alike(shape: str, coverage: np.ndarray) -> np.ndarray:
+    """The perfect shape of the area and the centre of `coverage`, both [H, W]."""
+    radius = np.sqrt(coverage.sum() / _unit_area(shape))
+    return _draw(shape, radius, _centres(coverage[None])[0], *coverage.shape)
 
 
 @cache
 def _unit_area(shape: str) -> float:
     """The area of the shape of radius 1."""
-    return float(_draw(shape, 100, (110, 110), 220, 220).sum()) / 100**2
+    return float(_draw(shape, 100, np.array([110, 110]), 220, 220).sum()) / 100**2
 
 
-def _draw(shape: str, radius: float, centre: tuple[float, float], height: int, width: int) -> np.ndarray:
+def _draw(shape: str, radius: float, centre: np.ndarray, height: int, width: int) -> np.ndarray:
     """How far each pixel is covered by the rendered shape, [H, W] in 0..1."""
-    scene = Scene(shape, "white", "standing still", "black", radius, radius, centre, (0, 0))
+    scene = Scene(shape, "white", "standing still", "black", radius, radius, (centre[0], centre[1]), (0, 0))
     return render(scene, 1, height, width)[0, :, :, 0] / COLOURS["white"][0]
 
 

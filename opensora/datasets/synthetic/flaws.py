@@ -1,0 +1,82 @@
+"""Flaws of a clip of moving shapes that a person sees: wavering colours, melting shapes, a flickering background.
+
+Each is the worst over the frames, not the mean.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from opensora.datasets.synthetic.measure import border_colour, draw_alike, find_object, overlap, reduce_size, spread
+from opensora.datasets.synthetic.render import COLOURS
+
+OFF_COLOUR = 90.0  # RGB distance at which a pixel of the object is not of its colour
+INNER, NEAR = 0.99, 0.02  # coverage of a pixel that lies wholly within the shape, and of one that it touches
+WAVERS, MELTS, FLICKERS = 0.05, 0.2, 10.0  # above these a flaw is visible
+
+
+class Flaws(NamedTuple):
+    """The worst frame of each kind.
+
+    off_colour: part of the object's inner pixels that have another colour
+    outline: part of the object and its perfect shape together that only one of them covers
+    flicker: change of an 8x8 block of the background from one frame to the next, in grey levels of 255
+    """
+
+    off_colour: float
+    outline: float
+    flicker: float
+
+    @property
+    def wavers(self) -> bool:
+        return self.off_colour > WAVERS
+
+    @property
+    def melts(self) -> bool:
+        return self.outline > MELTS
+
+    @property
+    def flickers(self) -> bool:
+        return self.flicker > FLICKERS
+
+
+def find_flaws(video: np.ndarray, shape: str, colour: str) -> Flaws:
+    """The flaws of the clip `video`, uint8 [T, H, W, 3], whose object should have this shape and colour.
+
+    A frame without an object has the worst outline, 1.
+    """
+    video = reduce_size(video)
+    coverage = find_object(video, border_colour(video))[0]
+    off, outline = [], []
+    for frame, covered in zip(video, coverage, strict=True):
+        if covered.sum() < 1:
+            outline.append(1.0)
+            continue
+        perfect = draw_alike(shape, covered)
+        outline.append(1 - overlap(covered, perfect))
+        inner = _shrink(perfect > INNER)
+        distance = np.linalg.norm(frame - np.array(COLOURS[colour]), axis=-1)
+        off.append(float((distance[inner] > OFF_COLOUR).mean()) if inner.any() else 0.0)
+    return Flaws(max(off, default=0.0), max(outline), _flicker(video, coverage))
+
+
+def _shrink(mask: np.ndarray) -> np.ndarray:
+    """The pixels of `mask` [H, W] whose four neighbours it has too."""
+    return spread(~mask[None])[0] == 0
+
+
+def _flicker(video: np.ndarray, coverage: np.ndarray) -> float:
+    """The largest change of a block that the object is not near, from one frame to the next."""
+    near = spread(spread(coverage > NEAR))
+    blocks, taken = _blocks(video).mean((2, 4)), _blocks(near[..., None]).max((2, 4))[..., 0]
+    free = ~(taken[1:] | taken[:-1])
+    return float(np.abs(np.diff(blocks, axis=0))[free].max()) if free.any() else 0.0
+
+
+def _blocks(video: np.ndarray) -> np.ndarray:
+    """[T, H, W, C] in blocks of 8x8, [T, H/8, 8, W/8, 8, C]; what is over at the right and below is cut off."""
+    frames, height, width, channels = video.shape
+    video = video[:, : height // 8 * 8, : width // 8 * 8]
+    return video.reshape(frames, height // 8, 8, width // 8, 8, channels)
