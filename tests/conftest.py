@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,19 @@ def pytest_collection() -> Iterator[Any]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The tests of wrong inputs come first: stolen from the end of a worker's, they would start a second server."""
+    """What shares a server of processes comes first: stolen from the end of a worker's, it would start another."""
     if left := set(left_out(items)):
         items[:] = [item for item in items if item not in left]
         config.hook.pytest_deselected(items=list(left))
-    items.sort(key=lambda item: "wrong_inputs" not in item.nodeid)
+    items.sort(key=lambda item: ("wrong_inputs" not in item.nodeid, not forks(item)))
+
+
+def forks(item: pytest.Item) -> bool:
+    """Whether the module of a test uses the server of processes of tests/ranks.py, by tests/killing.py or itself."""
+    used = vars(item.module).values()
+    return any(
+        getattr(one, "__module__", None) == "tests.ranks" or one is sys.modules.get("tests.killing") for one in used
+    )
 
 
 @pytest.hookimpl(wrapper=True)

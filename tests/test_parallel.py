@@ -181,7 +181,7 @@ image_size = (80, 72)
 dtype = "fp32"
 model = dict(type="STDiT3", from_pretrained="{0}/model")
 vae = dict(type="VideoAutoencoderPipeline", from_pretrained="{0}/vae")
-text_encoder = dict(type="t5", from_pretrained="{0}/text_encoder", shardformer=True)
+text_encoder = dict(type="t5", from_pretrained="{0}/text_encoder")
 scheduler = dict(type="rflow", num_sampling_steps=2, cfg_scale=4.0, use_timestep_transform=True)
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -26,6 +27,7 @@ from opensora.pipeline.recipe import frames_digest, read_recipe
 from opensora.pipeline.video import Video
 from tests.checkpoints import SAMPLE
 from tests.full import count
+from tests.tiny import make_tiny_t5
 
 PROMPTS = ["a red circle moving right", "a blue square growing", "a white triangle standing still", "a cyan circle"]
 SMALL = {"num_frames": 5, "height": 16, "width": 24, "num_inference_steps": 2}
@@ -437,18 +439,15 @@ def test_a_text_encoder_that_does_not_fit_beside_the_models_is_read_again(monkey
 def test_models_of_one_size_are_loaded_again_for_another(here: Path) -> None:
     from tests import zoo
 
-    parts = zoo.make_parts(here / "parts")
-    model, vae = zoo.stdit(here / "stdit.pth"), parts["VideoAutoencoderKL"]
-    options = {f"model.{name}": value for name, value in zoo.SMALL.items()}
-    assert options
+    model, vae, text_encoder = zoo.stdit(here / "stdit.pth"), zoo.make_vae(here / "vae"), make_tiny_t5(here / "t5")
     config = {
         "model": {"type": "STDiT", "from_pretrained": str(model), **zoo.SMALL},
         "vae": {"type": "VideoAutoencoderKL", "from_pretrained": str(vae)},
-        "text_encoder": {"type": "t5", "from_pretrained": str(parts["t5"])},
+        "text_encoder": {"type": "t5", "from_pretrained": str(text_encoder)},
         "scheduler": {"type": "iddpm", "num_sampling_steps": 2, "cfg_scale": 4.0}, "num_frames": 4,
         "image_size": [16, 16],
     }  # fmt: skip
-    (here / "stdit.json").write_text(__import__("json").dumps(config))
+    (here / "stdit.json").write_text(json.dumps(config))
     pipe = opensora.load("stdit.json", device="cpu")
     first = pipe("a cat")
     assert pipe("a cat", height=16, width=32).frames.shape == (4, 16, 32, 3)

@@ -85,8 +85,9 @@ def both_models(shape: dict[str, Any], vocab_size: int = 50) -> tuple[nn.Module,
         ours = T5EncoderModel(T5Config(**dict(stated)))
     assert list(ours.state_dict()) == list(theirs.state_dict())
     generator = torch.Generator().manual_seed(0)
+    bounds = {name: 3 / tensor.shape[-1] ** 0.5 for name, tensor in ours.state_dict().items()}
     weights = {
-        name: torch.rand(tensor.shape, generator=generator).sub_(0.5).mul_(6 / tensor.shape[-1] ** 0.5)
+        name: torch.empty(tensor.shape).uniform_(-bounds[name], bounds[name], generator=generator)
         for name, tensor in ours.state_dict().items()
     }
     weights["encoder.embed_tokens.weight"] = weights["shared.weight"]

@@ -15,6 +15,7 @@ from opensora.serving import runner as module
 from opensora.serving.folders import DRAFT, STATE, folder_of
 from opensora.serving.models import load_models
 from opensora.serving.runner import Runner, Task
+from tests.full import some
 
 GIVEN = {"num_frames": 17, "num_sampling_steps": 4, "width": 32, "height": 32}
 PROMPTS = ("a red circle", "a blue circle", "a green circle")
@@ -66,6 +67,7 @@ def content(id: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("scheduler_steps", [{}, {"steps_until": 3}], ids=["whole", "draft"])
+@some(1)
 def test_a_killed_job_goes_on_with_the_same_bytes(scheduler_steps: dict[str, int], undisturbed_runner: Runner) -> None:
     def kill(message: dict[str, Any]) -> None:
         if message["type"] == "step" and message["done"] == 3:
@@ -86,7 +88,8 @@ def test_a_killed_job_goes_on_with_the_same_bytes(scheduler_steps: dict[str, int
     assert [name for name in killed if killed[name] != undisturbed[name]] == []
 
 
-@pytest.mark.parametrize("scheduler_steps", [{}, {"steps_until": 3}], ids=["whole", "draft"])
+@pytest.mark.parametrize("scheduler_steps", [{"steps_until": 3}, {}], ids=["draft", "whole"])
+@some(1)
 def test_a_job_that_is_killed_after_its_last_step(
     scheduler_steps: dict[str, int], undisturbed_runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
