@@ -29,11 +29,12 @@ _VIDEO_OPTIONS = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file
 
 
 class OpenedVideo(NamedTuple):
-    """An opened file and its selected video track."""
+    """An opened file, its selected video track, and what converts its frames: making one costs more than a frame."""
 
     path: str | Path
     container: Any
     stream: Any
+    reformatter: Any
 
     @property
     def animated(self) -> bool:
@@ -78,11 +79,17 @@ def opened_video(path: str | Path) -> Iterator[OpenedVideo]:
                 raise MediaError(f"{path}: holds no video that can be read")
             check_side(path, stream.height, stream.width)
             stream.codec_context.options = {"max_pixels": str(MAX_SIDE**2)}  # the header may be wrong
-            yield OpenedVideo(path, container, stream)
+            yield OpenedVideo(path, container, stream, _reformatter())
     except MediaError:
         raise
     except Exception as error:  # decoders raise anything on malicious files
         raise MediaError(f"{path}: cannot be read as a video ({error_message(error)}); re-save it as MP4") from error
+
+
+def _reformatter() -> Any:
+    from av.video.reformatter import VideoReformatter
+
+    return VideoReformatter()
 
 
 def check_side(path: str | Path, height: int, width: int) -> None:

@@ -187,7 +187,8 @@ def _counted(pictures: Iterator[np.ndarray], path: str | Path, max_frames: int) 
 def _upright(video: OpenedVideo, frame: Any) -> np.ndarray:
     """A PyAV frame as uint8 [H, W, 3], without padding, with the file's rotation applied."""
     height, width = _true_size(video.container.metadata.get(SIZE_KEY), frame.height, frame.width)
-    return np.rot90(frame.to_ndarray(format="rgb24")[:height, :width], round(frame.rotation / 90))
+    pixels = video.reformatter.reformat(frame, format="rgb24").to_ndarray()
+    return np.rot90(pixels[:height, :width], round(frame.rotation / 90))
 
 
 def _span_from_packets(
