@@ -44,7 +44,7 @@ T5_XXL = dict(vocab_size=32_128, d_model=4_096, d_kv=64, d_ff=10_240, num_heads=
 XL = dict(hidden_size=1_152, num_heads=16, depth=28, caption_channels=4_096, model_max_length=300)
 EMBEDDED_DEPTH = 6
 TOKENS = 16  # of the prompt
-BLOCK = re.compile(r"(blocks?)\.(\d+)\.")  # in the name of a tensor
+BLOCK = re.compile(r"(?<!t_)(blocks?)\.(\d+)\.")  # in the name of a tensor; t_block is no block
 TOKENIZER = ("spiece.model", "tokenizer_config.json")
 PROMPTS = ("a red circle moving right on a black background", "a large blue square growing on a white background")
 CHILD = "import sys; from benchmarks.quantised_files import child; child(*sys.argv[1:])"

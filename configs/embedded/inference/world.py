@@ -12,4 +12,4 @@ dtype = "fp32"
 model = dict(type="STDiT3", from_pretrained="outputs/world/stdit3_masks/ema")
 vae = dict(type="VideoAutoencoderPipeline", from_pretrained="outputs/world/vae_decoder/ema")
 text_encoder = dict(type="t5", from_pretrained="outputs/world/text_encoder/ema", model_max_length=64)
-scheduler = dict(type="rflow", num_sampling_steps=30, cfg_scale=2.0)
+scheduler = dict(type="rflow", num_sampling_steps=30, cfg_scale=2.0, s_churn=12.0)
