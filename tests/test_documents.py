@@ -430,11 +430,11 @@ def here(prepared: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def written(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what a command before another one writes."""
     folder = shutil.copytree(prepared, tmp_path_factory.mktemp("written") / "here", symlinks=True)
-    for name in ("my-videos.csv", "my-bars.csv", "training.csv"):
+    for name in ("my-videos.csv", "my-diagonals.csv", "training.csv"):
         (folder / name).touch()
     (folder / "outputs/finetune/ema").mkdir(parents=True)
-    (folder / "my-lora/bar").mkdir(parents=True)
-    for name in ("my-videos", "my-bars"):
+    (folder / "my-lora/diagonal").mkdir(parents=True)
+    for name in ("my-videos", "my-diagonals"):
         (folder / "features" / name).mkdir(parents=True)
     assert cli.main(["export", "embedded", str(folder / "weights/shapes"), "--to", "hub"]) == 0
     return folder

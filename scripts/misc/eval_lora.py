@@ -1,7 +1,7 @@
 """Measures what an adapter of the embedded model teaches: generates, measures the pixels, prints a table.
 
 The prompts name something new (docs/lora.md), a shape, a motion or both, in scenes that were not trained on. Flags that
-are not listed go to `opensora generate`, such as `--lora my-lora/bar`.
+are not listed go to `opensora generate`, such as `--lora my-lora/diagonal`.
 """
 
 from __future__ import annotations
