@@ -204,7 +204,7 @@ def test_a_file_of_a_run_is_a_folder_too(files: Path, tmp_path: Path) -> None:
 def test_the_program_of_the_document_runs(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = Path(__file__).parents[1] / "docs/lora.md"
     [text] = re.findall(r"^```python\n(.*?)^```$", document.read_text("utf-8"), re.MULTILINE | re.DOTALL)
-    write_lora(tmp_path / "my-lora/bar" / FILE, read_layers(files / "one.safetensors"))
+    write_lora(tmp_path / "my-lora/diagonal" / FILE, read_layers(files / "one.safetensors"))
     monkeypatch.chdir(tmp_path)
     smaller = 'device="cpu", num_frames=1, image_size=(32, 32), num_inference_steps=2)'
     exec(text.replace('device="cpu")', smaller), {})
