@@ -21,13 +21,15 @@ class Flaws(NamedTuple):
     """The worst frame of each kind.
 
     off_colour: part of the object's inner pixels that have another colour
-    outline: part of the object and its perfect shape together that only one of them covers
+    outline: part of the object by which its outline differs from that of its perfect shape
     flicker: change of an 8x8 block of the background from one frame to the next, in grey levels of 255
+    edge: steepest rise of brightness across the outline, as a part of a hard edge's; None where it is not measured
     """
 
     off_colour: float
     outline: float
     flicker: float
+    edge: float | None = None
 
     @property
     def wavers(self) -> bool:

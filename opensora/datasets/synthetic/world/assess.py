@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from opensora.datasets.synthetic.world.quality import Array, Flaws, find_flaws
+from opensora.datasets.synthetic.flaws import Flaws
+from opensora.datasets.synthetic.world.quality import Array, find_flaws
 from opensora.datasets.synthetic.world.recognize import recognize
 from opensora.datasets.synthetic.world.render import World
 from opensora.datasets.synthetic.world.scenes import PICTURES

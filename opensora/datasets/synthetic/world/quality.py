@@ -5,10 +5,9 @@ Each is the worst over the frames, not the mean.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
+from opensora.datasets.synthetic.flaws import OFF_COLOUR, Flaws
 from opensora.datasets.synthetic.world.motions import STILL_CAMERA
 from opensora.datasets.synthetic.world.palette import COLOURS
 from opensora.datasets.synthetic.world.recognize import (
@@ -21,35 +20,6 @@ from opensora.datasets.synthetic.world.recognize import (
 )
 
 Array = np.ndarray
-OFF_COLOUR = 90.0  # RGB distance at which a pixel of a thing is not of its colour
-WAVERS, MELTS, FLICKERS = 0.05, 0.2, 10.0  # above these a flaw is visible
-
-
-class Flaws(NamedTuple):
-    """The worst frame of each kind.
-
-    off_colour: part of the thing's inner pixels that have another colour
-    outline: part of the thing's area by which its outline differs from the drawing's
-    flicker: change of an 8x8 block of the background from one frame to the next, in grey levels of 255
-    edge: steepest rise of brightness across the thing's outline, as a part of a hard edge's
-    """
-
-    off_colour: float
-    outline: float
-    flicker: float
-    edge: float
-
-    @property
-    def wavers(self) -> bool:
-        return self.off_colour > WAVERS
-
-    @property
-    def melts(self) -> bool:
-        return self.outline > MELTS
-
-    @property
-    def flickers(self) -> bool:
-        return self.flicker > FLICKERS
 
 
 def find_flaws(video: Array, seen: Recognized) -> Flaws | None:
