@@ -70,7 +70,7 @@ def _loss(
 ) -> AutoencoderLoss:
     """The loss of the stage that the settings ask for; the clips repeat after `period` steps."""
     if settings.freeze_encoders:
-        return decoder_loss(model, videos)
+        return decoder_loss(model, settings, videos, period)
     return video_loss(model, settings, videos, period) if temporal else frame_loss(model, settings, videos)
 
 

@@ -27,7 +27,7 @@ from opensora.datasets.synthetic.dataset import to_model
 from opensora.datasets.synthetic.flaws import find_flaws
 from opensora.datasets.synthetic.measure import measure
 from opensora.datasets.synthetic.render import Clip, make_clip, render
-from opensora.datasets.video import contact_sheet, read_video, tile, write_image, write_video
+from opensora.datasets.video import contact_sheet, encode_animation, read_video, tile, write_image, write_video
 from opensora.errors import MediaError
 from opensora.pipeline.output_folder import check_folder
 from opensora.pipeline.recipe import read_recipe
@@ -38,6 +38,7 @@ BARS = {"shape": 90, "colour": 95, "motion": 95, "background": 95, TOGETHER: 88}
 MOST_FLAWED = {"wavers": 1, "melts": 1, "flickers": 1}  # greatest percentage of clips
 MOST_LOWER = 5  # points that held-out combinations may lie below trained ones
 EXAMPLES = 12  # rows of the picture
+ANIMATED, COLUMNS, ENLARGED = 12, 6, 2  # clips of the animated picture, in a row, and pixels for each of theirs
 SEEDS = 10  # one seed gives every prompt the same noise: groups of prompts get seeds of their own
 
 
@@ -82,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     shown = np.linspace(0, len(rows) // 2 - 1, EXAMPLES).round().astype(int)
     examples = [draw_example(rows[i], folder) for row in np.unique(shown) for i in (2 * row, 2 * row + 1)]
     print(write_image(tile(examples, columns=2, gap=8), folder / "evaluation.png"))
+    clips_shown = [folder / rows[i]["file"] for row in np.unique(shown) for i in (2 * row, 2 * row + 1)]
+    animation = encode_animation(animate(clips_shown[:ANIMATED]), FPS)
+    (folder / "evaluation.webp").write_bytes(animation)
     if args.bars and failures:
         print("below the bars: " + "; ".join(failures), file=sys.stderr)
         return 1
@@ -166,12 +170,20 @@ def draw_example(row: dict[str, Any], folder: Path) -> np.ndarray:
     return np.asarray(image)
 
 
+def animate(paths: list[Path]) -> np.ndarray:
+    """The clips beside and below each other, enlarged: uint8 [T, H, W, 3]."""
+    videos = [read_video(path)[0].repeat(ENLARGED, axis=1).repeat(ENLARGED, axis=2) for path in paths]
+    return np.stack([tile(list(frames), columns=COLUMNS, gap=4) for frames in zip(*videos, strict=True)])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", default="embedded", help="configuration to generate with")
     parser.add_argument("--num-prompts", type=int, default=200, help="half of them held out of training")
     parser.add_argument("--seed", type=int, default=2024, help="of the prompts, and the first of the videos")
-    parser.add_argument("--save-dir", default="./samples/evaluation", help="receives the videos, a JSON and a picture")
+    parser.add_argument(
+        "--save-dir", default="./samples/evaluation", help="receives the videos, a JSON, a picture and an animation"
+    )
     parser.add_argument("--bars", action="store_true", help="exit with 1 if a bar is missed")
     parser.add_argument("--reconstruction", type=int, default=0, metavar="N", help="also test the autoencoder, N clips")
     source = parser.add_mutually_exclusive_group()

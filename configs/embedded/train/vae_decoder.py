@@ -12,6 +12,7 @@ dataset = dict(
 )  # fmt: skip
 model = dict(from_pretrained="outputs/embedded/vae_temporal/ema")
 freeze_encoders = True
+latent_noise = 0.3  # the transformer's latents are off by about 0.1
 
 seed = 7
 outputs = "outputs/embedded/vae_decoder"

@@ -122,6 +122,9 @@ class TrainSettings(CommonSettings):
     )
     use_image_identity_loss: bool = setting(False, doc="autoencoders; not supported by training yet")
     freeze_encoders: bool = setting(False, doc="autoencoders: train only the decoders")
+    latent_noise: float = setting(
+        0.0, minimum=0, maximum=10, doc="with freeze_encoders: largest deviation of noise on the decoders' latents"
+    )
 
     @classmethod
     def from_config(cls: type[Settings], config: dict[str, Any], source: str) -> Settings:
@@ -176,6 +179,8 @@ def check_trainable(settings: TrainSettings, unsupported: Sequence[str] = NOT_YE
     for name in unsupported:
         if getattr(settings, name) != getattr(TrainSettings, name):
             raise ConfigError(f"{name} is not supported by training yet; remove it")
+    if settings.latent_noise and not settings.freeze_encoders:
+        raise ConfigError("latent_noise is for training decoders alone; set freeze_encoders=True or remove it")
     if settings.plugin == "zero2-seq" and settings.sp_size == 1:
         remedy = "set sp_size to 2 or more, or plugin='zero2'"
         raise ConfigError(f"plugin 'zero2-seq' divides each clip among sp_size ranks, but sp_size is 1; {remedy}")

@@ -20,8 +20,13 @@ LATENT_WEIGHT = 0.05  # of latent errors beside pixel errors: with more, colors 
 
 def reconstruction(decoded: Tensor, target: Tensor) -> Tensor:
     """Mean absolute plus mean squared error: sharp edges and exact colors."""
-    difference = decoded.float() - target
-    return difference.abs().mean() + difference.square().mean()
+    return per_clip(decoded, target).mean()
+
+
+def per_clip(decoded: Tensor, target: Tensor) -> Tensor:
+    """The same of each clip, [B]."""
+    difference = (decoded.float() - target).flatten(1)
+    return difference.abs().mean(1) + difference.square().mean(1)
 
 
 def frame_loss(model: VideoAutoencoderPipeline, settings: TrainSettings, videos: Videos) -> AutoencoderLoss:
@@ -67,28 +72,49 @@ def video_loss(
     return loss
 
 
-def decoder_loss(model: VideoAutoencoderPipeline, videos: Videos) -> AutoencoderLoss:
+def decoder_loss(
+    model: VideoAutoencoderPipeline, settings: TrainSettings, videos: Videos, period: int | None
+) -> AutoencoderLoss:
     """Of the decoders alone, so that latents keep their meaning: per-frame latents of whole clips, pixels of some.
 
     Pixels are compared in consecutive frames, and in their differences over time, often across the border of chunks.
-    The decoded video must encode to the same latents: long videos are decoded and encoded once per loop.
+    The decoded video must encode to the same latents: long videos are decoded and encoded once per loop. The decoders
+    get latents with noise of a random deviation up to latent_noise, so that they restore what a diffusion model makes
+    (Zheng et al. 2025, arXiv:2510.11690, section 4.3). The losses of a batch are averaged by their root mean square:
+    colors waver in the few clips that are far worse than the rest. Latents of clips that repeat after `period` steps
+    are computed once.
     """
+
+    @torch.no_grad()
+    def encode(step: int) -> tuple[Tensor, Tensor]:
+        x_z = model.spatial_vae.encode(videos(step), sample=False).float()
+        return x_z, model.encode_time(x_z, sample=False)[0].float()
+
+    cached = cache(encode)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         x = videos(step)
-        with torch.no_grad():
-            x_z = model.spatial_vae.encode(x, sample=False).float()
-            z = model.encode_time(x_z, sample=False)[0].float()
-        decoded_x_z = model.decode_time(z, x.shape[2])
+        x_z, z = cached(step % period) if period else encode(step)
+        decoded_x_z = model.decode_time(add_random_noise(z, settings.latent_noise, generator), x.shape[2])
         some = consecutive_frames(x.shape[2], model.micro_frame_size, generator)
         decoded, target = model.spatial_vae.decode(decoded_x_z[:, :, some]), x[:, :, some]
-        latents = reconstruction(decoded_x_z, x_z) / SPATIAL_SCALE
-        latents = latents + reconstruction(model.spatial_vae.encode(decoded, False), x_z[:, :, some]) / SPATIAL_SCALE
-        latents = latents + reconstruction(model.encode_time(decoded_x_z, False)[0], z)
-        total = reconstruction(decoded, target) + LATENT_WEIGHT * latents
-        return total if x.shape[2] == 1 else total + reconstruction(decoded.diff(dim=2), target.diff(dim=2))
+        latents = per_clip(decoded_x_z, x_z) / SPATIAL_SCALE
+        latents = latents + per_clip(model.spatial_vae.encode(decoded, False), x_z[:, :, some]) / SPATIAL_SCALE
+        latents = latents + per_clip(model.encode_time(decoded_x_z, False)[0], z)
+        total = per_clip(decoded, target) + LATENT_WEIGHT * latents
+        if x.shape[2] > 1:
+            total = total + per_clip(decoded.diff(dim=2), target.diff(dim=2))
+        return total.square().mean().sqrt()
 
     return loss
+
+
+def add_random_noise(z: Tensor, most: float, generator: torch.Generator) -> Tensor:
+    """Latents `z` [B, C, T, H, W] with normal noise, of a deviation that is uniform in [0, most) for each clip."""
+    if not most:
+        return z
+    deviation = most * torch.rand(len(z), 1, 1, 1, 1, generator=generator)
+    return z + (deviation * torch.randn(z.shape, generator=generator)).to(z)
 
 
 def consecutive_frames(frames: int, chunk: int | None, generator: torch.Generator) -> slice:
