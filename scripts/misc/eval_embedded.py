@@ -80,12 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"reconstruction PSNR in dB: {psnr['mean']:.2f} mean, {psnr['least']:.2f} least")
     (folder / "evaluation.json").write_text(json.dumps({**report, "clips": rows}, indent=2) + "\n", encoding="utf-8")
     # evenly spaced, not chosen; trained on the left, held out on the right
-    shown = np.linspace(0, len(rows) // 2 - 1, EXAMPLES).round().astype(int)
-    examples = [draw_example(rows[i], folder) for row in np.unique(shown) for i in (2 * row, 2 * row + 1)]
-    print(write_image(tile(examples, columns=2, gap=8), folder / "evaluation.png"))
-    clips_shown = [folder / rows[i]["file"] for row in np.unique(shown) for i in (2 * row, 2 * row + 1)]
-    animation = encode_animation(animate(clips_shown[:ANIMATED]), FPS)
-    (folder / "evaluation.webp").write_bytes(animation)
+    shown = np.unique(np.linspace(0, len(rows) // 2 - 1, EXAMPLES).round().astype(int))
+    examples = [rows[i] for pair in shown for i in (2 * pair, 2 * pair + 1)]
+    pictures = [draw_example(row, folder) for row in examples]
+    print(write_image(tile(pictures, columns=2, gap=8), folder / "evaluation.png"))
+    animation = animate([folder / row["file"] for row in examples[:ANIMATED]])
+    (folder / "evaluation.webp").write_bytes(encode_animation(animation, FPS))
     if args.bars and failures:
         print("below the bars: " + "; ".join(failures), file=sys.stderr)
         return 1

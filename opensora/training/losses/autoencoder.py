@@ -80,9 +80,9 @@ def decoder_loss(
     Pixels are compared in consecutive frames, and in their differences over time, often across the border of chunks.
     The decoded video must encode to the same latents: long videos are decoded and encoded once per loop. The decoders
     get latents with noise of a random deviation up to latent_noise, so that they restore what a diffusion model makes
-    (Zheng et al. 2025, arXiv:2510.11690, section 4.3). The losses of a batch are averaged by their root mean square:
-    colors waver in the few clips that are far worse than the rest. Latents of clips that repeat after `period` steps
-    are computed once.
+    (noise-augmented decoding, Zheng et al. 2025, arXiv:2510.11690). The loss of a batch is the root mean square of
+    those of its clips: colors waver in the few that are far worse than the rest. Latents of clips that repeat after
+    `period` steps are computed once.
     """
 
     @torch.no_grad()
