@@ -177,6 +177,37 @@ def test_several_prompts_stay_possible(made: list[InferenceSettings], argv: list
     assert cli.main(["generate", *argv]) == 0 and made[0].prompt == prompts
 
 
+@pytest.mark.parametrize(
+    ("argv", "name", "values"),
+    [
+        (["--lora", "a", "--lora", "b:0.5"], "lora", ["a", "b:0.5"]),
+        (["--lora", "a", "b", "--seed", "3", "--lora=c"], "lora", ["a", "b", "c"]),
+        (["--lora", "a"], "lora", ["a"]),
+        (["--prompt", "a cat", "--prompt", "a dog"], "prompt", ["a cat", "a dog"]),
+        (["--image-size", "64", "64", "--image-size", "48", "80"], "image_size", (48, 80)),
+        (["--seed", "1", "--seed", "2"], "seed", 2),
+        (["--cfg-options", "loop=2", "--cfg-options", "fps=8"], "loop", 2),
+        (["--cfg-options", "loop=2", "--cfg-options", "fps=8"], "fps", 8),
+    ],
+)
+def test_a_repeated_flag_of_several_values_adds(argv: list[str], name: str, values: Any) -> None:
+    prompt = [] if "--prompt" in argv else ["--prompt", "a cat"]
+    assert getattr(parse_inference_args(["embedded", *prompt, *argv]), name) == values
+
+
+def test_a_repeated_flag_replaces_its_default_once() -> None:
+    default = ["auto"]
+    parser = Parser()
+    parser.group("devices").add_argument("--devices", nargs="+", default=default)
+    for argv, found in (
+        ([], ["auto"]),
+        (["--devices", "cpu"], ["cpu"]),
+        (["--devices", "a", "--devices", "b"], ["a", "b"]),
+    ):
+        assert parser.parse_args(argv).devices == found
+    assert default == ["auto"]
+
+
 def test_programs_of_the_documents_take_single_words_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
     assert parse_inference_args([SAMPLE, "--prompt", "a", "cat"]).prompt == ["a", "cat"]
     assert "2 prompts of one word each make 2 results; quote" in caplog.text

@@ -23,12 +23,22 @@ class _HelpAll(argparse.Action):
         parser.exit()
 
 
+class _Store(argparse.Action):
+    """Stores values as argparse does, but a repeated flag of several values (`--lora A --lora B`) adds to them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        given = getattr(namespace, self.dest)
+        several = option_string is not None and self.nargs in ("+", "*")
+        setattr(namespace, self.dest, [*given, *values] if several and given is not self.default else values)
+
+
 def _formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.HelpFormatter(prog, max_help_position=34, width=min(shutil.get_terminal_size().columns, 120) - 2)
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser with exact flags and values such as `-1,0`. A wrong command line ends with a one-line error.
+    A flag that takes any number of values may be repeated; one that takes a fixed number has its last values.
 
     The error of an incomplete command line shows `example`. `add_arguments` adds arguments when they are first needed:
     of all verbs, a command line has one.
@@ -39,6 +49,7 @@ class Parser(argparse.ArgumentParser):
         **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(prog, formatter_class=_formatter, allow_abbrev=False, **kwargs)
+        self.register("action", None, _Store)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # the rule of Python 3.14, for all versions
         self.example = example
         self._add_arguments = add_arguments
