@@ -1,15 +1,18 @@
-"""The pictures that scripts/misc/eval_embedded.py draws."""
+"""What scripts/misc/eval_embedded.py measures, and the pictures that it draws."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from opensora.datasets.synthetic.render import make_clip, render
-from scripts.misc import eval_embedded
+from opensora.pipeline.recipe import read_recipe
+from scripts.misc import eval_embedded, eval_world
 from scripts.misc.eval_embedded import ENLARGED, FPS, NUM_FRAMES, SIDE
 
 
@@ -27,3 +30,12 @@ def test_the_animation_plays_the_first_examples(tmp_path: Path) -> None:
     wanted = render(scene, NUM_FRAMES, SIDE, SIDE).repeat(ENLARGED, axis=1).repeat(ENLARGED, axis=2)
     shown = np.stack(frames)[:, 4 : 4 + wanted.shape[1], 4 : 4 + wanted.shape[2]]
     assert np.abs(shown.astype(float) - wanted).mean() < 8  # lossy twice
+
+
+@pytest.mark.parametrize("evaluation", [eval_embedded, eval_world], ids=["shapes", "world"])
+def test_a_folder_of_another_run_is_measured_anew(tmp_path: Path, evaluation: ModuleType) -> None:
+    for seed in (1, 2):
+        given = ["--num-prompts", "2", "--seed", str(seed), "--num-sampling-steps", "1", "--save-dir", str(tmp_path)]
+        assert evaluation.main(given) == 0
+    prompts = [read_recipe(path)["prompt"] for path in sorted(tmp_path.glob("*.mp4"))]
+    assert prompts == [evaluation.make_clip(2, i, 1, SIDE, SIDE, held_out=i % 2 == 1).text for i in range(2)]

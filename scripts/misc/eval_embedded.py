@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif args.reuse:
         check_prompts(clips, paths)
     else:
-        flags = ["--model", args.model, "--save-dir", str(folder), *extra]
+        flags = ["--model", args.model, "--save-dir", str(folder), "--overwrite", *extra]
         batches = np.array_split(np.arange(len(clips)), min(SEEDS, len(clips)))
         for seed, batch in enumerate(batches, start=args.seed):
             part = ["--seed", str(seed), "--start-index", str(batch[0]), "--end-index", str(batch[-1] + 1)]

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def generate(clips: list[Clip], model: str, folder: Path, first_seed: int, extra: list[str]) -> int:
     """Makes a clip of each caption with `opensora generate`; returns its exit status."""
-    flags = ["--model", model, "--save-dir", str(folder), *extra]
+    flags = ["--model", model, "--save-dir", str(folder), "--overwrite", *extra]
     for seed, part in enumerate(np.array_split(np.arange(len(clips)), min(SEEDS, len(clips))), start=first_seed):
         numbers = ["--seed", str(seed), "--start-index", str(part[0]), "--end-index", str(part[-1] + 1)]
         if status := cli.main(["generate", *(clip.text for clip in clips), *flags, *numbers]):
