@@ -1,4 +1,4 @@
-"""What scripts/misc/eval_embedded.py measures, and the pictures that it draws."""
+"""The clips that the evaluations in scripts/misc measure, and the pictures that eval_embedded.py draws."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from opensora.cli.parser import PUBLISHED, Parser
 from opensora.cli.verbs import VERBS, make_parser
 from opensora.config.settings import InferenceSettings, TrainSettings, setting
 from opensora.utils.config_utils import inference_parser, parse_inference_args, training_parser
+from scripts.misc import eval_conditioning, reproduce_embedded
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = "opensora-v1-2/inference/sample"
@@ -206,6 +207,17 @@ def test_a_repeated_flag_replaces_its_default_once() -> None:
     ):
         assert parser.parse_args(argv).devices == found
     assert default == ["auto"]
+
+
+def test_flags_of_the_evaluation_and_of_the_stages_may_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    jobs = eval_conditioning._parser().parse_args
+    assert jobs(["--jobs", "text", "--jobs", "edit", "loop"]).jobs == ["text", "edit", "loop"]
+    assert jobs([]).jobs == tuple(eval_conditioning.JOBS)
+    monkeypatch.setattr(reproduce_embedded, "run", lambda command: 0)
+    assert reproduce_embedded.main(["--outputs", str(tmp_path), "--stages", "vae_2d", "--stages", "text_encoder"]) == 0
+    assert capsys.readouterr().out == "text_encoder: running\nvae_2d: running\n"
 
 
 def test_programs_of_the_documents_take_single_words_and_say_so(caplog: pytest.LogCaptureFixture) -> None:

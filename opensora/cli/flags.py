@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from opensora.cli.parser import Parser
+from opensora.cli.parser import Parser, StoreAction
 from opensora.config import load_config
 from opensora.config.settings import InferenceSettings, TrainSettings
 from opensora.errors import ConfigError
@@ -207,11 +207,11 @@ def option_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-class PromptAction(argparse.Action):
-    """Collects the prompts of every --prompt; keeps as `unquoted` those that may be one prompt without its quotes."""
+class PromptAction(StoreAction):
+    """Stores prompts; keeps as `unquoted` those that may be one prompt without its quotes."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), *values])
+        super().__call__(parser, namespace, values, option_string)
         if looks_unquoted(values):
             namespace.unquoted = values
 

@@ -23,7 +23,7 @@ class _HelpAll(argparse.Action):
         parser.exit()
 
 
-class _Store(argparse.Action):
+class StoreAction(argparse.Action):
     """Stores values as argparse does, but a repeated flag of several values (`--lora A --lora B`) adds to them."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
@@ -38,10 +38,10 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser with exact flags and values such as `-1,0`. A wrong command line ends with a one-line error.
-    A flag that takes any number of values may be repeated; one that takes a fixed number has its last values.
 
-    The error of an incomplete command line shows `example`. `add_arguments` adds arguments when they are first needed:
-    of all verbs, a command line has one.
+    A flag that takes any number of values may be repeated; one that takes a fixed number has its last values. The error
+    of an incomplete command line shows `example`. `add_arguments` adds arguments when they are first needed: of all
+    verbs, a command line has one.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
         **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(prog, formatter_class=_formatter, allow_abbrev=False, **kwargs)
-        self.register("action", None, _Store)
+        self.register("action", None, StoreAction)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # the rule of Python 3.14, for all versions
         self.example = example
         self._add_arguments = add_arguments

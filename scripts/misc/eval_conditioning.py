@@ -5,7 +5,6 @@ References are rendered, so that what should follow is known. Everything is meas
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -20,6 +19,7 @@ from opensora import registry
 from opensora.acceleration.device import pick_device
 from opensora.acceleration.precision import inference_dtype
 from opensora.checkpoints import builder
+from opensora.cli.parser import Parser
 from opensora.cli.program import run_program
 from opensora.config import find_config, read_config
 from opensora.config.settings import InferenceSettings
@@ -262,8 +262,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+def _parser() -> Parser:
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="embedded", help="configuration to generate with")
     parser.add_argument("--ckpt-path", help="weights of the model, in place of the configuration's")
     parser.add_argument("--vae-path", help="weights of the autoencoder, in place of the configuration's")

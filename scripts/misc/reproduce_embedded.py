@@ -5,13 +5,13 @@ A stage whose result is there (OUTPUTS/STAGE/ema) is skipped; one that has a che
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from opensora.cli.parser import Parser
 from opensora.training.checkpoint.folders import checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +100,7 @@ def run(command: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     names = dict.fromkeys(name for recipe in RECIPES.values() for name in recipe.stages)
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", choices=tuple(RECIPES), default="shapes", help="what the clips show")
     parser.add_argument("--outputs", type=Path, help="folder of the training runs; default: outputs/embedded or /world")
     parser.add_argument("--stages", nargs="+", choices=(*names, "export"), help="default: all of them")
