@@ -74,7 +74,7 @@ class TestNoise:
 
     @pytest.mark.parametrize("start", [train, train_vae])
     def test_it_is_refused_where_it_has_no_effect(self, start: Any, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="set freeze_encoders=True or remove it"):
+        with pytest.raises(ConfigError, match="or freeze_encoders=True, or remove it"):
             start(settings(freeze_encoders=False, latent_noise=0.3, outputs=str(tmp_path / "runs")))
         assert not (tmp_path / "runs").exists()
 

@@ -123,8 +123,20 @@ class TrainSettings(CommonSettings):
     use_image_identity_loss: bool = setting(False, doc="autoencoders; not supported by training yet")
     freeze_encoders: bool = setting(False, doc="autoencoders: train only the decoders")
     latent_noise: float = setting(
-        0.0, minimum=0, maximum=10, doc="with freeze_encoders: largest deviation of noise on the decoders' latents"
+        0.0, minimum=0, maximum=10,
+        doc="autoencoders: largest deviation of noise on the latents that the temporal decoder gets",
+    )  # fmt: skip
+    contrast_weighting: bool = setting(
+        False, doc="autoencoders: errors of a frame count the more, the lower its contrast; so do the worst of a batch"
     )
+    mean_color_loss_weight: float = setting(
+        0.0, minimum=0, maximum=1000,
+        doc="temporal autoencoders: weight of the loss that makes the first three latent channels mean colors",
+    )  # fmt: skip
+    latent_statistics_loss_weight: float = setting(
+        0.0, minimum=0, maximum=1000,
+        doc="temporal autoencoders: weight of the loss for latent channels of mean 0, variance 1, not correlated",
+    )  # fmt: skip
 
     @classmethod
     def from_config(cls: type[Settings], config: dict[str, Any], source: str) -> Settings:
@@ -179,8 +191,14 @@ def check_trainable(settings: TrainSettings, unsupported: Sequence[str] = NOT_YE
     for name in unsupported:
         if getattr(settings, name) != getattr(TrainSettings, name):
             raise ConfigError(f"{name} is not supported by training yet; remove it")
-    if settings.latent_noise and not settings.freeze_encoders:
-        raise ConfigError("latent_noise is for training decoders alone; set freeze_encoders=True or remove it")
+    temporal = settings.use_z_rec_loss or settings.use_real_rec_loss
+    if settings.latent_noise and not (temporal or settings.freeze_encoders):
+        remedy = "set use_z_rec_loss, use_real_rec_loss or freeze_encoders=True, or remove it"
+        raise ConfigError(f"latent_noise is for training temporal decoders; {remedy}")
+    for name in ("mean_color_loss_weight", "latent_statistics_loss_weight"):
+        if getattr(settings, name) and (settings.freeze_encoders or not temporal):
+            remedy = "set use_z_rec_loss or use_real_rec_loss and no freeze_encoders, or remove it"
+            raise ConfigError(f"{name} is for training temporal encoders; {remedy}")
     if settings.plugin == "zero2-seq" and settings.sp_size == 1:
         remedy = "set sp_size to 2 or more, or plugin='zero2'"
         raise ConfigError(f"plugin 'zero2-seq' divides each clip among sp_size ranks, but sp_size is 1; {remedy}")

@@ -11,11 +11,15 @@ from torch import Tensor
 from opensora.config.settings import TrainSettings
 from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.models.vae.vae import SPATIAL_SCALE, VideoAutoencoderPipeline
+from opensora.training.losses.latents import ColorLoss, statistics_loss
 
 AutoencoderLoss = Callable[[int, torch.Generator], Tensor]  # step -> scalar
 Videos = Callable[[int], Tensor]  # step -> [B, 3, T, H, W] in [-1, 1]
 PIXEL_FRAMES = 4
+COLOR_BATCHES = 16  # of clips whose mean colors are whitened
 LATENT_WEIGHT = 0.05  # of latent errors beside pixel errors: with more, colors drifted for good
+# Contrast of a frame whose errors count once, least contrast, and the range of weights
+USUAL_CONTRAST, LEAST_CONTRAST, WEIGHTS = 0.25, 0.05, (0.3, 4.0)
 
 
 def reconstruction(decoded: Tensor, target: Tensor) -> Tensor:
@@ -29,14 +33,57 @@ def per_clip(decoded: Tensor, target: Tensor) -> Tensor:
     return difference.abs().mean(1) + difference.square().mean(1)
 
 
+def contrast_weights(x: Tensor) -> Tensor:
+    """Weights [B, T] of the errors in the frames of x [B, 3, T, H, W]: the lower its contrast, the more a frame counts.
+
+    Contrast is the root mean square distance from the median color, which is the background of a drawn frame: low for
+    small objects and for colors like the background's.
+    """
+    background = x.flatten(3).median(dim=3).values[..., None, None]
+    contrast = (x - background).square().mean(dim=(1, 3, 4)).sqrt()
+    return (USUAL_CONTRAST / contrast.clamp(min=LEAST_CONTRAST)).clamp(*WEIGHTS)
+
+
+class PixelLoss:
+    """Absolute plus squared error of frames, weighted by their contrast if the settings ask for it."""
+
+    def __init__(self, settings: TrainSettings) -> None:
+        self.weighted = settings.contrast_weighting
+
+    def __call__(self, decoded: Tensor, target: Tensor) -> Tensor:
+        """Of each clip, [B], for videos [B, 3, T, H, W]."""
+        return self._mean(decoded.float() - target, target)
+
+    def changes(self, decoded: Tensor, target: Tensor) -> Tensor:
+        """The same for the differences between consecutive frames; 0 for single frames."""
+        if target.shape[2] == 1:
+            return decoded.new_zeros(len(decoded))
+        return self._mean((decoded.float() - target).diff(dim=2), target[:, :, 1:])
+
+    def _mean(self, error: Tensor, target: Tensor) -> Tensor:
+        by_frame = error.abs().mean(dim=(1, 3, 4)) + error.square().mean(dim=(1, 3, 4))
+        return (by_frame * contrast_weights(target) if self.weighted else by_frame).mean(dim=1)
+
+    def of_batch(self, errors: Tensor) -> Tensor:
+        """The loss of a batch from the errors [B] of its clips."""
+        return root_mean_square(errors) if self.weighted else errors.mean()
+
+
+def root_mean_square(losses: Tensor) -> Tensor:
+    """The loss of a batch from those of its clips: a few are far worse than the rest, and they are what one sees."""
+    return losses.square().mean().sqrt()
+
+
 def frame_loss(model: VideoAutoencoderPipeline, settings: TrainSettings, videos: Videos) -> AutoencoderLoss:
     """Of the per-frame autoencoder: reconstruction + kl_loss_weight * KL per frame."""
+    pixel_loss = PixelLoss(settings)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         frames = videos(step).transpose(1, 2).flatten(0, 1)  # [B * T, 3, H, W]
         posterior = DiagonalGaussian(model.spatial_vae.moments(frames).float())
         decoded = model.spatial_vae.decode_frames(posterior.sample(generator) * SPATIAL_SCALE)
-        return reconstruction(decoded, frames) + settings.kl_loss_weight * posterior.kl().mean()
+        errors = pixel_loss(decoded[:, :, None], frames[:, :, None])
+        return pixel_loss.of_batch(errors) + settings.kl_loss_weight * posterior.kl().mean()
 
     return loss
 
@@ -48,6 +95,7 @@ def video_loss(
 
     If the per-frame encoder is frozen and the clips repeat after `period` steps, its latents are computed once. Pixels
     are compared in PIXEL_FRAMES random frames of each clip: more clips per step teach more than all frames of one.
+    The decoder gets latents with noise of a random deviation up to latent_noise: what it must tell apart lies apart.
     """
 
     def spatial(step: int) -> Tensor:
@@ -55,18 +103,28 @@ def video_loss(
 
     frozen = not any(p.requires_grad for p in model.spatial_vae.module.encoder.parameters())
     cached = cache(spatial)
+    pixel_loss = PixelLoss(settings)
+    color_loss = None
+    if settings.mean_color_loss_weight:
+        color_loss = ColorLoss([videos(step) for step in range(COLOR_BATCHES)], model)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         x_z = cached(step % period) if frozen and period else spatial(step)
         posterior = model.temporal_vae.encode(x_z)
         posterior = DiagonalGaussian(torch.cat((posterior.mean, posterior.logvar), dim=1).float())
-        decoded_x_z = model.temporal_vae.decode(posterior.sample(generator), num_frames=x_z.shape[2])
+        z = add_random_noise(posterior.sample(generator), settings.latent_noise, generator)
+        decoded_x_z = model.temporal_vae.decode(z, num_frames=x_z.shape[2])
         total = settings.kl_loss_weight * posterior.kl().mean()
         if settings.use_z_rec_loss:
             total = total + reconstruction(decoded_x_z, x_z) / SPATIAL_SCALE
         if settings.use_real_rec_loss:
             some = torch.randperm(x_z.shape[2], generator=generator)[:PIXEL_FRAMES]
-            total = total + reconstruction(model.spatial_vae.decode(decoded_x_z[:, :, some]), videos(step)[:, :, some])
+            decoded = model.spatial_vae.decode(decoded_x_z[:, :, some])
+            total = total + pixel_loss.of_batch(pixel_loss(decoded, videos(step)[:, :, some]))
+        if color_loss:
+            total = total + settings.mean_color_loss_weight * color_loss(posterior.mean, videos(step))
+        if settings.latent_statistics_loss_weight:
+            total = total + settings.latent_statistics_loss_weight * statistics_loss(posterior.mean)
         return total
 
     return loss
@@ -84,6 +142,7 @@ def decoder_loss(
     those of its clips: colors waver in the few that are far worse than the rest. Latents of clips that repeat after
     `period` steps are computed once.
     """
+    pixel_loss = PixelLoss(settings)
 
     @torch.no_grad()
     def encode(step: int) -> tuple[Tensor, Tensor]:
@@ -101,10 +160,8 @@ def decoder_loss(
         latents = per_clip(decoded_x_z, x_z) / SPATIAL_SCALE
         latents = latents + per_clip(model.spatial_vae.encode(decoded, False), x_z[:, :, some]) / SPATIAL_SCALE
         latents = latents + per_clip(model.encode_time(decoded_x_z, False)[0], z)
-        total = per_clip(decoded, target) + LATENT_WEIGHT * latents
-        if x.shape[2] > 1:
-            total = total + per_clip(decoded.diff(dim=2), target.diff(dim=2))
-        return total.square().mean().sqrt()
+        changes = pixel_loss.changes(decoded, target)
+        return root_mean_square(pixel_loss(decoded, target) + changes + LATENT_WEIGHT * latents)
 
     return loss
 
