@@ -10,6 +10,7 @@ from opensora.models.layers.linear import Linear
 
 Pair = tuple[Tensor, Tensor]  # keys, values: [N, M, H, D] each
 MOST_HEADS = 2**15  # of one call: kernels count them in 16 bits
+MOST_SCORES = 2**12  # of a head whose scores are kept
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None = None) -> Tensor:
@@ -22,7 +23,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None = None) 
         return torch.cat([attention(*part, text_mask) for part in parts], dim=-1)
     mask = None if text_mask is None else text_mask[:, None, None, :]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [N, H, L, D]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    few = q.shape[2] * k.shape[2] <= MOST_SCORES
+    kept = few and torch.is_grad_enabled() and q.is_cpu
+    compute = kept_scores if kept else F.scaled_dot_product_attention
+    return compute(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def kept_scores(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
+    """As `scaled_dot_product_attention`, but keeps the scores: on a CPU its backward pass is slow for few tokens."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(dim=-1, dtype=dtype).to(v.dtype) @ v
 
 
 def rotation_table(freqs: Tensor, length: int) -> Tensor:

@@ -18,6 +18,7 @@ Videos = Callable[[int], Tensor]  # step -> [B, 3, T, H, W] in [-1, 1]
 PIXEL_FRAMES = 4
 COLOR_BATCHES = 16  # of clips whose mean colors are whitened
 LATENT_WEIGHT = 0.05  # of latent errors beside pixel errors: with more, colors drifted for good
+PER_FRAME_WEIGHT = 0.1  # of errors of per-frame latents beside pixel errors
 # Contrast of a frame whose errors count once, least contrast, and the range of weights
 USUAL_CONTRAST, LEAST_CONTRAST, WEIGHTS = 0.25, 0.05, (0.3, 4.0)
 
@@ -94,8 +95,9 @@ def video_loss(
     """Of the temporal autoencoder: errors of per-frame latents (use_z_rec_loss) and of pixels (use_real_rec_loss).
 
     If the per-frame encoder is frozen and the clips repeat after `period` steps, its latents are computed once. Pixels
-    are compared in PIXEL_FRAMES random frames of each clip: more clips per step teach more than all frames of one.
-    The decoder gets latents with noise of a random deviation up to latent_noise: what it must tell apart lies apart.
+    and their changes are compared in PIXEL_FRAMES consecutive frames of each clip: more clips per step teach more than
+    all frames of one. The decoder gets latents with noise of a random deviation up to latent_noise, which keeps apart
+    what it must tell apart.
     """
 
     def spatial(step: int) -> Tensor:
@@ -116,11 +118,12 @@ def video_loss(
         decoded_x_z = model.temporal_vae.decode(z, num_frames=x_z.shape[2])
         total = settings.kl_loss_weight * posterior.kl().mean()
         if settings.use_z_rec_loss:
-            total = total + reconstruction(decoded_x_z, x_z) / SPATIAL_SCALE
+            weight = PER_FRAME_WEIGHT if settings.use_real_rec_loss else 1.0
+            total = total + weight * reconstruction(decoded_x_z, x_z) / SPATIAL_SCALE
         if settings.use_real_rec_loss:
-            some = torch.randperm(x_z.shape[2], generator=generator)[:PIXEL_FRAMES]
-            decoded = model.spatial_vae.decode(decoded_x_z[:, :, some])
-            total = total + pixel_loss.of_batch(pixel_loss(decoded, videos(step)[:, :, some]))
+            some = consecutive_frames(x_z.shape[2], model.micro_frame_size, generator)
+            decoded, target = model.spatial_vae.decode(decoded_x_z[:, :, some]), videos(step)[:, :, some]
+            total = total + pixel_loss.of_batch(pixel_loss(decoded, target) + pixel_loss.changes(decoded, target))
         if color_loss:
             total = total + settings.mean_color_loss_weight * color_loss(posterior.mean, videos(step))
         if settings.latent_statistics_loss_weight:

@@ -2,7 +2,7 @@
 # Sizes are for a GPU with 16 processor cores that render; those for a CPU are in cpu/.
 _base_ = "../vae_2d.py"
 
-dataset = dict(type="WorldClips", image_size=(128, 128))
+dataset = dict(type="WorldClips", num_frames=2, image_size=(128, 128), sizes=None)
 model = dict(from_pretrained="opensora/embedded/vae", shift=0.0, scale=1.0)  # latents change: measured anew later
 
 num_workers = 16

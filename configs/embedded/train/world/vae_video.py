@@ -1,9 +1,12 @@
 # Autoencoder of the drawn world, stage 2: both parts together; latents and pixels are those of whole clips.
 _base_ = "../vae_2d.py"
 
-dataset = dict(type="WorldClips", num_frames=17, image_size=(128, 128))
+dataset = dict(type="WorldClips", num_frames=17, image_size=(128, 128), sizes=None)
 model = dict(from_pretrained="outputs/world/vae_frames/ema")
 use_real_rec_loss = True
+latent_noise = 0.3
+mean_color_loss_weight = 0.3
+latent_statistics_loss_weight = 0.05
 mixed_strategy = "mixed_video_image"
 mixed_image_ratio = 0.05
 
