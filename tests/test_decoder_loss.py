@@ -15,7 +15,6 @@ from opensora.config.settings import TrainSettings
 from opensora.errors import ConfigError
 from opensora.models.vae.vae import VideoAutoencoderPipeline
 from opensora.training.autoencoder import train_vae
-from opensora.training.diffusion import train
 from opensora.training.losses.autoencoder import add_random_noise, decoder_loss
 from tests.tiny import TINY_VAE, make_tiny_vae
 
@@ -71,12 +70,6 @@ class TestNoise:
         with pytest.raises(ConfigError, match="latent_noise"):
             model = dict(type="VideoAutoencoderPipeline")
             TrainSettings.from_config({"model": model, "freeze_encoders": True, "latent_noise": noise}, "config.py")
-
-    @pytest.mark.parametrize("start", [train, train_vae])
-    def test_it_is_refused_where_it_has_no_effect(self, start: Any, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="or freeze_encoders=True, or remove it"):
-            start(settings(freeze_encoders=False, latent_noise=0.3, outputs=str(tmp_path / "runs")))
-        assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("frames", [1, 5, 17])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opensora.config.settings import TrainSettings
+from opensora.config.settings import TrainSettings, check_trainable
 from opensora.errors import ConfigError
 from opensora.models.vae.vae import VideoAutoencoderPipeline
 from opensora.training.autoencoder import train_vae
@@ -68,6 +68,8 @@ class TestColorLoss:
         gray = noise(4, 1, 5, 16, 16).expand(-1, 3, -1, -1, -1)
         loss = ColorLoss([gray], model)
         assert torch.isfinite(loss(torch.zeros(4, 8, 2, 2, 2), gray))
+        black = torch.zeros_like(gray)
+        assert ColorLoss([black], model)(torch.zeros(4, 8, 2, 2, 2), black) == 0
 
 
 class TestStatistics:
@@ -124,6 +126,14 @@ class TestTraining:
             run = settings(**given, outputs=str(tmp_path / str(number)), **{name: value})
             files.append((train_vae(run).path / "model.safetensors").read_bytes())
         assert files[0] != files[1] == files[2]
+
+    def test_decoders_alone_take_only_noise(self, name: str, tmp_path: Path) -> None:
+        given = settings(**{name: 0.5}, use_z_rec_loss=True, freeze_encoders=True, outputs=str(tmp_path / "runs"))
+        if name == "latent_noise":
+            check_trainable(given)
+            return
+        with pytest.raises(ConfigError, match=f"^{name} is for training temporal encoders"):
+            check_trainable(given)
 
     @pytest.mark.parametrize("start", [train, train_vae])
     @pytest.mark.parametrize("value", [0.5, 3])

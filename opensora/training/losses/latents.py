@@ -1,6 +1,7 @@
 """Latents that a diffusion model learns easily: colors in channels of their own, equal variances, no correlation.
 
-Without these losses a latent's colors depend on all else in its clip, and most of its channels say the same.
+In the embedded model without these losses, a latent's colors depended on all else in its clip, and most of its channels
+said the same.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class ColorLoss:
         self.model = model
         colors = torch.cat([mean_colors(x, model).transpose(0, 1).flatten(1) for x in videos], dim=1)  # [3, N]
         variances, directions = torch.linalg.eigh(torch.cov(colors))
-        scale = variances.clamp(min=LEAST_VARIANCE * variances.max()).rsqrt()
+        scale = variances.clamp(min=LEAST_VARIANCE * variances.max()).clamp(min=1e-8).rsqrt()
         self.mean, self.whitening = colors.mean(dim=1), scale[:, None] * directions.T
 
     def __call__(self, z: Tensor, x: Tensor) -> Tensor:
