@@ -196,7 +196,15 @@ def write_miniature_configs(folder: Path) -> None:
         use_z_rec_loss=True,
         **short,
     )
-    write_config(folder / "vae_decoder.py", dataset=clips, model=autoencoder, freeze_encoders=True, **short)
+    write_config(
+        folder / "vae_decoder.py",
+        dataset=clips,
+        model=autoencoder,
+        freeze_encoders=True,
+        restorer=dict(type="STDiT3"),
+        text_encoder=dict(type="t5", model_max_length=32),
+        **short,
+    )
     for name in ("stdit3", "stdit3_masks", "stdit3_extend"):
         write_config(
             folder / f"{name}.py",

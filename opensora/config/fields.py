@@ -30,7 +30,7 @@ def _as_list(value: Any) -> Any:
 
 
 TextList = Annotated[list[Text], Field(max_length=100_000), BeforeValidator(_as_list)]
-SECTIONS = ("model", "vae", "text_encoder", "scheduler", "dataset", "discriminator")
+SECTIONS = ("model", "vae", "text_encoder", "scheduler", "dataset", "discriminator", "restorer")
 DEFAULT_MAXIMUM: dict[Any, float] = {int: 2**63 - 1, float: 1e12}
 
 

@@ -23,6 +23,7 @@ from opensora.errors import ConfigError
 from opensora.models.vae.vae import VideoAutoencoderPipeline
 from opensora.training.checkpoint.fingerprint import fingerprint
 from opensora.training.losses.autoencoder import AutoencoderLoss, Videos, decoder_loss, frame_loss, video_loss
+from opensora.training.restoration import LatentRestorer
 from opensora.training.result import TrainResult
 from opensora.training.run_folder import publish, refuse_running
 from opensora.training.step import step_generator
@@ -51,8 +52,10 @@ def train_vae(settings: TrainSettings) -> TrainResult:
     _freeze(model, settings, temporal)
     model = to_device(model, device).train()
     data = rendered_clips(settings.dataset, settings.batch_size or 1, settings.seed)
-    loss = _loss(settings, model, _mixed(settings, data, device), data.period, temporal)
-    identity = fingerprint(settings, **{"steps of an epoch": str(max(settings.ckpt_every, 1))})
+    restore = LatentRestorer(settings, data, model, device) if settings.restorer else None
+    loss = _loss(settings, model, _mixed(settings, data, device), data.period, temporal, restore)
+    contents = restore.contents if restore else {}
+    identity = fingerprint(settings, **{"steps of an epoch": str(max(settings.ckpt_every, 1))}, **contents)
     trainer = Trainer(settings, model, loss, device, settings.ckpt_every, fingerprint=identity)
     checkpoint = trainer.run()
     if not trainer.finished:
@@ -66,11 +69,12 @@ def train_vae(settings: TrainSettings) -> TrainResult:
 
 
 def _loss(
-    settings: TrainSettings, model: VideoAutoencoderPipeline, videos: Videos, period: int | None, temporal: bool
-) -> AutoencoderLoss:
+    settings: TrainSettings, model: VideoAutoencoderPipeline, videos: Videos, period: int | None, temporal: bool,
+    restore: LatentRestorer | None,
+) -> AutoencoderLoss:  # fmt: skip
     """The loss of the stage that the settings ask for; the clips repeat after `period` steps."""
     if settings.freeze_encoders:
-        return decoder_loss(model, settings, videos, period)
+        return decoder_loss(model, settings, videos, period, restore)
     return video_loss(model, settings, videos, period) if temporal else frame_loss(model, settings, videos)
 
 

@@ -20,11 +20,12 @@ EMBEDDED = ROOT / "opensora" / "embedded"
 
 
 class Stage(NamedTuple):
-    """A training program with its configuration, the stage whose weights it begins with, and its features folder."""
+    """A training program with its configuration, and what it takes of other stages."""
 
     config: str  # below CONFIGS; of the text encoder: the captions it learns
-    begins: str | None = None
-    features: str | None = None  # of a transformer, which also takes the recipe's encoders
+    begins: str | None = None  # stage whose weights it begins with
+    features: str | None = None  # folder of a transformer, which also takes the recipe's encoders
+    restorer: str | None = None  # stage of the transformer whose latents a decoder learns
 
 
 class Recipe(NamedTuple):
@@ -45,7 +46,7 @@ RECIPES = {
             "stdit3": Stage("stdit3.py", None, "features"),
             "stdit3_masks": Stage("stdit3_masks.py", "stdit3", "features_masks"),
             "stdit3_extend": Stage("stdit3_extend.py", "stdit3_masks", "features_masks"),
-            "vae_decoder": Stage("vae_decoder.py", "vae_temporal"),
+            "vae_decoder": Stage("vae_decoder.py", "vae_temporal", restorer="stdit3_extend"),
         },
         "vae_temporal",
         {"text_encoder": "text_encoder", "vae": "vae_decoder", "stdit3": "stdit3_extend"},
@@ -87,6 +88,9 @@ def plan(recipe: Recipe, name: str, outputs: Path, flags: Sequence[str], export_
     if stage.features:
         inputs += ["--vae-path", str(result[recipe.vae]), "--text-encoder-path", str(result["text_encoder"])]
         inputs += ["--cfg-options", f"dataset.features={str(outputs / stage.features)!r}"]
+    if stage.restorer:
+        inputs += ["--text-encoder-path", str(result["text_encoder"])]
+        inputs += ["--cfg-options", f"restorer.from_pretrained={str(result[stage.restorer])!r}"]
     script = "scripts/train.py" if stage.features else "scripts/train_vae.py"
     arguments = [str(CONFIGS / stage.config), "--outputs", str(outputs / name), *flags, *inputs]
     begun = [folder for folder in sorted((outputs / name).glob("[0-9][0-9][0-9]*-*")) if checkpoints(folder)]

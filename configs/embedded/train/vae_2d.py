@@ -18,6 +18,7 @@ model = dict(
         embed_dim=8,
         filters=32,
         num_res_blocks=1,
+        decoder_num_res_blocks=3,
         channel_multipliers=(1, 2, 2),
         temporal_downsample=(True, True),
         num_groups=8,

@@ -1,4 +1,5 @@
-# Embedded model, stage 2b: the decoders alone, on all sizes; latents, and the models trained on them, stay as they are.
+# Embedded model, last stage: the decoders alone, on all sizes and on latents that the transformer restores; latents,
+# and the models trained on them, stay as they are.
 _base_ = "vae_2d.py"
 
 dataset = dict(
@@ -12,10 +13,11 @@ dataset = dict(
 )  # fmt: skip
 model = dict(from_pretrained="outputs/embedded/vae_temporal/ema")
 freeze_encoders = True
-latent_noise = 0.3  # the transformer's latents are off by about 0.1
+restorer = dict(type="STDiT3", from_pretrained="outputs/embedded/stdit3_extend/ema")
+text_encoder = dict(type="t5", from_pretrained="opensora/embedded/text_encoder", model_max_length=32)
+latent_noise = 0.1
 
 seed = 7
 outputs = "outputs/embedded/vae_decoder"
-batch_size = 8
-max_steps = 1600
-lr = 5e-4
+max_steps = 2400
+lr = 3e-4

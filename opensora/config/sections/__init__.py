@@ -40,7 +40,7 @@ DATASETS: dict[str, type[Section]] = {
 }  # fmt: skip
 SECTIONS: dict[str, dict[str, type[Section]]] = {
     "model": {**MODELS, **AUTOENCODERS}, "vae": AUTOENCODERS, "text_encoder": TEXT_ENCODERS,
-    "scheduler": SCHEDULERS, "dataset": DATASETS,
+    "scheduler": SCHEDULERS, "dataset": DATASETS, "restorer": {**MODELS},
 }  # fmt: skip
 TYPES: dict[str, type[Section]] = {name: kind for table in SECTIONS.values() for name, kind in table.items()}
 

@@ -77,6 +77,9 @@ class VAETemporal(Loaded):
     )
     num_groups: Width = arg(32, "groups of the group norms")
     activation_fn: Literal["swish", "silu", "relu", "gelu"] = arg("swish", "activation")
+    decoder_num_res_blocks: Layers | None = arg(
+        None, "residual blocks per level of the decoder; default: num_res_blocks", 4
+    )
 
     @model_validator(mode="after")
     def _fit(self) -> Any:

@@ -126,6 +126,16 @@ class TrainSettings(CommonSettings):
         0.0, minimum=0, maximum=10,
         doc="autoencoders: largest deviation of noise on the latents that the temporal decoder gets",
     )  # fmt: skip
+    restorer: dict | None = setting(
+        None, example={"type": "STDiT3", "from_pretrained": "path/to/weights"},
+        doc="decoders of autoencoders: diffusion model whose restored latents they get; captions need text_encoder",
+    )  # fmt: skip
+    restore_time: float = setting(
+        0.45,
+        minimum=0,
+        maximum=1,
+        doc="largest time, from 0 (data) to 1 (noise), from which the restorer restores latents",
+    )
     contrast_weighting: bool = setting(
         False, doc="autoencoders: errors of a frame count the more, the lower its contrast; so do the worst of a batch"
     )
@@ -195,6 +205,11 @@ def check_trainable(settings: TrainSettings, unsupported: Sequence[str] = NOT_YE
     if settings.latent_noise and not (temporal or settings.freeze_encoders):
         remedy = "set use_z_rec_loss, use_real_rec_loss or freeze_encoders=True, or remove it"
         raise ConfigError(f"latent_noise is for training temporal decoders; {remedy}")
+    if settings.restorer and not settings.freeze_encoders:
+        raise ConfigError("restorer is for training decoders alone; set freeze_encoders=True, or remove it")
+    if settings.restorer and settings.mixed_strategy:
+        remedy = "list sizes of 1 frame in the dataset, or remove restorer"
+        raise ConfigError(f"restorer takes clips as they are, but mixed_strategy cuts them; {remedy}")
     for name in ("mean_color_loss_weight", "latent_statistics_loss_weight"):
         if getattr(settings, name) and (settings.freeze_encoders or not temporal):
             remedy = "set use_z_rec_loss or use_real_rec_loss and no freeze_encoders, or remove it"

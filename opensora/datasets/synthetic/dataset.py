@@ -65,8 +65,14 @@ class RenderedClips:
 
     def windows(self, step: int) -> np.ndarray:
         """The windows of one step, uint8 [B, T, H, W, 3]."""
-        first = step * self.batch_size
-        return np.stack([self.window(index) for index in range(first, first + self.batch_size)])
+        return np.stack([self.window(index) for index in self._indices(step)])
+
+    def texts(self, step: int) -> list[str]:
+        """The captions of the clips of one step."""
+        return [self.clip(index).text for index in self._indices(step)]
+
+    def _indices(self, step: int) -> range:
+        return range(step * self.batch_size, (step + 1) * self.batch_size)
 
 
 class ShapeClips(RenderedClips):
@@ -115,8 +121,18 @@ class MixedClips:
 
     def windows(self, step: int) -> np.ndarray:
         """The clips of one step, uint8 [B, T, H, W, 3]."""
-        step = step % self.period if self.period else step
-        return self.sets[self.pick(step)].windows(step)
+        return self.of_step(step).windows(self._position(step))
+
+    def texts(self, step: int) -> list[str]:
+        """The captions of the clips of one step."""
+        return self.of_step(step).texts(self._position(step))
+
+    def of_step(self, step: int) -> RenderedClips:
+        """The set that the clips of a step are from."""
+        return self.sets[self.pick(self._position(step))]
+
+    def _position(self, step: int) -> int:
+        return step % self.period if self.period else step
 
     def videos(self, step: int) -> Tensor:
         """The clips of one step: [B, 3, T, H, W] float32 in [-1, 1]."""

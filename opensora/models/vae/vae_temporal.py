@@ -27,7 +27,7 @@ class CausalConv3d(nn.Module):
 
 
 class Layout(NamedTuple):
-    """What encoder and decoder share: width of each level, blocks a level, and which transitions change the length."""
+    """Of encoder or decoder: width of each level, blocks a level, and which transitions change the length."""
 
     widths: list[int]
     num_res_blocks: int
@@ -136,14 +136,16 @@ class VAE_Temporal(nn.Module):
     """Compresses the frames of per-frame latents by `time_downsample_factor`; each latent sees only its past.
 
     Args: in_out_channels, latent_embed_dim, embed_dim: channels of the input, inside, and of the latent; filters and
-    channel_multipliers: width of each level; num_res_blocks a level; temporal_downsample: which level transitions
-    halve the frames; num_groups of the group norms; activation_fn: a name in ACTIVATIONS.
+    channel_multipliers: width of each level; num_res_blocks a level, decoder_num_res_blocks if the decoder has others;
+    temporal_downsample: which level transitions halve the frames; num_groups of the group norms; activation_fn: a name
+    in ACTIVATIONS.
     """
 
     def __init__(
         self, in_out_channels: int = 4, latent_embed_dim: int = 4, embed_dim: int = 4, filters: int = 128,
         num_res_blocks: int = 4, channel_multipliers: tuple[int, ...] = (1, 2, 2, 4),
         temporal_downsample: tuple[bool, ...] = (True, True, False), num_groups: int = 32, activation_fn: str = "swish",
+        decoder_num_res_blocks: int | None = None,
     ) -> None:  # fmt: skip
         config = arguments_of(locals())
         super().__init__()
@@ -156,10 +158,11 @@ class VAE_Temporal(nn.Module):
         self.out_channels = embed_dim
         widths = [filters * multiplier for multiplier in channel_multipliers]
         layout = Layout(widths, num_res_blocks, tuple(temporal_downsample), num_groups, ACTIVATIONS[activation_fn])
+        decoder_layout = layout._replace(num_res_blocks=decoder_num_res_blocks or num_res_blocks)
         self.encoder = Encoder(in_out_channels, 2 * latent_embed_dim, layout)
         self.quant_conv = CausalConv3d(2 * latent_embed_dim, 2 * embed_dim, kernel=1)
         self.post_quant_conv = CausalConv3d(embed_dim, latent_embed_dim, kernel=1)
-        self.decoder = Decoder(latent_embed_dim, in_out_channels, layout)
+        self.decoder = Decoder(latent_embed_dim, in_out_channels, decoder_layout)
 
     def padding(self, num_frames: int) -> int:
         """Frames of zeros put before the first one so that the factor divides the length."""

@@ -15,6 +15,7 @@ from opensora.training.losses.latents import ColorLoss, statistics_loss
 
 AutoencoderLoss = Callable[[int, torch.Generator], Tensor]  # step -> scalar
 Videos = Callable[[int], Tensor]  # step -> [B, 3, T, H, W] in [-1, 1]
+Restore = Callable[[int, Tensor, torch.Generator], Tensor]  # step, latents of its clips -> what a model makes of them
 PIXEL_FRAMES = 4
 COLOR_BATCHES = 16  # of clips whose mean colors are whitened
 LATENT_WEIGHT = 0.05  # of latent errors beside pixel errors: with more, colors drifted for good
@@ -134,16 +135,17 @@ def video_loss(
 
 
 def decoder_loss(
-    model: VideoAutoencoderPipeline, settings: TrainSettings, videos: Videos, period: int | None
-) -> AutoencoderLoss:
+    model: VideoAutoencoderPipeline, settings: TrainSettings, videos: Videos, period: int | None,
+    restore: Restore | None = None,
+) -> AutoencoderLoss:  # fmt: skip
     """Of the decoders alone, so that latents keep their meaning: per-frame latents of whole clips, pixels of some.
 
     Pixels are compared in consecutive frames, and in their differences over time, often across the border of chunks.
     The decoded video must encode to the same latents: long videos are decoded and encoded once per loop. The decoders
-    get latents with noise of a random deviation up to latent_noise, so that they restore what a diffusion model makes
-    (noise-augmented decoding, Zheng et al. 2025, arXiv:2510.11690). The loss of a batch is the root mean square of
-    those of its clips: colors waver in the few that are far worse than the rest. Latents of clips that repeat after
-    `period` steps are computed once.
+    get the latents that `restore` makes, with noise of a random deviation up to latent_noise, so that they stand what
+    is wrong in a diffusion model's latents (noise-augmented decoding, Zheng et al. 2025, arXiv:2510.11690). The loss of
+    a batch is the root mean square of those of its clips: colors waver in the few that are far worse than the rest.
+    Latents of clips that repeat after `period` steps are computed once.
     """
     pixel_loss = PixelLoss(settings)
 
@@ -157,7 +159,8 @@ def decoder_loss(
     def loss(step: int, generator: torch.Generator) -> Tensor:
         x = videos(step)
         x_z, z = cached(step % period) if period else encode(step)
-        decoded_x_z = model.decode_time(add_random_noise(z, settings.latent_noise, generator), x.shape[2])
+        made = restore(step, z, generator) if restore else z
+        decoded_x_z = model.decode_time(add_random_noise(made, settings.latent_noise, generator), x.shape[2])
         some = consecutive_frames(x.shape[2], model.micro_frame_size, generator)
         decoded, target = model.spatial_vae.decode(decoded_x_z[:, :, some]), x[:, :, some]
         latents = per_clip(decoded_x_z, x_z) / SPATIAL_SCALE
