@@ -16,6 +16,7 @@ from opensora.config.settings import TrainSettings
 from opensora.datasets.synthetic.dataset import rendered_clips
 from opensora.errors import ConfigError, OpenSoraError
 from opensora.training.autoencoder import train_vae
+from opensora.training.data.batch import clip_conditioning
 from opensora.training.restoration import LatentRestorer
 from tests.tiny import TINY_VAE, make_tiny_stdit3, make_tiny_t5, make_tiny_vae
 
@@ -102,7 +103,8 @@ def test_the_model_gets_captions_and_sizes_of_the_step(
     assert restorer.text_encoder.seen == [one.clip(index).text for index in range(first, first + 4)]
     cond = restorer.model.calls[0][2]
     assert cond["height"].tolist() == [size[1]] * 4 and cond["width"].tolist() == [size[2]] * 4
-    assert cond["fps"].tolist() == ([12.0] * 4 if size[0] > 1 else cond["fps"].tolist())
+    assert torch.equal(cond["fps"], clip_conditioning("STDiT3", 4, size, 12)["fps"])
+    assert (cond["fps"] == 12).all() == (size[0] > 1)
 
 
 def test_a_cropped_clip_has_the_size_of_its_window(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ from opensora.pipeline.loaded_models import check_fit
 from opensora.schedulers.common import per_sample
 from opensora.schedulers.rf import RFLOW, add_noise
 from opensora.training.data.batch import clip_conditioning, encode_texts
+from opensora.training.data.clip_features import FPS
 from opensora.training.losses.diffusion import drop_text
 
-FPS = 24  # where the data set does not say
 CLEAN = 0.25  # part of the clips whose latents stay as they are
 
 
