@@ -205,7 +205,7 @@ def write_miniature_configs(folder: Path) -> None:
         text_encoder=dict(type="t5", model_max_length=32),
         **short,
     )
-    for name in ("stdit3", "stdit3_masks", "stdit3_extend"):
+    for name in ("stdit3", "stdit3_masks", "stdit3_extend", "stdit3_correct"):
         write_config(
             folder / f"{name}.py",
             dataset=clips | dict(num_clips=4, features="to be set"),

@@ -20,6 +20,7 @@ from opensora.schedulers.guidance import Conditioning, Denoiser
 from opensora.schedulers.sampler import Sampler, Size
 
 CHUNK, CHUNK_LATENTS = 17, 5  # pixel frames that the video autoencoder encodes together, and their latent frames
+MIN_TIME = 0.02  # of perturbed samples, whose velocities grow as 1 / time
 MAX_CHURN = 2**0.5 - 1  # growth of sigma in a step, as in EDM: no more new noise than there is already
 
 
@@ -103,6 +104,7 @@ class RFLOW(Sampler):
         height: Number = None, width: Number = None, num_frames: Number = None,
         noise: Tensor | None = None, time: Tensor | None = None, mask: Tensor | None = None,
         weights: Tensor | None = None, generator: torch.Generator | None = None,
+        perturb: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         """Mean squared error of the predicted velocity, per sample: float32 [B].
 
@@ -111,6 +113,9 @@ class RFLOW(Sampler):
         `weights` [num_timesteps] multiplies each loss by the entry of its nearest whole timestep. `noise` and `time`
         ([B], not transformed) are drawn when absent: from `generator`, which lives on any device, or from the default
         generator of the device of `x_start`.
+
+        `perturb` gives, for times [B], errors [B, C, T, H, W] of the data that are noised. The velocity to predict
+        still leads to `x_start`, so that the model learns to correct such errors.
         """
         device = x_start.device if generator is None else generator.device
         if time is None:
@@ -119,13 +124,19 @@ class RFLOW(Sampler):
             time = common.upload(self.training_times(drawn, height, width, num_frames), x_start)
         if noise is None:
             noise = common.upload(torch.randn(x_start.shape, generator=generator, device=device), x_start)
-        x_t, timestep, masks = add_noise(x_start, noise, time), time * self.num_timesteps, {}
+        if perturb is None:
+            x_t, velocity = add_noise(x_start, noise, time), x_start.float() - noise.float()
+        else:
+            time = time.clamp(min=MIN_TIME)
+            x_t = add_noise(x_start + perturb(time).to(x_start), noise, time)
+            velocity = (x_start - x_t).float() / per_sample(time)
+        timestep, masks = time * self.num_timesteps, {}
         if mask is not None:
             mask = mask.bool()
             x_t = torch.where(per_frame(mask), x_t, x_start)
             masks["x_mask"] = mask
         predicted = model(x_t, timestep, **cond, **masks)[:, : x_start.shape[1]]
-        error = (predicted.float() - (x_start.float() - noise.float())).square().mean(dim=(1, 3, 4))  # [B, T]
+        error = (predicted.float() - velocity).square().mean(dim=(1, 3, 4))  # [B, T]
         loss = common.frame_mean(error, mask)
         if weights is not None:
             loss = loss * common.upload(weights, loss)[timestep.round().long().clamp(max=len(weights) - 1)]

@@ -40,6 +40,8 @@ def train_vae(settings: TrainSettings) -> TrainResult:
     freeze_encoders, trains the decoders of both parts alone. Raises ConfigError, WeightsError and OpenSoraError.
     """
     check_trainable(settings, NOT_YET_IN_VAE_TRAINING)
+    if settings.input_perturbation:
+        raise ConfigError("input_perturbation is for training diffusion models; remove it")
     if world_size() > 1:
         raise ConfigError("an autoencoder is trained on one rank; start it without torchrun")
     if settings.perceptual_loss_weight:

@@ -22,6 +22,7 @@ from opensora.checkpoints.save import save_pretrained
 from opensora.checkpoints.summary import Summary
 from opensora.config.sections import check_type
 from opensora.config.settings import TrainSettings, check_trainable
+from opensora.datasets.synthetic.dataset import TYPES
 from opensora.distributed import ranks
 from opensora.distributed.collectives import run_on_main
 from opensora.distributed.failures import report_first_failure
@@ -31,6 +32,7 @@ from opensora.distributed.process_group import RankLayout, start
 from opensora.errors import ConfigError
 from opensora.models.layers.fixed_positions import FixedPositions
 from opensora.models.layers.transformer import PatchTransformer
+from opensora.schedulers.rf import RFLOW
 from opensora.training import adapter
 from opensora.training.callbacks import make_callbacks
 from opensora.training.checkpoint.fingerprint import fingerprint
@@ -65,7 +67,7 @@ def train(settings: TrainSettings) -> TrainResult:
     workers = settings.num_workers if data.reads_files else 0
     loader = PrefetchLoader(data.source, layout.data_rank, layout.data_size, workers, pin_memory_for(device))
     trainer = Trainer(
-        settings, model, DiffusionLoss(model, scheduler, ratios), device, loader, layout,
+        settings, model, DiffusionLoss(model, scheduler, ratios, settings.input_perturbation), device, loader, layout,
         config={**model.config, **sizes},
         fingerprint=fingerprint(settings, **data.contents, **adapts),
         encode=data.encode,
@@ -87,6 +89,8 @@ def check_training(settings: TrainSettings) -> tuple[Any, MaskRatios | None]:
     if not hasattr(scheduler, "training_loss"):
         name = settings.scheduler["type"]
         raise ConfigError(f"scheduler '{name}' only samples; train with rflow, iddpm or iddpm-speed")
+    if settings.input_perturbation:
+        _check_perturbed(settings, scheduler)
     check_type("model", settings.model["type"], registry.MODELS)
     adapter.check(settings)
     ratios = None if settings.mask_ratios is None else MaskRatios(settings.mask_ratios)
@@ -94,6 +98,16 @@ def check_training(settings: TrainSettings) -> tuple[Any, MaskRatios | None]:
         name = settings.model["type"]
         raise ConfigError(f"model '{name}' cannot be given frames; remove mask_ratios, or train an STDiT")
     return scheduler, ratios
+
+
+def _check_perturbed(settings: TrainSettings, scheduler: Any) -> None:
+    """Raises ConfigError if nothing can be perturbed."""
+    if not isinstance(scheduler, RFLOW):
+        raise ConfigError("input_perturbation is for rectified flow; set scheduler type 'rflow', or remove it")
+    kind = str((settings.dataset or {}).get("type"))
+    if kind not in TYPES or TYPES[kind].make_altered is None:
+        known = " or ".join(f"'{name}'" for name, clips in TYPES.items() if clips.make_altered)
+        raise ConfigError(f"input_perturbation alters clips of dataset type {known}, not of '{kind[:80]}'")
 
 
 def build_model(

@@ -46,10 +46,11 @@ RECIPES = {
             "stdit3": Stage("stdit3.py", None, "features"),
             "stdit3_masks": Stage("stdit3_masks.py", "stdit3", "features_masks"),
             "stdit3_extend": Stage("stdit3_extend.py", "stdit3_masks", "features_masks"),
-            "vae_decoder": Stage("vae_decoder.py", "vae_temporal", restorer="stdit3_extend"),
+            "stdit3_correct": Stage("stdit3_correct.py", "stdit3_extend", "features_correct"),
+            "vae_decoder": Stage("vae_decoder.py", "vae_temporal", restorer="stdit3_correct"),
         },
         "vae_temporal",
-        {"text_encoder": "text_encoder", "vae": "vae_decoder", "stdit3": "stdit3_extend"},
+        {"text_encoder": "text_encoder", "vae": "vae_decoder", "stdit3": "stdit3_correct"},
     ),
     "world": Recipe(
         {

@@ -13,7 +13,7 @@ dataset = dict(
 )  # fmt: skip
 model = dict(from_pretrained="outputs/embedded/vae_temporal/ema")
 freeze_encoders = True
-restorer = dict(type="STDiT3", from_pretrained="outputs/embedded/stdit3_extend/ema")
+restorer = dict(type="STDiT3", from_pretrained="outputs/embedded/stdit3_correct/ema")
 text_encoder = dict(type="t5", from_pretrained="opensora/embedded/text_encoder", model_max_length=32)
 latent_noise = 0.1
 

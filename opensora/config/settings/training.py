@@ -46,6 +46,10 @@ class TrainSettings(CommonSettings):
         None, schema=MaskRatios, example={"identity": 0.9, "image_head": 0.1},
         doc="frame masking: kind of mask -> share of the clips",
     )  # fmt: skip
+    input_perturbation: float = setting(
+        0.0, minimum=0, maximum=1,
+        doc="share of the rendered clips whose noised latents lean to another color or shape, for the model to correct",
+    )  # fmt: skip
     num_frames: int | None = setting(None, minimum=1, maximum=MAX_FRAMES, doc="frames of a clip (1.0)", example=16)
     batch_size: int | None = setting(None, "samples per batch", minimum=1, maximum=100_000, example=8)
 

@@ -25,6 +25,7 @@ class RenderedClips:
 
     make: ClassVar[Callable[..., Any]]  # (seed, index, num_frames, height, width) -> clip with `video` and `text`
     make_continued: ClassVar[Callable[..., Any]]
+    make_altered: ClassVar[Callable[..., np.ndarray] | None] = None  # the clip with something that its text denies
     slow: ClassVar[bool] = False  # whether worker processes should render
 
     def __init__(
@@ -54,6 +55,13 @@ class RenderedClips:
         make = self.make_continued if self.continued else self.make
         return make(self.seed, index, self.num_frames, *self.image_size)
 
+    def altered(self, index: int) -> np.ndarray:
+        """Clip `index` with another color or shape, uint8 [T, H, W, 3]; a continued clip as it is."""
+        if self.make_altered is None or self.continued:
+            return self.clip(index).video
+        index = index % self.num_clips if self.num_clips else index
+        return self.make_altered(self.seed, index, self.num_frames, *self.image_size)
+
     def window(self, index: int) -> np.ndarray:
         """The frames of clip `index`, uint8 [T, H, W, 3], or those of a window of `crop` at a random place of it."""
         video = self.clip(index).video
@@ -80,6 +88,7 @@ class ShapeClips(RenderedClips):
 
     make = staticmethod(render.make_clip)
     make_continued = staticmethod(render.make_continued_clip)
+    make_altered = staticmethod(render.make_altered_clip)
 
 
 class WorldClips(RenderedClips):

@@ -111,6 +111,30 @@ def _place(rng: np.random.Generator, names: tuple[str, str, str, str], height: i
     return Scene(*names, radius, end_radius, (start[0], start[1]), (travel[0], travel[1]))
 
 
+def alter_scene(rng: np.random.Generator, scene: Scene) -> Scene:
+    """`scene` with another color, another shape or both, where and as it is; a combination that training may show.
+
+    Nine times in ten the color changes, to similar ones most often (inversely to their squared RGB distance), and in
+    one of five scenes the shape does.
+    """
+    others = {
+        kind: [(s, c) for s, c, motion in TRAINED if motion == scene.motion and _kind_of_change(scene, s, c) == kind]
+        for kind in ("colour", "shape", "both")
+    }
+    pairs = others[("colour", "shape", "both")[rng.choice(3, p=(0.8, 0.1, 0.1))]]
+    distance = [np.square(np.subtract(COLOURS[scene.colour], COLOURS[colour])).sum() for _, colour in pairs]
+    weight = 1 / np.maximum(distance, 1)
+    shape, colour = pairs[rng.choice(len(pairs), p=weight / weight.sum())]
+    return scene._replace(shape=shape, colour=colour)
+
+
+def _kind_of_change(scene: Scene, shape: str, colour: str) -> str | None:
+    """Which of `alter_scene`'s changes leads from `scene` to this shape and colour."""
+    if colour == scene.colour:
+        return None if shape == scene.shape else "shape"
+    return "colour" if shape == scene.shape else "both"
+
+
 def continue_scene(rng: np.random.Generator, scene: Scene, height: int, width: int, held_out: bool = False) -> Scene:
     """The next motion of the object of `scene`, starting where it ends, at half speed.
 
@@ -176,6 +200,12 @@ def make_clip(seed: int, index: int, num_frames: int, height: int, width: int, h
     rng = np.random.default_rng((seed, index, int(held_out)))
     scene = draw_scene(rng, height, width, held_out)
     return Clip(render(scene, num_frames, height, width), _describe(rng, scene), scene)
+
+
+def make_altered_clip(seed: int, index: int, num_frames: int, height: int, width: int) -> np.ndarray:
+    """Clip `index` of the set `seed` as `alter_scene` alters it, uint8 [T, H, W, 3]: what its caption does not say."""
+    scene = draw_scene(np.random.default_rng((seed, index, 0)), height, width)
+    return render(alter_scene(np.random.default_rng((seed, index, 4)), scene), num_frames, height, width)
 
 
 def make_new_clip(seed: int, index: int, new: Sequence[str], num_frames: int, height: int, width: int) -> Clip:

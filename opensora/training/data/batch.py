@@ -31,6 +31,7 @@ class TrainingBatch(NamedTuple):
     last: latents [B, C, H / 8, W / 8] of the last frames, encoded as images, if known
     weight: of this batch in the loss; 0 when none of its clips could be read
     continued: whether the text describes the second half alone, which continues the given first half
+    altered: latents like `latents`, of clips with something that their text denies, if known
     """
 
     latents: Tensor
@@ -40,12 +41,14 @@ class TrainingBatch(NamedTuple):
     last: Tensor | None = None
     weight: float = 1.0
     continued: bool = False
+    altered: Tensor | None = None
 
     def to(self, device: torch.device) -> TrainingBatch:
         """The batch on a device, by asynchronous copies."""
-        last = None if self.last is None else self.last.to(device, non_blocking=True)
         cond = {name: value.to(device, non_blocking=True) for name, value in self.cond.items()}
-        return self._replace(latents=self.latents.to(device, non_blocking=True), cond=cond, last=last)
+        named = {"latents": self.latents, "last": self.last, "altered": self.altered}
+        moved = {name: value.to(device, non_blocking=True) for name, value in named.items() if value is not None}
+        return self._replace(cond=cond, **moved)
 
 
 def sample_names(batches: Sequence[Any]) -> list[str]:

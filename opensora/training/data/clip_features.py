@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -59,7 +61,7 @@ class Batches:
         generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
         order = torch.randperm(len(self.features.latents), generator=generator)
         rows = order[position * self.batch_size : (position + 1) * self.batch_size]
-        return Features(*(tensor[rows] for tensor in self.features))
+        return self.features.rows(rows)
 
 
 def to_batch(one: RenderedClips, batch: Features, settings: TrainSettings, name: str) -> TrainingBatch:
@@ -68,7 +70,9 @@ def to_batch(one: RenderedClips, batch: Features, settings: TrainSettings, name:
     sizes = clip_conditioning(settings.model["type"], count, size, (settings.dataset or {}).get("fps", FPS))
     cond = {"y": batch.text.float()[:, None], "mask": batch.mask, **sizes}
     names = [f"{one}, {name}, clip {row}" for row in range(count)]
-    return TrainingBatch(batch.latents.float(), cond, size, names, batch.last.float(), continued=one.continued)
+    altered = batch.altered.float() if len(batch.altered) and not one.continued else None
+    latents, last = batch.latents.float(), batch.last.float()
+    return TrainingBatch(latents, cond, size, names, last, continued=one.continued, altered=altered)
 
 
 def encode_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoders) -> list[Features]:
@@ -87,7 +91,7 @@ def encode_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoders)
             "tokenizer": encoders.contents.get("tokenizer"),
             "model_max_length": encoders.text.model_max_length,
             "dtype": settings.dtype,
-            "tensors": Features._fields,
+            "tensors": [name for name in Features._fields if name != "altered" or settings.input_perturbation],
         }
         where = folder / str(one) if section.get("sizes") or section.get("continued") else folder
         count = one.num_clips or section["num_clips"]
@@ -110,17 +114,25 @@ def held_out_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoder
 
 def _encode(one: RenderedClips, encoders: Encoders, settings: TrainSettings, indices: range) -> dict[str, Tensor]:
     """The tensors of Features; texts are as long as the longest may be."""
-    vae, text_encoder, device = encoders.vae, encoders.text, encoders.device
     made = list(map_ahead(one.clip, indices, settings.num_workers if one.slow else 0))
-    videos = to_model([clip.video for clip in made]).to(encoders.dtype)
-    with torch.no_grad(), training_context(device, settings.dtype):
-        parts = [vae.encode(part.to(device), sample=False).cpu() for part in videos.split(ENCODE_BATCH)]
-        last = vae.encode(videos[:, :, -1:].to(device), sample=False).cpu()
-    text, mask = text_encoder.encode([preprocess(clip.text) for clip in made])
-    room = text_encoder.model_max_length - mask.shape[1]
-    return {
-        "latents": torch.cat(parts).half(),
-        "last": last[:, :, 0].half(),
+    videos = [clip.video for clip in made]
+    text, mask = encoders.text.encode([preprocess(clip.text) for clip in made])
+    room = encoders.text.model_max_length - mask.shape[1]
+    encoded = {
+        "latents": _latents(videos, encoders, settings),
+        "last": _latents([video[-1:] for video in videos], encoders, settings)[:, :, 0],
         "text": nn.functional.pad(text[:, 0].half().cpu(), (0, 0, 0, room)),
         "mask": nn.functional.pad(mask.cpu(), (0, room)),
     }
+    if settings.input_perturbation:
+        encoded["altered"] = _latents([one.altered(index) for index in indices], encoders, settings)
+    return encoded
+
+
+def _latents(videos: Sequence[np.ndarray], encoders: Encoders, settings: TrainSettings) -> Tensor:
+    """Latents [B, C, T', H / 8, W / 8] in float16 of videos uint8 [T, H, W, 3], on the CPU."""
+    device = encoders.device
+    parts = to_model(videos).to(encoders.dtype).split(ENCODE_BATCH)
+    with torch.no_grad(), training_context(device, settings.dtype):
+        encoded = [encoders.vae.encode(part.to(device), sample=False).cpu() for part in parts]
+    return torch.cat(encoded).half()

@@ -24,13 +24,19 @@ SHARD = 500
 class Features(NamedTuple):
     """Encoded clips: latents [N, C, T, H, W], text [N, L, C_text] and its mask [N, L].
 
-    `last` [N, C, H, W] is the last frame of each clip, encoded as an image.
+    `last` [N, C, H, W] is the last frame of each clip, encoded as an image; `altered` latents like `latents`, of the
+    clips with another color or shape, for `input_perturbation`, else empty.
     """
 
     latents: Tensor
     last: Tensor
     text: Tensor
     mask: Tensor
+    altered: Tensor = torch.empty(0)
+
+    def rows(self, rows: Tensor) -> Features:
+        """The features of some clips."""
+        return Features(*(tensor[rows] if len(tensor) else tensor for tensor in self))
 
 
 Encode = Callable[[range], dict[str, Tensor]]
@@ -49,6 +55,7 @@ def encode_once(folder: Path, num_clips: int, identity: dict[str, Any], encode: 
     for file in tqdm(missing, desc="encoding clips", unit="shard", disable=not missing):
         save_file(encode(files[file]), file)
     shards = [read_state_dict(file) for file in files]
-    features = Features(*(torch.cat([shard[name] for shard in shards]) for name in Features._fields))
+    names = [name for name in Features._fields if name in shards[0]]
+    features = Features(**{name: torch.cat([shard[name] for shard in shards]) for name in names})
     length = int(features.mask.sum(dim=1).max())
     return features._replace(text=features.text[:, :length], mask=features.mask[:, :length])

@@ -10,6 +10,7 @@ from torch import Tensor
 from opensora.models.layers.transformer import PatchTransformer
 from opensora.schedulers.common import upload
 from opensora.training.data.batch import TrainingBatch
+from opensora.training.losses.perturbation import InputPerturbation
 from opensora.training.masks import MaskRatios
 
 FIRST_HALF = MaskRatios({"half_head": 1.0})
@@ -19,11 +20,14 @@ class DiffusionLoss:
     """The scheduler's loss of each sample of a batch, [B], times the weight of the batch.
 
     Drops text with the model's `class_dropout_prob`. `ratios` draws which frames are given, unless the clips of the
-    batch continue from their first half.
+    batch continue from their first half. `input_perturbation` is the part of the samples that lean towards `altered`.
     """
 
-    def __init__(self, model: PatchTransformer, scheduler: Any, ratios: MaskRatios | None) -> None:
+    def __init__(
+        self, model: PatchTransformer, scheduler: Any, ratios: MaskRatios | None, input_perturbation: float = 0.0
+    ) -> None:
         self.model, self.scheduler, self.ratios = model, scheduler, ratios
+        self.input_perturbation = input_perturbation
 
     def __call__(self, batch: TrainingBatch, generator: torch.Generator) -> Tensor:
         latents, y = batch.latents, drop_text(self.model, batch.cond["y"], generator)
@@ -33,8 +37,10 @@ class DiffusionLoss:
             latents = latents if batch.last is None else end_in_image(latents, batch.last, mask)
         frames, height, width = batch.size
         size = {"height": height, "width": width, "num_frames": frames}
-        cond = {**batch.cond, "y": y}
-        losses = self.scheduler.training_loss(self.model, latents, cond, **size, mask=mask, generator=generator)
+        cond, how = {**batch.cond, "y": y}, {}
+        if self.input_perturbation and batch.altered is not None:
+            how["perturb"] = InputPerturbation(batch.latents, batch.altered, self.input_perturbation, generator)
+        losses = self.scheduler.training_loss(self.model, latents, cond, **size, mask=mask, generator=generator, **how)
         return losses * batch.weight
 
 
