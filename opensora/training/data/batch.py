@@ -46,9 +46,10 @@ class TrainingBatch(NamedTuple):
     def to(self, device: torch.device) -> TrainingBatch:
         """The batch on a device, by asynchronous copies."""
         cond = {name: value.to(device, non_blocking=True) for name, value in self.cond.items()}
-        named = {"latents": self.latents, "last": self.last, "altered": self.altered}
-        moved = {name: value.to(device, non_blocking=True) for name, value in named.items() if value is not None}
-        return self._replace(cond=cond, **moved)
+        last = None if self.last is None else self.last.to(device, non_blocking=True)
+        altered = None if self.altered is None else self.altered.to(device, non_blocking=True)
+        latents = self.latents.to(device, non_blocking=True)
+        return self._replace(latents=latents, cond=cond, last=last, altered=altered)
 
 
 def sample_names(batches: Sequence[Any]) -> list[str]:
