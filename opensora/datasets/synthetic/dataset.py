@@ -25,7 +25,7 @@ class RenderedClips:
 
     make: ClassVar[Callable[..., Any]]  # (seed, index, num_frames, height, width) -> clip with `video` and `text`
     make_continued: ClassVar[Callable[..., Any]]
-    make_altered: ClassVar[Callable[..., np.ndarray] | None] = None  # the clip with something that its text denies
+    make_altered: ClassVar[Callable[..., np.ndarray] | None] = None  # frames with another color or shape
     slow: ClassVar[bool] = False  # whether worker processes should render
 
     def __init__(
@@ -55,10 +55,14 @@ class RenderedClips:
         make = self.make_continued if self.continued else self.make
         return make(self.seed, index, self.num_frames, *self.image_size)
 
+    @property
+    def alterable(self) -> bool:
+        """Whether `altered` can be called; not for continued clips, whose captions describe one half."""
+        return self.make_altered is not None and not self.continued
+
     def altered(self, index: int) -> np.ndarray:
-        """Clip `index` with another color or shape, uint8 [T, H, W, 3]; a continued clip as it is."""
-        if self.make_altered is None or self.continued:
-            return self.clip(index).video
+        """The frames of clip `index` with another color or shape, uint8 [T, H, W, 3]."""
+        assert self.make_altered is not None and not self.continued
         index = index % self.num_clips if self.num_clips else index
         return self.make_altered(self.seed, index, self.num_frames, *self.image_size)
 

@@ -203,7 +203,7 @@ def make_clip(seed: int, index: int, num_frames: int, height: int, width: int, h
 
 
 def make_altered_clip(seed: int, index: int, num_frames: int, height: int, width: int) -> np.ndarray:
-    """Clip `index` of the set `seed` as `alter_scene` alters it, uint8 [T, H, W, 3]: what its caption does not say."""
+    """Clip `index` of the set `seed` as `alter_scene` alters it, uint8 [T, H, W, 3]; it contradicts its caption."""
     scene = draw_scene(np.random.default_rng((seed, index, 0)), height, width)
     return render(alter_scene(np.random.default_rng((seed, index, 4)), scene), num_frames, height, width)
 

@@ -31,7 +31,7 @@ class TrainingBatch(NamedTuple):
     last: latents [B, C, H / 8, W / 8] of the last frames, encoded as images, if known
     weight: of this batch in the loss; 0 when none of its clips could be read
     continued: whether the text describes the second half alone, which continues the given first half
-    altered: latents like `latents`, of clips with something that their text denies, if known
+    altered: latents like `latents`, of the clips with another color or shape, if known
     """
 
     latents: Tensor

@@ -70,7 +70,7 @@ def to_batch(one: RenderedClips, batch: Features, settings: TrainSettings, name:
     sizes = clip_conditioning(settings.model["type"], count, size, (settings.dataset or {}).get("fps", FPS))
     cond = {"y": batch.text.float()[:, None], "mask": batch.mask, **sizes}
     names = [f"{one}, {name}, clip {row}" for row in range(count)]
-    altered = batch.altered.float() if len(batch.altered) and not one.continued else None
+    altered = batch.altered.float() if len(batch.altered) else None
     latents, last = batch.latents.float(), batch.last.float()
     return TrainingBatch(latents, cond, size, names, last, continued=one.continued, altered=altered)
 
@@ -91,7 +91,7 @@ def encode_clips(clips: MixedClips, settings: TrainSettings, encoders: Encoders)
             "tokenizer": encoders.contents.get("tokenizer"),
             "model_max_length": encoders.text.model_max_length,
             "dtype": settings.dtype,
-            "tensors": [name for name in Features._fields if name != "altered" or settings.input_perturbation],
+            "tensors": [name for name in Features._fields if name != "altered" or _alters(one, settings)],
         }
         where = folder / str(one) if section.get("sizes") or section.get("continued") else folder
         count = one.num_clips or section["num_clips"]
@@ -124,9 +124,13 @@ def _encode(one: RenderedClips, encoders: Encoders, settings: TrainSettings, ind
         "text": nn.functional.pad(text[:, 0].half().cpu(), (0, 0, 0, room)),
         "mask": nn.functional.pad(mask.cpu(), (0, room)),
     }
-    if settings.input_perturbation:
+    if _alters(one, settings):
         encoded["altered"] = _latents([one.altered(index) for index in indices], encoders, settings)
     return encoded
+
+
+def _alters(one: RenderedClips, settings: TrainSettings) -> bool:
+    return settings.input_perturbation > 0 and one.alterable
 
 
 def _latents(videos: Sequence[np.ndarray], encoders: Encoders, settings: TrainSettings) -> Tensor:

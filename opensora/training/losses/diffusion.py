@@ -20,7 +20,7 @@ class DiffusionLoss:
     """The scheduler's loss of each sample of a batch, [B], times the weight of the batch.
 
     Drops text with the model's `class_dropout_prob`. `ratios` draws which frames are given, unless the clips of the
-    batch continue from their first half. `input_perturbation` is the part of the samples that lean towards `altered`.
+    batch continue from their first half. `input_perturbation` is the share of samples that move towards `altered`.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Input perturbation: the model learns to correct noised latents whose color or shape their caption denies.
+"""Input perturbation: the model learns to correct noised latents whose color or shape contradict their caption.
 
 A sampler's own errors feed its next steps, while training shows only right latents: exposure bias. Ning et al. 2023
-(arXiv:2301.11706) add noise to the inputs of training; here they lean towards other scenes, as they do in sampling.
+(arXiv:2301.11706) add noise to the inputs of training; here they move towards other scenes, as in sampling.
 """
 
 from __future__ import annotations
@@ -11,34 +11,34 @@ from torch import Tensor
 
 from opensora.schedulers.common import per_sample, upload
 
-LEAN = (-0.7, 1.0)  # range of the lean: 1 is the altered scene, negative values overshoot away from it
-SLOPE = 0.6  # deviation of the change of the lean across the frame
-MOST = 2.0  # largest factor of the lean, where the difference is small
+WEIGHTS = (-0.7, 1.0)  # range of the interpolation weights: 0 is the right scene, 1 the altered one
+SLOPE = 0.6  # standard deviation of the change of a weight across the frame
+MAX_SCALE = 2.0  # of the weights, where the difference is small
 STRONG = 0.1  # of the largest squared difference of a clip: where it is less does not count in its size
 
 
 class InputPerturbation:
-    """Errors of latents [B, C, T, H, W]: a part of the samples, `probability`, leans towards the latents `altered`.
+    """Errors of latents [B, C, T, H, W]: some samples, chosen with `probability`, move towards the latents `altered`.
 
-    The lean changes linearly over time and across the frame, from values drawn for each sample.
+    The interpolation weights change linearly over time and across the frame, and are drawn for each sample.
     """
 
     def __init__(self, latents: Tensor, altered: Tensor, probability: float, generator: torch.Generator) -> None:
         chosen = torch.rand(len(latents), generator=generator) < probability
-        lean = draw_lean(latents.shape, generator) * per_sample(chosen)
-        self.difference, self.lean = altered - latents, upload(lean, latents)
+        weights = draw_weights(latents.shape, generator) * per_sample(chosen)
+        self.difference, self.weights = altered - latents, upload(weights, latents)
         self.size = typical_size(self.difference)
 
     def __call__(self, time: Tensor) -> Tensor:
         """The errors at times [B] below 1, where they are strong about as large as the noise beside the data."""
         noise = time / (1 - time).clamp(min=1e-3)
-        return per_sample((noise / self.size).clamp(max=MOST)) * self.lean * self.difference
+        return per_sample((noise / self.size).clamp(max=MAX_SCALE)) * self.weights * self.difference
 
 
-def draw_lean(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Random leans [B, 1, T, H, W] within LEAN for latents of a shape [B, C, T, H, W]."""
+def draw_weights(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Random interpolation weights [B, 1, T, H, W] within WEIGHTS for latents of a shape [B, C, T, H, W]."""
     batch, _, frames, height, width = shape
-    low, high = LEAN
+    low, high = WEIGHTS
     first, last = (low + (high - low) * torch.rand(batch, 1, 1, 1, 1, generator=generator) for _ in range(2))
     down, right = (SLOPE * torch.randn(batch, 1, 1, 1, 1, generator=generator) for _ in range(2))
     t = torch.linspace(0, 1, frames).view(-1, 1, 1)
