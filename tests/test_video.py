@@ -52,6 +52,26 @@ def test_file_plays_everywhere(tmp_path):
         assert len(container.streams) == 1 and "mp4" in container.format.name
 
 
+@pytest.mark.parametrize(
+    "colors", [((255, 0, 0), (128, 128, 128)), ((0, 160, 0), (128, 0, 200)), ((0, 0, 0), (0, 0, 255))]
+)
+def test_chroma_is_the_mean_of_four_pixels(colors, tmp_path):
+    """So that an edge between two colors is as sharp as yuv420p can have it. Weights of Cb, Cr: ITU-R BT.601."""
+    import av
+
+    frame = np.empty((16, 24, 3), np.uint8)
+    frame[:] = colors[0]
+    frame[4:11, 6:19] = colors[1]  # edges both between and within the squares that share a chroma
+    media.write_video(frame[None], tmp_path / "a.mp4", fps=8, crf=0)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        planes = next(container.decode(video=0)).to_ndarray(format="yuv420p")
+    red, green, blue = frame.reshape(8, 2, 12, 2, 3).mean((1, 3)).transpose(2, 0, 1)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    expected = [128 + 224 / 255 * (blue - luma) / 1.772, 128 + 224 / 255 * (red - luma) / 1.402]
+    for plane, chroma in zip(planes[16:].reshape(2, 8, 12), expected, strict=True):
+        np.testing.assert_allclose(plane, chroma, atol=1.5)
+
+
 @pytest.mark.parametrize("fps", [8, 12.6, 23.976, 30000 / 1001, 0.5, 120])
 def test_frame_rates(fps, tmp_path):
     _, back = media.read_video(media.write_video(ramp(5, 16, 16), tmp_path / "a.mp4", fps))

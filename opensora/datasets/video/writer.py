@@ -134,6 +134,8 @@ class VideoEncoder:
             height, width = self.size
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             picture = picture.reformat(width=width, height=height, interpolation="BICUBIC")
+        if not self.lossless:  # a pixel of chroma is the mean of four: the default filter blurs colored edges
+            picture = picture.reformat(format="yuv420p", interpolation="AREA", dst_colorspace="ITU601")
         with _as_os_errors():
             if self._container is None:
                 self._open(frame.shape[:2] if self.size is None else self.size)
