@@ -98,12 +98,13 @@ class TestContrast:
         x[:, :, 2, :8, :7] = -0.3  # faint
         large, small, faint, empty = contrast_weights(x)[0].tolist()
         assert large < small < faint <= empty == 4.0
+        torch.testing.assert_close(contrast_weights(x, 2.0), contrast_weights(x).square())
 
-    @pytest.mark.parametrize("weighted", [False, True])
-    def test_pixel_errors_and_changes(self, weighted: bool) -> None:
-        loss = PixelLoss(settings(contrast_weighting=weighted))
+    @pytest.mark.parametrize("power", [0.0, 1.0, 1.75])
+    def test_pixel_errors_and_changes(self, power: float) -> None:
+        loss = PixelLoss(settings(contrast_weighting=power))
         x = noise(3, 3, 4, 8, 8)
-        weights = contrast_weights(x) if weighted else torch.ones(3, 4)
+        weights = contrast_weights(x, power)
         torch.testing.assert_close(loss(x + 0.5, x), 0.75 * weights.mean(dim=1))
         torch.testing.assert_close(loss.changes(x + 0.5, x), torch.zeros(3), atol=1e-6, rtol=0)
         ramp = x + 0.5 * torch.arange(4).view(1, 1, 4, 1, 1)

@@ -26,7 +26,7 @@ model = dict(
 )
 perceptual_loss_weight = 0.0
 kl_loss_weight = 1e-6
-contrast_weighting = True  # small shapes, and colors like the background's
+contrast_weighting = 1.0  # small shapes, and colors like the background's
 
 dtype = "bf16"
 seed = 1

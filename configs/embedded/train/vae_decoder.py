@@ -16,6 +16,7 @@ freeze_encoders = True
 restorer = dict(type="STDiT3", from_pretrained="outputs/embedded/stdit3_correct/ema")
 text_encoder = dict(type="t5", from_pretrained="opensora/embedded/text_encoder", model_max_length=32)
 latent_noise = 0.1
+contrast_weighting = 1.75  # the outlines of small and of faint shapes melt first
 
 seed = 7
 outputs = "outputs/embedded/vae_decoder"

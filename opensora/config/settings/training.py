@@ -140,9 +140,10 @@ class TrainSettings(CommonSettings):
         maximum=1,
         doc="largest time, from 0 (data) to 1 (noise), from which the restorer restores latents",
     )
-    contrast_weighting: bool = setting(
-        False, doc="autoencoders: errors of a frame count the more, the lower its contrast; so do the worst of a batch"
-    )
+    contrast_weighting: float = setting(
+        0.0, minimum=0, maximum=4, example=1.75,
+        doc="autoencoders: power of 1/contrast by which frames count; above 0, the worst clips of a batch count more",
+    )  # fmt: skip
     mean_color_loss_weight: float = setting(
         0.0, minimum=0, maximum=1000,
         doc="temporal autoencoders: weight of the loss that makes the first three latent channels mean colors",

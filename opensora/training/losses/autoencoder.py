@@ -20,7 +20,7 @@ PIXEL_FRAMES = 4
 COLOR_BATCHES = 16  # of clips whose mean colors are whitened
 LATENT_WEIGHT = 0.05  # of latent errors beside pixel errors: with more, colors drifted for good
 PER_FRAME_WEIGHT = 0.1  # of errors of per-frame latents beside pixel errors
-# Contrast of a frame whose errors count once, least contrast, and the range of weights
+# Contrast of a frame whose errors count once, least contrast, and the range of weights of power 1
 USUAL_CONTRAST, LEAST_CONTRAST, WEIGHTS = 0.25, 0.05, (0.3, 4.0)
 
 
@@ -35,22 +35,22 @@ def per_clip(decoded: Tensor, target: Tensor) -> Tensor:
     return difference.abs().mean(1) + difference.square().mean(1)
 
 
-def contrast_weights(x: Tensor) -> Tensor:
-    """Weights [B, T] of the errors in the frames of x [B, 3, T, H, W]: the lower its contrast, the more a frame counts.
+def contrast_weights(x: Tensor, power: float = 1.0) -> Tensor:
+    """Weights [B, T] of the errors in the frames of x [B, 3, T, H, W]: 1 / contrast to this power, 1 at usual contrast.
 
     Contrast is the root mean square distance from the median color, which is the background of a drawn frame: low for
     small objects and for colors like the background's.
     """
     background = x.flatten(3).median(dim=3).values[..., None, None]
     contrast = (x - background).square().mean(dim=(1, 3, 4)).sqrt()
-    return (USUAL_CONTRAST / contrast.clamp(min=LEAST_CONTRAST)).clamp(*WEIGHTS)
+    return (USUAL_CONTRAST / contrast.clamp(min=LEAST_CONTRAST)).clamp(*WEIGHTS) ** power
 
 
 class PixelLoss:
     """Absolute plus squared error of frames, weighted by their contrast if the settings ask for it."""
 
     def __init__(self, settings: TrainSettings) -> None:
-        self.weighted = settings.contrast_weighting
+        self.power = settings.contrast_weighting
 
     def __call__(self, decoded: Tensor, target: Tensor) -> Tensor:
         """Of each clip, [B], for videos [B, 3, T, H, W]."""
@@ -64,11 +64,11 @@ class PixelLoss:
 
     def _mean(self, error: Tensor, target: Tensor) -> Tensor:
         by_frame = error.abs().mean(dim=(1, 3, 4)) + error.square().mean(dim=(1, 3, 4))
-        return (by_frame * contrast_weights(target) if self.weighted else by_frame).mean(dim=1)
+        return (by_frame * contrast_weights(target, self.power) if self.power else by_frame).mean(dim=1)
 
     def of_batch(self, errors: Tensor) -> Tensor:
         """The loss of a batch from the errors [B] of its clips."""
-        return root_mean_square(errors) if self.weighted else errors.mean()
+        return root_mean_square(errors) if self.power else errors.mean()
 
 
 def root_mean_square(losses: Tensor) -> Tensor:
