@@ -28,4 +28,4 @@ input_perturbation = 0.7
 seed = 9
 outputs = "outputs/embedded/stdit3_correct"
 lr = 3.5e-4
-max_steps = 3900
+max_steps = 6800
