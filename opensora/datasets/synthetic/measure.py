@@ -16,7 +16,7 @@ from opensora.datasets.synthetic.render import BACKGROUNDS, COLOURS, NEW_SHAPES,
 SIDE = 64  # clips are reduced by a whole factor until the short side is below twice this
 NEAR_BACKGROUND, NEAR_COLOUR = 60.0, 100.0  # farther than this from every palette colour (RGB distance) has no name
 CONTRAST = 45.0  # RGB distance from the background at which a pixel may belong to an object
-SMALLEST = 0.005  # of the frame's pixels: less is noise (the smallest rendered object covers 0.018)
+SMALLEST = 0.005  # of the frame's pixels: less is noise (the smallest rendered object covers 0.031)
 TRAVEL, GROWTH = 16 / 64, np.log(1.6)  # displacement / short side and log radius ratio of a clear motion; half counts
 DIAGONAL = 0.5  # least ratio of the two displacements of a motion down and to the right
 FIT = 0.55  # least overlap (intersection over union) with a perfect shape, below which there is no object

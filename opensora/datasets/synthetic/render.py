@@ -19,7 +19,8 @@ COLOURS = {
     "red": (230, 30, 30), "green": (40, 190, 60), "blue": (50, 90, 250), "yellow": (250, 235, 60),
     "purple": (165, 40, 200), "orange": (250, 140, 20), "white": (245, 245, 245), "cyan": (60, 220, 230),
 }  # fmt: skip
-BACKGROUNDS = {"black": (0, 0, 0), "gray": (100, 100, 100), "dark blue": (10, 15, 85), "dark green": (10, 65, 20)}
+BACKGROUNDS = {"black": (0, 0, 0), "gray": (64, 64, 64), "dark blue": (10, 15, 85), "dark green": (10, 65, 20)}
+SMALLEST = 8.5  # least radius of an object, in pixels of a frame whose short side has 64
 # motion -> (phrases, direction of travel (x, y), growth: +1 grows, -1 shrinks)
 MOTIONS = {
     "moving left": (("moving left", "moves left", "sliding to the left", "going left"), (-1, 0), 0),
@@ -99,8 +100,8 @@ def _place(rng: np.random.Generator, names: tuple[str, str, str, str], height: i
     """The scene of a shape, colour, motion and background at a random place and size."""
     _, direction, growth = ALL_MOTIONS[names[2]]
     unit = min(height, width) / 64
-    small, large = rng.uniform(6.5, 8.5) * unit, rng.uniform(15, 19) * unit
-    steady = rng.uniform(9.5, 13.5) * unit
+    small, large = rng.uniform(SMALLEST, 10.5) * unit, rng.uniform(16.5, 20.5) * unit
+    steady = rng.uniform(10.5, 14) * unit
     radius, end_radius = {0: (steady, steady), 1: (small, large), -1: (large, small)}[growth]
     size = np.array([width, height], dtype=float)
     room = np.maximum(size - 2 * (max(radius, end_radius) + unit), 0)  # range of the centre
@@ -148,7 +149,7 @@ def continue_scene(rng: np.random.Generator, scene: Scene, height: int, width: i
     size, centre = np.array([width, height], dtype=float), np.array(scene.start) + scene.travel
     room = np.minimum(centre, size - centre) - unit  # distance to the nearest edges
     radius = scene.end_radius + growth * rng.uniform(4.5, 6.5) * unit
-    radius = max(min(radius, max(room.min(), scene.end_radius)), min(6.5 * unit, scene.end_radius))
+    radius = max(min(radius, max(room.min(), scene.end_radius)), min(SMALLEST * unit, scene.end_radius))
     low, high = scene.end_radius + unit, size - scene.end_radius - unit
     travel = np.array(direction) * (high - low) * rng.uniform(0.65, 1.0) / 2
     travel = np.clip(centre + travel, np.minimum(low, centre), np.maximum(high, centre)) - centre

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from opensora.datasets.synthetic.render import BACKGROUNDS
 from opensora.datasets.synthetic.world.distance import Array, box, disc, ellipse, polygon, union
 
-PLAIN = {"black": (0, 0, 0), "gray": (100, 100, 100), "dark blue": (10, 15, 85), "dark green": (10, 65, 20)}
+PLAIN = BACKGROUNDS
 REACH = 2.6  # scenes are drawn this far to both sides of the origin, which the camera never leaves
 
 Colour = tuple[int, int, int]
