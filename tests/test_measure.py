@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from opensora.datasets.synthetic.measure import Measured, measure
-from opensora.datasets.synthetic.render import NEW_MOTIONS, NEW_SHAPES, draw_new_scene, make_clip, make_new_clip
+from opensora.datasets.synthetic.render import (
+    BACKGROUNDS,
+    COLOURS,
+    NEW_MOTIONS,
+    NEW_SHAPES,
+    draw_new_scene,
+    make_clip,
+    make_new_clip,
+)
 from opensora.datasets.video import read_video, write_video
 from opensora.errors import ConfigError
 from tests.full import count, some
@@ -52,6 +60,14 @@ def test_other_sizes(size):
         clip = make_clip(3, index, *size)
         expected = Measured(*(getattr(clip.scene, name) for name in ATTRIBUTES))
         assert measure(noisy(clip.video, Path())) == expected
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+@pytest.mark.parametrize("colour", COLOURS)
+def test_colours_differ_from_backgrounds_in_brightness(background, colour):
+    """Files store color at half the resolution, so that outlines without a change of brightness melt."""
+    brightness = np.array([0.299, 0.587, 0.114])
+    assert abs(brightness @ np.subtract(COLOURS[colour], BACKGROUNDS[background])) > 20
 
 
 def test_nothing_to_see():
