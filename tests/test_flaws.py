@@ -36,6 +36,15 @@ def test_one_frame_of_another_colour_wavers(colour, other):
     assert "wavers" in flaws(right, shape="circle", colour=colour)
 
 
+@pytest.mark.parametrize(("colour", "other"), [("red", "orange"), ("orange", "yellow"), ("purple", "blue")])
+@pytest.mark.parametrize(("part", "wavers"), [(0.4, False), (0.6, True)])
+def test_a_colour_wavers_once_it_is_nearer_to_another(colour, other, part, wavers):
+    video = render(scene(shape="circle", colour=colour, background="black"), 17, 64, 64)
+    own, tint = (np.array(COLOURS[name]) for name in (colour, other))
+    video[5][(video[5] == own).all(-1)] = own + part * (tint - own)
+    assert flaws(video, shape="circle", colour=colour) == ({"wavers"} if wavers else set())
+
+
 def test_a_part_of_the_object_wavers():
     video = render(one := scene(shape="square", colour="red", background="black"), 17, 64, 64)
     red = np.abs(video[8].astype(int) - COLOURS["red"]).sum(-1) < 10

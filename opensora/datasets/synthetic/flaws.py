@@ -5,6 +5,7 @@ Each is the worst over the frames, not the mean.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from opensora.datasets.synthetic.measure import border_colour, draw_alike, find_object, overlap, reduce_size, spread
 from opensora.datasets.synthetic.render import COLOURS
 
-OFF_COLOUR = 90.0  # RGB distance at which a pixel of the object is not of its colour
+OFF_COLOUR = 90.0  # RGB distance at which a pixel of the object is not of its colour, whatever else it resembles
 INNER, NEAR = 0.99, 0.02  # coverage of a pixel that lies wholly within the shape, and of one that it touches
 WAVERS, MELTS, FLICKERS = 0.05, 0.2, 10.0  # above these a flaw is visible
 
@@ -20,7 +21,7 @@ WAVERS, MELTS, FLICKERS = 0.05, 0.2, 10.0  # above these a flaw is visible
 class Flaws(NamedTuple):
     """The worst frame of each kind.
 
-    off_colour: part of the object's inner pixels that have another colour
+    off_colour: part of the object's inner pixels that are nearer to another colour, or far from their own
     outline: part of the object by which its outline differs from that of its perfect shape
     flicker: change of an 8x8 block of the background from one frame to the next, in grey levels of 255
     edge: steepest rise of brightness across the outline, as a part of a hard edge's; None where it is not measured
@@ -59,9 +60,15 @@ def find_flaws(video: np.ndarray, shape: str, colour: str) -> Flaws:
         perfect = draw_alike(shape, covered)
         outline.append(1 - overlap(covered, perfect))
         inner = _shrink(perfect > INNER)
-        distance = np.linalg.norm(frame - np.array(COLOURS[colour]), axis=-1)
-        off.append(float((distance[inner] > OFF_COLOUR).mean()) if inner.any() else 0.0)
+        off.append(float(has_other_colour(frame[inner], colour, COLOURS).mean()) if inner.any() else 0.0)
     return Flaws(max(off, default=0.0), max(outline), _flicker(video, coverage))
+
+
+def has_other_colour(pixels: np.ndarray, colour: str, palette: Mapping[str, tuple[int, int, int]]) -> np.ndarray:
+    """Which of `pixels`, RGB [..., 3], are nearer to another colour of `palette`, or further than OFF_COLOUR; [...]."""
+    distances = np.stack([np.linalg.norm(pixels - np.array(rgb, np.float32), axis=-1) for rgb in palette.values()])
+    own = distances[list(palette).index(colour)]
+    return (own > distances.min(0)) | (own > OFF_COLOUR)
 
 
 def _shrink(mask: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from opensora.datasets.synthetic.flaws import OFF_COLOUR, Flaws
+from opensora.datasets.synthetic.flaws import Flaws, has_other_colour
 from opensora.datasets.synthetic.world.motions import STILL_CAMERA
 from opensora.datasets.synthetic.world.palette import COLOURS
 from opensora.datasets.synthetic.world.recognize import (
@@ -30,8 +30,8 @@ def find_flaws(video: Array, seen: Recognized) -> Flaws | None:
     drawn = np.stack([_drawn(seen.thing, seen.track, n, *video.shape[1:3]) for n in range(len(seen.track.frames))])
     shown = video[seen.track.frames]
     inner = _shrink(drawn > 0.99)
-    distance = np.linalg.norm(shown - np.array(COLOURS[seen.colour], np.float32), axis=-1)
-    off = [float((d > OFF_COLOUR)[i].mean()) if i.any() else 0.0 for d, i in zip(distance, inner, strict=True)]
+    other = has_other_colour(shown, seen.colour, COLOURS)
+    off = [float(pixels[i].mean()) if i.any() else 0.0 for pixels, i in zip(other, inner, strict=True)]
     best = template_fits(drawn)[3].max((1, 2))  # how well the drawing itself fits at this size
     outline = 1 - float((seen.track.fit / best).min())
     return Flaws(max(off), max(outline, 0.0), _flicker(video, seen), _edge(shown, drawn))
