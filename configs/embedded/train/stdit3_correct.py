@@ -28,4 +28,4 @@ input_perturbation = 0.7
 seed = 9
 outputs = "outputs/embedded/stdit3_correct"
 lr = 3.5e-4
-max_steps = 10_000
+max_steps = 13_000

@@ -1,5 +1,5 @@
 # Embedded model, stage 1: the per-frame part of its autoencoder, on frames of rendered clips.
-dataset = dict(type="ShapeClips", sizes=[(2, 64, 64, 0.5), (2, 48, 80, 0.25), (2, 80, 48, 0.25)])
+dataset = dict(type="ShapeClips", num_frames=2, image_size=(64, 64))
 
 model = dict(
     type="VideoAutoencoderPipeline",
@@ -26,7 +26,6 @@ model = dict(
 )
 perceptual_loss_weight = 0.0
 kl_loss_weight = 1e-6
-contrast_weighting = 1.0  # small shapes, and colors like the background's
 
 dtype = "bf16"
 seed = 1

@@ -20,5 +20,5 @@ contrast_weighting = 1.75  # the outlines of small and of faint shapes melt firs
 
 seed = 7
 outputs = "outputs/embedded/vae_decoder"
-max_steps = 2400
+max_steps = 12_000
 lr = 3e-4

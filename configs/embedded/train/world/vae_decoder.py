@@ -13,6 +13,7 @@ dataset = dict(
 )  # fmt: skip
 model = dict(from_pretrained="outputs/world/vae_video/ema")
 freeze_encoders = True
+contrast_weighting = 1.0  # small shapes, and colors like the background's
 
 num_workers = 16
 seed = 23

@@ -1,7 +1,7 @@
 # Autoencoder of the drawn world, stage 2: both parts together; latents and pixels are those of whole clips.
 _base_ = "../vae_2d.py"
 
-dataset = dict(type="WorldClips", num_frames=17, image_size=(128, 128), sizes=None)
+dataset = dict(type="WorldClips", num_frames=17, image_size=(128, 128))
 model = dict(from_pretrained="outputs/world/vae_frames/ema")
 use_real_rec_loss = True
 latent_noise = 0.3
@@ -9,6 +9,7 @@ mean_color_loss_weight = 0.3
 latent_statistics_loss_weight = 0.05
 mixed_strategy = "mixed_video_image"
 mixed_image_ratio = 0.05
+contrast_weighting = 1.0  # small shapes, and colors like the background's
 
 num_workers = 16
 seed = 22
